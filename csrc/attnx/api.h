@@ -1,0 +1,4 @@
+// What libattnx shows to the Python module.
+#pragma once
+
+#define ATTNX_API __attribute__((visibility("default")))

@@ -1,0 +1,85 @@
+// What every attention kernel is told: plain pointers, sizes and strides, the same for the CPU and the GPU.
+#pragma once
+
+#include <cstdint>
+
+namespace attnx {
+
+inline constexpr std::int64_t kMaxHeadDim = 256;
+
+enum class DType : std::uint8_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+// What turns a logit into a weight.
+enum class Score : std::uint8_t { kSigmoid, kSoftmax };
+
+// What the sigmoid adds to the logits of a row besides the constant and the tensor.
+enum class BiasRule : std::uint8_t {
+  kNone,
+  kLength,  // -log(length_k of the sequence)
+  kRow,     // -log(number of keys that the row sees)
+};
+
+// A (batch, head, row, feature) tensor whose features are contiguous. Strides count elements. Packed
+// sequences, (row, head, feature), have no batch stride: their rows are found by cu_seqlens.
+struct Tensor {
+  void* data = nullptr;
+  std::int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
+};
+
+// One number per head: [heads], or a scalar with stride 0. Null where absent.
+struct PerHead {
+  const void* data = nullptr;
+  std::int64_t stride = 0;
+};
+
+struct AttentionParams {
+  DType dtype = DType::kFloat32;
+  Score score = Score::kSigmoid;
+
+  std::int64_t batch = 0;    // sequences
+  std::int64_t heads_q = 0;  // a multiple of heads_k; consecutive query heads share a key head
+  std::int64_t heads_k = 0;
+  std::int64_t length_q = 0;  // the longest, with cu_seqlens
+  std::int64_t length_k = 0;
+  std::int64_t head_dim = 0;
+  std::int64_t value_dim = 0;
+
+  Tensor query;  // [batch, heads_q, length_q, head_dim]
+  Tensor key;    // [batch, heads_k, length_k, head_dim]
+  Tensor value;  // [batch, heads_k, length_k, value_dim]
+
+  // Rows of sequence b are [cu_seqlens[b], cu_seqlens[b + 1]). Null: every sequence has the full length.
+  const std::int32_t* cu_seqlens_q = nullptr;
+  const std::int32_t* cu_seqlens_k = nullptr;
+
+  double scale = 1;
+  // Query i sees key j where -left <= j - (i + length_k - length_q) <= right; negative means no bound.
+  std::int64_t window_left = -1, window_right = -1;
+
+  // Logit additions, in the accumulator's type (float, or double for kFloat64).
+  BiasRule bias_rule = BiasRule::kNone;
+  double bias_value = 0;
+  PerHead bias;          // added
+  PerHead alibi_slopes;  // times |i + length_k - length_q - j|, subtracted
+};
+
+struct ForwardParams : AttentionParams {
+  Tensor output;     // [batch, heads_q, length_q, value_dim]
+  Tensor logsumexp;  // [batch, heads_q, length_q] in the accumulator's type; row_stride is 1; softmax only
+};
+
+struct BackwardParams : AttentionParams {
+  Tensor grad_output;     // [batch, heads_q, length_q, value_dim]
+  Tensor output;          // as from the forward; softmax only
+  Tensor logsumexp;       // as from the forward; softmax only
+  Tensor grad_logsumexp;  // like logsumexp; softmax only
+
+  Tensor grad_query;  // like query
+  Tensor grad_key;    // like key
+  Tensor grad_value;  // like value
+  // [batch, heads_q] in double, the sums over each sequence; null where not wanted.
+  double* grad_bias = nullptr;
+  double* grad_alibi_slopes = nullptr;
+};
+
+}  // namespace attnx

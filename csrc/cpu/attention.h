@@ -1,0 +1,23 @@
+// Attention on the CPU, by the kernels of one instruction set chosen at run time.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "attnx/api.h"
+#include "attnx/params.h"
+#include "executor.h"
+
+namespace attnx::cpu {
+
+void forward(const ForwardParams& params, const Executor& executor);
+void backward(const BackwardParams& params, const Executor& executor);
+
+// Those that were built and that this machine runs, the plainest first.
+ATTNX_API std::vector<std::string> instruction_sets();
+// The one in use: the last of them, or what ATTNX_CPU_ISA names.
+ATTNX_API std::string instruction_set();
+// For tests and comparisons; throws std::invalid_argument for a name that instruction_sets() does not list.
+ATTNX_API void use_instruction_set(const std::string& name);
+
+}  // namespace attnx::cpu

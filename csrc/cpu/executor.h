@@ -1,0 +1,19 @@
+// How a kernel gets its threads: whoever calls it brings them.
+#pragma once
+
+namespace attnx::cpu {
+
+// Runs task(context, worker) for worker 0 .. threads - 1, on as many threads or on fewer, one after the other.
+struct Executor {
+  int threads;
+  void (*start)(const Executor& self, void (*task)(void* context, int worker), void* context);
+
+  template <class Task>
+  void run(const Task& task) const {
+    start(
+        *this, [](void* context, int worker) { (*static_cast<const Task*>(context))(worker); },
+        const_cast<void*>(static_cast<const void*>(&task)));
+  }
+};
+
+}  // namespace attnx::cpu

@@ -1,0 +1,88 @@
+// The 16-bit formats, and rows converted between what the user stores and what the loop computes with.
+#pragma once
+
+#include "simd.h"
+
+namespace attnx::cpu::ATTNX_ISA {
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+ATTNX_INLINE float to_float(float x) { return x; }
+ATTNX_INLINE float to_float(BFloat16 x) { return bit_cast<float>(std::uint32_t(x.bits) << 16); }
+ATTNX_INLINE float to_float(Float16 x) { return float(bit_cast<_Float16>(x.bits)); }
+ATTNX_INLINE double to_float(double x) { return x; }
+
+template <class T>
+ATTNX_INLINE T from_float(float x) {
+  if constexpr (__is_same(T, BFloat16)) {
+    const auto bits = bit_cast<std::uint32_t>(x);
+    const std::uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
+    return {std::uint16_t(x != x ? (bits >> 16) | 0x40 : rounded >> 16)};
+  } else if constexpr (__is_same(T, Float16)) {
+    return {bit_cast<std::uint16_t>(_Float16(x))};
+  } else {
+    return x;
+  }
+}
+template <class T>
+ATTNX_INLINE T from_float(double x) {
+  static_assert(__is_same(T, double));
+  return x;
+}
+
+// One row of n numbers. The compiler vectorises all of these but float16, whose instructions it needs told.
+template <class To, class From>
+inline void convert_row(To* __restrict to, const From* __restrict from, std::int64_t n) {
+  std::int64_t i = 0;
+  if constexpr (__is_same(To, From)) {
+    __builtin_memcpy(to, from, std::size_t(n) * sizeof(To));
+    return;
+  } else if constexpr (__is_same(From, Float16) && __is_same(To, float)) {
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16)
+      _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + i))));
+#elif defined(__F16C__)
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+#endif
+  } else if constexpr (__is_same(From, float) && __is_same(To, Float16)) {
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16)
+      _mm256_storeu_si256((__m256i*)(to + i), _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    for (; i + 8 <= n; i += 8)
+      _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  }
+  for (; i < n; ++i) {
+    if constexpr (__is_same(To, float) || __is_same(To, double)) {
+      to[i] = to_float(from[i]);
+    } else {
+      to[i] = from_float<To>(to_float(from[i]));
+    }
+  }
+}
+
+// Whether all n numbers are finite: no exponent of all ones.
+template <class T>
+inline bool all_finite(const T* x, std::int64_t n) {
+  bool infinite = false;
+  for (std::int64_t i = 0; i < n; ++i) {
+    if constexpr (sizeof(T) == 8) {
+      infinite |= (bit_cast<std::uint64_t>(x[i]) & 0x7ff0000000000000u) == 0x7ff0000000000000u;
+    } else if constexpr (sizeof(T) == 4) {
+      infinite |= (bit_cast<std::uint32_t>(x[i]) & 0x7f800000u) == 0x7f800000u;
+    } else if constexpr (__is_same(T, BFloat16)) {
+      infinite |= (x[i].bits & 0x7f80u) == 0x7f80u;
+    } else {
+      infinite |= (x[i].bits & 0x7c00u) == 0x7c00u;
+    }
+  }
+  return !infinite;
+}
+
+}  // namespace attnx::cpu::ATTNX_ISA

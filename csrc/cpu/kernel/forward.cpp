@@ -1,0 +1,33 @@
+// Compiled once per instruction set; picks the policies.
+#include "forward.h"
+
+#include "score/sigmoid.h"
+#include "score/softmax.h"
+#include "storage/strided.h"
+#include "tiles/band.h"
+
+namespace attnx::cpu::ATTNX_ISA {
+
+template <class Use>
+static auto with_forward(const ForwardParams& p, const Executor& executor, Use use) {
+  const auto with_input = [&]<class Input>() {
+    if (p.score == Score::kSigmoid) return use(Forward<Input, Sigmoid, BandTiles, StridedStorage>(p, executor));
+    return use(Forward<Input, Softmax, BandTiles, StridedStorage>(p, executor));
+  };
+  switch (p.dtype) {
+    case DType::kBFloat16: return with_input.template operator()<BFloat16>();
+    case DType::kFloat16: return with_input.template operator()<Float16>();
+    case DType::kFloat64: return with_input.template operator()<double>();
+    default: return with_input.template operator()<float>();
+  }
+}
+
+std::size_t forward_workspace(const ForwardParams& p, const Executor& executor) {
+  return with_forward(p, executor, [&](const auto& f) { return std::size_t(executor.threads * f.worker_bytes()); });
+}
+
+void forward(const ForwardParams& p, const Executor& executor, char* workspace) {
+  with_forward(p, executor, [&](const auto& f) { f.run(workspace); });
+}
+
+}  // namespace attnx::cpu::ATTNX_ISA

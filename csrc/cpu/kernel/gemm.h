@@ -1,0 +1,101 @@
+// The one matrix product of the library: C[rows][lanes] (+)= A[rows][steps] B[steps][lanes].
+//
+// A is read by broadcast, with any strides, so keys and values are used as they lie; B and C have their lanes
+// contiguous. A block of C stays in registers over the whole contraction.
+#pragma once
+
+#include "arithmetic.h"
+
+namespace attnx::cpu::ATTNX_ISA {
+
+// Rows of a register block for a number of vectors across: accumulators + vectors of B + one broadcast fit the
+// 32 registers of AVX-512 and NEON, or the 16 of SSE and AVX2. Every entry divides kRowMultiple.
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kBlockRows[] = {0, 12, 12, 8, 6};
+inline constexpr int kMaxVectors = 4;
+#else
+inline constexpr int kBlockRows[] = {0, 8, 6, 4};
+inline constexpr int kMaxVectors = 3;
+#endif
+// Callers pad A's and C's rows to this; what stands in the padding is computed and never read.
+inline constexpr int kRowMultiple = 24;
+
+// Strides count elements; a_step and b_step go from one step (kStep products) to the next.
+template <class A>
+struct GemmOperands {
+  const typename A::Element* a;
+  std::int64_t a_row, a_step;
+  const typename A::Element* b;
+  std::int64_t b_step;
+  typename A::Sum* c;
+  std::int64_t c_row;
+};
+
+template <class A, int kVectors>
+inline void gemm_columns(GemmOperands<A> g, std::int64_t rows, std::int64_t steps, bool accumulate) {
+  using Sum = typename A::Sum;
+  constexpr int kRows = kBlockRows[kVectors];
+  constexpr int kWidth = kLanes<Sum>;
+  for (std::int64_t row = 0; row < rows; row += kRows, g.a += kRows * g.a_row, g.c += kRows * g.c_row) {
+    Vec<Sum> sum[kRows][kVectors];
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = accumulate ? load(g.c + r * g.c_row + v * kWidth) : Vec<Sum>{};
+    const auto* a = g.a;
+    const auto* b = g.b;
+    for (std::int64_t s = 0; s < steps; ++s, a += g.a_step, b += g.b_step) {
+      typename A::Operand column[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) column[v] = A::operand(b + v * kWidth * A::kStep);
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+        const auto x = A::broadcast(a + r * g.a_row);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = A::multiply_add(x, column[v], sum[r][v]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) store(g.c + r * g.c_row + v * kWidth, sum[r][v]);
+  }
+}
+
+template <class A>
+inline void gemm(GemmOperands<A> g, std::int64_t rows, std::int64_t vectors, std::int64_t steps, bool accumulate) {
+  while (vectors > 0) {
+    // Even shares: 5 vectors go as 3 + 2, not 4 + 1.
+    const std::int64_t blocks = (vectors + kMaxVectors - 1) / kMaxVectors;
+    const std::int64_t n = (vectors + blocks - 1) / blocks;
+    switch (n) {
+      case 1: gemm_columns<A, 1>(g, rows, steps, accumulate); break;
+      case 2: gemm_columns<A, 2>(g, rows, steps, accumulate); break;
+      case 3: gemm_columns<A, 3>(g, rows, steps, accumulate); break;
+      default:
+        if constexpr (kMaxVectors == 4) gemm_columns<A, 4>(g, rows, steps, accumulate);
+    }
+    vectors -= n;
+    g.b += n * kLanes<typename A::Sum> * A::kStep;
+    g.c += n * kLanes<typename A::Sum>;
+  }
+}
+
+// The same product over the pairs that visible(row, lane, i) admits, i counting single products: for tiles that
+// hide some pairs and hold a NaN or an infinity, which a weight of zero would not keep out.
+template <class A, class Visible>
+inline void gemm_where(GemmOperands<A> g, std::int64_t rows, std::int64_t lanes, std::int64_t products,
+                       Visible visible) {
+  constexpr int kStep = A::kStep;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t lane = 0; lane < lanes; ++lane) {
+      for (std::int64_t i = 0; i < products; ++i) {
+        if (!visible(r, lane, i)) continue;
+        g.c[r * g.c_row + lane] += to_float(g.a[r * g.a_row + i / kStep * g.a_step + i % kStep]) *
+                                   to_float(g.b[i / kStep * g.b_step + lane * kStep + i % kStep]);
+      }
+    }
+  }
+}
+
+}  // namespace attnx::cpu::ATTNX_ISA

@@ -1,0 +1,43 @@
+// exp and reciprocal on vectors.
+#pragma once
+
+#include "simd.h"
+
+namespace attnx::cpu::ATTNX_ISA {
+
+// e^x for x <= 88; below -87 it stays at e^-87, a normal number. NaN stays NaN. Relative error 2^-22.
+//
+// x = n ln2 + r with |r| <= ln2 / 2; e^r by a polynomial of degree 5 (relative minimax, error 2^-23.2), 2^n by
+// adding n to the exponent. Adding 1.5 * 2^23 rounds to the integer n and leaves it in the low bits. One constant
+// for ln2 is enough: its own error, 1.9e-9, times |n| <= 127 is below half a unit of the result's last place.
+ATTNX_INLINE Vec<float> exp(Vec<float> x) {
+  constexpr float kRound = 12582912.0f, kLog2E = 1.44269504f, kLn2 = 0.693147182f;
+  x = at_least(x, -87.0f);
+  const Vec<float> shifted = x * kLog2E + kRound;
+  const Vec<float> r = x - (shifted - kRound) * kLn2;
+  Vec<float> p = r * 8.31250101e-3f + 4.18903306e-2f;
+  p = p * r + 1.66671157e-1f;
+  p = p * r + 4.99992311e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return bit_cast<Vec<float>>(bit_cast<Mask<float>>(p) + (bit_cast<Mask<float>>(shifted) << 23));
+}
+
+// float64 exists for gradient checks: exactness counts, speed does not.
+ATTNX_INLINE Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+// 1 / x for normal x with a normal reciprocal; relative error 2^-22.9.
+ATTNX_INLINE Vec<float> reciprocal(Vec<float> x) {
+#if defined(__AVX512F__)
+  const auto r = (Vec<float>)_mm512_rcp14_ps((__m512)x);  // then one Newton step
+  return r * (1.0f - x * r) + r;
+#else
+  return 1.0f / x;
+#endif
+}
+ATTNX_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
+
+}  // namespace attnx::cpu::ATTNX_ISA

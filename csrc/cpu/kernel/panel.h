@@ -1,0 +1,141 @@
+// A panel: the query rows that fill the vectors of one matrix product, and what every lane needs to know of its row.
+//
+// Rows of a key head are numbered (query i, head g of the group), g fastest: the query heads that share a key head
+// sit in one panel and read its keys once. Everything that depends on the row - bias, slope, mask, maximum - is a
+// vector; nothing in the loop is summed across lanes.
+#pragma once
+
+#include "arithmetic.h"
+#include "attnx/params.h"
+
+namespace attnx::cpu::ATTNX_ISA {
+
+inline constexpr int kPanelVectors = 3;
+template <class Sum>
+inline constexpr int kPanelLanes = kPanelVectors * kLanes<Sum>;
+
+// One sequence of the batch: where its rows start, and how many there are.
+struct Sequence {
+  std::int64_t batch, first_q, first_k, length_q, length_k;
+
+  Sequence(const AttentionParams& p, std::int64_t b)
+      : batch(b), first_q(0), first_k(0), length_q(p.length_q), length_k(p.length_k) {
+    if (p.cu_seqlens_q) first_q = p.cu_seqlens_q[b], length_q = p.cu_seqlens_q[b + 1] - first_q;
+    if (p.cu_seqlens_k) first_k = p.cu_seqlens_k[b], length_k = p.cu_seqlens_k[b + 1] - first_k;
+  }
+};
+
+struct KeyRange {
+  std::int64_t first, end;
+};
+
+template <class T>
+ATTNX_INLINE T* row_of(const Tensor& t, std::int64_t batch, std::int64_t head, std::int64_t row) {
+  return static_cast<T*>(t.data) + batch * t.batch_stride + head * t.head_stride + row * t.row_stride;
+}
+
+template <class Sum>
+struct Panel {
+  static constexpr int kCount = kPanelLanes<Sum>;
+
+  int rows;     // real ones; the lanes after them repeat the last, and are dropped at the end
+  int vectors;  // enough for the rows
+  std::int64_t query[kCount];
+  std::int64_t head[kCount];
+  KeyRange visible[kCount];
+  KeyRange any, all;              // keys that some row sees, that every row sees
+  std::int64_t position[kCount];  // of the key that stands where the query stands
+  alignas(kVectorBytes) Sum bias[kCount];
+  alignas(kVectorBytes) Sum slope[kCount];
+  bool alibi;
+
+  template <class Tiles>
+  void set(const AttentionParams& p, const Sequence& s, const Tiles& tiles, std::int64_t key_head, std::int64_t row0,
+           std::int64_t count) {
+    const std::int64_t group = p.heads_q / p.heads_k;
+    rows = int(count);
+    vectors = (rows + kLanes<Sum> - 1) / kLanes<Sum>;
+    alibi = p.alibi_slopes.data != nullptr;
+    for (int lane = 0; lane < kCount; ++lane) {
+      const std::int64_t row = row0 + (lane < rows ? lane : rows - 1);
+      query[lane] = row / group;
+      head[lane] = key_head * group + row % group;
+      position[lane] = query[lane] + s.length_k - s.length_q;
+      visible[lane] = tiles.row(position[lane]);
+      if (lane == 0) any = all = visible[0];
+      any = {smaller(any.first, visible[lane].first), larger(any.end, visible[lane].end)};
+      all = {larger(all.first, visible[lane].first), smaller(all.end, visible[lane].end)};
+      bias[lane] = Sum(p.bias_value) + per_head(p.bias, head[lane]);
+      if (p.bias_rule == BiasRule::kLength) bias[lane] -= log(s.length_k);
+      if (p.bias_rule == BiasRule::kRow) bias[lane] -= log(visible[lane].end - visible[lane].first);
+      slope[lane] = per_head(p.alibi_slopes, head[lane]);
+    }
+  }
+
+ private:
+  static Sum per_head(const PerHead& x, std::int64_t head) {
+    return x.data ? static_cast<const Sum*>(x.data)[head * x.stride] : Sum(0);
+  }
+  static Sum log(std::int64_t keys) { return Sum(__builtin_log(double(larger<std::int64_t>(keys, 1)))); }
+};
+
+// The panel as seen from one tile of keys: positions count from the tile's first key.
+template <class Sum>
+struct PanelOnTile {
+  alignas(kVectorBytes) Sum position[kPanelLanes<Sum>];
+  alignas(kVectorBytes) MaskInt<Sum> first[kPanelLanes<Sum>], end[kPanelLanes<Sum>];
+  bool masked;
+
+  // keys is the number of rows of the tile that the loop will touch, padding of the last step included.
+  PanelOnTile(const Panel<Sum>& panel, std::int64_t key0, std::int64_t keys)
+      : masked(panel.all.first > key0 || panel.all.end < key0 + keys) {
+    if (!masked && !panel.alibi) return;
+    for (int lane = 0; lane < panel.vectors * kLanes<Sum>; ++lane) {
+      position[lane] = Sum(panel.position[lane] - key0);
+      first[lane] = MaskInt<Sum>(larger<std::int64_t>(panel.visible[lane].first - key0, 0));
+      end[lane] = MaskInt<Sum>(smaller(larger<std::int64_t>(panel.visible[lane].end - key0, 0), keys));
+    }
+  }
+};
+
+template <bool value>
+struct Flag {
+  static constexpr bool kValue = value;
+};
+
+// Calls body(step, offset, x, visible) for every step of every vector of the tile of products s[keys][lanes]:
+// x = the kStep logits, offset = where their first vector starts in a B operand. The flags are compile-time, so a
+// plain tile pays for neither mask nor distance.
+template <class A, class Body>
+ATTNX_INLINE void for_each_logit(const typename A::Sum* s, std::int64_t keys, typename A::Sum scale,
+                                 const Panel<typename A::Sum>& panel, const PanelOnTile<typename A::Sum>& on_tile,
+                                 int vector, Body body) {
+  using Sum = typename A::Sum;
+  constexpr int kStep = A::kStep, kWidth = kPanelLanes<Sum>;
+  const int lane = vector * kLanes<Sum>;
+  const auto loop = [&](auto alibi, auto masked) __attribute__((always_inline)) {
+    const Vec<Sum> bias = load(panel.bias + lane), slope = load(panel.slope + lane);
+    const Vec<Sum> position = load(on_tile.position + lane);
+    const Mask<Sum> first = load(on_tile.first + lane), end = load(on_tile.end + lane);
+    for (std::int64_t key = 0; key < keys; key += kStep) {
+      Vec<Sum> x[kStep];
+      Mask<Sum> visible[kStep];
+      for (int k = 0; k < kStep; ++k) {
+        x[k] = load(s + (key + k) * kWidth + lane) * scale + bias;
+        if constexpr (alibi.kValue) x[k] -= slope * absolute(position - Sum(key + k));
+        if constexpr (masked.kValue) {
+          const auto n = MaskInt<Sum>(key + k);
+          visible[k] = (first <= n) & (end > n);
+        }
+      }
+      body(key, x, visible, masked);
+    }
+  };
+  if (on_tile.masked) {
+    panel.alibi ? loop(Flag<true>{}, Flag<true>{}) : loop(Flag<false>{}, Flag<true>{});
+  } else {
+    panel.alibi ? loop(Flag<true>{}, Flag<false>{}) : loop(Flag<false>{}, Flag<false>{});
+  }
+}
+
+}  // namespace attnx::cpu::ATTNX_ISA

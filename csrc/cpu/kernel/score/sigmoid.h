@@ -1,0 +1,70 @@
+// P = sigmoid(logit): every weight stands alone, so the forward keeps nothing of a row and the backward needs
+// nothing of the forward. Ramapuram et al., arXiv 2409.04431.
+#pragma once
+
+#include "../math.h"
+#include "../rows.h"
+
+namespace attnx::cpu::ATTNX_ISA {
+
+// e^-x with x bounded so that 1 + e^-x and its reciprocal stay normal; the weight of a lower logit stays at 4e-38.
+template <class V>
+ATTNX_INLINE V exp_minus(V x) {
+  if constexpr (sizeof(x[0]) == 4)
+    return exp(at_most(-x, 86.0f));
+  else
+    return exp(-x);
+}
+
+template <class A>
+class SigmoidForward {
+  using Sum = typename A::Sum;
+
+ public:
+  void begin() {}
+
+  // Turns the products s[keys][lanes] into weights, a B operand over keys.
+  void weigh(Sum* s, std::int64_t keys, Sum scale, const Panel<Sum>& panel, const PanelOnTile<Sum>& on_tile,
+             typename A::Element* weights, Sum* /*output*/, std::int64_t /*value_dim*/) {
+    for (int v = 0; v < panel.vectors; ++v) {
+      const int lane = v * kLanes<Sum>;
+      for_each_logit<A>(s, keys, scale, panel, on_tile, v, [&](auto key, auto& x, auto& visible, auto masked) {
+        Vec<Sum> p[A::kStep];
+        for (int k = 0; k < A::kStep; ++k) {
+          p[k] = reciprocal(Sum(1) + exp_minus(x[k]));
+          if constexpr (masked.kValue) p[k] = visible[k] ? p[k] : Vec<Sum>{};
+        }
+        A::store_step(weights + step_index<A>(key, lane, kPanelLanes<Sum>), p);
+      });
+    }
+  }
+
+  Sum output_factor(const Panel<Sum>&, int) const { return 1; }
+};
+
+template <class A>
+class SigmoidBackward {
+  using Sum = typename A::Sum;
+
+ public:
+  template <class Input>
+  void begin(const BackwardParams&, const Sequence&, const Panel<Sum>&) {}
+
+  // The weight of a logit, and its derivative times dP: p (1 - p) dP with 1 - p = e^-x p, exact to rounding where
+  // p - p^2 would cancel.
+  ATTNX_INLINE void differentiate(Vec<Sum> x, Vec<Sum> dp, int /*lane*/, Vec<Sum>& p, Vec<Sum>& ds) const {
+    const Vec<Sum> e = exp_minus(x);
+    p = reciprocal(Sum(1) + e);
+    ds = e * p * p * dp;
+  }
+};
+
+struct Sigmoid {
+  static constexpr bool kNormalised = false;
+  template <class A>
+  using Forward = SigmoidForward<A>;
+  template <class A>
+  using Backward = SigmoidBackward<A>;
+};
+
+}  // namespace attnx::cpu::ATTNX_ISA

@@ -1,0 +1,109 @@
+// P = exp(logit - logsumexp of the row), with the running maximum and sum of Milakov and Gimelshein, arXiv 1805.02867.
+#pragma once
+
+#include "../math.h"
+#include "../rows.h"
+
+namespace attnx::cpu::ATTNX_ISA {
+
+template <class A>
+class SoftmaxForward {
+  using Sum = typename A::Sum;
+  static constexpr Sum kInfinity = __builtin_huge_valf();
+
+ public:
+  void begin() {
+    for (int lane = 0; lane < kPanelLanes<Sum>; ++lane) maximum_[lane] = -kInfinity, sum_[lane] = 0;
+  }
+
+  // As for the sigmoid; output[value_dim][lanes] is rescaled where a maximum rises.
+  void weigh(Sum* s, std::int64_t keys, Sum scale, const Panel<Sum>& panel, const PanelOnTile<Sum>& on_tile,
+             typename A::Element* weights, Sum* output, std::int64_t value_dim) {
+    constexpr int kWidth = kPanelLanes<Sum>;
+    for (int v = 0; v < panel.vectors; ++v) {
+      const int lane = v * kLanes<Sum>;
+      const Vec<Sum> before = load(maximum_ + lane);
+      Vec<Sum> highest = before;
+      for_each_logit<A>(s, keys, scale, panel, on_tile, v, [&](auto key, auto& x, auto& visible, auto masked) {
+        for (int k = 0; k < A::kStep; ++k) {
+          if constexpr (masked.kValue) x[k] = visible[k] ? x[k] : splat(-kInfinity);
+          highest = maximum(highest, x[k]);
+          store(s + (key + k) * kWidth + lane, x[k]);
+        }
+      });
+      // A row that has seen no key yet: any finite maximum will do.
+      const Vec<Sum> shift = highest == -kInfinity ? Vec<Sum>{} : highest;
+      Vec<Sum> sum = {};
+      for (std::int64_t key = 0; key < keys; key += A::kStep) {
+        Vec<Sum> p[A::kStep];
+        for (int k = 0; k < A::kStep; ++k) {
+          const Vec<Sum> x = load(s + (key + k) * kWidth + lane);
+          p[k] = exp(x - shift);
+          if (on_tile.masked) p[k] = x == -kInfinity ? Vec<Sum>{} : p[k];
+          sum += p[k];
+        }
+        A::store_step(weights + step_index<A>(key, lane, kWidth), p);
+      }
+      if (__builtin_memcmp(&before, &highest, sizeof before) != 0) {
+        const Vec<Sum> factor = exp(before - shift);
+        store(sum_ + lane, load(sum_ + lane) * factor);
+        for (std::int64_t d = 0; d < value_dim; ++d)
+          store(output + d * kWidth + lane, load(output + d * kWidth + lane) * factor);
+        store(maximum_ + lane, highest);
+      }
+      store(sum_ + lane, load(sum_ + lane) + sum);
+    }
+  }
+
+  Sum output_factor(const Panel<Sum>& panel, int lane) const { return sees_nothing(panel, lane) ? 0 : 1 / sum_[lane]; }
+  Sum logsumexp(const Panel<Sum>& panel, int lane) const {
+    return sees_nothing(panel, lane) ? -kInfinity : maximum_[lane] + Sum(__builtin_log(sum_[lane]));
+  }
+
+ private:
+  static bool sees_nothing(const Panel<Sum>& panel, int lane) {
+    return panel.visible[lane].first == panel.visible[lane].end;
+  }
+
+  alignas(kVectorBytes) Sum maximum_[kPanelLanes<Sum>], sum_[kPanelLanes<Sum>];
+};
+
+template <class A>
+class SoftmaxBackward {
+  using Sum = typename A::Sum;
+
+ public:
+  // Per row: the logsumexp, and what dP is measured from: sum_j P_ij dP_ij, which is dO . O, less the gradient of the
+  // logsumexp, whose derivative by a logit is P itself.
+  template <class Input>
+  void begin(const BackwardParams& p, const Sequence& s, const Panel<Sum>& panel) {
+    for (int lane = 0; lane < kPanelLanes<Sum>; ++lane) {
+      const std::int64_t row = s.first_q + panel.query[lane];
+      const Input* output = row_of<const Input>(p.output, s.batch, panel.head[lane], row);
+      const Input* grad = row_of<const Input>(p.grad_output, s.batch, panel.head[lane], row);
+      Sum dot = 0;
+      for (std::int64_t d = 0; d < p.value_dim; ++d) dot += Sum(to_float(output[d])) * Sum(to_float(grad[d]));
+      offset_[lane] = dot - *row_of<const Sum>(p.grad_logsumexp, s.batch, panel.head[lane], row);
+      const Sum logsumexp = *row_of<const Sum>(p.logsumexp, s.batch, panel.head[lane], row);
+      logsumexp_[lane] = panel.visible[lane].first == panel.visible[lane].end ? 0 : logsumexp;
+    }
+  }
+
+  ATTNX_INLINE void differentiate(Vec<Sum> x, Vec<Sum> dp, int lane, Vec<Sum>& p, Vec<Sum>& ds) const {
+    p = exp(x - load(logsumexp_ + lane));
+    ds = p * (dp - load(offset_ + lane));
+  }
+
+ private:
+  alignas(kVectorBytes) Sum logsumexp_[kPanelLanes<Sum>], offset_[kPanelLanes<Sum>];
+};
+
+struct Softmax {
+  static constexpr bool kNormalised = true;
+  template <class A>
+  using Forward = SoftmaxForward<A>;
+  template <class A>
+  using Backward = SoftmaxBackward<A>;
+};
+
+}  // namespace attnx::cpu::ATTNX_ISA

@@ -1,0 +1,113 @@
+// Vectors of the instruction set this file is compiled for (ATTNX_ISA, ATTNX_VECTOR_BYTES).
+//
+// Everything under kernel/ lives in a namespace named after the instruction set and uses no inline function of
+// another library: a weak symbol compiled for AVX-512 must never be what the linker keeps for everyone.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define ATTNX_INLINE __attribute__((always_inline)) inline
+
+namespace attnx::cpu::ATTNX_ISA {
+
+inline constexpr int kVectorBytes = ATTNX_VECTOR_BYTES;
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+inline constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+// The integer with as many bits as T: what comparing vectors of T yields.
+template <class T>
+struct MaskOf;
+template <>
+struct MaskOf<float> {
+  using type = std::int32_t;
+};
+template <>
+struct MaskOf<double> {
+  using type = std::int64_t;
+};
+template <class T>
+using MaskInt = typename MaskOf<T>::type;
+template <class T>
+using Mask = Vec<MaskInt<T>>;
+
+template <class T>
+ATTNX_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+ATTNX_INLINE void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+template <class T>
+ATTNX_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+template <class To, class From>
+ATTNX_INLINE To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+// min and max keep a NaN in x, as a comparison that is false keeps x.
+ATTNX_INLINE Vec<float> at_least(Vec<float> x, float low) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_max_ps(_mm512_set1_ps(low), (__m512)x);
+#elif defined(__AVX__)
+  return (Vec<float>)_mm256_max_ps(_mm256_set1_ps(low), (__m256)x);
+#else
+  return x < low ? splat(low) : x;
+#endif
+}
+ATTNX_INLINE Vec<float> at_most(Vec<float> x, float high) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_min_ps(_mm512_set1_ps(high), (__m512)x);
+#elif defined(__AVX__)
+  return (Vec<float>)_mm256_min_ps(_mm256_set1_ps(high), (__m256)x);
+#else
+  return x > high ? splat(high) : x;
+#endif
+}
+// The larger of two; where either is NaN, any of the two.
+template <class V>
+ATTNX_INLINE V maximum(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
+  return a > b ? a : b;
+}
+template <class V>
+ATTNX_INLINE V absolute(V x) {
+  return x < 0 ? -x : x;
+}
+
+constexpr std::int64_t round_up(std::int64_t x, std::int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+template <class T>
+constexpr T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+constexpr T larger(T a, T b) {
+  return a < b ? b : a;
+}
+
+}  // namespace attnx::cpu::ATTNX_ISA

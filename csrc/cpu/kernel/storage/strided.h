@@ -1,0 +1,39 @@
+// Keys and values that lie in ordinary strided tensors.
+#pragma once
+
+#include "../rows.h"
+
+namespace attnx::cpu::ATTNX_ISA {
+
+template <class Input, class A>
+class StridedStorage {
+ public:
+  using Element = typename A::Element;
+
+  StridedStorage(const AttentionParams& p, const Sequence& s, std::int64_t key_head)
+      : key_(row_of<const Input>(p.key, s.batch, key_head, s.first_k)),
+        value_(row_of<const Input>(p.value, s.batch, key_head, s.first_k)),
+        key_stride_(p.key.row_stride),
+        value_stride_(p.value.row_stride),
+        head_dim_(p.head_dim),
+        value_dim_(p.value_dim) {}
+
+  // Both load count rows from the given one as [rows][stride].
+  void load_keys(std::int64_t first, std::int64_t count, Element* to, std::int64_t stride) const {
+    load_rows<A>([&](std::int64_t i) { return key_ + (first + i) * key_stride_; }, count, head_dim_, to, stride);
+  }
+  void load_values(std::int64_t first, std::int64_t count, Element* to, std::int64_t stride) const {
+    load_rows<A>([&](std::int64_t i) { return value_ + (first + i) * value_stride_; }, count, value_dim_, to, stride);
+  }
+  // Rows that will be loaded soon; where they end beyond the sequence, nothing happens.
+  void prefetch(std::int64_t first, std::int64_t count) const {
+    prefetch_rows(key_ + first * key_stride_, count, head_dim_, key_stride_);
+    prefetch_rows(value_ + first * value_stride_, count, value_dim_, value_stride_);
+  }
+
+ private:
+  const Input *key_, *value_;
+  std::int64_t key_stride_, value_stride_, head_dim_, value_dim_;
+};
+
+}  // namespace attnx::cpu::ATTNX_ISA

@@ -1,0 +1,19 @@
+// The kernels of one instruction set, as the dispatcher sees them.
+#pragma once
+
+#include <cstddef>
+
+#include "attnx/params.h"
+#include "executor.h"
+
+namespace attnx::cpu {
+
+struct Kernels {
+  // Bytes that the run of the same name needs, aligned to 64.
+  std::size_t (*forward_workspace)(const ForwardParams&, const Executor&);
+  void (*forward)(const ForwardParams&, const Executor&, char* workspace);
+  std::size_t (*backward_workspace)(const BackwardParams&, const Executor&);
+  void (*backward)(const BackwardParams&, const Executor&, char* workspace);
+};
+
+}  // namespace attnx::cpu

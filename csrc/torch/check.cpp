@@ -1,0 +1,61 @@
+#include "check.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace attnx::ops {
+
+namespace {
+
+template <class Sizes>
+std::string join(const Sizes& sizes) {
+  std::ostringstream out;
+  const char* separator = "";
+  out << "(";
+  for (const auto size : sizes) out << std::exchange(separator, ", ") << size;
+  out << (sizes.size() == 1 ? ",)" : ")");
+  return out.str();
+}
+
+}  // namespace
+
+std::string shape_of(const StableTensor& x) { return join(x.sizes()); }
+std::string to_string(std::initializer_list<std::int64_t> shape) { return join(shape); }
+
+std::string to_string(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return "torch scalar type " + std::to_string(int(dtype));
+  }
+}
+std::string dtype_of(const StableTensor& x) { return to_string(x.scalar_type()); }
+
+void check_dtype(const char* name, const StableTensor& x, ScalarType expected, const char* why) {
+  check(x.scalar_type() == expected, name, ": expected ", to_string(expected), why, ", got ", dtype_of(x));
+}
+
+void check_shape(const char* name, const StableTensor& x, std::initializer_list<std::int64_t> expected) {
+  const auto sizes = x.sizes();
+  check(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name, ": expected shape ",
+        to_string(expected), ", got ", shape_of(x));
+}
+
+void check_layout(const char* name, const StableTensor& x) {
+  check(x.is_cpu(), name, ": expected a CPU tensor like the others, got one on another device");
+  const std::int64_t last = x.dim() - 1;
+  check(x.numel() == 0 || x.size(last) == 1 || x.stride(last) == 1, name,
+        ": expected a contiguous last dimension (stride 1), got stride ", x.stride(last), "; call .contiguous()");
+}
+
+}  // namespace attnx::ops

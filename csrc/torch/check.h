@@ -1,0 +1,35 @@
+// Checks of what a user passed. They throw std::invalid_argument, which Python sees as ValueError.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace attnx::ops {
+
+using StableTensor = torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+// "(2, 8, 128, 64)"
+std::string shape_of(const StableTensor& x);
+std::string to_string(std::initializer_list<std::int64_t> shape);
+// "float32", as torch names it.
+std::string dtype_of(const StableTensor& x);
+std::string to_string(ScalarType dtype);
+
+void check_dtype(const char* name, const StableTensor& x, ScalarType expected, const char* why);
+void check_shape(const char* name, const StableTensor& x, std::initializer_list<std::int64_t> expected);
+// On the CPU, and its last dimension contiguous.
+void check_layout(const char* name, const StableTensor& x);
+
+}  // namespace attnx::ops

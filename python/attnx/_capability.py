@@ -1,0 +1,129 @@
+"""The capability table, and what a call needs of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnx import _C
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What one operator supports on one backend."""
+
+    operator: str
+    backend: str
+    dtypes: tuple[str, ...]
+    head_dim: tuple[int, int]
+    features: tuple[str, ...]
+    backward: bool
+
+
+@cache
+def table() -> tuple[Capability, ...]:
+    rows = json.loads(_C.capabilities())
+    return tuple(
+        Capability(
+            row["operator"],
+            row["backend"],
+            tuple(row["dtypes"]),
+            tuple(row["head_dim"]),
+            tuple(row["features"]),
+            row["backward"],
+        )
+        for row in rows
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """What a call needs, in the words of the table. Arguments are those of the torch operator, by name."""
+
+    operator: str
+    backend: str
+    dtype: str
+    head_dims: tuple[int, ...]
+    features: tuple[str, ...]
+    backward: bool
+
+    @classmethod
+    def of(cls, operator: str, arguments: dict[str, Any]) -> Requirement:
+        query, key, value = (arguments[name] for name in ("query", "key", "value"))
+        base = operator.removesuffix("_backward").removesuffix("_varlen")
+        wanted = {
+            "varlen": "cu_seqlens_q" in arguments,
+            "grouped_queries": query.dim() > 1 and key.dim() > 1 and query.shape[1] != key.shape[1],
+            "value_dim": query.shape[-1:] != value.shape[-1:],
+            "causal": arguments.get("is_causal", False),
+            "window": max(arguments.get("window_left", -1), arguments.get("window_right", -1)) >= 0,
+            "bias": arguments.get("bias") is not None,
+            "alibi": arguments.get("alibi_slopes") is not None,
+        }
+        for name, feature in (("bias", "bias_gradient"), ("alibi_slopes", "alibi_gradient")):
+            argument = arguments.get(name)
+            wanted[feature] = isinstance(argument, Tensor) and argument.requires_grad
+        return cls(
+            operator=base,
+            backend=query.device.type,
+            dtype=dtype_name(query.dtype),
+            head_dims=tuple(x.shape[-1] for x in (query, value) if x.dim()),
+            features=tuple(feature for feature, used in wanted.items() if used),
+            backward=any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values()),
+        )
+
+    def missing(self, row: Capability) -> list[str]:
+        """What this row lacks, empty where it serves the call."""
+        low, high = row.head_dim
+        missing = [] if row.backend == self.backend else [f"backend {self.backend}"]
+        if self.dtype not in row.dtypes:
+            missing.append(f"dtype {self.dtype}")
+        missing += [f"head_dim {d}" for d in dict.fromkeys(self.head_dims) if not low <= d <= high]
+        missing += [feature for feature in self.features if feature not in row.features]
+        if self.backward and not row.backward:
+            missing.append("backward")
+        return missing
+
+    def __str__(self) -> str:
+        dims = ", ".join(f"head_dim {d}" for d in dict.fromkeys(self.head_dims))
+        return ", ".join(filter(None, (f"backend {self.backend}", f"dtype {self.dtype}", dims, *self.features)))
+
+
+def describe(row: Capability) -> str:
+    low, high = row.head_dim
+    parts = [f"backend {row.backend}", "dtype " + "/".join(row.dtypes), f"head_dim {low}-{high}", *row.features]
+    return ", ".join(parts + ["backward"] * row.backward)
+
+
+def nearest(requirement: Requirement) -> Capability:
+    """The row of the operator that lacks least."""
+    rows = [row for row in table() if row.operator == requirement.operator]
+    return min(rows, key=lambda row: len(requirement.missing(row)))
+
+
+def refusal(operator: str, arguments: dict[str, Any]) -> str:
+    """Why no kernel serves the call: what it requires, what is supported, what is missing."""
+    requirement = Requirement.of(operator, arguments)
+    row = nearest(requirement)
+    return (
+        f"{requirement.operator}: no kernel for this call.\n"
+        f"  required:  {requirement}\n"
+        f"  supported: {describe(row)}\n"
+        f"  missing:   {', '.join(requirement.missing(row))}"
+    )
+
+
+def check_one_device(arguments: dict[str, Any]) -> None:
+    device = arguments["query"].device
+    for name, x in arguments.items():
+        if isinstance(x, Tensor) and x.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device} like query, got one on {x.device}")

@@ -1,0 +1,195 @@
+"""The attention operators as functions; each is one ``torch.ops.attnx`` operator with its defaults filled in."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+SigmoidBias: TypeAlias = Tensor | float | Literal["row"] | None
+
+_ops = torch.ops.attnx
+
+
+class _Bias(NamedTuple):
+    tensor: Tensor | None
+    rule: str
+    value: float
+
+
+def _sigmoid_bias(bias: SigmoidBias) -> _Bias:
+    """Splits the public ``bias`` into what the operator adds to every logit: rule + value + tensor."""
+    if bias is None:
+        return _Bias(None, "length", 0.0)
+    if isinstance(bias, Tensor):
+        return _Bias(bias, "none", 0.0)
+    if bias == "row":
+        return _Bias(None, "row", 0.0)
+    if isinstance(bias, (int, float)) and not isinstance(bias, bool):
+        return _Bias(None, "none", float(bias))
+    raise ValueError(f'bias: expected None, "row", a float, or a tensor of shape () or (heads,), got {bias!r}')
+
+
+def sigmoid_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bias: SigmoidBias = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    r"""Sigmoid attention: every key is weighted on its own, without normalisation over the row.
+
+    .. math:: P_{ij} = \sigma(s\, q_i \cdot k_j + b_h - m_h |i + N_k - N_q - j|), \qquad O = P V
+
+    and :math:`P_{ij} = 0` where the mask hides key j. A row that sees no key gives 0.
+
+    Args:
+        query: (batch, heads, length_q, head_dim).
+        key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads, and consecutive query
+            heads share a key head.
+        value: (batch, kv_heads, length_k, value_dim).
+        bias: what is added to every logit. None: -log(length_k), the paper's rule, under which the weights of
+            a row start near a sum of 1. ``"row"``: -log(number of keys the row sees). A float. Or a tensor of
+            shape () or (heads,), float32 (float64 for float64 inputs), which may require a gradient.
+        scale: factor on query . key, 1/sqrt(head_dim) by default.
+        is_causal: hide later keys; aligned bottom-right, so that the last query sees the last key.
+        window: (left, right): how many keys before and after its own position a query sees; -1 for no bound.
+            With ``is_causal`` the right bound is 0.
+        alibi_slopes: (heads,) or (), dtype as for bias; slope times distance is subtracted from the logit.
+
+    The inputs share one dtype (float32, bfloat16, float16; float64 on the CPU) and device. Strides are free but
+    for a contiguous last dimension. Sums are kept in float32 (float64 for float64).
+
+    Returns:
+        (batch, heads, length_q, value_dim) in the dtype of query.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what was expected and what came.
+        NotImplementedError: no kernel for these arguments on this device; the message names what is missing.
+
+    Source: Ramapuram et al., "Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
+    arXiv 2409.04431.
+    """
+    b = _sigmoid_bias(bias)
+    return _ops.sigmoid_attention(
+        query, key, value, b.tensor, alibi_slopes, b.rule, b.value, scale, is_causal, window[0], window[1]
+    )
+
+
+def sigmoid_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    bias: SigmoidBias = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """:func:`sigmoid_attention` over sequences of different lengths, packed end to end.
+
+    Args:
+        query: (total_q, heads, head_dim); sequence b is rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``.
+        key: (total_k, kv_heads, head_dim).
+        value: (total_k, kv_heads, value_dim).
+        cu_seqlens_q: (batch + 1,) int32, rising from 0 to total_q.
+        cu_seqlens_k: (batch + 1,) int32, rising from 0 to total_k.
+        max_seqlen_q: at least the longest query sequence.
+        max_seqlen_k: at least the longest key sequence.
+
+    The other arguments are those of :func:`sigmoid_attention`; ``bias=None`` means -log of each sequence's own
+    key length, and masks are aligned to each sequence's own end.
+
+    Returns:
+        (total_q, heads, value_dim) in the dtype of query.
+    """
+    b = _sigmoid_bias(bias)
+    return _ops.sigmoid_attention_varlen(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        b.tensor,
+        alibi_slopes,
+        b.rule,
+        b.value,
+        scale,
+        is_causal,
+        window[0],
+        window[1],
+    )
+
+
+def softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Softmax attention, the baseline of the other operators, on the same loop.
+
+    Arguments as in :func:`sigmoid_attention`; ``is_causal`` is aligned bottom-right (PyTorch's
+    ``scaled_dot_product_attention`` aligns top-left: the two agree where length_q equals length_k).
+
+    Returns:
+        (batch, heads, length_q, value_dim) in the dtype of query; with ``return_logsumexp`` also
+        :math:`\log \sum_j \exp(\text{logit}_{ij})` as (batch, heads, length_q), float32 (float64 for float64).
+        A row that sees no key gives 0, and a logsumexp of -inf. Both are differentiable.
+    """
+    output, logsumexp = _ops.softmax_attention(query, key, value, alibi_slopes, scale, is_causal, window[0], window[1])
+    return (output, logsumexp) if return_logsumexp else output
+
+
+def softmax_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`softmax_attention` over packed sequences, laid out as in :func:`sigmoid_attention_varlen`.
+
+    Returns:
+        (total_q, heads, value_dim) in the dtype of query; with ``return_logsumexp`` also (heads, total_q).
+    """
+    output, logsumexp = _ops.softmax_attention_varlen(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        alibi_slopes,
+        scale,
+        is_causal,
+        window[0],
+        window[1],
+    )
+    return (output, logsumexp) if return_logsumexp else output

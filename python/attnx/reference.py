@@ -1,0 +1,162 @@
+"""The operators' definitions: a few lines of float64 PyTorch each, differentiable, without any attention kernel.
+
+Every test compares with these. They take the arguments of the functions of the same name, compute in float64
+whatever the inputs are, and hold the whole score matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnx.functional import SigmoidBias
+
+__all__ = ["sigmoid_attention", "sigmoid_attention_varlen", "softmax_attention", "softmax_attention_varlen"]
+
+
+def _distance(length_q: int, length_k: int, device: torch.device) -> Tensor:
+    """(length_q, length_k): how far key j lies before query i, aligned so that the last query meets the last key."""
+    i = torch.arange(length_q, device=device)[:, None]
+    j = torch.arange(length_k, device=device)
+    return i + length_k - length_q - j
+
+
+def _visible(distance: Tensor, is_causal: bool, window: tuple[int, int]) -> Tensor:
+    left, right = window
+    if is_causal:
+        right = 0
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if left >= 0:
+        visible &= distance <= left
+    if right >= 0:
+        visible &= -distance <= right
+    return visible
+
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    return x.double().expand(heads)[:, None, None]
+
+
+def _logits(query: Tensor, key: Tensor, scale: float | None, alibi_slopes: Tensor | None, distance: Tensor) -> Tensor:
+    """(batch, heads, length_q, length_k)."""
+    heads, head_dim = query.shape[1], query.shape[3]
+    key = key.double().repeat_interleave(heads // key.shape[1], dim=1)
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    logits = scale * query.double() @ key.transpose(-1, -2)
+    if alibi_slopes is not None:
+        logits = logits - _per_head(alibi_slopes, heads) * distance.abs()
+    return logits
+
+
+def _weighted(weights: Tensor, visible: Tensor, value: Tensor) -> Tensor:
+    """sum_j weights[i, j] value[j] over the visible keys alone, so that what a hidden key holds has no effect."""
+    heads = weights.shape[1]
+    value = value.double().repeat_interleave(heads // value.shape[1], dim=1)
+    if bool(value.isfinite().all()):
+        return weights @ value
+    terms = weights[..., None] * value[:, :, None]
+    return terms.where(visible[..., None], 0.0).sum(-2)
+
+
+def sigmoid_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bias: SigmoidBias = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    heads, length_q, length_k = query.shape[1], query.shape[2], key.shape[2]
+    distance = _distance(length_q, length_k, query.device)
+    visible = _visible(distance, is_causal, window)
+    logits = _logits(query, key, scale, alibi_slopes, distance)
+    if bias is None:
+        logits = logits - math.log(max(length_k, 1))
+    elif isinstance(bias, Tensor):
+        logits = logits + _per_head(bias, heads)
+    elif bias == "row":
+        logits = logits - visible.sum(-1, keepdim=True).clamp(min=1).double().log()
+    else:
+        logits = logits + bias
+    return _weighted(logits.sigmoid().where(visible, 0.0), visible, value)
+
+
+def softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    distance = _distance(query.shape[2], key.shape[2], query.device)
+    visible = _visible(distance, is_causal, window)
+    logits = _logits(query, key, scale, alibi_slopes, distance).where(visible, -math.inf)
+    logsumexp = logits.logsumexp(-1)
+    # A row without keys has a logsumexp of -inf; +inf in its place makes every weight 0, gradients included.
+    weights = (logits - logsumexp.where(visible.any(-1), math.inf)[..., None]).exp()
+    output = _weighted(weights.where(visible, 0.0), visible, value)
+    return (output, logsumexp) if return_logsumexp else output
+
+
+def _each_sequence(
+    attention: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+) -> Tensor:
+    outputs = []
+    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
+        q, k, v = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        outputs.append(attention(q, k, v)[0].transpose(0, 1))
+    return torch.cat(outputs) if outputs else query.new_zeros(*query.shape[:2], value.shape[2], dtype=torch.float64)
+
+
+def sigmoid_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    **options: Any,
+) -> Tensor:
+    return _each_sequence(
+        lambda q, k, v: sigmoid_attention(q, k, v, **options), query, key, value, cu_seqlens_q, cu_seqlens_k
+    )
+
+
+def softmax_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_logsumexp: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    # The logsumexp rides along as one more feature.
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output, logsumexp = softmax_attention(q, k, v, return_logsumexp=True, **options)
+        return torch.cat([output, logsumexp[..., None]], -1)
+
+    both = _each_sequence(attention, query, key, value, cu_seqlens_q, cu_seqlens_k)
+    output, logsumexp = both[..., :-1], both[..., -1].transpose(0, 1)
+    return (output, logsumexp) if return_logsumexp else output
