@@ -1,5 +1,6 @@
 #include "attention.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -73,6 +74,14 @@ std::unique_ptr<char, Free> allocate(std::size_t bytes) {
   return std::unique_ptr<char, Free>(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
 }
 
+// A thread more for every million operations: about as long as it takes to wake one.
+Executor enough_for(const AttentionParams& p, Executor executor) {
+  const double operations =
+      2.0 * double(p.batch * p.heads_q) * double(p.length_q) * double(p.length_k) * double(p.head_dim + p.value_dim);
+  executor.threads = int(std::min(double(executor.threads), 1 + operations / 1e6));
+  return executor;
+}
+
 }  // namespace
 
 std::vector<std::string> instruction_sets() {
@@ -86,13 +95,15 @@ std::string instruction_set() { return chosen().load()->name; }
 
 void use_instruction_set(const std::string& name) { chosen() = find(name); }
 
-void forward(const ForwardParams& params, const Executor& executor) {
+void forward(const ForwardParams& params, const Executor& available) {
+  const Executor executor = enough_for(params, available);
   const Kernels& kernels = chosen().load()->kernels;
   const auto workspace = allocate(kernels.forward_workspace(params, executor));
   kernels.forward(params, executor, workspace.get());
 }
 
-void backward(const BackwardParams& params, const Executor& executor) {
+void backward(const BackwardParams& params, const Executor& available) {
+  const Executor executor = enough_for(params, available);
   const Kernels& kernels = chosen().load()->kernels;
   const auto workspace = allocate(kernels.backward_workspace(params, executor));
   kernels.backward(params, executor, workspace.get());

@@ -10,6 +10,7 @@
 
 namespace attnx::cpu {
 
+// On as many of the executor's threads as the work is worth.
 void forward(const ForwardParams& params, const Executor& executor);
 void backward(const BackwardParams& params, const Executor& executor);
 

@@ -127,3 +127,20 @@ def check_one_device(arguments: dict[str, Any]) -> None:
     for name, x in arguments.items():
         if isinstance(x, Tensor) and x.device != device:
             raise ValueError(f"{name}: expected a tensor on {device} like query, got one on {x.device}")
+
+
+def markdown() -> str:
+    """The table as the README shows it."""
+    lines = ["| operator | backend | dtypes | head_dim | features | backward |", "|---|---|---|---|---|---|"]
+    for row in table():
+        low, high = row.head_dim
+        cells = (
+            f"`{row.operator}`",
+            row.backend,
+            ", ".join(row.dtypes),
+            f"{low}-{high}",
+            ", ".join(feature.replace("_", " ") for feature in row.features),
+            "yes" if row.backward else "no",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -11,10 +11,15 @@ struct BFloat16 {
 struct Float16 {
   std::uint16_t bits;
 };
+#if defined(__aarch64__)
+using NativeHalf = __fp16;
+#else
+using NativeHalf = _Float16;
+#endif
 
 ATTNX_INLINE float to_float(float x) { return x; }
 ATTNX_INLINE float to_float(BFloat16 x) { return bit_cast<float>(std::uint32_t(x.bits) << 16); }
-ATTNX_INLINE float to_float(Float16 x) { return float(bit_cast<_Float16>(x.bits)); }
+ATTNX_INLINE float to_float(Float16 x) { return float(bit_cast<NativeHalf>(x.bits)); }
 ATTNX_INLINE double to_float(double x) { return x; }
 
 template <class T>
@@ -24,7 +29,7 @@ ATTNX_INLINE T from_float(float x) {
     const std::uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
     return {std::uint16_t(x != x ? (bits >> 16) | 0x40 : rounded >> 16)};
   } else if constexpr (__is_same(T, Float16)) {
-    return {bit_cast<std::uint16_t>(_Float16(x))};
+    return {bit_cast<std::uint16_t>(NativeHalf(x))};
   } else {
     return x;
   }

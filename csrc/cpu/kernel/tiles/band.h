@@ -8,13 +8,12 @@ namespace attnx::cpu::ATTNX_ISA {
 class BandTiles {
  public:
   BandTiles(const AttentionParams& p, const Sequence& s)
-      : left_(p.window_left), right_(p.window_right), length_(s.length_k) {}
+      : left_(bound(p.window_left)), right_(bound(p.window_right)), length_(s.length_k) {}
 
   // The keys that the query standing at this key position sees.
   KeyRange row(std::int64_t position) const {
-    std::int64_t first = left_ < 0 ? 0 : position - left_, end = right_ < 0 ? length_ : position + right_ + 1;
-    first = smaller(larger<std::int64_t>(first, 0), length_);
-    return {first, smaller(larger(end, first), length_)};
+    const std::int64_t first = smaller(larger<std::int64_t>(position - left_, 0), length_);
+    return {first, smaller(larger(position + right_ + 1, first), length_)};
   }
 
   // Calls visit(first key, number of keys) for the tiles that hold the range.
@@ -26,6 +25,12 @@ class BandTiles {
   }
 
  private:
+  // Without a bound, or with one beyond any length: as far as positions can be added to without overflow.
+  static std::int64_t bound(std::int64_t window) {
+    constexpr std::int64_t kNone = std::int64_t(1) << 60;
+    return window < 0 ? kNone : smaller(window, kNone);
+  }
+
   std::int64_t left_, right_, length_;
 };
 

@@ -1,0 +1,6 @@
+"""One file per system; a new suite is one more entry here."""
+
+from suite import Suite
+from suites import dense
+
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (dense.SUITE,)}

@@ -1,0 +1,192 @@
+"""The attention operators as modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from attnx.functional import sigmoid_attention
+
+__all__ = ["SigmoidAttention"]
+
+Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class SigmoidAttention(nn.Module):
+    """Multi-head sigmoid attention: projections around :func:`attnx.sigmoid_attention`.
+
+    Queries, keys and values stay in (batch, length, heads, head_dim) storage; the operator reads them transposed,
+    without a copy.
+
+    Args:
+        embed_dim: features of a token.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of num_heads; num_heads by default.
+        head_dim: features of a head; embed_dim / num_heads by default.
+        linear_bias: give the four projections a bias.
+        bias: what is added to every logit, as in :func:`attnx.sigmoid_attention`: None, ``"row"`` or a float; or
+            ``"trainable"``, a float32 parameter ``bias`` of shape (num_heads,) that starts at -log(bias_length).
+        bias_length: with ``bias="trainable"`` alone, and required there: the number of keys a row usually sees,
+            so that the weights of a row start near a sum of 1.
+        scale: factor on query . key, 1/sqrt(head_dim) by default.
+        is_causal: hide later keys; aligned bottom-right, so that the last query sees the last key.
+        window: (left, right): how many keys before and after its own position a query sees; -1 for no bound.
+        alibi: subtract slope times distance from the logits. True: fixed slopes, 2^(-8 h / num_heads) for head
+            h = 1, 2, ..., num_heads. ``"trainable"``: a float32 parameter ``alibi_slopes`` that starts there.
+        qk_norm: normalise every head's query and key over head_dim, ahead of ``rotary``.
+        output_norm: normalise the attention's output over all heads, ahead of the output projection. The source
+            calls it hybrid norm and recommends it, for weights that do not sum to 1 let the output grow with length.
+        norm_layer: what ``qk_norm`` and ``output_norm`` build, ``torch.nn.LayerNorm`` or ``torch.nn.RMSNorm``.
+        rotary: (query, key) -> (query, key), both (batch, heads, length, head_dim), called ahead of the attention;
+            a module becomes a submodule.
+        device: of the parameters.
+        dtype: of the parameters, but for ``bias`` and ``alibi_slopes``.
+
+    Shapes:
+        x: (batch, length, embed_dim).
+        context: (batch, context_length, embed_dim); x where not given.
+        output: (batch, length, embed_dim).
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what was expected and what came.
+
+    Source: Ramapuram et al., "Theory, Analysis, and Best Practices for Sigmoid Self-Attention", arXiv 2409.04431;
+    the slopes: Press et al., "Train Short, Test Long", arXiv 2108.12409.
+    """
+
+    bias: nn.Parameter | float | Literal["row"] | None
+    alibi_slopes: Tensor | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        linear_bias: bool = False,
+        bias: float | Literal["row", "trainable"] | None = None,
+        bias_length: int | None = None,
+        scale: float | None = None,
+        is_causal: bool = False,
+        window: tuple[int, int] = (-1, -1),
+        alibi: bool | Literal["trainable"] = False,
+        qk_norm: bool = False,
+        output_norm: bool = False,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        rotary: Rotary | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = _positive("embed_dim", embed_dim)
+        self.num_heads = _positive("num_heads", num_heads)
+        self.num_kv_heads = _positive("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads)
+        if num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}")
+        if head_dim is None and embed_dim % num_heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of embed_dim = {embed_dim} where head_dim is not given, got {num_heads}"
+            )
+        self.head_dim = _positive("head_dim", embed_dim // num_heads if head_dim is None else head_dim)
+        if bias not in (None, "row", "trainable") and (isinstance(bias, bool) or not isinstance(bias, (int, float))):
+            raise ValueError(f'bias: expected None, "row", "trainable" or a float, got {bias!r}')
+        if (bias == "trainable") != (bias_length is not None):
+            raise ValueError(
+                'bias_length: expected a length with bias="trainable" and None without, '
+                f"got bias={bias!r} and bias_length={bias_length!r}"
+            )
+        if alibi not in (False, True, "trainable"):
+            raise ValueError(f'alibi: expected False, True or "trainable", got {alibi!r}')
+        if rotary is not None and not callable(rotary):
+            raise ValueError(f"rotary: expected a callable (query, key) -> (query, key), got {rotary!r}")
+        self.bias_length = None if bias_length is None else _positive("bias_length", bias_length)
+        self.scale = scale
+        self.is_causal = is_causal
+        self.window = window
+        self.rotary = rotary
+
+        heads_dim, kv_heads_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(embed_dim, heads_dim, bias=linear_bias, device=device, dtype=dtype)
+        self.k_proj = nn.Linear(embed_dim, kv_heads_dim, bias=linear_bias, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(embed_dim, kv_heads_dim, bias=linear_bias, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(heads_dim, embed_dim, bias=linear_bias, device=device, dtype=dtype)
+
+        def norm(wanted: bool, features: int) -> nn.Module:
+            return norm_layer(features, device=device, dtype=dtype) if wanted else nn.Identity()
+
+        self.q_norm = norm(qk_norm, self.head_dim)
+        self.k_norm = norm(qk_norm, self.head_dim)
+        self.output_norm = norm(output_norm, heads_dim)
+
+        # What is added to a logit is kept in the precision of the logits, whatever the projections have.
+        sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        per_head = torch.empty(num_heads, device=device, dtype=sum_dtype)
+        self.bias = nn.Parameter(per_head.clone()) if bias == "trainable" else bias
+        if alibi == "trainable":
+            self.alibi_slopes = nn.Parameter(per_head.clone())
+        else:
+            self.register_buffer("alibi_slopes", per_head if alibi else None, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gives ``bias`` and ``alibi_slopes`` their start; the submodules have a reset_parameters of their own."""
+        with torch.no_grad():
+            if self.bias_length is not None and isinstance(self.bias, Tensor):
+                self.bias.fill_(-math.log(self.bias_length))
+            if self.alibi_slopes is not None:
+                head = torch.arange(1, self.num_heads + 1, device=self.alibi_slopes.device)
+                self.alibi_slopes.copy_(torch.exp2(-8.0 * head / self.num_heads))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        for name, tokens in (("x", x), ("context", context)):
+            if tokens.dim() != 3 or tokens.shape[2] != self.embed_dim:
+                raise ValueError(
+                    f"{name}: expected (batch, length, {self.embed_dim}), got a tensor of shape {tuple(tokens.shape)}"
+                )
+        query = self.q_norm(self.q_proj(x).unflatten(2, (self.num_heads, self.head_dim))).transpose(1, 2)
+        key = self.k_norm(self.k_proj(context).unflatten(2, (self.num_kv_heads, self.head_dim))).transpose(1, 2)
+        value = self.v_proj(context).unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        if self.rotary is not None:
+            query, key = self.rotary(query, key)
+        output = sigmoid_attention(
+            query,
+            key,
+            value,
+            bias=_sum_precision(self.bias, query) if isinstance(self.bias, Tensor) else self.bias,
+            scale=self.scale,
+            is_causal=self.is_causal,
+            window=self.window,
+            alibi_slopes=None if self.alibi_slopes is None else _sum_precision(self.alibi_slopes, query),
+        )
+        return self.out_proj(self.output_norm(output.transpose(1, 2).flatten(2)))
+
+    def extra_repr(self) -> str:
+        alibi = None if self.alibi_slopes is None else "trainable" if self.alibi_slopes.requires_grad else True
+        options = {
+            "num_kv_heads": None if self.num_kv_heads == self.num_heads else self.num_kv_heads,
+            "bias": "trainable" if isinstance(self.bias, Tensor) else self.bias,
+            "bias_length": self.bias_length,
+            "scale": self.scale,
+            "is_causal": self.is_causal or None,
+            "window": None if self.window == (-1, -1) else self.window,
+            "alibi": alibi,
+        }
+        sizes = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}"
+        return "".join([sizes, *(f", {name}={value!r}" for name, value in options.items() if value is not None)])
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a positive int, got {value!r}")
+    return value
+
+
+def _sum_precision(per_head: Tensor, query: Tensor) -> Tensor:
+    """Undoes what ``module.to(dtype)`` did to a tensor that the operator adds to the logits."""
+    return per_head.to(torch.float64 if query.dtype == torch.float64 else torch.float32)

@@ -1,0 +1,125 @@
+"""The one comparison that all numeric tests share: forward and backward against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attnx
+from attnx import reference
+from attnx.testing import assert_close, eager_attention, eager_sigmoid_attention, eager_softmax_attention
+
+Attention = Callable[..., Tensor]
+
+
+def forward_backward(
+    attention: Attention, inputs: dict[str, Tensor], grad_output: Tensor, **options: Any
+) -> dict[str, Tensor]:
+    """The output of ``attention(**inputs, **options)`` and the gradient of each of ``inputs``, by name."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    output = attention(**leaves, **options)
+    gradients = torch.autograd.grad(output, list(leaves.values()), grad_output)
+    return {"output": output.detach()} | {f"grad_{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def each_sequence(attention: Attention) -> Attention:
+    """Makes the varlen form of ``attention``: one call a sequence."""
+
+    def varlen(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        **options: Any,
+    ) -> Tensor:
+        lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+        per_row = {name: x for name, x in options.items() if isinstance(x, Tensor) and x.dim() == 2}
+        outputs = []
+        for i, (q, k, v) in enumerate(
+            zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True)
+        ):
+            own = {name: x.split(lengths_q, dim=1)[i] for name, x in per_row.items()}
+            output = attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), **options | own)
+            outputs.append(output[0].transpose(0, 1))
+        return torch.cat(outputs)
+
+    return varlen
+
+
+EAGER: dict[str, Attention] = {
+    "sigmoid_attention": eager_sigmoid_attention,
+    "softmax_attention": eager_softmax_attention,
+    "sigmoid_attention_varlen": each_sequence(eager_sigmoid_attention),
+    "softmax_attention_varlen": each_sequence(eager_softmax_attention),
+}
+
+
+def check(
+    operator: str,
+    inputs: dict[str, Tensor],
+    grad_output: Tensor,
+    *,
+    gradient_floor: float | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Holds the output and the gradient of every input of an operator against float64; returns them.
+
+    Args:
+        operator: its name in ``attnx``.
+        inputs: its floating-point tensors by name; each is differentiated.
+        grad_output: the gradient to start from.
+        gradient_floor: units of rounding allowed to the gradients on top, where the usual ones do not do.
+        options: its other arguments.
+    """
+    results = forward_backward(getattr(attnx, operator), inputs, grad_output, **options)
+    exact = {name: x.double() for name, x in inputs.items()}, grad_output.double()
+    expected = forward_backward(getattr(reference, operator), *exact, **options)
+    baseline = forward_backward(EAGER[operator], inputs, grad_output, **options)
+    terms = _gradient_terms(operator, *exact, **options)
+    for name, actual in results.items():
+        like = inputs.get(name.removeprefix("grad_"), grad_output)
+        assert (actual.dtype, actual.shape) == (like.dtype, like.shape), name
+        assert_close(
+            actual,
+            expected[name],
+            baseline[name],
+            name=name,
+            terms=terms[name],
+            dtype=grad_output.dtype,
+            floor=gradient_floor if name.startswith("grad_") else None,
+        )
+    return results
+
+
+def _gradient_terms(operator: str, inputs: dict[str, Tensor], grad_output: Tensor, **options: Any) -> dict[str, Tensor]:
+    """How large the terms are whose sums and differences the gradients are, by name.
+
+    For softmax the gradient of a logit is P (dP - delta), which cancels where one key takes the whole weight: these
+    are the gradients of P dP alone. The gradient of a bias or slope is one number a head, a sum with both signs over
+    all rows, which plain PyTorch may hit by luck: this is the root of the sum of squares over the rows, twice, as a
+    single number strays further than the average of many.
+    """
+    heads = inputs["query"].shape[1]
+    rows = inputs["query"].shape[0 if operator.endswith("varlen") else 2]
+    parameters = {name: x for name, x in inputs.items() if name in ("bias", "alibi_slopes")}
+    by_row = {name: x[..., None].expand(heads, rows) for name, x in parameters.items()}
+    attention = EAGER[operator]
+    if "softmax" in operator:
+        attention = partial(eager_attention, _softmax_with_constant_sums)
+        attention = each_sequence(attention) if operator.endswith("varlen") else attention
+    terms = forward_backward(attention, inputs | by_row, grad_output, **options)
+    for name, x in parameters.items():
+        terms[f"grad_{name}"] = terms[f"grad_{name}"].square().sum(-1 if x.dim() else None).sqrt() * 2
+    return terms
+
+
+def _softmax_with_constant_sums(logits: Tensor, visible: Tensor) -> Tensor:
+    logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+    return (logits - logits.logsumexp(-1, keepdim=True).detach()).exp()

@@ -1,0 +1,233 @@
+"""Wrong arguments are refused before any work: the message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnx
+from cases import DTYPES, OPERATORS, VARLEN_OPERATORS, Shape, pack, random_inputs
+from compare import forward_backward
+
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Arguments that replace the good ones, and what the message must say of them."""
+
+    name: str
+    arguments: Arguments
+    argument: str
+    expected: str
+    got: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def pattern(self) -> str:
+        return rf"^{self.argument}: expected .*{re.escape(self.expected)}.*, got .*{re.escape(self.got)}"
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+# The good call: batch 2, 4 query heads on 2 key heads, 5 queries, 6 keys, head_dim 8, value_dim 3.
+GOOD = Shape(batch=2, heads=4, kv_heads=2, length_q=5, length_k=6, head_dim=8, value_dim=3)
+
+DENSE = [
+    Bad("query_rank", {"query": zeros(4, 5, 8)}, "query", "4 dimensions", "(4, 5, 8)"),
+    Bad("key_rank", {"key": zeros(1, 2, 2, 6, 8)}, "key", "4 dimensions", "(1, 2, 2, 6, 8)"),
+    Bad("value_rank", {"value": zeros(6, 3)}, "value", "4 dimensions", "(6, 3)"),
+    Bad("key_batch", {"key": zeros(3, 2, 6, 8)}, "key", "(2, 2, 6, 8)", "(3, 2, 6, 8)"),
+    Bad("key_head_dim", {"key": zeros(2, 2, 6, 9)}, "key", "(2, 2, 6, 8)", "(2, 2, 6, 9)"),
+    Bad("value_batch", {"value": zeros(1, 2, 6, 3)}, "value", "(2, 2, 6, 3)", "(1, 2, 6, 3)"),
+    Bad("value_heads", {"value": zeros(2, 4, 6, 3)}, "value", "(2, 2, 6, 3)", "(2, 4, 6, 3)"),
+    Bad("value_length", {"value": zeros(2, 2, 7, 3)}, "value", "(2, 2, 6, 3)", "(2, 2, 7, 3)"),
+    Bad("heads_no_multiple", {"query": zeros(2, 3, 5, 8)}, "query", "multiple of the 2 heads of key", "3"),
+    Bad("fewer_query_heads", {"query": zeros(2, 1, 5, 8)}, "query", "multiple of the 2 heads of key", "1"),
+    Bad("no_key_heads", {"key": zeros(2, 0, 6, 8), "value": zeros(2, 0, 6, 3)}, "query", "multiple of the 0", "4"),
+    Bad("no_query_heads", {"query": zeros(2, 0, 5, 8)}, "query", "multiple", "0"),
+    Bad("key_dtype", {"key": zeros(2, 2, 6, 8, dtype=torch.bfloat16)}, "key", "float32", "bfloat16"),
+    Bad("value_dtype", {"value": zeros(2, 2, 6, 3, dtype=torch.float64)}, "value", "float32", "float64"),
+    Bad("key_device", {"key": zeros(2, 2, 6, 8, device="meta")}, "key", "cpu", "meta"),
+    Bad("value_device", {"value": zeros(2, 2, 6, 3, device="meta")}, "value", "cpu", "meta"),
+    Bad("query_device", {"query": zeros(2, 4, 5, 8, device="meta")}, "key", "meta", "cpu"),
+    Bad("query_stride", {"query": zeros(2, 4, 8, 5).mT}, "query", "contiguous last dimension", "stride 5"),
+    Bad("key_stride", {"key": zeros(2, 2, 6, 16)[..., ::2]}, "key", "contiguous last dimension", "stride 2"),
+    Bad("value_stride", {"value": zeros(2, 2, 6, 1).expand(2, 2, 6, 3)}, "value", "contiguous", "stride 0"),
+    Bad("head_dim_0", {"query": zeros(2, 4, 5, 0), "key": zeros(2, 2, 6, 0)}, "query", "head_dim from 1 to 256", "0"),
+    Bad("head_dim_257", {"query": zeros(2, 4, 5, 257), "key": zeros(2, 2, 6, 257)}, "query", "head_dim from 1", "257"),
+    Bad("value_dim_0", {"value": zeros(2, 2, 6, 0)}, "value", "value_dim from 1 to 256", "0"),
+    Bad("value_dim_257", {"value": zeros(2, 2, 6, 257)}, "value", "value_dim from 1 to 256", "257"),
+    Bad("window_left", {"window": (-2, 3)}, "window", "-1", "(-2, 3)"),
+    Bad("window_right", {"window": (3, -7)}, "window", "-1", "(3, -7)"),
+    Bad("window_right_if_causal", {"window": (3, -7), "is_causal": True}, "window", "-1", "(3, -7)"),
+    Bad("scale_nan", {"scale": float("nan")}, "scale", "finite", "nan"),
+    Bad("slopes_length", {"alibi_slopes": zeros(3)}, "alibi_slopes", "(4,)", "(3,)"),
+    Bad("slopes_rank", {"alibi_slopes": zeros(1, 4)}, "alibi_slopes", "(4,)", "(1, 4)"),
+    Bad("slopes_dtype", {"alibi_slopes": zeros(4, dtype=torch.float16)}, "alibi_slopes", "float32", "float16"),
+    Bad("slopes_device", {"alibi_slopes": zeros(4, device="meta")}, "alibi_slopes", "cpu", "meta"),
+]
+
+SIGMOID = [
+    Bad("bias_length", {"bias": zeros(2)}, "bias", "(4,)", "(2,)"),
+    Bad("bias_matrix", {"bias": zeros(5, 6)}, "bias", "(4,)", "(5, 6)"),
+    Bad("bias_dtype", {"bias": zeros(4, dtype=torch.bfloat16)}, "bias", "float32", "bfloat16"),
+    Bad("bias_integer", {"bias": zeros(4, dtype=torch.int64)}, "bias", "float32", "int64"),
+    Bad("bias_device", {"bias": zeros(4, device="meta")}, "bias", "cpu", "meta"),
+    Bad("bias_rule", {"bias": "column"}, "bias", '"row"', "'column'"),
+    Bad("bias_bool", {"bias": True}, "bias", "float", "True"),
+    Bad("bias_nan", {"bias": float("nan")}, "bias", "number", "nan"),
+]
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+# The good call: sequences of 2 and 3 queries, and of 4 and 2 keys.
+VARLEN = [
+    Bad("query_rank", {"query": zeros(1, 5, 4, 16)}, "query", "3 dimensions", "(1, 5, 4, 16)"),
+    Bad("value_tokens", {"value": zeros(5, 2, 24)}, "value", "(6, 2, 24)", "(5, 2, 24)"),
+    Bad("key_heads", {"key": zeros(6, 3, 16)}, "query", "multiple of the 3 heads of key", "4"),
+    Bad("cu_q_falls", {"cu_seqlens_q": int32(0, 6, 5)}, "cu_seqlens_q", "rising", "5 after 6 at index 2"),
+    Bad("cu_k_falls", {"cu_seqlens_k": int32(0, 8, 6)}, "cu_seqlens_k", "rising", "6 after 8 at index 2"),
+    Bad("cu_q_start", {"cu_seqlens_q": int32(1, 2, 5)}, "cu_seqlens_q", "start at 0", "1"),
+    Bad("cu_k_start", {"cu_seqlens_k": int32(-1, 4, 6)}, "cu_seqlens_k", "start at 0", "-1"),
+    Bad("cu_q_end", {"cu_seqlens_q": int32(0, 2, 4)}, "cu_seqlens_q", "end at", "4"),
+    Bad("cu_k_end", {"cu_seqlens_k": int32(0, 4, 7)}, "cu_seqlens_k", "end at", "7"),
+    Bad("cu_q_int64", {"cu_seqlens_q": int32(0, 2, 5).long()}, "cu_seqlens_q", "int32", "int64"),
+    Bad("cu_k_float", {"cu_seqlens_k": int32(0, 4, 6).float()}, "cu_seqlens_k", "int32", "float32"),
+    Bad("cu_q_device", {"cu_seqlens_q": int32(0, 2, 5).to("meta")}, "cu_seqlens_q", "cpu", "meta"),
+    Bad("cu_q_rank", {"cu_seqlens_q": int32(0, 2, 5)[None]}, "cu_seqlens_q", "(batch + 1,)", "(1, 3)"),
+    Bad("cu_k_empty", {"cu_seqlens_k": int32()}, "cu_seqlens_k", "(batch + 1,)", "(0,)"),
+    Bad("cu_k_stride", {"cu_seqlens_k": int32(0, 9, 4, 9, 6)[::2]}, "cu_seqlens_k", "contiguous", "stride 2"),
+    Bad("batches_differ", {"cu_seqlens_k": int32(0, 4, 5, 6)}, "cu_seqlens_k", "(3,)", "(4,)"),
+    Bad("max_q_small", {"max_seqlen_q": 2}, "max_seqlen_q", "at least the longest sequence, 3", "2"),
+    Bad("max_k_small", {"max_seqlen_k": 3}, "max_seqlen_k", "at least the longest sequence, 4", "3"),
+    Bad("max_q_negative", {"max_seqlen_q": -1}, "max_seqlen_q", "at least the longest sequence, 3", "-1"),
+    Bad("window", {"window": (-3, -1)}, "window", "-1", "(-3, -1)"),
+]
+
+
+def dense_arguments() -> Arguments:
+    return dict(random_inputs(GOOD, torch.float32, torch.device("cpu"))[0])
+
+
+def varlen_arguments() -> Arguments:
+    inputs, _, sizes = pack(([2, 3], [4, 2]), torch.float32, torch.device("cpu"))
+    return inputs | sizes
+
+
+@pytest.mark.parametrize("bad", DENSE, ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_dense(operator: str, bad: Bad) -> None:
+    with pytest.raises(ValueError, match=bad.pattern()):
+        getattr(attnx, operator)(**dense_arguments() | bad.arguments)
+
+
+@pytest.mark.parametrize("bad", SIGMOID, ids=str)
+def test_sigmoid_bias(bad: Bad) -> None:
+    with pytest.raises(ValueError, match=bad.pattern()):
+        attnx.sigmoid_attention(**dense_arguments() | bad.arguments)
+    with pytest.raises(ValueError, match=bad.pattern()):
+        attnx.sigmoid_attention_varlen(**varlen_arguments() | bad.arguments)
+
+
+@pytest.mark.parametrize("bad", VARLEN, ids=str)
+@pytest.mark.parametrize("operator", VARLEN_OPERATORS)
+def test_varlen(operator: str, bad: Bad) -> None:
+    with pytest.raises(ValueError, match=bad.pattern()):
+        getattr(attnx, operator)(**varlen_arguments() | bad.arguments)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_checks_hold_under_autograd(operator: str, requires_grad: bool) -> None:
+    arguments = dense_arguments()
+    arguments["query"].requires_grad_(requires_grad)
+    with pytest.raises(ValueError, match=r"^key: expected"):
+        getattr(attnx, operator)(**arguments | {"key": zeros(3, 2, 6, 8)})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_dtype_without_a_kernel(operator: str, dtype: torch.dtype) -> None:
+    arguments = {name: x.to(dtype) for name, x in dense_arguments().items()}
+    came = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=rf"^query: expected .*float32.*, got {came}"):
+        getattr(attnx, operator)(**arguments)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_unsupported_keywords(operator: str) -> None:
+    with pytest.raises(TypeError, match="dropout_p"):
+        getattr(attnx, operator)(**dense_arguments(), dropout_p=0.1)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_device_without_a_kernel(operator: str) -> None:
+    """What awaits the tensors of a backend that has no kernel, reached with meta tensors by its dispatch key."""
+    x = zeros(1, 2, 4, 8, device="meta")
+    options = (None, None, "length", 0.0) if operator == "sigmoid_attention" else (None,)
+    missing = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
+    with pytest.raises(
+        NotImplementedError, match=r"(?s)required: .*backend meta.*supported: .*cpu.*missing: .*backend meta"
+    ):
+        getattr(torch.ops.attnx, operator).default.redispatch(missing, x, x, x, *options, None, False, -1, -1)
+
+
+@pytest.mark.parametrize("window", [(2**62, 2**62), (2**63 - 1, 2**63 - 1), (-1, 2**63 - 1)], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_enormous_window_is_no_bound(operator: str, window: tuple[int, int]) -> None:
+    arguments = dense_arguments()
+    assert torch.equal(getattr(attnx, operator)(**arguments, window=window), getattr(attnx, operator)(**arguments))
+
+
+@pytest.mark.parametrize(("arguments", "good"), [(dense_arguments, DENSE + SIGMOID), (varlen_arguments, VARLEN)])
+def test_the_good_call_is_good(arguments: Callable[[], Arguments], good: list[Bad]) -> None:
+    """Else the tests above would pass for the wrong reason."""
+    name = "sigmoid_attention" + ("_varlen" if good is VARLEN else "")
+    assert getattr(attnx, name)(**arguments()).isfinite().all()
+
+
+EMPTY = {
+    "batch_0": Shape(batch=0),
+    "no_queries": Shape(length_q=0),
+    "no_keys": Shape(length_k=0),
+    "nothing": Shape(length_q=0, length_k=0),
+}
+
+
+@pytest.mark.parametrize("shape", EMPTY.values(), ids=EMPTY)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_empty_gives_zeros(operator: str, dtype: torch.dtype, shape: Shape, device: torch.device) -> None:
+    inputs, grad_output = random_inputs(shape, dtype, device)
+    results = forward_backward(getattr(attnx, operator), inputs, grad_output, is_causal=True)
+    expected = {"output": grad_output} | {f"grad_{name}": x for name, x in inputs.items()}
+    for name, result in results.items():
+        assert torch.equal(result, torch.zeros_like(expected[name])), name
+
+
+def test_logsumexp_of_no_keys() -> None:
+    inputs, _ = random_inputs(Shape(length_k=0), torch.float32, torch.device("cpu"))
+    _, logsumexp = attnx.softmax_attention(**inputs, return_logsumexp=True)
+    assert torch.equal(logsumexp, torch.full((1, 2, 33), -math.inf))
+
+
+def test_pattern_is_strict() -> None:
+    """A message that leaves out what came does not pass."""
+    pattern = DENSE[0].pattern()
+    assert re.search(pattern, "query: expected 4 dimensions, got shape (4, 5, 8)")
+    assert not re.search(pattern, "query: expected 4 dimensions")
+    assert not re.search(pattern, "expected query to have 4 dimensions, got shape (4, 5, 8)")

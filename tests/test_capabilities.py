@@ -1,0 +1,93 @@
+"""Random calls drawn from the capability table: whatever it promises must work, forward and backward."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import attnx
+from cases import Shape, random_inputs, random_parameter
+from compare import check
+
+TABLE = json.loads(attnx._C.capabilities())
+
+
+@dataclass(frozen=True)
+class Call:
+    operator: str
+    dtype: torch.dtype
+    shape: Shape
+    options: dict[str, Any] = field(default_factory=dict)
+    bias: tuple[int, ...] | None = None
+    alibi_slopes: tuple[int, ...] | None = None
+
+
+@st.composite
+def calls(draw: st.DrawFn, backend: str) -> Call:
+    row = draw(st.sampled_from([r for r in TABLE if r["backend"] == backend and r["backward"]]))
+    features = set(row["features"])
+    head_dims = st.integers(*row["head_dim"])
+    lengths = st.integers(1, 150)
+    # A row of softmax with one key has no gradient: all of it is rounding. test_masks has those.
+    two_keys_or_more = st.integers(2, 150)
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    shape = Shape(
+        length_q=draw(lengths),
+        length_k=draw(two_keys_or_more),
+        head_dim=draw(head_dims),
+        value_dim=draw(head_dims),
+        batch=draw(st.integers(1, 2)),
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+    )
+    options: dict[str, Any] = {}
+    if draw(st.booleans()):
+        # Logits of a few units, as in use: weights lose as many bits as their logits are large.
+        options["scale"] = draw(st.floats(-1.0, 1.0)) * shape.head_dim**-0.5
+    if "causal" in features:
+        options["is_causal"] = draw(st.booleans())
+    if "window" in features:
+        bound = st.just(-1) | st.integers(1, 160)
+        options["window"] = draw(st.tuples(bound, bound))
+    parameter = st.sampled_from([None, (), (shape.heads,)])
+    bias = None
+    if row["operator"].startswith("sigmoid"):
+        bias = draw(parameter)
+        if bias is None:
+            options["bias"] = draw(st.sampled_from([None, "row", -2.0]))
+    slopes = draw(parameter) if "alibi" in features else None
+    return Call(row["operator"], getattr(torch, draw(st.sampled_from(row["dtypes"]))), shape, options, bias, slopes)
+
+
+@given(data=st.data())
+def test_calls_from_the_table(data: st.DataObject, device: torch.device) -> None:
+    call = data.draw(calls(device.type))
+    inputs, grad_output = random_inputs(call.shape, call.dtype, device)
+    for name, shape in (("bias", call.bias), ("alibi_slopes", call.alibi_slopes)):
+        if shape is not None:
+            inputs[name] = random_parameter(shape, call.dtype, device) - (3 if name == "bias" else 0)
+    check(call.operator, inputs, grad_output, **call.options)
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row['operator']}-{row['backend']}")
+def test_rows_name_what_exists(row: dict[str, Any]) -> None:
+    assert hasattr(torch.ops.attnx, row["operator"])
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in row["dtypes"])
+    low, high = row["head_dim"]
+    assert 1 <= low <= high
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row['operator']}-{row['backend']}")
+def test_nothing_beyond_the_table(row: dict[str, Any], device: torch.device) -> None:
+    """One feature more than the largest head dimension is refused: the table does not understate."""
+    if row["backend"] != device.type:
+        pytest.skip("a row of another backend")
+    inputs, _ = random_inputs(Shape(head_dim=row["head_dim"][1] + 1, value_dim=8), torch.float32, device)
+    with pytest.raises(ValueError, match="head_dim"):
+        getattr(attnx, row["operator"])(**inputs)

@@ -1,0 +1,102 @@
+"""NaN and Inf in an input reach exactly the outputs and gradients that depend on them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import attnx
+from cases import DTYPES, MASKS, OPERATORS, Shape, random_inputs, visible_pairs
+from compare import forward_backward
+from visible_sums import attention_sums
+
+SHAPES = [Shape(heads=1, length_q=7, length_k=9, head_dim=4), Shape(heads=1, length_q=70, length_k=40, head_dim=20)]
+
+
+KINDS = [("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)]
+# Inf - Inf is NaN, so which of the two a gradient becomes depends on the order of its sums.
+NOT_FINITE = [("a number that is not finite", lambda x: ~x.isfinite())]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_sums_are_the_definition(operator: str, mask: str, device: torch.device) -> None:
+    """The oracle of this file agrees with the reference where everything is finite."""
+    inputs, grad_output = random_inputs(SHAPES[0], torch.float64, device)
+    expected = _expected(operator, SHAPES[0], inputs, grad_output, mask)
+    options = {"bias": 0.0} if operator == "sigmoid_attention" else {}
+    reference = forward_backward(getattr(attnx.reference, operator), inputs, grad_output, **options, **MASKS[mask])
+    for name, x in expected.items():
+        torch.testing.assert_close(x, reference[name][0, 0])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("where", ["query", "key", "value", "grad_output"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_reaches_what_depends_on_it(
+    operator: str, shape: Shape, where: str, poison: float, mask: str, device: torch.device
+) -> None:
+    _check(operator, shape, torch.float32, where, poison, mask, device)
+
+
+@pytest.mark.parametrize("where", ["query", "key", "value", "grad_output"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_on_each_instruction_set(
+    operator: str, dtype: torch.dtype, where: str, instruction_set: str, device: torch.device
+) -> None:
+    _check(operator, SHAPES[1], dtype, where, math.nan, "causal", device)
+    _check(operator, SHAPES[1], dtype, where, math.nan, "window_both", device)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_hidden_nan_leaves_no_trace(operator: str, device: torch.device) -> None:
+    """Keys and values that no query sees may hold anything: the bits of every result stay."""
+    inputs, grad_output = random_inputs(Shape(length_q=20, length_k=60), torch.float32, device)
+    clean = forward_backward(getattr(attnx, operator), inputs, grad_output, is_causal=True, window=(4, -1))
+    for name in ("key", "value"):
+        inputs[name] = inputs[name].clone()
+        inputs[name][:, :, : 60 - 20 - 4] = math.nan
+    poisoned = forward_backward(getattr(attnx, operator), inputs, grad_output, is_causal=True, window=(4, -1))
+    for name, x in clean.items():
+        assert torch.equal(x, poisoned[name]), name
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_batches_and_heads_stay_apart(operator: str, device: torch.device) -> None:
+    """One batch entry and one key head poisoned: its own queries suffer, the others do not."""
+    inputs, grad_output = random_inputs(Shape(batch=2, heads=4, kv_heads=2), torch.float32, device)
+    inputs["value"][1, 0, 5, 3] = math.nan
+    results = forward_backward(getattr(attnx, operator), inputs, grad_output)
+    suffers = torch.zeros(2, 4, dtype=torch.bool, device=device)
+    suffers[1, :2] = True
+    for name in ("output", "grad_query"):
+        assert torch.equal(results[name].isnan().any(-1).any(-1), suffers), name
+
+
+def _check(
+    operator: str, shape: Shape, dtype: torch.dtype, where: str, poison: float, mask: str, device: torch.device
+) -> None:
+    inputs, grad_output = random_inputs(shape, dtype, device)
+    target = grad_output if where == "grad_output" else inputs[where]
+    target[0, 0, target.shape[2] // 2, 1] = poison
+    expected = _expected(operator, shape, inputs, grad_output, mask)
+    options = {"bias": 0.0} if operator == "sigmoid_attention" else {}
+    results = forward_backward(getattr(attnx, operator), inputs, grad_output, **options, **MASKS[mask])
+    for name, want in expected.items():
+        got = results[name][0, 0].double()
+        for kind, test in KINDS if math.isnan(poison) or name == "output" else NOT_FINITE:
+            differ = (test(got) != test(want)).nonzero().tolist()
+            assert not differ, f"{name}: {kind} misplaced at (row, feature) {differ[:5]} of {len(differ)}"
+
+
+def _expected(
+    operator: str, shape: Shape, inputs: dict[str, torch.Tensor], grad_output: torch.Tensor, mask: str
+) -> dict[str, torch.Tensor]:
+    visible = visible_pairs(shape, **MASKS[mask]).to(grad_output.device)
+    heads = {name: x[0, 0] for name, x in inputs.items()}
+    return attention_sums("softmax" in operator, **heads, grad_output=grad_output[0, 0], visible=visible)

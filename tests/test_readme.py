@@ -1,0 +1,25 @@
+"""The README keeps its word: its examples run, its table is the capability table."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from attnx import _capability
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[example.strip().splitlines()[-1] for example in EXAMPLES])
+def test_example_runs(example: str) -> None:
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_there_are_examples() -> None:
+    for operator in {row.operator for row in _capability.table()}:
+        assert any(operator in example for example in EXAMPLES), operator
+
+
+def test_table_is_the_capability_table() -> None:
+    assert _capability.markdown() in README, "expected in README.md:\n" + _capability.markdown()
