@@ -83,15 +83,22 @@ class Row:
 
 
 def ceiling(device: Device, dtype: str, rounds: Rounds) -> float:
-    """FLOP/s of the fastest torch.mm in this dtype, over a few square sizes: the best sample, for a ceiling that other
-    load lowers is none."""
+    """FLOP/s of the fastest torch.mm over a few square sizes, in this dtype or, for a narrower one, in float32: not
+    every CPU multiplies float16. The best sample counts, for a ceiling that other load lowers is none."""
 
-    def product(size: int) -> Callable[[], float]:
-        a, b = (torch.randn(size, size, device=device.torch_device).to(DTYPES[dtype]) for _ in range(2))
+    def product(size: int, dtype: torch.dtype) -> Callable[[], float]:
+        a, b = (torch.randn(size, size, device=device.torch_device).to(dtype) for _ in range(2))
         return lambda: device.seconds(lambda: torch.mm(a, b))
 
-    samples = interleave({str(size): product(size) for size in device.matrix_sizes}, rounds)
-    return max(2.0 * int(size) ** 3 / min(times) for size, times in samples.items())
+    samplers: dict[str, Callable[[], float]] = {}
+    flops: dict[str, float] = {}
+    for candidate in {DTYPES[dtype], torch.promote_types(DTYPES[dtype], torch.float32)}:
+        for size in device.matrix_sizes:
+            sampler = product(size, candidate)
+            samplers[f"{candidate} {size}"], flops[f"{candidate} {size}"] = sampler, 2.0 * size**3
+            if sampler() > 0.5:  # seconds, and eight times that for the next size
+                break
+    return max(flops[name] / min(samples) for name, samples in interleave(samplers, rounds).items())
 
 
 def _results(attention: Attention, inputs: Inputs, direction: Direction) -> tuple[Tensor, ...]:

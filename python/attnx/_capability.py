@@ -122,10 +122,15 @@ def refusal(operator: str, arguments: dict[str, Any]) -> str:
     )
 
 
-def check_one_device(arguments: dict[str, Any]) -> None:
+def check_placement(arguments: dict[str, Any]) -> None:
+    """Every tensor strided, and where query is."""
     device = arguments["query"].device
     for name, x in arguments.items():
-        if isinstance(x, Tensor) and x.device != device:
+        if not isinstance(x, Tensor):
+            continue
+        if x.layout != torch.strided:
+            raise ValueError(f"{name}: expected a strided tensor, got layout {x.layout}")
+        if x.device != device:
             raise ValueError(f"{name}: expected a tensor on {device} like query, got one on {x.device}")
 
 

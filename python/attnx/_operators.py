@@ -66,7 +66,7 @@ def _register_fake(name: str) -> None:
 
     def fake(*args: Any) -> Any:
         arguments = dict(zip(argument_names, args, strict=True))
-        _capability.check_one_device(arguments)
+        _capability.check_placement(arguments)
         results = tuple(_fake_output(arguments, result) for result in result_names)
         return results if len(results) > 1 else results[0]
 
@@ -191,7 +191,7 @@ def _register_refusal(name: str) -> None:
 
     def refuse(*args: Any) -> Any:
         arguments = dict(zip(names, args, strict=True))
-        _capability.check_one_device(arguments)
+        _capability.check_placement(arguments)
         raise NotImplementedError(_capability.refusal(name, arguments))
 
     _library.impl(name, refuse, "CompositeExplicitAutograd")

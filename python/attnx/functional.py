@@ -31,6 +31,14 @@ def _sigmoid_bias(bias: SigmoidBias) -> _Bias:
     raise ValueError(f'bias: expected None, "row", a float, or a tensor of shape () or (heads,), got {bias!r}')
 
 
+def _window(window: tuple[int, int]) -> tuple[int, int]:
+    try:
+        left, right = window
+    except (TypeError, ValueError):
+        raise ValueError(f"window: expected a pair (left, right), got {window!r}") from None
+    return left, right
+
+
 def sigmoid_attention(
     query: Tensor,
     key: Tensor,
@@ -77,7 +85,7 @@ def sigmoid_attention(
     """
     b = _sigmoid_bias(bias)
     return _ops.sigmoid_attention(
-        query, key, value, b.tensor, alibi_slopes, b.rule, b.value, scale, is_causal, window[0], window[1]
+        query, key, value, b.tensor, alibi_slopes, b.rule, b.value, scale, is_causal, *_window(window)
     )
 
 
@@ -128,8 +136,7 @@ def sigmoid_attention_varlen(
         b.value,
         scale,
         is_causal,
-        window[0],
-        window[1],
+        *_window(window),
     )
 
 
@@ -154,7 +161,7 @@ def softmax_attention(
         :math:`\log \sum_j \exp(\text{logit}_{ij})` as (batch, heads, length_q), float32 (float64 for float64).
         A row that sees no key gives 0, and a logsumexp of -inf. Both are differentiable.
     """
-    output, logsumexp = _ops.softmax_attention(query, key, value, alibi_slopes, scale, is_causal, window[0], window[1])
+    output, logsumexp = _ops.softmax_attention(query, key, value, alibi_slopes, scale, is_causal, *_window(window))
     return (output, logsumexp) if return_logsumexp else output
 
 
@@ -189,7 +196,6 @@ def softmax_attention_varlen(
         alibi_slopes,
         scale,
         is_causal,
-        window[0],
-        window[1],
+        *_window(window),
     )
     return (output, logsumexp) if return_logsumexp else output

@@ -119,10 +119,12 @@ def _each_sequence(
 ) -> Tensor:
     outputs = []
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    if len(ends_q) == 1:  # no sequence: the same as one without tokens
+        ends_q, ends_k = ends_q * 2, ends_k * 2
     for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
         q, k, v = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
         outputs.append(attention(q, k, v)[0].transpose(0, 1))
-    return torch.cat(outputs) if outputs else query.new_zeros(*query.shape[:2], value.shape[2], dtype=torch.float64)
+    return torch.cat(outputs)
 
 
 def sigmoid_attention_varlen(

@@ -1,7 +1,8 @@
 // The one matrix product of the library: C[rows][lanes] (+)= A[rows][steps] B[steps][lanes].
 //
 // A is read by broadcast, with any strides, so keys and values are used as they lie; B and C have their lanes
-// contiguous. A block of C stays in registers over the whole contraction.
+// contiguous. A block of C stays in registers over the whole contraction and is added to memory at its end, so that
+// long sums are sums of shorter ones.
 #pragma once
 
 #include "arithmetic.h"
@@ -41,7 +42,7 @@ inline void gemm_columns(GemmOperands<A> g, std::int64_t rows, std::int64_t step
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = accumulate ? load(g.c + r * g.c_row + v * kWidth) : Vec<Sum>{};
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<Sum>{};
     const auto* a = g.a;
     const auto* b = g.b;
     for (std::int64_t s = 0; s < steps; ++s, a += g.a_step, b += g.b_step) {
@@ -58,12 +59,23 @@ inline void gemm_columns(GemmOperands<A> g, std::int64_t rows, std::int64_t step
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) store(g.c + r * g.c_row + v * kWidth, sum[r][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        Sum* const c = g.c + r * g.c_row + v * kWidth;
+        store(c, accumulate ? load(c) + sum[r][v] : sum[r][v]);
+      }
   }
 }
 
+// Longer contractions are cut, for the accuracy of their sums.
+inline constexpr std::int64_t kMaxSteps = 128;
+
 template <class A>
 inline void gemm(GemmOperands<A> g, std::int64_t rows, std::int64_t vectors, std::int64_t steps, bool accumulate) {
+  for (; steps > kMaxSteps; steps -= kMaxSteps, accumulate = true) {
+    gemm(g, rows, vectors, kMaxSteps, accumulate);
+    g.a += kMaxSteps * g.a_step;
+    g.b += kMaxSteps * g.b_step;
+  }
   while (vectors > 0) {
     // Even shares: 5 vectors go as 3 + 2, not 4 + 1.
     const std::int64_t blocks = (vectors + kMaxVectors - 1) / kMaxVectors;

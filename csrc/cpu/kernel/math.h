@@ -8,13 +8,19 @@ namespace attnx::cpu::ATTNX_ISA {
 // e^x for x <= 88; below -87 it stays at e^-87, a normal number. NaN stays NaN. Relative error 2^-22.
 //
 // x = n ln2 + r with |r| <= ln2 / 2; e^r by a polynomial of degree 5 (relative minimax, error 2^-23.2), 2^n by
-// adding n to the exponent. Adding 1.5 * 2^23 rounds to the integer n and leaves it in the low bits. One constant
-// for ln2 is enough: its own error, 1.9e-9, times |n| <= 127 is below half a unit of the result's last place.
+// adding n to the exponent. Adding 1.5 * 2^23 rounds to the integer n and leaves it in the low bits. With fused
+// multiply-add one constant for ln2 is enough: its error, 1.9e-9, times |n| <= 127 is below half a unit of the result's
+// last place. Without, n ln2 would be rounded: then ln2 is the sum of two, of which the first has few enough bits.
 ATTNX_INLINE Vec<float> exp(Vec<float> x) {
-  constexpr float kRound = 12582912.0f, kLog2E = 1.44269504f, kLn2 = 0.693147182f;
+  constexpr float kRound = 12582912.0f, kLog2E = 1.44269504f;
   x = at_least(x, -87.0f);
   const Vec<float> shifted = x * kLog2E + kRound;
-  const Vec<float> r = x - (shifted - kRound) * kLn2;
+  const Vec<float> n = shifted - kRound;
+#if defined(__FMA__) || defined(__aarch64__)
+  const Vec<float> r = x - n * 0.693147182f;
+#else
+  const Vec<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;
+#endif
   Vec<float> p = r * 8.31250101e-3f + 4.18903306e-2f;
   p = p * r + 1.66671157e-1f;
   p = p * r + 4.99992311e-1f;

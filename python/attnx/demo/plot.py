@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from attnx.demo.attentions import ATTENTIONS, BASELINE
 from attnx.demo.measure import TIMED_SHAPE
@@ -23,13 +23,13 @@ def save_plot(results: Results, path: Path) -> None:
     _draw_losses(figure.add_subplot(grid[:, 0]), results.attentions)
     _draw_times(
         figure.add_subplot(grid[0, 1]),
-        "Training step, milliseconds",
+        "Training step, ms",
         results.attentions,
         [result.ms_per_step for result in results.attentions],
     )
     _draw_times(
         figure.add_subplot(grid[1, 1]),
-        f"Causal forward at {TIMED_SHAPE[2]} tokens, milliseconds",
+        f"Causal forward at {TIMED_SHAPE[2]} tokens, ms",
         results.attentions,
         [result.forward_ms for result in results.attentions],
     )
@@ -42,7 +42,7 @@ def _settings(results: Results) -> str:
     return (
         f"{model['layers']} layers, width {model['width']}, context {model['context']}, batch {training['batch']}, "
         f"seed {training['seed']}  ·  {results.config['text']}  ·  "
-        f"{results.config['device']}, {machine['threads']} threads, torch {machine['torch']}"
+        f"{results.config['device']}, threads {machine['threads']}, torch {machine['torch']}"
     )
 
 
@@ -60,10 +60,14 @@ def _draw_losses(axes: Axes, results: list[AttentionResult]) -> None:
         axes.plot(step, losses, color=_colour(result), alpha=0.18, linewidth=0.8)
         axes.plot(step[window - 1 :], smooth, color=_colour(result), linewidth=width, alpha=alpha)
         ends.append(float(smooth[-1]))
-    low, high = min(ends), max(result.training_bits_per_byte[0] for result in results)
-    axes.set_ylim(low - 0.12 * (high - low), high + 0.03 * (high - low))
     axes.set_xlim(0, steps * 1.02)
-    for result, height in zip(results, _apart(ends, gap=0.06 * (high - low)), strict=True):
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(FixedLocator([1, 1.5, 2, 2.5, 3, 4, 5, 6, 8]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    low, high = np.log(axes.get_ylim())
+    heights = np.exp(_apart(list(np.log(ends)), gap=0.055 * (high - low)))
+    for result, height in zip(results, heights, strict=True):
         validation = result.validation_bits_per_byte
         text = result.label if validation is None else f"{result.label}  validation {validation:.3f}"
         axes.text(steps * 1.035, height, text, color=_colour(result), fontsize=9, va="center")
