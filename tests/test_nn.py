@@ -65,9 +65,9 @@ def by_hand(module: SigmoidAttention, options: dict[str, Any], x: Tensor, contex
 
     def normalised(features: Tensor, norm: nn.Module) -> Tensor:
         if isinstance(norm, nn.LayerNorm):
-            return F.layer_norm(features, features.shape[-1:], norm.weight, norm.bias)
+            return F.layer_norm(features, features.shape[-1:], norm.weight, norm.bias, norm.eps)
         if isinstance(norm, nn.RMSNorm):
-            return F.rms_norm(features, features.shape[-1:], norm.weight)
+            return F.rms_norm(features, features.shape[-1:], norm.weight, norm.eps)
         return features
 
     query, key = heads(module.q_proj, x, HEADS), heads(module.k_proj, context, kv_heads)
@@ -85,7 +85,7 @@ def by_hand(module: SigmoidAttention, options: dict[str, Any], x: Tensor, contex
         alibi_slopes=slopes if options.get("alibi") else None,
         **{name: options[name] for name in ("scale", "is_causal", "window") if name in options},
     )
-    output = normalised(output.transpose(1, 2).reshape(2, x.shape[1], HEADS * head_dim), module.output_norm)
+    output = normalised(output, module.output_norm).transpose(1, 2).reshape(2, x.shape[1], HEADS * head_dim)
     return F.linear(output, module.out_proj.weight, module.out_proj.bias)
 
 

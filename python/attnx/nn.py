@@ -38,8 +38,9 @@ class SigmoidAttention(nn.Module):
         alibi: subtract slope times distance from the logits. True: fixed slopes, 2^(-8 h / num_heads) for head
             h = 1, 2, ..., num_heads. ``"trainable"``: a float32 parameter ``alibi_slopes`` that starts there.
         qk_norm: normalise every head's query and key over head_dim, ahead of ``rotary``.
-        output_norm: normalise the attention's output over all heads, ahead of the output projection. The source
-            calls it hybrid norm and recommends it, for weights that do not sum to 1 let the output grow with length.
+        output_norm: normalise every head's output over head_dim, ahead of the output projection. The source recommends
+            such a norm (hybrid norm) for long sequences: the weights of a row sum to what they will, and the norm
+            takes that out.
         norm_layer: what ``qk_norm`` and ``output_norm`` build, ``torch.nn.LayerNorm`` or ``torch.nn.RMSNorm``.
         rotary: (query, key) -> (query, key), both (batch, heads, length, head_dim), called ahead of the attention;
             a module becomes a submodule.
@@ -116,12 +117,13 @@ class SigmoidAttention(nn.Module):
         self.v_proj = nn.Linear(embed_dim, kv_heads_dim, bias=linear_bias, device=device, dtype=dtype)
         self.out_proj = nn.Linear(heads_dim, embed_dim, bias=linear_bias, device=device, dtype=dtype)
 
-        def norm(wanted: bool, features: int) -> nn.Module:
-            return norm_layer(features, device=device, dtype=dtype) if wanted else nn.Identity()
+        def norm(wanted: bool, eps: float = 1e-5) -> nn.Module:
+            return norm_layer(self.head_dim, eps=eps, device=device, dtype=dtype) if wanted else nn.Identity()
 
-        self.q_norm = norm(qk_norm, self.head_dim)
-        self.k_norm = norm(qk_norm, self.head_dim)
-        self.output_norm = norm(output_norm, heads_dim)
+        self.q_norm = norm(qk_norm)
+        self.k_norm = norm(qk_norm)
+        # A row's weights, and with them its output, may be small; a larger eps would swallow what they carry.
+        self.output_norm = norm(output_norm, eps=1e-8)
 
         # What is added to a logit is kept in the precision of the logits, whatever the projections have.
         sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -164,7 +166,7 @@ class SigmoidAttention(nn.Module):
             window=self.window,
             alibi_slopes=None if self.alibi_slopes is None else _sum_precision(self.alibi_slopes, query),
         )
-        return self.out_proj(self.output_norm(output.transpose(1, 2).flatten(2)))
+        return self.out_proj(self.output_norm(output.transpose(1, 2)).flatten(2))
 
     def extra_repr(self) -> str:
         alibi = None if self.alibi_slopes is None else "trainable" if self.alibi_slopes.requires_grad else True

@@ -14,8 +14,8 @@ from attnx import reference
 
 CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# Below -log of the model's 256 keys: weights stay clear of saturation, where they can single a key out as sharply as
-# softmax does, and the model's output norm takes out how small they are.
+# Below -log(256), the rule for the model's 256 keys: weights clear of saturation single a key out as sharply as softmax
+# does, and the model's output norm takes out how small they are.
 SIGMOID_BIAS = -8.0
 
 

@@ -106,10 +106,9 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DemoError(
-            f"--device: expected one that torch can use here, got {name!r}: {_first_line(error)}"
-        ) from error
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DemoError(f"--device: expected one that torch can use here, got {name!r} ({reason})") from error
     return device
 
 
@@ -118,7 +117,3 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"--output: expected a folder that can be written, got {path} ({error.strerror})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -1,0 +1,47 @@
+"""A few seconds that tell whether a wheel loads and computes under the torch at hand: ``pytest -m smoke``."""
+
+import pytest
+import torch
+
+import attnx
+from cases import DTYPES, VARLEN_OPERATORS, Shape, pack, random_inputs
+from compare import check, forward_backward
+
+pytestmark = pytest.mark.smoke
+
+SHAPE = Shape(batch=2, heads=4, kv_heads=2, length_q=65, length_k=70, head_dim=40, value_dim=24)
+OPERATORS = ["sigmoid_attention", "softmax_attention"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_forward_and_backward(operator: str, dtype: torch.dtype, instruction_set: str, device: torch.device) -> None:
+    check(operator, *random_inputs(SHAPE, dtype, device), is_causal=True)
+
+
+@pytest.mark.parametrize("operator", VARLEN_OPERATORS)
+def test_packed(operator: str, device: torch.device) -> None:
+    inputs, grad_output, lengths = pack(([5, 0, 9], [7, 3, 9]), torch.float32, device)
+    check(operator, inputs, grad_output, **lengths)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compile(operator: str, device: torch.device) -> None:
+    inputs, grad_output = random_inputs(SHAPE, torch.float32, device)
+    attention = getattr(attnx, operator)
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    expected = forward_backward(attention, inputs, grad_output)
+    actual = forward_backward(compiled, inputs, grad_output)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_bad_input_is_a_value_error(device: torch.device) -> None:
+    x = torch.zeros(1, 2, 8, 16, device=device)
+    with pytest.raises(ValueError, match=r"key: expected shape \(1, 2, 8, 16\), got \(1, 2, 8, 4\)"):
+        attnx.sigmoid_attention(x, x[..., :4], x)
+
+
+def test_the_rest_answers() -> None:
+    x = torch.zeros(1, 2, 8, 16)
+    assert attnx.explain(attnx.sigmoid_attention, x, x, x).supported
+    assert attnx.nn.SigmoidAttention(32, 2)(torch.zeros(1, 5, 32)).shape == (1, 5, 32)
