@@ -123,10 +123,11 @@ def test_no_leak(operator: str) -> None:
 
 
 def test_a_leak_would_show() -> None:
-    """Keeping one output of each call is more than the bound."""
-    inputs, _ = random_inputs(LEAK, torch.float32, torch.device("cpu"))
-    kept: list[Tensor] = []
-    assert growth_of_memory(lambda: kept.append(attnx.sigmoid_attention(**inputs))) > 8 * 2**20
+    """Keeping the results of each call is more than the bound."""
+    inputs, grad_output = random_inputs(LEAK, torch.float32, torch.device("cpu"))
+    kept: list[dict[str, Tensor]] = []
+    leak = lambda: kept.append(forward_backward(attnx.sigmoid_attention, inputs, grad_output))  # noqa: E731
+    assert growth_of_memory(leak) > 8 * 2**20
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -49,20 +49,20 @@ const std::vector<InstructionSet>& known() {
   return sets;
 }
 
-const InstructionSet* find(const std::string& name) {
+const InstructionSet* find(const char* asker, const std::string& name) {
   std::string usable;
   for (const auto& set : known()) {
     if (!set.supported) continue;
     if (set.name == name) return &set;
     usable += (usable.empty() ? "" : ", ") + std::string(set.name);
   }
-  throw std::invalid_argument("instruction set: expected one of " + usable + ", got " + name);
+  throw std::invalid_argument(std::string(asker) + ": expected one of " + usable + ", got " + name);
 }
 
 std::atomic<const InstructionSet*>& chosen() {
   static std::atomic<const InstructionSet*> set = [] {
-    if (const char* name = std::getenv("ATTNX_CPU_ISA"); name && *name) return find(name);
-    return find(instruction_sets().back());
+    if (const char* name = std::getenv("ATTNX_CPU_ISA"); name && *name) return find("ATTNX_CPU_ISA", name);
+    return find("", instruction_sets().back());
   }();
   return set;
 }
@@ -93,7 +93,7 @@ std::vector<std::string> instruction_sets() {
 
 std::string instruction_set() { return chosen().load()->name; }
 
-void use_instruction_set(const std::string& name) { chosen() = find(name); }
+void use_instruction_set(const std::string& name) { chosen() = find("name", name); }
 
 void forward(const ForwardParams& params, const Executor& available) {
   const Executor executor = enough_for(params, available);
