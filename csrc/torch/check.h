@@ -1,4 +1,6 @@
-// Checks of what a user passed. They throw std::invalid_argument, which Python sees as ValueError.
+// Checks of what a user passed. They throw std::runtime_error, RuntimeError in Python like those of torch's own
+// operators: the one type that torch 2.13, 2.14 and 2.15 alike pass through the boxed call (2.15 turns all others
+// into it).
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -17,7 +19,7 @@ void check(bool ok, const Parts&... parts) {
   if (ok) return;
   std::ostringstream message;
   (message << ... << parts);
-  throw std::invalid_argument(message.str());
+  throw std::runtime_error(message.str());
 }
 
 // "(2, 8, 128, 64)"

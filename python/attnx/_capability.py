@@ -129,9 +129,9 @@ def check_placement(arguments: dict[str, Any]) -> None:
         if not isinstance(x, Tensor):
             continue
         if x.layout != torch.strided:
-            raise ValueError(f"{name}: expected a strided tensor, got layout {x.layout}")
+            raise RuntimeError(f"{name}: expected a strided tensor, got layout {x.layout}")
         if x.device != device:
-            raise ValueError(f"{name}: expected a tensor on {device} like query, got one on {x.device}")
+            raise RuntimeError(f"{name}: expected a tensor on {device} like query, got one on {x.device}")
 
 
 def markdown() -> str:

@@ -28,14 +28,14 @@ def _sigmoid_bias(bias: SigmoidBias) -> _Bias:
         return _Bias(None, "row", 0.0)
     if isinstance(bias, (int, float)) and not isinstance(bias, bool):
         return _Bias(None, "none", float(bias))
-    raise ValueError(f'bias: expected None, "row", a float, or a tensor of shape () or (heads,), got {bias!r}')
+    raise RuntimeError(f'bias: expected None, "row", a float, or a tensor of shape () or (heads,), got {bias!r}')
 
 
 def _window(window: tuple[int, int]) -> tuple[int, int]:
     try:
         left, right = window
     except (TypeError, ValueError):
-        raise ValueError(f"window: expected a pair (left, right), got {window!r}") from None
+        raise RuntimeError(f"window: expected a pair (left, right), got {window!r}") from None
     return left, right
 
 
@@ -77,7 +77,7 @@ def sigmoid_attention(
         (batch, heads, length_q, value_dim) in the dtype of query.
 
     Raises:
-        ValueError: an argument does not fit; the message names it, what was expected and what came.
+        RuntimeError: an argument does not fit; the message names it, what was expected and what came.
         NotImplementedError: no kernel for these arguments on this device; the message names what is missing.
 
     Source: Ramapuram et al., "Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
