@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPERATORS = ["sigmoid_attention", "softmax_attention"]
-VARLEN_OPERATORS = ["sigmoid_attention_varlen", "softmax_attention_varlen"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+from backends import BACKENDS, OPERATORS
+
+VARLEN_OPERATORS = [f"{operator}_varlen" for operator in OPERATORS]
+DTYPES = list(dict.fromkeys(dtype for backend in BACKENDS for dtype in backend.dtypes()))
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,16 @@ def random_inputs(
 
 
 def pack(
-    lengths: tuple[list[int], list[int]], dtype: torch.dtype, device: torch.device, heads: int = 4, kv_heads: int = 2
+    lengths: tuple[list[int], list[int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    value_dim: int = 24,
 ) -> tuple[dict[str, Tensor], Tensor, dict[str, Any]]:
     """query, key and value by name as (tokens, heads, head_dim), a gradient of the output, and the lengths."""
-    shape = Shape(length_q=sum(lengths[0]), length_k=sum(lengths[1]), value_dim=24, heads=heads, kv_heads=kv_heads)
+    shape = Shape(sum(lengths[0]), sum(lengths[1]), head_dim, value_dim, heads=heads, kv_heads=kv_heads)
     inputs, grad_output = random_inputs(shape, dtype, device)
     packed = {name: x[0].transpose(0, 1) for name, x in inputs.items()}
     cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in lengths)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import attnx
+from attnx._capability import dtype_name
+from backends import Backend
 from cases import DTYPES, OPERATORS, VARLEN_OPERATORS, Shape, pack, random_inputs
 from compare import forward_backward
 
@@ -21,7 +23,11 @@ Arguments = dict[str, Any]
 
 @dataclass(frozen=True)
 class Bad:
-    """Arguments that replace the good ones, and what the message must say of them."""
+    """Arguments that replace the good ones, and what the message must say of them.
+
+    Of query, key and value float32 stands for the dtype of the backend at hand, and of all tensors "cpu" for its
+    device; "{dtype}" and "{device}" in the message stand for their names.
+    """
 
     name: str
     arguments: Arguments
@@ -32,8 +38,23 @@ class Bad:
     def __str__(self) -> str:
         return self.name
 
-    def pattern(self) -> str:
-        return rf"^{self.argument}: expected .*{re.escape(self.expected)}.*, got .*{re.escape(self.got)}"
+    def arguments_on(self, backend: Backend) -> Arguments:
+        return {name: self._place(name, x, backend) for name, x in self.arguments.items()}
+
+    @staticmethod
+    def _place(name: str, x: Any, backend: Backend) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        stands_for_dtype = name in ("query", "key", "value") and x.dtype == torch.float32
+        dtype = backend.dtypes()[0] if stands_for_dtype else x.dtype
+        device = backend.device if x.device.type == "cpu" else x.device
+        memory = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+        return memory.to(device, dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+
+    def pattern(self, backend: Backend) -> str:
+        names = {"dtype": dtype_name(backend.dtypes()[0]), "device": backend.device.type}
+        expected, got = (re.sub(r"\{(\w+)\}", lambda m: names[m[1]], text) for text in (self.expected, self.got))
+        return rf"^{self.argument}: expected .*{re.escape(expected)}.*, got .*{re.escape(got)}"
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
@@ -56,11 +77,11 @@ DENSE = [
     Bad("fewer_query_heads", {"query": zeros(2, 1, 5, 8)}, "query", "multiple of the 2 heads of key", "1"),
     Bad("no_key_heads", {"key": zeros(2, 0, 6, 8), "value": zeros(2, 0, 6, 3)}, "query", "multiple of the 0", "4"),
     Bad("no_query_heads", {"query": zeros(2, 0, 5, 8)}, "query", "multiple", "0"),
-    Bad("key_dtype", {"key": zeros(2, 2, 6, 8, dtype=torch.bfloat16)}, "key", "float32", "bfloat16"),
-    Bad("value_dtype", {"value": zeros(2, 2, 6, 3, dtype=torch.float64)}, "value", "float32", "float64"),
-    Bad("key_device", {"key": zeros(2, 2, 6, 8, device="meta")}, "key", "cpu", "meta"),
-    Bad("value_device", {"value": zeros(2, 2, 6, 3, device="meta")}, "value", "cpu", "meta"),
-    Bad("query_device", {"query": zeros(2, 4, 5, 8, device="meta")}, "key", "meta", "cpu"),
+    Bad("key_dtype", {"key": zeros(2, 2, 6, 8, dtype=torch.float64)}, "key", "{dtype}", "float64"),
+    Bad("value_dtype", {"value": zeros(2, 2, 6, 3, dtype=torch.int8)}, "value", "{dtype}", "int8"),
+    Bad("key_device", {"key": zeros(2, 2, 6, 8, device="meta")}, "key", "{device}", "meta"),
+    Bad("value_device", {"value": zeros(2, 2, 6, 3, device="meta")}, "value", "{device}", "meta"),
+    Bad("query_device", {"query": zeros(2, 4, 5, 8, device="meta")}, "key", "meta", "{device}"),
     Bad("query_stride", {"query": zeros(2, 4, 8, 5).mT}, "query", "contiguous last dimension", "stride 5"),
     Bad("key_stride", {"key": zeros(2, 2, 6, 16)[..., ::2]}, "key", "contiguous last dimension", "stride 2"),
     Bad("value_stride", {"value": zeros(2, 2, 6, 1).expand(2, 2, 6, 3)}, "value", "contiguous", "stride 0"),
@@ -75,7 +96,7 @@ DENSE = [
     Bad("slopes_length", {"alibi_slopes": zeros(3)}, "alibi_slopes", "(4,)", "(3,)"),
     Bad("slopes_rank", {"alibi_slopes": zeros(1, 4)}, "alibi_slopes", "(4,)", "(1, 4)"),
     Bad("slopes_dtype", {"alibi_slopes": zeros(4, dtype=torch.float16)}, "alibi_slopes", "float32", "float16"),
-    Bad("slopes_device", {"alibi_slopes": zeros(4, device="meta")}, "alibi_slopes", "cpu", "meta"),
+    Bad("slopes_device", {"alibi_slopes": zeros(4, device="meta")}, "alibi_slopes", "{device}", "meta"),
 ]
 
 SIGMOID = [
@@ -83,7 +104,7 @@ SIGMOID = [
     Bad("bias_matrix", {"bias": zeros(5, 6)}, "bias", "(4,)", "(5, 6)"),
     Bad("bias_dtype", {"bias": zeros(4, dtype=torch.bfloat16)}, "bias", "float32", "bfloat16"),
     Bad("bias_integer", {"bias": zeros(4, dtype=torch.int64)}, "bias", "float32", "int64"),
-    Bad("bias_device", {"bias": zeros(4, device="meta")}, "bias", "cpu", "meta"),
+    Bad("bias_device", {"bias": zeros(4, device="meta")}, "bias", "{device}", "meta"),
     Bad("bias_rule", {"bias": "column"}, "bias", '"row"', "'column'"),
     Bad("bias_bool", {"bias": True}, "bias", "float", "True"),
     Bad("bias_nan", {"bias": float("nan")}, "bias", "number", "nan"),
@@ -107,7 +128,7 @@ VARLEN = [
     Bad("cu_k_end", {"cu_seqlens_k": int32(0, 4, 7)}, "cu_seqlens_k", "end at", "7"),
     Bad("cu_q_int64", {"cu_seqlens_q": int32(0, 2, 5).long()}, "cu_seqlens_q", "int32", "int64"),
     Bad("cu_k_float", {"cu_seqlens_k": int32(0, 4, 6).float()}, "cu_seqlens_k", "int32", "float32"),
-    Bad("cu_q_device", {"cu_seqlens_q": int32(0, 2, 5).to("meta")}, "cu_seqlens_q", "cpu", "meta"),
+    Bad("cu_q_device", {"cu_seqlens_q": int32(0, 2, 5).to("meta")}, "cu_seqlens_q", "{device}", "meta"),
     Bad("cu_q_rank", {"cu_seqlens_q": int32(0, 2, 5)[None]}, "cu_seqlens_q", "(batch + 1,)", "(1, 3)"),
     Bad("cu_k_empty", {"cu_seqlens_k": int32()}, "cu_seqlens_k", "(batch + 1,)", "(0,)"),
     Bad("cu_k_stride", {"cu_seqlens_k": int32(0, 9, 4, 9, 6)[::2]}, "cu_seqlens_k", "contiguous", "stride 2"),
@@ -119,85 +140,100 @@ VARLEN = [
 ]
 
 
-def dense_arguments() -> Arguments:
-    return dict(random_inputs(GOOD, torch.float32, torch.device("cpu"))[0])
+def dense_arguments(backend: Backend) -> Arguments:
+    return dict(random_inputs(GOOD, backend.dtypes()[0], backend.device)[0])
 
 
-def varlen_arguments() -> Arguments:
-    inputs, _, sizes = pack(([2, 3], [4, 2]), torch.float32, torch.device("cpu"))
+def varlen_arguments(backend: Backend) -> Arguments:
+    inputs, _, sizes = pack(([2, 3], [4, 2]), backend.dtypes()[0], backend.device)
     return inputs | sizes
 
 
 @pytest.mark.parametrize("bad", DENSE, ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_dense(operator: str, bad: Bad) -> None:
-    with pytest.raises(RuntimeError, match=bad.pattern()):
-        getattr(attnx, operator)(**dense_arguments() | bad.arguments)
+def test_dense(operator: str, bad: Bad, backend: Backend) -> None:
+    with pytest.raises(RuntimeError, match=bad.pattern(backend)):
+        getattr(attnx, operator)(**dense_arguments(backend) | bad.arguments_on(backend))
 
 
 @pytest.mark.parametrize("bad", SIGMOID, ids=str)
-def test_sigmoid_bias(bad: Bad) -> None:
-    with pytest.raises(RuntimeError, match=bad.pattern()):
-        attnx.sigmoid_attention(**dense_arguments() | bad.arguments)
-    with pytest.raises(RuntimeError, match=bad.pattern()):
-        attnx.sigmoid_attention_varlen(**varlen_arguments() | bad.arguments)
+def test_sigmoid_bias(bad: Bad, backend: Backend) -> None:
+    with pytest.raises(RuntimeError, match=bad.pattern(backend)):
+        attnx.sigmoid_attention(**dense_arguments(backend) | bad.arguments_on(backend))
+    with pytest.raises(RuntimeError, match=bad.pattern(backend)):
+        attnx.sigmoid_attention_varlen(**varlen_arguments(backend) | bad.arguments_on(backend))
 
 
 @pytest.mark.parametrize("bad", VARLEN, ids=str)
 @pytest.mark.parametrize("operator", VARLEN_OPERATORS)
-def test_varlen(operator: str, bad: Bad) -> None:
-    with pytest.raises(RuntimeError, match=bad.pattern()):
-        getattr(attnx, operator)(**varlen_arguments() | bad.arguments)
+def test_varlen(operator: str, bad: Bad, backend: Backend) -> None:
+    with pytest.raises(RuntimeError, match=bad.pattern(backend)):
+        getattr(attnx, operator)(**varlen_arguments(backend) | bad.arguments_on(backend))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_checks_hold_under_autograd(operator: str, requires_grad: bool) -> None:
-    arguments = dense_arguments()
+def test_checks_hold_under_autograd(operator: str, requires_grad: bool, backend: Backend) -> None:
+    arguments = dense_arguments(backend)
     arguments["query"].requires_grad_(requires_grad)
     with pytest.raises(RuntimeError, match=r"^key: expected"):
-        getattr(attnx, operator)(**arguments | {"key": zeros(3, 2, 6, 8)})
+        getattr(attnx, operator)(**arguments | {"key": arguments["key"][:1]})
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("other", [torch.int64, torch.int8, torch.bool, torch.complex64], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_dtype_without_a_kernel(operator: str, dtype: torch.dtype) -> None:
-    arguments = {name: x.to(dtype) for name, x in dense_arguments().items()}
-    came = str(dtype).removeprefix("torch.")
-    with pytest.raises(RuntimeError, match=rf"^query: expected .*float32.*, got {came}"):
+def test_dtype_without_a_kernel(operator: str, other: torch.dtype, backend: Backend) -> None:
+    arguments = {name: x.to(other) for name, x in dense_arguments(backend).items()}
+    expected = ", ".join(map(dtype_name, backend.dtypes()))
+    with pytest.raises(RuntimeError, match=rf"^query: expected one of {expected} .*, got {dtype_name(other)}"):
         getattr(attnx, operator)(**arguments)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_unsupported_keywords(operator: str) -> None:
+def test_unsupported_keywords(operator: str, backend: Backend) -> None:
     with pytest.raises(TypeError, match="dropout_p"):
-        getattr(attnx, operator)(**dense_arguments(), dropout_p=0.1)
+        getattr(attnx, operator)(**dense_arguments(backend), dropout_p=0.1)
+
+
+def redispatch(operator: str, key: str, query: Tensor, other: Tensor) -> Any:
+    """What awaits the tensors of a dispatch key, reached with any tensors."""
+    options = (None, None, "length", 0.0) if operator == "sigmoid_attention" else (None,)
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    kernel = getattr(torch.ops.attnx, operator).default
+    return kernel.redispatch(keys, query, other, other, *options, None, False, -1, -1)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_device_without_a_kernel(operator: str) -> None:
-    """What awaits the tensors of a backend that has no kernel, reached with meta tensors by its dispatch key."""
     x = zeros(1, 2, 4, 8, device="meta")
-    options = (None, None, "length", 0.0) if operator == "sigmoid_attention" else (None,)
-    missing = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
     with pytest.raises(
         NotImplementedError, match=r"(?s)required: .*backend meta.*supported: .*cpu.*missing: .*backend meta"
     ):
-        getattr(torch.ops.attnx, operator).default.redispatch(missing, x, x, x, *options, None, False, -1, -1)
+        redispatch(operator, "XPU", x, x)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_kernels_check_devices_themselves(operator: str, backend: Backend) -> None:
+    """Where no Python function stands before them."""
+    query = dense_arguments(backend)["query"]
+    with pytest.raises(
+        RuntimeError, match=rf"^key: expected a tensor on {query.device} like query, got one on a device"
+    ):
+        redispatch(operator, backend.device.type.upper(), query, query.to("meta"))
 
 
 @pytest.mark.parametrize("window", [(2**62, 2**62), (2**63 - 1, 2**63 - 1), (-1, 2**63 - 1)], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_enormous_window_is_no_bound(operator: str, window: tuple[int, int]) -> None:
-    arguments = dense_arguments()
+def test_enormous_window_is_no_bound(operator: str, window: tuple[int, int], backend: Backend) -> None:
+    arguments = dense_arguments(backend)
     assert torch.equal(getattr(attnx, operator)(**arguments, window=window), getattr(attnx, operator)(**arguments))
 
 
 @pytest.mark.parametrize(("arguments", "good"), [(dense_arguments, DENSE + SIGMOID), (varlen_arguments, VARLEN)])
-def test_the_good_call_is_good(arguments: Callable[[], Arguments], good: list[Bad]) -> None:
+def test_the_good_call_is_good(arguments: Callable[[Backend], Arguments], good: list[Bad], backend: Backend) -> None:
     """Else the tests above would pass for the wrong reason."""
     name = "sigmoid_attention" + ("_varlen" if good is VARLEN else "")
-    assert getattr(attnx, name)(**arguments()).isfinite().all()
+    assert getattr(attnx, name)(**arguments(backend)).isfinite().all()
 
 
 EMPTY = {
@@ -219,15 +255,15 @@ def test_empty_gives_zeros(operator: str, dtype: torch.dtype, shape: Shape, devi
         assert torch.equal(result, torch.zeros_like(expected[name])), name
 
 
-def test_logsumexp_of_no_keys() -> None:
-    inputs, _ = random_inputs(Shape(length_k=0), torch.float32, torch.device("cpu"))
+def test_logsumexp_of_no_keys(dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _ = random_inputs(Shape(length_k=0), dtype, device)
     _, logsumexp = attnx.softmax_attention(**inputs, return_logsumexp=True)
-    assert torch.equal(logsumexp, torch.full((1, 2, 33), -math.inf))
+    assert torch.equal(logsumexp, torch.full((1, 2, 33), -math.inf, device=device))
 
 
-def test_pattern_is_strict() -> None:
+def test_pattern_is_strict(backend: Backend) -> None:
     """A message that leaves out what came does not pass."""
-    pattern = DENSE[0].pattern()
+    pattern = DENSE[0].pattern(backend)
     assert re.search(pattern, "query: expected 4 dimensions, got shape (4, 5, 8)")
     assert not re.search(pattern, "query: expected 4 dimensions")
     assert not re.search(pattern, "expected query to have 4 dimensions, got shape (4, 5, 8)")

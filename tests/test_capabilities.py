@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attnx
-from cases import Shape, random_inputs, random_parameter
+from attnx._capability import Capability, dtype_name, table
+from backends import Backend
+from cases import OPERATORS, Shape, random_inputs, random_parameter
 from compare import check
-
-TABLE = json.loads(attnx._C.capabilities())
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,10 @@ class Call:
 
 
 @st.composite
-def calls(draw: st.DrawFn, backend: str) -> Call:
-    row = draw(st.sampled_from([r for r in TABLE if r["backend"] == backend and r["backward"]]))
-    features = set(row["features"])
-    head_dims = st.integers(*row["head_dim"])
+def calls(draw: st.DrawFn, backend: Backend) -> Call:
+    row = draw(st.sampled_from([row for row in backend.rows() if row.backward]))
+    features = set(row.features)
+    head_dims = st.integers(*row.head_dim)
     lengths = st.integers(1, 150)
     # A row of softmax with one key has no gradient: all of it is rounding. test_masks has those.
     two_keys_or_more = st.integers(2, 150)
@@ -57,37 +56,40 @@ def calls(draw: st.DrawFn, backend: str) -> Call:
         options["window"] = draw(st.tuples(bound, bound))
     parameter = st.sampled_from([None, (), (shape.heads,)])
     bias = None
-    if row["operator"].startswith("sigmoid"):
+    if row.operator.startswith("sigmoid"):
         bias = draw(parameter)
         if bias is None:
             options["bias"] = draw(st.sampled_from([None, "row", -2.0]))
     slopes = draw(parameter) if "alibi" in features else None
-    return Call(row["operator"], getattr(torch, draw(st.sampled_from(row["dtypes"]))), shape, options, bias, slopes)
+    return Call(row.operator, getattr(torch, draw(st.sampled_from(row.dtypes))), shape, options, bias, slopes)
 
 
 @given(data=st.data())
-def test_calls_from_the_table(data: st.DataObject, device: torch.device) -> None:
-    call = data.draw(calls(device.type))
-    inputs, grad_output = random_inputs(call.shape, call.dtype, device)
+def test_calls_from_the_table(data: st.DataObject, backend: Backend) -> None:
+    call = data.draw(calls(backend))
+    inputs, grad_output = random_inputs(call.shape, call.dtype, backend.device)
     for name, shape in (("bias", call.bias), ("alibi_slopes", call.alibi_slopes)):
         if shape is not None:
-            inputs[name] = random_parameter(shape, call.dtype, device) - (3 if name == "bias" else 0)
+            inputs[name] = random_parameter(shape, call.dtype, backend.device) - (3 if name == "bias" else 0)
     check(call.operator, inputs, grad_output, **call.options)
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row['operator']}-{row['backend']}")
-def test_rows_name_what_exists(row: dict[str, Any]) -> None:
-    assert hasattr(torch.ops.attnx, row["operator"])
-    assert all(isinstance(getattr(torch, name), torch.dtype) for name in row["dtypes"])
-    low, high = row["head_dim"]
+@pytest.mark.parametrize("row", table(), ids=lambda row: f"{row.operator}-{row.backend}")
+def test_rows_name_what_exists(row: Capability) -> None:
+    assert hasattr(torch.ops.attnx, row.operator)
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in row.dtypes)
+    low, high = row.head_dim
     assert 1 <= low <= high
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row['operator']}-{row['backend']}")
-def test_nothing_beyond_the_table(row: dict[str, Any], device: torch.device) -> None:
-    """One feature more than the largest head dimension is refused: the table does not understate."""
-    if row["backend"] != device.type:
-        pytest.skip("a row of another backend")
-    inputs, _ = random_inputs(Shape(head_dim=row["head_dim"][1] + 1, value_dim=8), torch.float32, device)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_nothing_beyond_the_table(operator: str, backend: Backend) -> None:
+    """One feature more than the largest head dimension is refused, and every other dtype: it does not understate."""
+    (row,) = (row for row in backend.rows() if row.operator == operator)
+    too_wide, _ = random_inputs(Shape(head_dim=row.head_dim[1] + 1, value_dim=8), backend.dtypes()[0], backend.device)
     with pytest.raises(RuntimeError, match="head_dim"):
-        getattr(attnx, row["operator"])(**inputs)
+        getattr(attnx, operator)(**too_wide)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if dtype_name(dtype) not in row.dtypes:
+            with pytest.raises(RuntimeError, match=f"query: expected one of .* on {row.backend}.*{dtype_name(dtype)}"):
+                getattr(attnx, operator)(**random_inputs(Shape(), dtype, backend.device)[0])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ MODULE = [sys.executable, "-m", "attnx"]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
+def trains(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test of the training, which is in float32."""
+    return pytest.mark.usefixtures("backend")(pytest.mark.needs("float32")(test))
+
+
 def attnx(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*MODULE, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
 
@@ -28,6 +34,7 @@ def load_report(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "report.json").read_text())
 
 
+@trains
 def test_a_short_run_ends_with_the_table_and_the_report(tmp_path: Path) -> None:
     run = attnx("--steps", "2", "--threads", "2", "--seed", "3", folder=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -48,6 +55,7 @@ def test_a_short_run_ends_with_the_table_and_the_report(tmp_path: Path) -> None:
     assert softmax == pytest.approx(sdpa, abs=1e-4)
 
 
+@trains
 def test_own_text_device_and_attention(tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text("to be or not to be, " * 200)
     run = attnx(
@@ -61,6 +69,7 @@ def test_own_text_device_and_attention(tmp_path: Path) -> None:
     assert result["forward_speed_over_sdpa"] > 0
 
 
+@trains
 def test_interrupt_ends_with_what_was_done(tmp_path: Path) -> None:
     environment = {**os.environ, "FORCE_COLOR": "1", "PYTHONUNBUFFERED": "1"}  # rich then redraws its bars
     with subprocess.Popen(
@@ -88,7 +97,10 @@ def test_interrupt_ends_with_what_was_done(tmp_path: Path) -> None:
         (["--steps", "0"], "argument --steps: expected a positive number, got 0"),
         (["--text", "missing.txt"], "--text: expected a readable file, got missing.txt (No such file or directory)"),
         (["--text", "short.txt"], "--text: expected at least 2570 bytes, got 5 in short.txt"),
-        (["--output", "short.txt"], "--output: expected a folder that can be written, got short.txt (File exists)"),
+        (
+            ["--output=short.txt", "--attention=sdpa"],
+            "--output: expected a folder that can be written, got short.txt (File exists)",
+        ),
         (["--device", "abacus"], "--device: expected one that torch can use here, got 'abacus'"),
         (["--device", "meta"], "--device: expected one that PyTorch softmax runs on, got meta ("),
     ],

@@ -14,18 +14,20 @@ import attnx
 from cases import MASKS, OPERATORS, Shape, pack, random_inputs, random_parameter
 from compare import check, forward_backward
 
+# Finite differences say something in float64 alone.
+in_float64 = pytest.mark.parametrize("dtype", [torch.float64], ids=str)
 SMALL = Shape(batch=2, heads=4, kv_heads=2, length_q=5, length_k=6, head_dim=3, value_dim=2)
 
 
-def double_leaves(operator: str, shape: Shape, device: torch.device) -> dict[str, Tensor]:
-    """All differentiable inputs of an operator, in float64."""
-    inputs, _ = random_inputs(shape, torch.float64, device)
-    return {name: x.requires_grad_() for name, x in (inputs | parameters(operator, shape.heads, device)).items()}
+def all_leaves(operator: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """All differentiable inputs of an operator."""
+    inputs, _ = random_inputs(shape, dtype, device)
+    return {name: x.requires_grad_() for name, x in (inputs | parameters(operator, shape.heads, dtype, device)).items()}
 
 
-def parameters(operator: str, heads: int, device: torch.device) -> dict[str, Tensor]:
-    slopes = {"alibi_slopes": random_parameter((heads,), torch.float64, device)}
-    bias = {"bias": random_parameter((heads,), torch.float64, device) - 1}
+def parameters(operator: str, heads: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    slopes = {"alibi_slopes": random_parameter((heads,), dtype, device)}
+    bias = {"bias": random_parameter((heads,), dtype, device) - 1}
     return slopes | bias if operator.startswith("sigmoid") else slopes
 
 
@@ -36,36 +38,41 @@ def gradcheck(attention: Callable[..., Tensor], leaves: dict[str, Tensor], **opt
     assert torch.autograd.gradcheck(positional, tuple(leaves.values()), nondet_tol=0.0)
 
 
+@in_float64
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_gradcheck(operator: str, mask: str, device: torch.device) -> None:
-    gradcheck(getattr(attnx, operator), double_leaves(operator, SMALL, device), **MASKS[mask])
+def test_gradcheck(operator: str, mask: str, dtype: torch.dtype, device: torch.device) -> None:
+    gradcheck(getattr(attnx, operator), all_leaves(operator, SMALL, dtype, device), **MASKS[mask])
 
 
+@in_float64
 @pytest.mark.parametrize("bias", [None, "row", "scalar"])
-def test_gradcheck_bias(bias: str | None, device: torch.device) -> None:
-    leaves = double_leaves("sigmoid_attention", SMALL, device)
+def test_gradcheck_bias(bias: str | None, dtype: torch.dtype, device: torch.device) -> None:
+    leaves = all_leaves("sigmoid_attention", SMALL, dtype, device)
     del leaves["bias"]
     options = {"bias": bias}
     if bias == "scalar":
-        leaves["bias"] = torch.tensor(-1.5, dtype=torch.float64, device=device, requires_grad=True)
+        leaves["bias"] = torch.tensor(-1.5, dtype=dtype, device=device, requires_grad=True)
         options = {}
     gradcheck(attnx.sigmoid_attention, leaves, is_causal=True, **options)
 
 
+@in_float64
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_gradcheck_varlen(operator: str, device: torch.device) -> None:
-    inputs, _, sizes = pack(([2, 0, 3], [3, 1, 2]), torch.float64, device)
+def test_gradcheck_varlen(operator: str, dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _, sizes = pack(([2, 0, 3], [3, 1, 2]), dtype, device)
     inputs = {name: x[..., :3] for name, x in inputs.items()}
-    leaves = {n: x.detach().requires_grad_() for n, x in (inputs | parameters(operator, 4, device)).items()}
+    leaves = {n: x.detach().requires_grad_() for n, x in (inputs | parameters(operator, 4, dtype, device)).items()}
     gradcheck(getattr(attnx, f"{operator}_varlen"), leaves, is_causal=True, **sizes)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_gradient_for_any_subset_of_inputs(operator: str, device: torch.device) -> None:
+def test_gradient_for_any_subset_of_inputs(
+    operator: str, dtype: torch.dtype, device: torch.device, deterministic: None
+) -> None:
     """Whatever is asked for, the numbers are those of asking for all."""
-    leaves = {name: x.detach() for name, x in double_leaves(operator, SMALL, device).items()}
-    grad_output = torch.ones(SMALL.output(), dtype=torch.float64, device=device)
+    leaves = {name: x.detach() for name, x in all_leaves(operator, SMALL, dtype, device).items()}
+    grad_output = torch.ones(SMALL.output(), dtype=dtype, device=device)
     everything = forward_backward(getattr(attnx, operator), leaves, grad_output)
     for size in (1, 2):
         for names in itertools.combinations(leaves, size):
@@ -77,8 +84,8 @@ def test_gradient_for_any_subset_of_inputs(operator: str, device: torch.device) 
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_no_graph_without_need(operator: str, device: torch.device) -> None:
-    inputs, _ = random_inputs(SMALL, torch.float32, device)
+def test_no_graph_without_need(operator: str, dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _ = random_inputs(SMALL, dtype, device)
     assert not getattr(attnx, operator)(**inputs).requires_grad
     inputs["query"].requires_grad_()
     with torch.no_grad():
@@ -86,16 +93,18 @@ def test_no_graph_without_need(operator: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_gradients_accumulate(operator: str, device: torch.device) -> None:
+def test_gradients_accumulate(operator: str, dtype: torch.dtype, device: torch.device) -> None:
     """One tensor as query, key and value at once receives the sum of the three gradients."""
-    inputs, grad_output = random_inputs(Shape(), torch.float64, device)
+    inputs, grad_output = random_inputs(Shape(), dtype, device)
     x = inputs["query"]
     separate = forward_backward(
         getattr(attnx, operator), {"query": x, "key": x.clone(), "value": x.clone()}, grad_output
     )
     shared = x.clone().requires_grad_()
     getattr(attnx, operator)(shared, shared, shared).backward(grad_output)
-    torch.testing.assert_close(shared.grad, sum(separate[f"grad_{name}"] for name in inputs))
+    parts = torch.stack([separate[f"grad_{name}"] for name in inputs]).double()
+    rounding = 2 * torch.finfo(dtype).eps * parts.abs().sum(0).max().item()
+    torch.testing.assert_close(shared.grad.double(), parts.sum(0), rtol=0, atol=rounding)
 
 
 GRAD_OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -107,15 +116,17 @@ GRAD_OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("layout", GRAD_OUTPUTS.values(), ids=GRAD_OUTPUTS)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_any_layout_of_grad_output(operator: str, layout: Callable[[Tensor], Tensor], device: torch.device) -> None:
+def test_any_layout_of_grad_output(
+    operator: str, layout: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device
+) -> None:
     """Autograd, not the caller, chooses the strides of the incoming gradient: sum().backward() sends stride 0."""
-    inputs, grad_output = random_inputs(Shape(heads=4, kv_heads=2), torch.float32, device)
+    inputs, grad_output = random_inputs(Shape(heads=4, kv_heads=2), dtype, device)
     check(operator, inputs, layout(grad_output))
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_double_backward_is_refused(operator: str, device: torch.device) -> None:
-    inputs, _ = random_inputs(SMALL, torch.float64, device)
+def test_double_backward_is_refused(operator: str, dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _ = random_inputs(SMALL, dtype, device)
     query = inputs.pop("query").requires_grad_()
     output = getattr(attnx, operator)(query, **inputs)
     (gradient,) = torch.autograd.grad(output.sum(), query, create_graph=True)

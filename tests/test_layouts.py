@@ -23,7 +23,9 @@ def results_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_layout_of_every_input(operator: str, dtype: torch.dtype, layout: Layout, device: torch.device) -> None:
+def test_layout_of_every_input(
+    operator: str, dtype: torch.dtype, layout: Layout, device: torch.device, deterministic: None
+) -> None:
     inputs, grad_output = random_inputs(ODD, dtype, device)
     inputs = {name: layout(x) for name, x in inputs.items()}
     inputs["alibi_slopes"] = surrounded(random_parameter((ODD.heads,), dtype, device))
@@ -39,7 +41,7 @@ def test_layout_of_every_input(operator: str, dtype: torch.dtype, layout: Layout
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_layout_on_each_instruction_set(
-    operator: str, layout: Layout, instruction_set: str, device: torch.device
+    operator: str, layout: Layout, instruction_set: str | None, device: torch.device
 ) -> None:
     inputs, grad_output = random_inputs(ODD, torch.bfloat16, device)
     check(operator, {name: layout(x) for name, x in inputs.items()}, layout(grad_output), window=(20, 3))
@@ -47,37 +49,44 @@ def test_layout_on_each_instruction_set(
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)], ids=["tokens_first", "heads_first"])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_packed_layout(operator: str, order: tuple[int, ...], device: torch.device) -> None:
-    inputs, grad_output, sizes = pack(([5, 0, 33], [7, 0, 65]), torch.float32, device)
+def test_packed_layout(operator: str, order: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    inputs, grad_output, sizes = pack(([5, 0, 33], [7, 0, 65]), dtype, device)
     inputs = {name: surrounded(x, order) for name, x in inputs.items()}
     check(f"{operator}_varlen", inputs, surrounded(grad_output, order), is_causal=True, **sizes)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_slices_of_one_projection(operator: str, device: torch.device) -> None:
+def test_slices_of_one_projection(operator: str, dtype: torch.dtype, device: torch.device) -> None:
     """query, key and value as a model has them: cut out of one (batch, length, 3, heads, head_dim) tensor."""
-    qkv = torch.randn(2, 33, 3, 4, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    qkv = torch.randn(2, 33, 3, 4, 16, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     check(operator, {"query": query, "key": key, "value": value}, torch.ones_like(query))
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_stride_of_a_single_feature_does_not_matter(operator: str, device: torch.device) -> None:
-    inputs, grad_output = random_inputs(Shape(head_dim=2), torch.float32, device)
+def test_stride_of_a_single_feature_does_not_matter(operator: str, dtype: torch.dtype, device: torch.device) -> None:
+    inputs, grad_output = random_inputs(Shape(head_dim=2), dtype, device)
     check(operator, {name: x[..., ::2] for name, x in inputs.items()}, grad_output[..., ::2])
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_offsets_beyond_32_bits(operator: str, device: torch.device, tmp_path: Path) -> None:
-    """Keys more than 2^31 elements apart, in a sparse file of which a few pages are ever touched."""
-    if device.type != "cpu":
-        pytest.skip("a sparse file lies in host memory")
+    """Keys more than 2^31 elements apart."""
     far = 2**31 + 8
-    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * far + 16, dtype=torch.bfloat16)
+    storage = unused_memory(2 * far + 16, device, tmp_path)
     inputs, grad_output = random_inputs(Shape(length_k=3, heads=1), torch.bfloat16, device)
     for name in ("key", "value"):
         inputs[name] = torch.as_strided(storage, (1, 1, 3, 16), (0, 0, far, 1)).copy_(inputs[name])
     check(operator, inputs, grad_output)
+
+
+def unused_memory(size: int, device: torch.device, folder: Path) -> Tensor:
+    """A bfloat16 tensor of which little will be touched: on the host a sparse file, which takes no memory till then."""
+    if device.type == "cpu":
+        return torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=torch.bfloat16)
+    if torch.cuda.mem_get_info(device)[0] < 2 * size:
+        pytest.skip(f"needs {2 * size / 2**30:.0f} GiB of device memory")
+    return torch.empty(size, dtype=torch.bfloat16, device=device)
 
 
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])

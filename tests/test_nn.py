@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnx import reference
 from attnx.nn import SigmoidAttention
+from attnx.testing import assert_close, eager_sigmoid_attention
 
 EMBED_DIM, HEADS, HEAD_DIM = 24, 4, 6
 
@@ -45,18 +48,20 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(device: torch.device, dtype: torch.dtype = torch.float64, **options: Any) -> SigmoidAttention:
+def build(device: torch.device, dtype: torch.dtype, **options: Any) -> SigmoidAttention:
     torch.manual_seed(0)
     return SigmoidAttention(EMBED_DIM, HEADS, device=device, dtype=dtype, **options)
 
 
-def tokens(length: int, device: torch.device, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+def tokens(length: int, device: torch.device, dtype: torch.dtype, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, length, EMBED_DIM, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
-def by_hand(module: SigmoidAttention, options: dict[str, Any], x: Tensor, context: Tensor) -> Tensor:
-    """The module's definition on its own weights, around the float64 reference."""
+def by_hand(
+    attention: Callable[..., Tensor], module: SigmoidAttention, options: dict[str, Any], x: Tensor, context: Tensor
+) -> Tensor:
+    """The module's definition on its own weights, around another sigmoid attention."""
     head_dim = options.get("head_dim", HEAD_DIM)
     kv_heads = options.get("num_kv_heads", HEADS)
 
@@ -77,7 +82,7 @@ def by_hand(module: SigmoidAttention, options: dict[str, Any], x: Tensor, contex
     bias = options.get("bias")
     start = partial(torch.tensor, dtype=torch.float64, device=x.device)
     slopes = start([2.0 ** (-8 * (h + 1) / HEADS) for h in range(HEADS)])
-    output = reference.sigmoid_attention(
+    output = attention(
         query,
         key,
         heads(module.v_proj, context, kv_heads),
@@ -89,27 +94,35 @@ def by_hand(module: SigmoidAttention, options: dict[str, Any], x: Tensor, contex
     return F.linear(output, module.out_proj.weight, module.out_proj.bias)
 
 
+def exact(module: SigmoidAttention, options: dict[str, Any], x: Tensor, context: Tensor) -> Tensor:
+    return by_hand(reference.sigmoid_attention, copy.deepcopy(module).double(), options, x.double(), context.double())
+
+
 @pytest.mark.parametrize("context_length", [None, 9], ids=["self", "cross"])
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
-def test_is_its_parts_composed(configuration: str, context_length: int | None, device: torch.device) -> None:
+def test_is_its_parts_composed(
+    configuration: str, context_length: int | None, dtype: torch.dtype, device: torch.device
+) -> None:
     options = CONFIGURATIONS[configuration]
-    module, x = build(device, **options), tokens(5, device)
-    context = None if context_length is None else tokens(context_length, device, seed=2)
+    module, x = build(device, dtype, **options), tokens(5, device, dtype)
+    context = None if context_length is None else tokens(context_length, device, dtype, seed=2)
     output = module(x, context)
-    torch.testing.assert_close(output, by_hand(module, options, x, x if context is None else context))
+    other = x if context is None else context
+    baseline = by_hand(eager_sigmoid_attention, module, options, x, other)
+    assert_close(output, exact(module, options, x, other), baseline)
     output.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
 @pytest.mark.parametrize("configuration", ["trainable_bias", "trainable_alibi"])
-def test_per_head_parameters_learn(configuration: str, device: torch.device) -> None:
-    module = build(device, torch.float32, **CONFIGURATIONS[configuration])
+def test_per_head_parameters_learn(configuration: str, dtype: torch.dtype, device: torch.device) -> None:
+    module = build(device, dtype, **CONFIGURATIONS[configuration])
     parameter = dict(module.named_parameters())["bias" if "bias" in configuration else "alibi_slopes"]
     assert parameter.shape == (HEADS,)
     assert parameter.dtype == torch.float32
     before = parameter.detach().clone()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    module(tokens(5, device, torch.float32)).square().sum().backward()
+    module(tokens(5, device, dtype)).square().sum().backward()
     optimizer.step()
     assert (parameter != before).all()
 
@@ -124,37 +137,38 @@ def test_low_precision_keeps_what_it_adds_to_logits_in_float32(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("configuration", ["plain", "grouped", "norms", "everything"])
-def test_compiles_in_one_graph(configuration: str, device: torch.device) -> None:
+def test_compiles_in_one_graph(configuration: str, dtype: torch.dtype, device: torch.device) -> None:
     torch._dynamo.reset()
-    module = build(device, **CONFIGURATIONS[configuration])
+    module = build(device, dtype, **CONFIGURATIONS[configuration])
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (5, 8):
-        x = tokens(length, device)
+        x = tokens(length, device, dtype)
         torch.testing.assert_close(compiled(x), module(x))
 
 
 @pytest.mark.parametrize("configuration", ["plain", "norms", "everything"])
 def test_autocast(configuration: str, device: torch.device) -> None:
-    module, x = build(device, torch.float32, **CONFIGURATIONS[configuration]), tokens(5, device, torch.float32)
+    options = CONFIGURATIONS[configuration]
+    module, x = build(device, torch.float32, **options), tokens(5, device, torch.float32)
     with torch.autocast(device.type, torch.bfloat16):
         output = module(x)
     assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output.float(), module(x), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(output.double(), exact(module, options, x, x), atol=0.05, rtol=0.05)
 
 
-def test_activation_checkpointing(device: torch.device) -> None:
-    module = build(device, **CONFIGURATIONS["everything"])
+def test_activation_checkpointing(dtype: torch.dtype, device: torch.device, deterministic: None) -> None:
+    module = build(device, dtype, **CONFIGURATIONS["everything"])
     gradients = []
     for forward in (module, lambda x: checkpoint(module, x, use_reentrant=False)):
-        x = tokens(5, device).requires_grad_()
+        x = tokens(5, device, dtype).requires_grad_()
         gradients.append(torch.autograd.grad(forward(x).square().sum(), [x, *module.parameters()]))
     torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
-def test_state_dict_round_trip(configuration: str, device: torch.device) -> None:
+def test_state_dict_round_trip(configuration: str, dtype: torch.dtype, device: torch.device) -> None:
     options = CONFIGURATIONS[configuration]
-    module, other, x = build(device, **options), build(device, **options), tokens(5, device)
+    module, other, x = build(device, dtype, **options), build(device, dtype, **options), tokens(5, device, dtype)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -163,11 +177,11 @@ def test_state_dict_round_trip(configuration: str, device: torch.device) -> None
     assert set(module.state_dict()) == {name for name, _ in module.named_parameters()}
 
 
-def test_starts_on_the_meta_device(device: torch.device) -> None:
+def test_starts_on_the_meta_device(dtype: torch.dtype, device: torch.device) -> None:
     options = {"bias": "trainable", "bias_length": 7, "alibi": True}
-    module = build(torch.device("meta"), **options).to_empty(device=device)
+    module = build(torch.device("meta"), dtype, **options).to_empty(device=device)
     module.reset_parameters()
-    expected = build(device, **options)
+    expected = build(device, dtype, **options)
     assert torch.equal(module.bias, expected.bias)
     assert torch.equal(module.alibi_slopes, expected.alibi_slopes)
 

@@ -11,6 +11,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
+@pytest.mark.needs("float32")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("example", EXAMPLES, ids=[example.strip().splitlines()[-1] for example in EXAMPLES])
 def test_example_runs(example: str) -> None:
     exec(compile(example, "README.md", "exec"), {})

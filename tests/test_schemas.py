@@ -9,22 +9,23 @@ QKV = "Tensor query, Tensor key, Tensor value"
 PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 BIAS = "Tensor? bias, Tensor? alibi_slopes, str bias_rule, float bias_value"
 MASK = "float? scale, bool is_causal, int window_left, int window_right"
+BACKWARD = f"{MASK}, bool deterministic"
 GRADS = "Tensor grad_query, Tensor grad_key, Tensor grad_value"
 
-SIGMOID_GRADS = f"({GRADS}, Tensor grad_bias, Tensor grad_alibi_slopes)"
-SOFTMAX_GRADS = f"({GRADS}, Tensor grad_alibi_slopes)"
+SIGMOID = f"({GRADS}, Tensor grad_bias, Tensor grad_alibi_slopes)"
+SOFTMAX = f"({GRADS}, Tensor grad_alibi_slopes)"
 SOFTMAX_RESULTS = "Tensor output, Tensor logsumexp"
 SOFTMAX_SAVED = f"Tensor grad_output, Tensor grad_logsumexp, {QKV}, {SOFTMAX_RESULTS}"
 
 SCHEMAS = [
     f"sigmoid_attention({QKV}, {BIAS}, {MASK}) -> Tensor",
     f"sigmoid_attention_varlen({QKV}, {PACKING}, {BIAS}, {MASK}) -> Tensor",
-    f"sigmoid_attention_backward(Tensor grad_output, {QKV}, {BIAS}, {MASK}) -> {SIGMOID_GRADS}",
-    f"sigmoid_attention_varlen_backward(Tensor grad_output, {QKV}, {PACKING}, {BIAS}, {MASK}) -> {SIGMOID_GRADS}",
+    f"sigmoid_attention_backward(Tensor grad_output, {QKV}, {BIAS}, {BACKWARD}) -> {SIGMOID}",
+    f"sigmoid_attention_varlen_backward(Tensor grad_output, {QKV}, {PACKING}, {BIAS}, {BACKWARD}) -> {SIGMOID}",
     f"softmax_attention({QKV}, Tensor? alibi_slopes, {MASK}) -> ({SOFTMAX_RESULTS})",
     f"softmax_attention_varlen({QKV}, {PACKING}, Tensor? alibi_slopes, {MASK}) -> ({SOFTMAX_RESULTS})",
-    f"softmax_attention_backward({SOFTMAX_SAVED}, Tensor? alibi_slopes, {MASK}) -> {SOFTMAX_GRADS}",
-    f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PACKING}, Tensor? alibi_slopes, {MASK}) -> {SOFTMAX_GRADS}",
+    f"softmax_attention_backward({SOFTMAX_SAVED}, Tensor? alibi_slopes, {BACKWARD}) -> {SOFTMAX}",
+    f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PACKING}, Tensor? alibi_slopes, {BACKWARD}) -> {SOFTMAX}",
 ]
 
 

@@ -15,19 +15,21 @@ OPERATORS = ["sigmoid_attention", "softmax_attention"]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_forward_and_backward(operator: str, dtype: torch.dtype, instruction_set: str, device: torch.device) -> None:
+def test_forward_and_backward(
+    operator: str, dtype: torch.dtype, instruction_set: str | None, device: torch.device
+) -> None:
     check(operator, *random_inputs(SHAPE, dtype, device), is_causal=True)
 
 
 @pytest.mark.parametrize("operator", VARLEN_OPERATORS)
-def test_packed(operator: str, device: torch.device) -> None:
-    inputs, grad_output, lengths = pack(([5, 0, 9], [7, 3, 9]), torch.float32, device)
+def test_packed(operator: str, dtype: torch.dtype, device: torch.device) -> None:
+    inputs, grad_output, lengths = pack(([5, 0, 9], [7, 3, 9]), dtype, device)
     check(operator, inputs, grad_output, **lengths)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_compile(operator: str, device: torch.device) -> None:
-    inputs, grad_output = random_inputs(SHAPE, torch.float32, device)
+def test_compile(operator: str, dtype: torch.dtype, device: torch.device, deterministic: None) -> None:
+    inputs, grad_output = random_inputs(SHAPE, dtype, device)
     attention = getattr(attnx, operator)
     compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
     expected = forward_backward(attention, inputs, grad_output)
@@ -35,13 +37,14 @@ def test_compile(operator: str, device: torch.device) -> None:
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_bad_input_is_refused(device: torch.device) -> None:
-    x = torch.zeros(1, 2, 8, 16, device=device)
+def test_bad_input_is_refused(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.zeros(1, 2, 8, 16, dtype=dtype, device=device)
     with pytest.raises(RuntimeError, match=r"key: expected shape \(1, 2, 8, 16\), got \(1, 2, 8, 4\)"):
         attnx.sigmoid_attention(x, x[..., :4], x)
 
 
-def test_the_rest_answers() -> None:
-    x = torch.zeros(1, 2, 8, 16)
+def test_the_rest_answers(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.zeros(1, 2, 8, 16, dtype=dtype, device=device)
     assert attnx.explain(attnx.sigmoid_attention, x, x, x).supported
-    assert attnx.nn.SigmoidAttention(32, 2)(torch.zeros(1, 5, 32)).shape == (1, 5, 32)
+    module = attnx.nn.SigmoidAttention(32, 2, dtype=dtype, device=device)
+    assert module(torch.zeros(1, 5, 32, dtype=dtype, device=device)).shape == (1, 5, 32)

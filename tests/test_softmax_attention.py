@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 import attnx
 from attnx import reference
@@ -21,7 +22,7 @@ from cases import (
     random_parameter,
     visible_pairs,
 )
-from compare import check
+from compare import Attention, check, forward_backward
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
@@ -46,7 +47,7 @@ def test_masks_and_alibi(shape: Shape, dtype: torch.dtype, mask: str, slopes: st
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
 def test_instruction_sets(
-    shape: Shape, dtype: torch.dtype, mask: str, instruction_set: str, device: torch.device
+    shape: Shape, dtype: torch.dtype, mask: str, instruction_set: str | None, device: torch.device
 ) -> None:
     inputs, grad_output = random_inputs(shape, dtype, device)
     inputs["alibi_slopes"] = random_parameter((shape.heads,), dtype, device)
@@ -64,29 +65,52 @@ def test_logsumexp(shape: Shape, dtype: torch.dtype, mask: str, device: torch.de
     # Inputs as they are, all arithmetic in the dtype of the logsumexp: the rounding of the inputs is no excuse.
     query, key = inputs["query"].to(actual.dtype), inputs["key"].to(actual.dtype)
     logits = query * shape.head_dim**-0.5 @ key.repeat_interleave(shape.heads // key.shape[1], dim=1).mT
-    baseline = logits.where(visible_pairs(shape, **MASKS[mask]), -math.inf).logsumexp(-1)
+    visible = visible_pairs(shape, **MASKS[mask]).to(device)
+    baseline = logits.where(visible, -math.inf).logsumexp(-1)
     assert_close(actual, expected, baseline, name="logsumexp")
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_logsumexp_is_differentiable(mask: str, device: torch.device) -> None:
-    inputs, grad_output = random_inputs(Shape(length_k=20), torch.float64, device)
-    leaves = [x.requires_grad_() for x in inputs.values()]
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logsumexp_is_differentiable(dtype: torch.dtype, mask: str, device: torch.device) -> None:
+    inputs, grad_output = random_inputs(Shape(length_k=20), dtype, device)
     seen = visible_pairs(Shape(length_k=20), **MASKS[mask]).any(-1).to(device)
-    gradients = []
-    for attention in (attnx.softmax_attention, reference.softmax_attention):
-        output, logsumexp = attention(*leaves, return_logsumexp=True, **MASKS[mask])
-        loss = (output * grad_output).sum() + logsumexp[..., seen].sin().sum()
-        gradients.append(torch.autograd.grad(loss, leaves))
-    for got, want in zip(*gradients, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+    def gradients(attention: Attention, precision: torch.dtype) -> dict[str, Tensor]:
+        def loss(**leaves: Tensor) -> Tensor:
+            output, logsumexp = attention(**leaves, return_logsumexp=True, **MASKS[mask])
+            return (output * grad_output).double().sum() + logsumexp[..., seen].double().sin().sum()
+
+        one = torch.ones((), dtype=torch.float64, device=device)
+        return forward_backward(loss, {name: x.to(precision) for name, x in inputs.items()}, one)
+
+    actual = gradients(attnx.softmax_attention, dtype)
+    for name, want in gradients(reference.softmax_attention, torch.float64).items():
+        rounding = 4 * torch.finfo(dtype).eps * max(1.0, want.abs().max().item())
+        torch.testing.assert_close(actual[name].double(), want, rtol=rounding, atol=rounding, msg=name)
+
+
+def test_any_strides_of_the_gradient_of_logsumexp(
+    dtype: torch.dtype, device: torch.device, deterministic: None
+) -> None:
+    """Autograd chooses them: sum().backward() sends stride 0."""
+    inputs, _ = random_inputs(Shape(heads=4, kv_heads=2), dtype, device)
+
+    def logsumexp(**leaves: Tensor) -> Tensor:
+        return attnx.softmax_attention(**leaves, return_logsumexp=True)[1]
+
+    ones = torch.ones(1, 4, 33, dtype=parameter_dtype(dtype), device=device)
+    expected = forward_backward(logsumexp, inputs, ones)
+    for strided in (ones[:, :, :1].expand_as(ones), ones.mT.contiguous().mT):
+        actual = forward_backward(logsumexp, inputs, strided)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("scale", [0.75, 64.0])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_huge_logits(
-    dtype: torch.dtype, is_causal: bool, scale: float, instruction_set: str, device: torch.device
+    dtype: torch.dtype, is_causal: bool, scale: float, instruction_set: str | None, device: torch.device
 ) -> None:
     """Logits of hundreds and thousands, whose exp overflows in every dtype. They are exact, so the weights must be."""
     inputs, grad_output = random_inputs(Shape(length_k=70), dtype, device)
@@ -99,18 +123,19 @@ def test_huge_logits(
     check("softmax_attention", inputs, grad_output, gradient_floor=floor, scale=scale, is_causal=is_causal)
 
 
-def test_constant_shift_of_all_logits_changes_nothing(device: torch.device) -> None:
+def test_constant_shift_of_all_logits_changes_nothing(dtype: torch.dtype, device: torch.device) -> None:
     """One more feature, constant over the keys, adds the same 300 to every logit of a row."""
-    inputs, _ = random_inputs(Shape(), torch.float32, device)
+    inputs, _ = random_inputs(Shape(), dtype, device)
     plain = attnx.softmax_attention(**inputs, scale=1.0)
     one = torch.ones_like(inputs["query"][..., :1])
     query, key = torch.cat([inputs["query"], 300 * one], -1), torch.cat([inputs["key"], one], -1)
     shifted = attnx.softmax_attention(query, key, inputs["value"], scale=1.0)
-    torch.testing.assert_close(shifted, plain, atol=1e-3, rtol=0)  # logits near 300 are rounded to 2^-15
+    # Logits near 300 are rounded to 2^-15, and so are the weights, or to what their dtype holds.
+    torch.testing.assert_close(shifted, plain, atol=max(1e-3, 4 * torch.finfo(dtype).eps), rtol=0)
 
 
-def test_row_without_keys_gives_zero(device: torch.device) -> None:
-    inputs, _ = random_inputs(Shape(length_q=9, length_k=4), torch.float32, device)
+def test_row_without_keys_gives_zero(dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _ = random_inputs(Shape(length_q=9, length_k=4), dtype, device)
     output, logsumexp = attnx.softmax_attention(**inputs, is_causal=True, return_logsumexp=True)
     assert (output[:, :, :5] == 0).all()
     assert (output[:, :, 5:] != 0).all()

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import attnx
-from cases import OPERATORS, Shape, pack, parameter_dtype, random_inputs, random_parameter
+from cases import DTYPES, OPERATORS, Shape, pack, parameter_dtype, random_inputs, random_parameter
 from compare import forward_backward
 from memory import surrounded
 
@@ -34,17 +36,19 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_opcheck(operator: str, varlen: bool, layout: Callable[[Tensor], Tensor], device: torch.device) -> None:
+def test_opcheck(
+    operator: str, varlen: bool, layout: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device
+) -> None:
     """opcheck on every call that a forward and a backward make, the backward operators' included."""
     if varlen:
-        inputs, grad_output, options = pack(([3, 0, 9], [4, 2, 9]), torch.float32, device)
+        inputs, grad_output, options = pack(([3, 0, 9], [4, 2, 9]), dtype, device)
         operator += "_varlen"
     else:
-        (inputs, grad_output), options = random_inputs(SHAPE, torch.float32, device), {}
+        (inputs, grad_output), options = random_inputs(SHAPE, dtype, device), {}
     inputs = {name: layout(x) for name, x in inputs.items()}
-    inputs["alibi_slopes"] = random_parameter((4,), torch.float32, device)
+    inputs["alibi_slopes"] = random_parameter((4,), dtype, device)
     if "sigmoid" in operator:
-        inputs["bias"] = random_parameter((4,), torch.float32, device)
+        inputs["bias"] = random_parameter((4,), dtype, device)
 
     with RecordedCalls() as calls:
         forward_backward(getattr(attnx, operator), inputs, layout(grad_output), is_causal=True, **options)
@@ -85,34 +89,34 @@ def model(operator: str) -> Callable[..., Tensor]:
     return run
 
 
-def model_inputs(batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
+def model_inputs(batch: int, length: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(length)
     x = torch.randn(batch, length, 16, generator=generator)
     weight = torch.randn(16, 48, generator=generator) / 4
-    return {"x": x.to(device), "weight": weight.to(device)}
+    return {"x": x.to(device, dtype), "weight": weight.to(device, dtype)}
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_compile_once_for_all_lengths(operator: str, device: torch.device) -> None:
+def test_compile_once_for_all_lengths(operator: str, dtype: torch.dtype, device: torch.device) -> None:
     """One graph without breaks, compiled for dynamic sizes at the first call and never again."""
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model(operator), fullgraph=True, dynamic=True, backend=counter)
     for batch, length in ((2, 9), (3, 17), (5, 33)):
-        inputs = model_inputs(batch, length, device)
+        inputs = model_inputs(batch, length, dtype, device)
         assert torch.equal(compiled(**inputs), model(operator)(**inputs))
     assert counter.frame_count == 1
 
 
 @torch.compiler.config.patch(force_disable_caches=True)  # what an earlier build compiled says nothing of this one
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_compile_forward_backward(operator: str, backend: str, device: torch.device) -> None:
+def test_compile_forward_backward(operator: str, compiler: str, dtype: torch.dtype, device: torch.device) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(model(operator), fullgraph=True, dynamic=True, backend=backend)
+    compiled = torch.compile(model(operator), fullgraph=True, dynamic=True, backend=compiler)
     for batch, length in ((2, 9), (3, 17)):
-        inputs = model_inputs(batch, length, device)
-        grad_output = torch.ones(batch, length, 16, device=device)
+        inputs = model_inputs(batch, length, dtype, device)
+        grad_output = torch.ones(batch, length, 16, dtype=dtype, device=device)
         expected = forward_backward(model(operator), inputs, grad_output)
         with torch.compiler.set_stance("default" if length == 9 else "fail_on_recompile"):
             results = forward_backward(compiled, inputs, grad_output)
@@ -120,28 +124,55 @@ def test_compile_forward_backward(operator: str, backend: str, device: torch.dev
             torch.testing.assert_close(result, expected[name], msg=name)
 
 
+@pytest.mark.parametrize("wanted", [False, True], ids=["fast", "deterministic"])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_export(operator: str, device: torch.device) -> None:
+def test_backward_knows_whether_determinism_is_wanted(
+    operator: str, wanted: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """What torch.use_deterministic_algorithms said is the operator's last argument, in eager mode and in a graph."""
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    compiled = torch.compile(model(operator), fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    inputs, grad_output = model_inputs(2, 9, dtype, device), torch.ones(2, 9, 16, dtype=dtype, device=device)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        with RecordedCalls() as calls:
+            forward_backward(model(operator), inputs, grad_output)
+        forward_backward(compiled, inputs, grad_output)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    name = f"{operator}_backward"
+    assert [args[-1] for op, args, _ in calls.seen if op._opname == name] == [wanted]
+    nodes = [node for graph in graphs for node in graph.graph.nodes if name in str(node.target)]
+    assert [node.args[-1] for node in nodes] == [wanted]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_export(operator: str, dtype: torch.dtype, device: torch.device) -> None:
     class Model(torch.nn.Module):
         def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return getattr(attnx, operator)(query, key, value, is_causal=True)
 
-    inputs, _ = random_inputs(SHAPE, torch.float32, device)
+    inputs, _ = random_inputs(SHAPE, dtype, device)
     length = torch.export.Dim("length_k", min=2, max=4096)
     dynamic = {"query": {}, "key": {2: length}, "value": {2: length}}
     program = torch.export.export(Model(), (), inputs, dynamic_shapes=dynamic)
-    longer, _ = random_inputs(
-        Shape(batch=2, heads=4, kv_heads=2, length_q=9, length_k=31, head_dim=8), torch.float32, device
-    )
+    longer, _ = random_inputs(Shape(batch=2, heads=4, kv_heads=2, length_q=9, length_k=31, head_dim=8), dtype, device)
     longer["value"] = longer["value"][..., :5]
     assert torch.equal(program.module()(**longer), Model()(**longer))
 
 
 @pytest.mark.filterwarnings("error")  # PyTorch warns where vmap has no rule for an operator and loops instead
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_vmap_is_a_loop(operator: str, device: torch.device) -> None:
+def test_vmap_is_a_loop(operator: str, dtype: torch.dtype, device: torch.device) -> None:
     attention = getattr(attnx, operator)
-    calls = [random_inputs(SHAPE, torch.float32, device, seed=i)[0] for i in range(3)]
+    calls = [random_inputs(SHAPE, dtype, device, seed=i)[0] for i in range(3)]
     query, key, value = (torch.stack([call[name] for call in calls]) for name in calls[0])
     loop = torch.stack([attention(*call.values()) for call in calls])
     assert torch.equal(torch.vmap(attention)(query, key, value), loop)
@@ -152,8 +183,8 @@ def test_vmap_is_a_loop(operator: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_activation_checkpointing(operator: str, device: torch.device) -> None:
-    inputs, grad_output = random_inputs(SHAPE, torch.float32, device)
+def test_activation_checkpointing(operator: str, dtype: torch.dtype, device: torch.device, deterministic: None) -> None:
+    inputs, grad_output = random_inputs(SHAPE, dtype, device)
     attention = getattr(attnx, operator)
 
     def checkpointed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -165,7 +196,7 @@ def test_activation_checkpointing(operator: str, device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_autocast(operator: str, varlen: bool, dtype: torch.dtype, device: torch.device) -> None:
+def test_autocast(operator: str, varlen: bool, dtype: torch.dtype, device: torch.device, deterministic: None) -> None:
     """query, key and value are cast, also where they differ; the parameters and their gradients stay float32."""
     if varlen:
         inputs, _, options = pack(([5, 7], [6, 9]), torch.float32, device)
@@ -192,15 +223,16 @@ def test_autocast(operator: str, varlen: bool, dtype: torch.dtype, device: torch
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_autocast_leaves_float64_alone(operator: str, device: torch.device) -> None:
-    inputs, _ = random_inputs(SHAPE, torch.float64, device)
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
+def test_autocast_leaves_float64_alone(operator: str, dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _ = random_inputs(SHAPE, dtype, device)
     with torch.autocast(device.type, torch.bfloat16):
-        assert getattr(attnx, operator)(**inputs).dtype == torch.float64
+        assert getattr(attnx, operator)(**inputs).dtype == dtype
 
 
 @pytest.mark.parametrize("kind", ["fake", "meta"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_fakes_foretell(
     operator: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor], kind: str, device: torch.device

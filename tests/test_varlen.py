@@ -35,27 +35,31 @@ def test_against_reference(
 
 @pytest.mark.parametrize("bias", ["row", -2.0, "tensor_per_head"])
 @pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
-def test_sigmoid_bias(lengths: tuple[list[int], list[int]], bias: str | float, device: torch.device) -> None:
-    inputs, grad_output, sizes = pack(lengths, torch.float32, device)
+def test_sigmoid_bias(
+    lengths: tuple[list[int], list[int]], bias: str | float, dtype: torch.dtype, device: torch.device
+) -> None:
+    inputs, grad_output, sizes = pack(lengths, dtype, device)
     if bias == "tensor_per_head":
-        inputs["bias"] = random_parameter((4,), torch.float32, device) - 3
+        inputs["bias"] = random_parameter((4,), dtype, device) - 3
     else:
         sizes["bias"] = bias
     check("sigmoid_attention_varlen", inputs, grad_output, is_causal=True, **sizes)
 
 
 @pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
-def test_logsumexp(lengths: tuple[list[int], list[int]], device: torch.device) -> None:
-    inputs, _, sizes = pack(lengths, torch.float32, device)
+def test_logsumexp(lengths: tuple[list[int], list[int]], dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _, sizes = pack(lengths, dtype, device)
     _, actual = attnx.softmax_attention_varlen(**inputs, **sizes, is_causal=True, return_logsumexp=True)
     _, expected = reference.softmax_attention_varlen(**inputs, **sizes, is_causal=True, return_logsumexp=True)
     torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("operator", VARLEN_OPERATORS)
-def test_equal_lengths_are_a_batch(operator: str, device: torch.device) -> None:
+def test_equal_lengths_are_a_batch(
+    operator: str, dtype: torch.dtype, device: torch.device, deterministic: None
+) -> None:
     """Three sequences of one length give, bit for bit, what the dense operator gives for a batch of three."""
-    inputs, grad_output = random_inputs(Shape(batch=3, length_q=37, length_k=37), torch.float32, device)
+    inputs, grad_output = random_inputs(Shape(batch=3, length_q=37, length_k=37), dtype, device)
     batched = forward_backward(getattr(attnx, operator.removesuffix("_varlen")), inputs, grad_output, is_causal=True)
 
     def packed(x: Tensor) -> Tensor:
@@ -70,8 +74,8 @@ def test_equal_lengths_are_a_batch(operator: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("operator", VARLEN_OPERATORS)
-def test_generous_max_seqlen_changes_nothing(operator: str, device: torch.device) -> None:
-    inputs, _, sizes = pack(PACKS["fewer_queries"], torch.float32, device)
+def test_generous_max_seqlen_changes_nothing(operator: str, dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _, sizes = pack(PACKS["fewer_queries"], dtype, device)
     exact = getattr(attnx, operator)(**inputs, **sizes)
     generous = getattr(attnx, operator)(**inputs, **sizes | {"max_seqlen_q": 500, "max_seqlen_k": 700})
     assert torch.equal(exact, generous)
@@ -81,8 +85,10 @@ def test_generous_max_seqlen_changes_nothing(operator: str, device: torch.device
 @pytest.mark.parametrize(
     "lengths", [([], []), ([0, 0], [0, 0]), ([0, 0], [3, 2])], ids=["no_sequences", "empty", "keys_only"]
 )
-def test_nothing_to_attend(operator: str, lengths: tuple[list[int], list[int]], device: torch.device) -> None:
-    inputs, grad_output, sizes = pack(lengths, torch.float32, device)
+def test_nothing_to_attend(
+    operator: str, lengths: tuple[list[int], list[int]], dtype: torch.dtype, device: torch.device
+) -> None:
+    inputs, grad_output, sizes = pack(lengths, dtype, device)
     results = forward_backward(getattr(attnx, operator), inputs, grad_output, **sizes)
     assert results["output"].shape == (0, 4, 24)
     for name, x in inputs.items():

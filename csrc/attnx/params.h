@@ -32,6 +32,17 @@ struct PerHead {
   std::int64_t stride = 0;
 };
 
+// Which blocks of keys each block of queries visits, in the format of torch.nn.attention.flex_attention.BlockMask; or,
+// transposed, which blocks of queries visit each block of keys. Strides count elements, 0 where one list serves all.
+struct BlockList {
+  const std::int32_t* counts = nullptr;   // [batch, heads_q, blocks]
+  const std::int32_t* indices = nullptr;  // [batch, heads_q, blocks, width], the first `count` of each row in use
+  const float* bias = nullptr;            // like indices, may be null: added to the logits of the block
+  std::int64_t counts_batch_stride = 0, counts_head_stride = 0;
+  std::int64_t indices_batch_stride = 0, indices_head_stride = 0, indices_row_stride = 0;
+  std::int64_t bias_batch_stride = 0, bias_head_stride = 0, bias_row_stride = 0;
+};
+
 struct AttentionParams {
   DType dtype = DType::kFloat32;
   Score score = Score::kSigmoid;
@@ -51,6 +62,7 @@ struct AttentionParams {
   // Rows of sequence b are [cu_seqlens[b], cu_seqlens[b + 1]). Null: every sequence has the full length.
   const std::int32_t* cu_seqlens_q = nullptr;
   const std::int32_t* cu_seqlens_k = nullptr;
+  std::int64_t packed_rows_q = 0;  // of all sequences, with cu_seqlens
 
   double scale = 1;
   // Query i sees key j where -left <= j - (i + length_k - length_q) <= right; negative means no bound.
@@ -61,6 +73,10 @@ struct AttentionParams {
   double bias_value = 0;
   PerHead bias;          // added
   PerHead alibi_slopes;  // times |i + length_k - length_q - j|, subtracted
+
+  // Listed tiles: only the listed blocks take part, under the same window. Not with cu_seqlens.
+  std::int64_t block_q = 0, block_k = 0;  // rows and keys of a block
+  BlockList key_blocks;                   // of each block of queries; null counts: every block takes part
 };
 
 struct ForwardParams : AttentionParams {
@@ -69,6 +85,8 @@ struct ForwardParams : AttentionParams {
 };
 
 struct BackwardParams : AttentionParams {
+  BlockList query_blocks;  // key_blocks transposed: of each block of keys
+
   Tensor grad_output;     // [batch, heads_q, length_q, value_dim]
   Tensor output;          // as from the forward; softmax only
   Tensor logsumexp;       // as from the forward; softmax only

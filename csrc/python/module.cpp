@@ -2,33 +2,73 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "attnx/capability.h"
+#include "attnx/environment.h"
 #include "cpu/attention.h"
+#include "torch/cuda_hooks.h"
 
 namespace py = pybind11;
 
 namespace {
 
+constexpr bool kWithCuda = ATTNX_WITH_CUDA;
+
 std::vector<std::string> split(const std::string& text) {
   std::vector<std::string> parts;
-  std::size_t start = 0;
-  for (std::size_t end; (end = text.find(',', start)) != text.npos; start = end + 1)
-    parts.push_back(text.substr(start, end - start));
-  parts.push_back(text.substr(start));
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
   return parts;
 }
+
+py::object if_with_cuda(const char* text) { return kWithCuda ? py::object(py::str(text)) : py::none(); }
 
 py::dict build_info() {
   py::dict info;
   info["version"] = ATTNX_VERSION;
   info["compiler"] = ATTNX_COMPILER;
   info["cpu_instruction_sets"] = split(ATTNX_ISAS);
-  info["cuda"] = py::none();
-  info["cuda_architectures"] = py::list();
+  info["cuda"] = if_with_cuda(ATTNX_CUDA_VERSION);
+  info["cuda_architectures"] = split(ATTNX_CUDA_ARCHITECTURES);
+  info["cudart"] = if_with_cuda(ATTNX_CUDART);
   info["torch_target"] = ATTNX_TORCH_TARGET;
   return info;
+}
+
+bool cuda_emulated() {
+  if constexpr (kWithCuda) return attnx::ops::cuda_emulated();
+  return false;
+}
+
+attnx::DType sixteen_bits(const std::string& dtype) {
+  if (dtype == "bfloat16") return attnx::DType::kBFloat16;
+  if (dtype == "float16") return attnx::DType::kFloat16;
+  throw std::invalid_argument("dtype: expected bfloat16 or float16, got " + dtype);
+}
+
+std::string cuda_forward_kernel(const std::string& op, const std::string& dtype, std::int64_t batch,
+                                std::int64_t heads_q, std::int64_t heads_k, std::int64_t length_q,
+                                std::int64_t length_k, std::int64_t head_dim, std::int64_t value_dim) {
+  attnx::ForwardParams p;
+  p.score = op == "sigmoid_attention" ? attnx::Score::kSigmoid : attnx::Score::kSoftmax;
+  p.dtype = sixteen_bits(dtype);
+  p.batch = batch;
+  p.heads_q = heads_q;
+  p.heads_k = heads_k;
+  p.length_q = length_q;
+  p.length_k = length_k;
+  p.head_dim = head_dim;
+  p.value_dim = value_dim;
+  return attnx::ops::cuda_forward_kernel(p);
+}
+
+void cuda_sigmoid_weights(std::uintptr_t logits, std::uintptr_t weights, std::int64_t n, const std::string& dtype,
+                          bool exact) {
+  attnx::ops::cuda_sigmoid_weights(reinterpret_cast<const float*>(logits), reinterpret_cast<float*>(weights), n,
+                                   sixteen_bits(dtype), exact);
 }
 
 }  // namespace
@@ -42,4 +82,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_instruction_set", attnx::cpu::instruction_set, "The one in use.");
   m.def("set_cpu_instruction_set", attnx::cpu::use_instruction_set, py::arg("name"),
         "Use this one from now on, in the whole process. For tests and comparisons.");
+  m.attr("cuda_on_host") = attnx::kCudaOnHost;
+  m.def("cuda_emulated", cuda_emulated, "Whether there are CUDA kernels, on a runtime that is the emulator.");
+  if constexpr (kWithCuda) {
+    m.def("cuda_forward_kernel", cuda_forward_kernel, py::arg("operator"), py::arg("dtype"), py::arg("batch"),
+          py::arg("heads_q"), py::arg("heads_k"), py::arg("length_q"), py::arg("length_k"), py::arg("head_dim"),
+          py::arg("value_dim"), "The kernel that the current device would run, as profilers show it.");
+    m.def("cuda_sigmoid_weights", cuda_sigmoid_weights, py::arg("logits"), py::arg("weights"), py::arg("n"),
+          py::arg("dtype"), py::arg("exact"),
+          "For tests: the sigmoid of n float32 in device memory as the kernels compute it, or by the exact formula.");
+  }
 }

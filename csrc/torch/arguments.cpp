@@ -2,21 +2,24 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "attnx/capability.h"
+#include "attnx/environment.h"
+#include "backend.h"
 
 namespace attnx::ops {
 
 namespace {
 
-const Capability& capability(const AttentionParams& p) {
-  return *find_capability(p.score == Score::kSigmoid ? "sigmoid_attention" : "softmax_attention", "cpu");
+const Capability& capability(const AttentionParams& p, const Arguments& args) {
+  const char* of_score = p.score == Score::kSigmoid ? "sigmoid_attention" : "softmax_attention";
+  return *find_capability(args.op ? args.op : of_score, uses_cuda(args.query) ? "cuda" : "cpu");
 }
 
-DType read_dtype(const StableTensor& query, const AttentionParams& p) {
-  const Capability& row = capability(p);
+DType read_dtype(const StableTensor& query, const Capability& row) {
   check(lists(row.dtypes, dtype_of(query)), "query: expected one of ", row.dtypes, " (", row.op, " on ", row.backend,
         "), got ", dtype_of(query));
   switch (query.scalar_type()) {
@@ -33,17 +36,12 @@ PerHead read_per_head(const char* name, const std::optional<StableTensor>& x, co
   check_dtype(name, *x, sum_type(query), " (the type of the sums)");
   check(x->dim() == 0 || (x->dim() == 1 && x->size(0) == heads), name, ": expected shape () or (", heads,
         ",), one number per query head, got ", shape_of(*x));
-  check(x->is_cpu(), name, ": expected a CPU tensor like query, got one on another device");
+  check_device(name, *x, query);
   return {x->data_ptr(), x->dim() == 0 ? 0 : x->stride(0)};
 }
 
-// The longest sequence, after checking that the offsets rise from 0 to rows.
-std::int64_t read_offsets(const char* name, const StableTensor& x, std::int64_t rows, const char* max_name,
-                          std::int64_t max_seqlen) {
-  check_dtype(name, x, ScalarType::Int, "");
-  check(x.dim() == 1 && x.size(0) >= 1, name, ": expected shape (batch + 1,), got ", shape_of(x));
-  check(x.is_cpu(), name, ": expected a CPU tensor like query, got one on another device");
-  check(x.is_contiguous(), name, ": expected a contiguous tensor, got stride ", x.stride(0));
+// The longest sequence, after checking that the offsets, in host memory, rise from 0 to rows.
+std::int64_t read_lengths(const char* name, const StableTensor& x, std::int64_t rows) {
   const auto* offsets = static_cast<const std::int32_t*>(x.data_ptr());
   const std::int64_t last = x.size(0) - 1;
   check(offsets[0] == 0, name, ": expected to start at 0, got ", offsets[0]);
@@ -55,16 +53,34 @@ std::int64_t read_offsets(const char* name, const StableTensor& x, std::int64_t 
     longest = std::max(longest, length);
   }
   check(offsets[last] == rows, name, ": expected to end at the number of rows, ", rows, ", got ", offsets[last]);
-  check(max_seqlen >= longest, max_name, ": expected at least the longest sequence, ", longest, ", got ", max_seqlen);
   return longest;
 }
 
-void read_shapes(const Arguments& args, AttentionParams& p) {
+// What no sequence is longer than.
+std::int64_t read_offsets(const char* name, const StableTensor& x, std::int64_t rows, const char* max_name,
+                          std::int64_t max_seqlen, const StableTensor& query) {
+  check_dtype(name, x, ScalarType::Int, "");
+  check(x.dim() == 1 && x.size(0) >= 1, name, ": expected shape (batch + 1,), got ", shape_of(x));
+  check_device(name, x, query);
+  check(x.is_contiguous(), name, ": expected a contiguous tensor, got stride ", x.stride(0));
+  std::int64_t longest = 0;
+  if (x.is_cpu()) {
+    longest = read_lengths(name, x, rows);
+  } else if (kDebug) {
+    longest = read_lengths(name, torch::stable::to(x, torch::headeronly::DeviceType::CPU), rows);
+  }
+  check(max_seqlen >= longest, max_name, ": expected at least the longest sequence, ", longest, ", got ", max_seqlen);
+  // On the GPU the lengths stay unknown, as reading them would wait for the device.
+  return uses_cuda(query) ? std::min(max_seqlen, rows) : longest;
+}
+
+void read_shapes(const Arguments& args, const Capability& row, AttentionParams& p) {
   const std::int64_t rank = args.packing ? 3 : 4;
   const char* layout = args.packing ? "(rows, heads, head_dim)" : "(batch, heads, length, head_dim)";
   const auto check_tensor = [&](const char* name, const StableTensor& x) {
     check(x.dim() == rank, name, ": expected ", rank, " dimensions, ", layout, ", got shape ", shape_of(x));
     check_dtype(name, x, args.query.scalar_type(), " like query");
+    check_device(name, x, args.query);
     check_layout(name, x);
   };
   check_tensor("query", args.query);
@@ -77,7 +93,6 @@ void read_shapes(const Arguments& args, AttentionParams& p) {
   p.value_dim = args.value.size(rank - 1);
   check(p.heads_k >= 1 && p.heads_q >= 1 && p.heads_q % p.heads_k == 0,
         "query: expected heads to be a multiple of the ", p.heads_k, " heads of key, got ", p.heads_q);
-  const Capability& row = capability(p);
   const auto check_dim = [&](const char* name, std::int64_t dim) {
     check(dim >= row.head_dim_min && dim <= row.head_dim_max, name, " from ", row.head_dim_min, " to ",
           row.head_dim_max, " (", row.op, " on ", row.backend, "), got ", dim);
@@ -99,15 +114,17 @@ void read_shapes(const Arguments& args, AttentionParams& p) {
 }  // namespace
 
 void read_arguments(const Arguments& args, AttentionParams& p) {
-  p.dtype = read_dtype(args.query, p);
-  read_shapes(args, p);
+  const Capability& row = capability(p, args);
+  p.dtype = read_dtype(args.query, row);
+  read_shapes(args, row, p);
   if (const Packing* packing = args.packing) {
-    p.length_q =
-        read_offsets("cu_seqlens_q", packing->cu_seqlens_q, args.query.size(0), "max_seqlen_q", packing->max_seqlen_q);
-    p.length_k =
-        read_offsets("cu_seqlens_k", packing->cu_seqlens_k, args.key.size(0), "max_seqlen_k", packing->max_seqlen_k);
+    p.length_q = read_offsets("cu_seqlens_q", packing->cu_seqlens_q, args.query.size(0), "max_seqlen_q",
+                              packing->max_seqlen_q, args.query);
+    p.length_k = read_offsets("cu_seqlens_k", packing->cu_seqlens_k, args.key.size(0), "max_seqlen_k",
+                              packing->max_seqlen_k, args.query);
     check_shape("cu_seqlens_k", packing->cu_seqlens_k, {packing->cu_seqlens_q.size(0)});
     p.batch = packing->cu_seqlens_q.size(0) - 1;
+    p.packed_rows_q = args.query.size(0);
     p.cu_seqlens_q = static_cast<const std::int32_t*>(packing->cu_seqlens_q.data_ptr());
     p.cu_seqlens_k = static_cast<const std::int32_t*>(packing->cu_seqlens_k.data_ptr());
   }
@@ -142,6 +159,7 @@ Tensor read_output(const char* name, const StableTensor& x, const Arguments& arg
   } else {
     check_shape(name, x, {q.size(0), q.size(1), q.size(2), dim});
   }
+  check_device(name, x, q);
   check_layout(name, x);
   return view_rows(x);
 }
@@ -154,6 +172,7 @@ Tensor read_logsumexp(const char* name, const StableTensor& x, const Arguments& 
   } else {
     check_shape(name, x, {q.size(0), q.size(1), q.size(2)});
   }
+  check_device(name, x, q);
   return view_logsumexp(x);
 }
 
@@ -182,33 +201,14 @@ Tensor view_logsumexp(const StableTensor& x) {
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-ScalarType sum_type(const StableTensor& query) {
-  return query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+std::optional<StableTensor> empty_sums(const std::optional<StableTensor>& parameter, const StableTensor& query,
+                                       const AttentionParams& p) {
+  if (!parameter) return std::nullopt;
+  return torch::stable::new_empty(query, std::vector{p.batch, p.heads_q}, ScalarType::Double);
 }
 
-StableTensor sum_over_batch(const StableTensor& per_sequence, const StableTensor& query) {
-  const std::int64_t batch = per_sequence.size(0), heads = per_sequence.size(1);
-  StableTensor result = torch::stable::new_empty(query, std::vector{heads}, sum_type(query));
-  const auto* from = static_cast<const double*>(per_sequence.data_ptr());
-  for (std::int64_t h = 0; h < heads; ++h) {
-    double sum = 0;
-    for (std::int64_t b = 0; b < batch; ++b) sum += from[b * heads + h];
-    if (sum_type(query) == ScalarType::Double) {
-      static_cast<double*>(result.data_ptr())[h] = sum;
-    } else {
-      static_cast<float*>(result.data_ptr())[h] = float(sum);
-    }
-  }
-  return result;
-}
-
-cpu::Executor executor() {
-  return {int(torch::stable::get_num_threads()),
-          [](const cpu::Executor& self, void (*task)(void*, int), void* context) {
-            torch::stable::parallel_for(0, self.threads, 1, [&](std::int64_t begin, std::int64_t end) {
-              for (std::int64_t worker = begin; worker < end; ++worker) task(context, int(worker));
-            });
-          }};
+double* view_sums(const std::optional<StableTensor>& sums) {
+  return sums ? static_cast<double*>(sums->data_ptr()) : nullptr;
 }
 
 }  // namespace attnx::ops

@@ -5,7 +5,6 @@
 
 #include "attnx/params.h"
 #include "check.h"
-#include "cpu/executor.h"
 
 namespace attnx::ops {
 
@@ -22,6 +21,7 @@ struct Arguments {
   std::optional<double> scale;
   bool is_causal;
   std::int64_t window_left, window_right;
+  const char* op = nullptr;  // its name in the capability table, where that is not the score's
 };
 
 // Checks all of them and fills what AttentionParams holds of them.
@@ -42,13 +42,10 @@ StableTensor empty_logsumexp(const StableTensor& query);
 Tensor view_rows(const StableTensor& x);
 Tensor view_logsumexp(const StableTensor& x);
 
-// The type sums are kept in, which bias, slopes and logsumexp have.
-ScalarType sum_type(const StableTensor& query);
-
-// (heads,) in the sum type, from the kernel's sums for each sequence, [batch][heads].
-StableTensor sum_over_batch(const StableTensor& per_sequence, const StableTensor& query);
-
-// Threads from torch's pool.
-cpu::Executor executor();
+// The gradient of a bias or of slopes as the kernel sums it, for each sequence: (batch, heads) in double. None where
+// the call has no such tensor.
+std::optional<StableTensor> empty_sums(const std::optional<StableTensor>& parameter, const StableTensor& query,
+                                       const AttentionParams& params);
+double* view_sums(const std::optional<StableTensor>& sums);
 
 }  // namespace attnx::ops

@@ -41,6 +41,11 @@ std::string to_string(ScalarType dtype) {
 }
 std::string dtype_of(const StableTensor& x) { return to_string(x.scalar_type()); }
 
+std::string device_of(const StableTensor& x) {
+  if (x.is_cpu()) return "cpu";
+  return x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : "a device of another kind";
+}
+
 void check_dtype(const char* name, const StableTensor& x, ScalarType expected, const char* why) {
   check(x.scalar_type() == expected, name, ": expected ", to_string(expected), why, ", got ", dtype_of(x));
 }
@@ -51,8 +56,12 @@ void check_shape(const char* name, const StableTensor& x, std::initializer_list<
         to_string(expected), ", got ", shape_of(x));
 }
 
+void check_device(const char* name, const StableTensor& x, const StableTensor& query) {
+  check(device_of(x) == device_of(query), name, ": expected a tensor on ", device_of(query), " like query, got one on ",
+        device_of(x));
+}
+
 void check_layout(const char* name, const StableTensor& x) {
-  check(x.is_cpu(), name, ": expected a CPU tensor like the others, got one on another device");
   const std::int64_t last = x.dim() - 1;
   check(x.numel() == 0 || x.size(last) == 1 || x.stride(last) == 1, name,
         ": expected a contiguous last dimension (stride 1), got stride ", x.stride(last), "; call .contiguous()");

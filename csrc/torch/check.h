@@ -28,10 +28,13 @@ std::string to_string(std::initializer_list<std::int64_t> shape);
 // "float32", as torch names it.
 std::string dtype_of(const StableTensor& x);
 std::string to_string(ScalarType dtype);
+// "cpu", "cuda:1".
+std::string device_of(const StableTensor& x);
 
 void check_dtype(const char* name, const StableTensor& x, ScalarType expected, const char* why);
 void check_shape(const char* name, const StableTensor& x, std::initializer_list<std::int64_t> expected);
-// On the CPU, and its last dimension contiguous.
+void check_device(const char* name, const StableTensor& x, const StableTensor& query);
+// The last dimension contiguous.
 void check_layout(const char* name, const StableTensor& x);
 
 }  // namespace attnx::ops

@@ -41,6 +41,11 @@ def table() -> tuple[Capability, ...]:
     )
 
 
+def backend_of(device: torch.device) -> str:
+    """The backend, as the table calls it, that serves calls on the tensors of a device."""
+    return "cuda" if device.type == "cpu" and _C.cuda_on_host else device.type
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -68,13 +73,14 @@ class Requirement:
             "window": max(arguments.get("window_left", -1), arguments.get("window_right", -1)) >= 0,
             "bias": arguments.get("bias") is not None,
             "alibi": arguments.get("alibi_slopes") is not None,
+            "block_bias": arguments.get("block_bias") is not None,
         }
         for name, feature in (("bias", "bias_gradient"), ("alibi_slopes", "alibi_gradient")):
             argument = arguments.get(name)
             wanted[feature] = isinstance(argument, Tensor) and argument.requires_grad
         return cls(
             operator=base,
-            backend=query.device.type,
+            backend=backend_of(query.device),
             dtype=dtype_name(query.dtype),
             head_dims=tuple(x.shape[-1] for x in (query, value) if x.dim()),
             features=tuple(feature for feature, used in wanted.items() if used),
@@ -85,6 +91,8 @@ class Requirement:
         """What this row lacks, empty where it serves the call."""
         low, high = row.head_dim
         missing = [] if row.backend == self.backend else [f"backend {self.backend}"]
+        if row.backend == self.backend == "cuda" and _C.build_info()["cuda"] is None:
+            missing.append("CUDA kernels in this build of attnx")
         if self.dtype not in row.dtypes:
             missing.append(f"dtype {self.dtype}")
         missing += [f"head_dim {d}" for d in dict.fromkeys(self.head_dims) if not low <= d <= high]
@@ -105,9 +113,9 @@ def describe(row: Capability) -> str:
 
 
 def nearest(requirement: Requirement) -> Capability:
-    """The row of the operator that lacks least."""
+    """The row of the operator that lacks least, that of the call's backend before others."""
     rows = [row for row in table() if row.operator == requirement.operator]
-    return min(rows, key=lambda row: len(requirement.missing(row)))
+    return min(rows, key=lambda row: (len(requirement.missing(row)), row.backend != requirement.backend))
 
 
 def refusal(operator: str, arguments: dict[str, Any]) -> str:

@@ -61,7 +61,7 @@ def _result_names(name: str) -> list[str]:
     return [result.name or "output" for result in _operator(name)._schema.returns]
 
 
-def _register_fake(name: str) -> None:
+def register_fake(name: str) -> None:
     argument_names, result_names = _argument_names(name), _result_names(name)
 
     def fake(*args: Any) -> Any:
@@ -102,7 +102,8 @@ def _register_autograd(name: str) -> None:
         inputs, outputs = _saved(ctx)
         if grad.stride(-1) != 1:
             grad = grad.contiguous()
-        gradients = backward(grad, *grad_logsumexp, *inputs[:3], *outputs, *inputs[3:])
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        gradients = backward(grad, *grad_logsumexp, *inputs[:3], *outputs, *inputs[3:], deterministic)
         result: list[Any] = [None] * len(inputs)
         for argument, x in zip(gradient_names, gradients, strict=True):
             i = names.index(argument)
@@ -113,7 +114,7 @@ def _register_autograd(name: str) -> None:
     torch.library.register_autograd(f"attnx::{name}", gradient, setup_context=setup_context)
 
 
-def _refuse_double_backward(name: str) -> None:
+def refuse_double_backward(name: str) -> None:
     forward = name.removesuffix("_backward")
 
     def gradient(ctx: Any, *grads: Tensor) -> Any:
@@ -166,7 +167,7 @@ def _register_vmap(name: str) -> None:
 # Autocast -----------------------------------------------------------------------------------------------------------
 
 
-def _register_autocast(name: str, device_type: str) -> None:
+def register_autocast(name: str, device_type: str) -> None:
     names = _argument_names(name)
 
     def cast(argument: str, x: Any, dtype: torch.dtype) -> Any:
@@ -186,7 +187,7 @@ def _register_autocast(name: str, device_type: str) -> None:
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
-def _register_refusal(name: str) -> None:
+def register_refusal(name: str) -> None:
     names = _argument_names(name)
 
     def refuse(*args: Any) -> Any:
@@ -199,12 +200,12 @@ def _register_refusal(name: str) -> None:
 
 def register() -> None:
     for name in FORWARD + BACKWARD:
-        _register_refusal(name)
-        _register_fake(name)
+        register_refusal(name)
+        register_fake(name)
         _register_vmap(name)
     for name in FORWARD:
         _register_autograd(name)
         for device_type in ("cpu", "cuda"):
-            _register_autocast(name, device_type)
+            register_autocast(name, device_type)
     for name in BACKWARD:
-        _refuse_double_backward(name)
+        refuse_double_backward(name)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnx import _C, _capability, functional
@@ -53,7 +56,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     arguments = dict(bound.arguments)
-    arguments["window_left"], arguments["window_right"] = arguments.pop("window")
+    arguments["window_left"], arguments["window_right"] = arguments.pop("window", (-1, -1))
     if not isinstance(arguments.get("bias"), Tensor):
         arguments["bias"] = None  # a rule or a number, which every kernel adds
 
@@ -63,7 +66,11 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     if missing:
         reasons = [f"the call requires {requirement}", f"missing: {', '.join(missing)}"]
         return Explanation(name, False, reasons=reasons, nearest=_capability.describe(row))
-    return Explanation(name, True, row.backend, *_cpu_kernel(requirement))
+    try:
+        kernel, reasons = _cuda_kernel(requirement, arguments) if row.backend == "cuda" else _cpu_kernel(requirement)
+    except RuntimeError as error:  # the device has no kernel, or there is none
+        return Explanation(name, False, reasons=[str(error)], nearest=_capability.describe(row))
+    return Explanation(name, True, row.backend, kernel, reasons)
 
 
 def _cpu_kernel(requirement: _capability.Requirement) -> tuple[str, list[str]]:
@@ -78,3 +85,29 @@ def _cpu_kernel(requirement: _capability.Requirement) -> tuple[str, list[str]]:
         products = "bfloat16 pairs, summed in float32" if pairs else "float32, after converting each tile"
         reasons.append(f"{requirement.dtype} is multiplied as {products}")
     return f"{requirement.operator} [{instruction_set}]", reasons
+
+
+def _cuda_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]) -> tuple[str, list[str]]:
+    query, key, value = (arguments[name] for name in ("query", "key", "value"))
+    packed = "cu_seqlens_q" in arguments
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        kernel = _C.cuda_forward_kernel(
+            requirement.operator,
+            requirement.dtype,
+            batch=len(arguments["cu_seqlens_q"]) - 1 if packed else query.shape[0],
+            heads_q=query.shape[1],
+            heads_k=key.shape[1],
+            length_q=arguments["max_seqlen_q"] if packed else query.shape[2],
+            length_k=arguments["max_seqlen_k"] if packed else key.shape[2],
+            head_dim=query.shape[-1],
+            value_dim=value.shape[-1],
+        )
+    if query.is_cuda:
+        major, minor = torch.cuda.get_device_capability(query.device)
+        device = f"{torch.cuda.get_device_name(query.device)}, compute capability {major}.{minor}"
+        reasons = [f"the tensors are on {query.device}, {device}"]
+    else:
+        reasons = [f"the tensors are on {query.device}, and ATTNX_CUDA_ON_HOST=1 sends their calls to the emulator"]
+    reasons.append(f"the forward is {kernel}")
+    mainloop = re.search(r"sm\d+a?", kernel)
+    return f"{requirement.operator} [{mainloop.group() if mainloop else kernel}]", reasons

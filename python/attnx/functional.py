@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from attnx.block_mask import BlockMask
+
 SigmoidBias: TypeAlias = Tensor | float | Literal["row"] | None
 
 _ops = torch.ops.attnx
@@ -70,8 +72,11 @@ def sigmoid_attention(
             With ``is_causal`` the right bound is 0.
         alibi_slopes: (heads,) or (), dtype as for bias; slope times distance is subtracted from the logit.
 
-    The inputs share one dtype (float32, bfloat16, float16; float64 on the CPU) and device. Strides are free but
+    The inputs share one dtype (bfloat16, float16; float32 and float64 on the CPU) and device. Strides are free but
     for a contiguous last dimension. Sums are kept in float32 (float64 for float64).
+
+    On the GPU gradients are the same bits every time under ``torch.use_deterministic_algorithms(True)`` only, and what
+    a hidden key or value holds has no effect as long as it is finite; on the CPU both hold always.
 
     Returns:
         (batch, heads, length_q, value_dim) in the dtype of query.
@@ -114,6 +119,10 @@ def sigmoid_attention_varlen(
         cu_seqlens_k: (batch + 1,) int32, rising from 0 to total_k.
         max_seqlen_q: at least the longest query sequence.
         max_seqlen_k: at least the longest key sequence.
+
+    On the GPU, where it would wait for the device, nothing checks what the offsets hold or that no sequence is longer
+    than promised: with wrong ones the kernels read and write out of bounds. ``ATTNX_DEBUG=1`` in the environment has
+    them checked there as on the CPU.
 
     The other arguments are those of :func:`sigmoid_attention`; ``bias=None`` means -log of each sequence's own
     key length, and masks are aligned to each sequence's own end.
@@ -197,5 +206,62 @@ def softmax_attention_varlen(
         scale,
         is_causal,
         *_window(window),
+    )
+    return (output, logsumexp) if return_logsumexp else output
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    score: Literal["softmax", "sigmoid"] = "softmax",
+    bias: SigmoidBias = None,
+    block_bias: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attention over the blocks of keys that a mask lists for each block of queries.
+
+    Args:
+        query: (batch, heads, length_q, head_dim).
+        key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads.
+        value: (batch, kv_heads, length_k, value_dim).
+        block_mask: the lists, whose leading sizes are batch or 1, and heads or 1. Counts above the width and indices
+            of blocks that are not there are refused where the lists lie in host memory, and on the GPU under
+            ``ATTNX_DEBUG=1``; otherwise they are undefined there, as looking would wait for the device.
+        score: "softmax", or "sigmoid" with ``bias`` as in :func:`attnx.sigmoid_attention`, but not a tensor.
+        block_bias: float32 like ``block_mask.kv_indices``, added to every logit of the block; it gets no gradient.
+        scale: of the logits; 1/sqrt(head_dim) by default.
+        is_causal: also hide later keys, aligned bottom-right.
+        return_logsumexp: with the softmax score, also return (batch, heads, length_q) float32.
+
+    Returns:
+        (batch, heads, length_q, value_dim) in the dtype of query. A row that sees no key gives 0.
+
+    Raises:
+        RuntimeError: an argument of the wrong shape, dtype or value, by its name.
+        NotImplementedError: no kernel for this backend; today there are CUDA kernels only.
+    """
+    if return_logsumexp and score != "softmax":
+        raise RuntimeError(f'return_logsumexp: expected False, or True with score="softmax", got True with {score!r}')
+    if isinstance(bias, Tensor):
+        raise RuntimeError(f'bias: expected None, "row" or a float, got a tensor of shape {tuple(bias.shape)}')
+    b = _sigmoid_bias(bias) if score == "sigmoid" else _Bias(None, "none", 0.0)
+    output, logsumexp = _ops.block_sparse_attention(
+        query,
+        key,
+        value,
+        block_mask.kv_num_blocks,
+        block_mask.kv_indices,
+        block_bias,
+        *block_mask.block_size,
+        score,
+        b.rule,
+        b.value,
+        scale,
+        is_causal,
     )
     return (output, logsumexp) if return_logsumexp else output

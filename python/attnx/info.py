@@ -18,7 +18,7 @@ def collect() -> dict[str, Any]:
     """The facts as plain data.
 
     ``build``: how the binary was made; ``machine``: what it runs on; ``kernels``: the rows of the capability table,
-    each with ``kernel``, what serves it on this machine, or None where its backend has no device here.
+    each with ``kernel``, what serves it on this machine, or None where its backend has no kernels or no device here.
     """
     return {
         "attnx": attnx.__version__,
@@ -47,7 +47,7 @@ def as_text(facts: dict[str, Any]) -> str:
         lines += [f"  {name.replace('_', ' '):<28}{_in_words(value)}" for name, value in facts[section].items()]
     lines += ["", "kernels"]
     for row, capability in zip(facts["kernels"], _capability.table(), strict=True):
-        lines.append(f"  {row['operator']:<28}{row['kernel'] or 'no device here'}")
+        lines.append(f"  {row['operator']:<28}{row['kernel'] or 'not here'}")
         lines.append(f"    {_capability.describe(capability)}")
     return "\n".join(lines)
 
@@ -71,6 +71,10 @@ def _cuda_devices() -> list[str]:
 def _kernel(backend: str) -> str | None:
     if backend == "cpu":
         return f"cpu, {_C.cpu_instruction_set()}"
+    if _C.build_info()["cuda"] is None:
+        return None
+    if _C.cuda_emulated():
+        return f"{backend}, emulated"
     return next((f"{backend}, {device}" for device in _cuda_devices()), None)
 
 

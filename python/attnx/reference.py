@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from attnx.block_mask import BlockMask, dense_bias
 from attnx.functional import SigmoidBias
 
-__all__ = ["sigmoid_attention", "sigmoid_attention_varlen", "softmax_attention", "softmax_attention_varlen"]
+__all__ = [
+    "block_sparse_attention",
+    "sigmoid_attention",
+    "sigmoid_attention_varlen",
+    "softmax_attention",
+    "softmax_attention_varlen",
+]
 
 
 def _distance(length_q: int, length_k: int, device: torch.device) -> Tensor:
@@ -62,6 +69,23 @@ def _weighted(weights: Tensor, visible: Tensor, value: Tensor) -> Tensor:
     return terms.where(visible[..., None], 0.0).sum(-2)
 
 
+def _sigmoid_bias(bias: SigmoidBias, length_k: int, visible: Tensor) -> Tensor | float:
+    """What a bias that is no tensor adds to the logits."""
+    if bias is None:
+        return -math.log(max(length_k, 1))
+    if bias == "row":
+        return -visible.sum(-1, keepdim=True).clamp(min=1).double().log()
+    return bias
+
+
+def _softmax(logits: Tensor, visible: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and logsumexp of logits that are -inf where a key is not visible."""
+    logsumexp = logits.logsumexp(-1)
+    # A row without keys has a logsumexp of -inf; +inf in its place makes every weight 0, gradients included.
+    weights = (logits - logsumexp.where(visible.any(-1), math.inf)[..., None]).exp()
+    return _weighted(weights.where(visible, 0.0), visible, value), logsumexp
+
+
 def sigmoid_attention(
     query: Tensor,
     key: Tensor,
@@ -77,15 +101,8 @@ def sigmoid_attention(
     distance = _distance(length_q, length_k, query.device)
     visible = _visible(distance, is_causal, window)
     logits = _logits(query, key, scale, alibi_slopes, distance)
-    if bias is None:
-        logits = logits - math.log(max(length_k, 1))
-    elif isinstance(bias, Tensor):
-        logits = logits + _per_head(bias, heads)
-    elif bias == "row":
-        logits = logits - visible.sum(-1, keepdim=True).clamp(min=1).double().log()
-    else:
-        logits = logits + bias
-    return _weighted(logits.sigmoid().where(visible, 0.0), visible, value)
+    added = _per_head(bias, heads) if isinstance(bias, Tensor) else _sigmoid_bias(bias, length_k, visible)
+    return _weighted((logits + added).sigmoid().where(visible, 0.0), visible, value)
 
 
 def softmax_attention(
@@ -102,10 +119,43 @@ def softmax_attention(
     distance = _distance(query.shape[2], key.shape[2], query.device)
     visible = _visible(distance, is_causal, window)
     logits = _logits(query, key, scale, alibi_slopes, distance).where(visible, -math.inf)
-    logsumexp = logits.logsumexp(-1)
-    # A row without keys has a logsumexp of -inf; +inf in its place makes every weight 0, gradients included.
-    weights = (logits - logsumexp.where(visible.any(-1), math.inf)[..., None]).exp()
-    output = _weighted(weights.where(visible, 0.0), visible, value)
+    output, logsumexp = _softmax(logits, visible, value)
+    return (output, logsumexp) if return_logsumexp else output
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    score: Literal["softmax", "sigmoid"] = "softmax",
+    bias: SigmoidBias = None,
+    block_bias: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    length_q, length_k = query.shape[2], key.shape[2]
+    block_q, block_k = block_mask.block_size
+    key_blocks = -(-length_k // block_k)
+
+    def each_element(blocks: Tensor) -> Tensor:
+        elements = blocks.repeat_interleave(block_q, -2).repeat_interleave(block_k, -1)
+        return elements[..., :length_q, :length_k]
+
+    distance = _distance(length_q, length_k, query.device)
+    in_band = _visible(distance, is_causal, (-1, -1))
+    visible = (each_element(block_mask.to_dense(key_blocks)) & in_band).expand(*query.shape[:2], -1, -1)
+    logits = _logits(query, key, scale, None, distance)
+    if block_bias is not None:
+        lists = block_mask.kv_num_blocks, block_mask.kv_indices
+        logits = logits + each_element(dense_bias(*lists, block_bias.double(), key_blocks))
+    if score == "sigmoid":
+        return _weighted(
+            (logits + _sigmoid_bias(bias, length_k, in_band)).sigmoid().where(visible, 0.0), visible, value
+        )
+    output, logsumexp = _softmax(logits.where(visible, -math.inf), visible, value)
     return (output, logsumexp) if return_logsumexp else output
 
 

@@ -43,7 +43,7 @@ def assert_close(
         floor: units of rounding allowed on top, for where the baseline happens to be exact; by default 2 in 16 bits,
             8 in float32, in which the sums themselves are kept, and 16 in float64, where the truth is rounded, too.
         terms: where ``expected`` is a difference of larger terms that may cancel, those terms; rounding is then
-            counted in units of their size.
+            counted in units of their size, if that is the larger.
         dtype: the dtype under test, where it is not that of ``actual``: a float32 gradient of bfloat16 inputs.
         name: what to call the tensor in the message.
 
@@ -60,7 +60,7 @@ def assert_close(
     if not finite.any():
         return
     plain_error = (plain - want)[finite & plain.isfinite()]
-    sizes = want if terms is None else terms.detach().double().cpu()
+    sizes = [x[finite] for x in ([want] if terms is None else [want, terms.detach().double().cpu()])]
     precision = torch.finfo(dtype or actual.dtype)
     if floor is None:
         floor = {16: 2.0, 32: 8.0, 64: 16.0}[precision.bits]
@@ -68,7 +68,7 @@ def assert_close(
     error = (got - want).abs().where(finite, 0.0)
     for norm, measure in (("largest", _largest), ("root-mean-square", _root_mean_square)):
         yardstick = measure(plain_error)
-        allowed = factor * yardstick + rounding * measure(sizes[finite])
+        allowed = factor * yardstick + rounding * max(map(measure, sizes))
         if (measured := measure(error[finite])) > allowed:
             raise AssertionError(
                 f"{name} ({actual.dtype}): {norm} error {measured:.3g}, allowed {allowed:.3g} "

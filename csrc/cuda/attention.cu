@@ -1,0 +1,276 @@
+// From a call to a launch: which kernel, how many blocks, where its partial results lie.
+#include "attention.h"
+
+#include <nvtx3/nvToolsExt.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/arguments.h"
+#include "cuda/launch/launch.h"
+#include "cuda/sm80/tile_sizes.h"
+
+namespace attnx::cuda {
+
+namespace {
+
+struct Range {  // on the timeline of Nsight Systems
+  explicit Range(const char* name) { nvtxRangePushA(name); }
+  ~Range() { nvtxRangePop(); }
+};
+
+const char* range_name(Score score, bool forward) {
+  if (score == Score::kSigmoid) return forward ? "attnx::sigmoid_attention" : "attnx::sigmoid_attention_backward";
+  return forward ? "attnx::softmax_attention" : "attnx::softmax_attention_backward";
+}
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+int padded_head_dim(const AttentionParams& p) {
+  const auto wanted = std::max(p.head_dim, p.value_dim);
+  return *std::find_if(std::begin(kHeadDims), std::end(kHeadDims), [&](int d) { return d >= wanted; });
+}
+
+// Whether every row starts on 16 bytes and fills whole ones, as copies of 16 bytes need.
+bool is_aligned(const AttentionParams& p, const Tensor& x, std::int64_t heads, std::int64_t features) {
+  const auto whole = [](std::int64_t elements) { return elements % 8 == 0; };
+  return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && whole(features) && whole(x.row_stride) &&
+         (p.batch == 1 || whole(x.batch_stride)) && (heads == 1 || whole(x.head_stride));
+}
+bool are_aligned(const AttentionParams& p, std::initializer_list<Tensor> of_query, std::initializer_list<Tensor> of_key,
+                 std::initializer_list<Tensor> of_value) {
+  const auto all = [&](std::initializer_list<Tensor> tensors, std::int64_t heads, std::int64_t features) {
+    return std::all_of(tensors.begin(), tensors.end(),
+                       [&](const Tensor& x) { return is_aligned(p, x, heads, features); });
+  };
+  return all(of_query, p.heads_q, p.head_dim) && all(of_key, p.heads_k, p.head_dim) &&
+         all(of_value, p.heads_k, p.value_dim);
+}
+
+template <class Params>
+Arguments<Params> common_arguments(const Params& p, int rows_of_tile) {
+  Arguments<Params> args{};
+  args.call = p;
+  const bool listed = p.key_blocks.counts;
+  const std::int64_t group = listed ? 1 : p.heads_q / p.heads_k;
+  // With lists up to the end of the last block, whose tiles the backward visits all.
+  const std::int64_t rows = listed ? ceil_div(p.length_q, p.block_q) * p.block_q : group * p.length_q;
+  const auto check_length = [](const char* name, std::int64_t length) {
+    if (length >= kUnbounded)
+      throw std::runtime_error(std::string(name) + ": expected fewer than 2^30 rows (of all heads that share a key " +
+                               "head), got " + std::to_string(length));
+  };
+  check_length("query", rows);
+  check_length("key", p.length_k);
+  args.group = Divisor(std::uint32_t(group));
+  args.heads = Divisor(std::uint32_t(listed ? p.heads_q : p.heads_k));
+  args.query_blocks = Divisor(std::uint32_t(std::max<std::int64_t>(ceil_div(rows, rows_of_tile), 1)));
+  const auto bound = [](std::int64_t side) {
+    return int(side < 0 ? kUnbounded : std::min<std::int64_t>(side, kUnbounded));
+  };
+  args.left = bound(p.window_left);
+  args.right = bound(p.window_right);
+  args.scale = float(p.scale);
+  args.scale_log2 = float(p.scale * 1.4426950408889634);
+  return args;
+}
+
+// Calls action.template operator()<Score, DType, head_dim>() for the call's own.
+template <class Action>
+void with_instance(const AttentionParams& p, const Action& action) {
+  const auto with_head_dim = [&]<Score kScore, DType kDType>() {
+    switch (padded_head_dim(p)) {
+      case 32: return action.template operator()<kScore, kDType, 32>();
+      case 64: return action.template operator()<kScore, kDType, 64>();
+      case 96: return action.template operator()<kScore, kDType, 96>();
+      case 128: return action.template operator()<kScore, kDType, 128>();
+      case 192: return action.template operator()<kScore, kDType, 192>();
+      default: return action.template operator()<kScore, kDType, 256>();
+    }
+  };
+  const auto with_dtype = [&]<Score kScore>() {
+    if (p.dtype == DType::kBFloat16) return with_head_dim.template operator()<kScore, DType::kBFloat16>();
+    return with_head_dim.template operator()<kScore, DType::kFloat16>();
+  };
+  if (p.score == Score::kSigmoid) return with_dtype.template operator()<Score::kSigmoid>();
+  return with_dtype.template operator()<Score::kSoftmax>();
+}
+
+// The numbers of a tile of the table, at run time.
+struct TileSizes {
+  int rows, keys, blocks_per_sm, shared_bytes;
+};
+
+template <class Tile>
+TileSizes sizes_of(Tile) {
+  return {Tile::kM, Tile::kN, Tile::kBlocksPerSm, Tile::kSharedBytes};
+}
+
+struct ForwardPlan {
+  int head_dim;
+  TileSizes tile;
+  Variant variant;
+  ForwardArguments args;
+  std::int64_t tiles;          // of rows, without splits
+  std::int64_t partial_bytes;  // one row's output and logsumexp of every split
+  std::size_t workspace;
+};
+
+// As many shares of the keys as fill the device, where the tiles of rows alone do not: the fewest with at least 85 % of
+// the best efficiency of the waves (FlashDecoding).
+int choose_splits(std::int64_t tiles, std::int64_t key_tiles, int slots) {
+  if (tiles * 5 >= std::int64_t(slots) * 4 || key_tiles <= 4) return 1;
+  const auto efficiency = [&](std::int64_t splits) {
+    const double waves = double(tiles * splits) / slots;
+    return waves / std::max(1.0, double(ceil_div(tiles * splits, slots)));
+  };
+  const std::int64_t most = std::min<std::int64_t>(std::min<std::int64_t>(128, slots), key_tiles);
+  double best = 0;
+  for (std::int64_t splits = 1; splits <= most; ++splits) best = std::max(best, efficiency(splits));
+  std::int64_t splits = 1;
+  while (efficiency(splits) < 0.85 * best) ++splits;
+  return int(splits);
+}
+
+ForwardPlan plan(const ForwardParams& p) {
+  const Device& device = current_device();
+  ForwardPlan plan{};
+  plan.head_dim = padded_head_dim(p);
+  plan.variant.listed = p.key_blocks.counts;
+  plan.variant.aligned =
+      are_aligned(p, {p.query}, {p.key}, {p.value}) && is_aligned(p, p.output, p.heads_q, p.value_dim);
+  const std::int64_t rows = p.heads_q / p.heads_k * p.length_q;
+  with_instance(p, [&]<Score, DType, int kHeadDim>() {
+    const auto wide = sizes_of(typename ForwardTiles<kHeadDim>::Wide());
+    const auto narrow = sizes_of(typename ForwardTiles<kHeadDim>::Narrow());
+    plan.variant.wide =
+        !plan.variant.listed && plan.variant.aligned && wide.shared_bytes <= device.shared_bytes && rows > narrow.rows;
+    plan.tile = plan.variant.wide ? wide : narrow;
+  });
+  plan.args = common_arguments(p, plan.tile.rows);
+  plan.tiles = p.batch * plan.args.heads.divisor() * plan.args.query_blocks.divisor();
+
+  int splits = 1;
+  if (!plan.variant.listed) {
+    const std::int64_t seen = std::min<std::int64_t>(
+        p.length_k, std::int64_t(plan.args.left) + plan.args.right + std::min<std::int64_t>(rows, plan.tile.rows));
+    splits = choose_splits(plan.tiles, ceil_div(seen, plan.tile.keys), device.sm_count * plan.tile.blocks_per_sm);
+  }
+  plan.args.splits = Divisor(std::uint32_t(splits));
+  if (splits > 1) {
+    const std::int64_t partial_rows = splits * plan.tiles * plan.tile.rows;
+    plan.partial_bytes = partial_rows * plan.head_dim * std::int64_t(sizeof(float));
+    plan.workspace =
+        std::size_t(plan.partial_bytes) + (p.score == Score::kSoftmax ? std::size_t(partial_rows) * sizeof(float) : 0);
+  }
+  return plan;
+}
+
+// Consecutive arrays in the workspace, each on 256 bytes.
+class Layout {
+  std::size_t bytes_ = 0;
+
+ public:
+  std::size_t bytes() const { return bytes_; }
+  // Where n elements lie; in a workspace at null the addresses are the offsets.
+  template <class T>
+  T* place(void* workspace, std::int64_t n) {
+    T* const at = reinterpret_cast<T*>(static_cast<char*>(workspace) + bytes_);
+    bytes_ += (std::size_t(n) * sizeof(T) + 255) / 256 * 256;
+    return at;
+  }
+};
+
+struct BackwardPlan {
+  int rows_of_tile, score_warps;
+  Variant variant;
+  BackwardArguments args;
+  std::size_t workspace;
+  void* sums;  // that start at zero
+  std::size_t sums_bytes;
+};
+
+BackwardPlan plan(const BackwardParams& p, void* workspace) {
+  const Device& device = current_device();
+  BackwardPlan plan{};
+  plan.variant.listed = p.key_blocks.counts;
+  plan.variant.aligned = are_aligned(p, {p.query, p.grad_query}, {p.key, p.grad_key}, {p.value, p.grad_value}) &&
+                         is_aligned(p, p.grad_output, p.heads_q, p.value_dim);
+  std::int64_t features = 0, keys_of_tile = 0;
+  with_instance(p, [&]<Score, DType, int kHeadDim>() {
+    using Tiles = BackwardTiles<kHeadDim>;
+    plan.variant.wide =
+        !plan.variant.listed && plan.variant.aligned && Tiles::Wide::kSharedBytes <= device.shared_bytes;
+    const auto take = [&]<class Tile>(Tile) {
+      plan.rows_of_tile = Tile::kM;
+      plan.score_warps = Tile::kScoreWarpsN;
+      keys_of_tile = Tile::kN;
+    };
+    plan.variant.wide ? take(typename Tiles::Wide()) : take(typename Tiles::Narrow());
+    features = kHeadDim;
+  });
+  auto& args = plan.args = common_arguments(p, plan.rows_of_tile);
+  args.key_heads = Divisor(std::uint32_t(p.heads_k));
+  args.key_blocks = Divisor(std::uint32_t(std::max<std::int64_t>(ceil_div(p.length_k, keys_of_tile), 1)));
+  args.row_tiles = p.cu_seqlens_q ? p.packed_rows_q * args.group.divisor() / plan.rows_of_tile + p.batch
+                                  : p.batch * args.query_blocks.divisor();
+
+  const std::int64_t tiles = args.heads.divisor() * args.row_tiles, rows = tiles * plan.rows_of_tile;
+  Layout layout;
+  args.offset = layout.place<float>(workspace, rows);
+  if (p.score == Score::kSoftmax) args.delta = layout.place<float>(workspace, rows);
+  const std::size_t zeros_begin = layout.bytes();
+  plan.sums = args.grad_query_sum = layout.place<float>(workspace, rows * features);
+  if (p.grad_bias) args.bias_sum = layout.place<float>(workspace, rows * plan.score_warps);
+  if (p.grad_alibi_slopes) args.slope_sum = layout.place<float>(workspace, rows * plan.score_warps);
+  args.turns = layout.place<int>(workspace, tiles);
+  plan.workspace = layout.bytes();
+  plan.sums_bytes = layout.bytes() - zeros_begin;
+  return plan;
+}
+
+}  // namespace
+
+std::size_t forward_workspace(const ForwardParams& params) { return plan(params).workspace; }
+
+void forward(const ForwardParams& params, const Launch& launch) {
+  const Range range(range_name(params.score, true));
+  ForwardPlan plan = cuda::plan(params);
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  const int splits = plan.args.splits.divisor();
+  if (splits > 1) {
+    plan.args.partial_output = static_cast<float*>(launch.workspace);
+    plan.args.partial_logsumexp = reinterpret_cast<float*>(static_cast<char*>(launch.workspace) + plan.partial_bytes);
+  }
+  with_instance(params, [&]<Score kScore, DType kDType, int kHeadDim>() {
+    launch_forward<kScore, kDType, kHeadDim>(plan.args, plan.variant, plan.tiles * splits, stream);
+  });
+  if (splits > 1) launch_combine(plan.args, plan.args.query_blocks.divisor() * plan.tile.rows, plan.head_dim, stream);
+}
+
+std::size_t backward_workspace(const BackwardParams& params) { return plan(params, nullptr).workspace; }
+
+void backward(const BackwardParams& params, const Launch& launch) {
+  const Range range(range_name(params.score, false));
+  BackwardPlan plan = cuda::plan(params, launch.workspace);
+  plan.args.deterministic = launch.deterministic;
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  check(cudaMemsetAsync(plan.sums, 0, plan.sums_bytes, stream), "cudaMemsetAsync");
+  const bool aligned = plan.variant.aligned && is_aligned(params, params.output, params.heads_q, params.value_dim);
+  launch_row_terms(plan.args, plan.rows_of_tile, aligned, stream);
+  with_instance(params, [&]<Score kScore, DType kDType, int kHeadDim>() {
+    launch_backward<kScore, kDType, kHeadDim>(plan.args, plan.variant,
+                                              params.batch * params.heads_k * plan.args.key_blocks.divisor(), stream);
+  });
+  launch_parameter_sums(plan.args, plan.rows_of_tile, plan.score_warps, stream);
+}
+
+std::string forward_kernel(const ForwardParams& params) {
+  const ForwardPlan plan = cuda::plan(params);
+  return "attnx_forward_sm80, " + std::to_string(plan.tile.rows) + " rows x " + std::to_string(plan.tile.keys) +
+         " keys, head_dim padded to " + std::to_string(plan.head_dim) +
+         (plan.variant.aligned ? "" : ", rows not on 16 bytes") +
+         (plan.args.splits.divisor() > 1 ? ", keys in " + std::to_string(plan.args.splits.divisor()) + " shares" : "");
+}
+
+}  // namespace attnx::cuda

@@ -1,0 +1,40 @@
+// The CUDA kernels' entry points. They launch on a stream and return: no synchronisation, no allocation.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "attnx/params.h"
+
+namespace attnx::cuda {
+
+struct Launch {
+  void* stream = nullptr;      // a cudaStream_t of the current device
+  void* workspace = nullptr;   // device memory of *_workspace() bytes, 256-byte aligned; null where that is 0
+  bool deterministic = false;  // backward: sums in a fixed order
+};
+
+// What forward and backward need of device memory besides their tensors, in bytes, on the current device.
+std::size_t forward_workspace(const ForwardParams& params);
+std::size_t backward_workspace(const BackwardParams& params);
+
+// Throw std::runtime_error with the kernel's name where the device has no kernel or the runtime reports an error.
+void forward(const ForwardParams& params, const Launch& launch);
+void backward(const BackwardParams& params, const Launch& launch);
+
+// to[h] = the sum over b of from[b][h], on device memory: the gradients of bias and slopes.
+void sum_over_batch(const double* from, float* to, std::int64_t batch, std::int64_t heads, const Launch& launch);
+
+// weights[i] = sigmoid(logits[i]) as the kernels compute it for the dtype, or by the exact formula; device memory.
+// A hook for tests: the exact formula is the oracle of the fast one.
+void sigmoid_weights(const float* logits, float* weights, std::int64_t n, DType dtype, bool exact,
+                     const Launch& launch);
+
+// The kernel that would run, as profilers show it, and its tiles: "attnx_forward_sm80, 128 rows x 64 keys, ...".
+std::string forward_kernel(const ForwardParams& params);
+
+// Whether the CUDA runtime underneath is the emulator, whose device memory is host memory.
+bool emulated();
+
+}  // namespace attnx::cuda

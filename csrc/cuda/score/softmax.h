@@ -1,0 +1,98 @@
+// The softmax score: the running maximum and sum of each row (Milakov and Gimelshein 2018; Dao et al. 2022).
+#pragma once
+
+#include "cuda/arguments.h"
+#include "cuda/ptx.h"
+
+namespace attnx::cuda {
+
+// Over the four lanes that share a row.
+__device__ __forceinline__ float max_of_quad(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float sum_of_quad(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Of a thread's kRows rows in the forward.
+template <class Input_, int kRows>
+class SoftmaxForward {
+  float max_[kRows], sum_[kRows];  // the maximum times log2(e), less the tile's bias; the thread's part of the sum
+  float multiplier_, bias_ = 0;
+  // The maximum before the first key: finite, so that what is masked can be subtracted from it.
+  static constexpr float kLowest = -0x1p100f;
+
+ public:
+  using Input = Input_;
+
+  template <class Args>
+  __device__ __forceinline__ void set_row(int row, const Args&, const Band&, int, int) {
+    max_[row] = kLowest;
+    sum_[row] = 0;
+  }
+
+  // Starts a tile: a logit is s * multiplier + bias, times log2(e); the multiplier is positive.
+  template <bool kHasBias, int kM, int kN, int kD>
+  __device__ __forceinline__ void begin(const float (&s)[kM][kN][4], float (&o)[kM][kD][4], float multiplier,
+                                        float bias) {
+    multiplier_ = multiplier;
+    float rescale[kRows];
+    bool risen = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float highest = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) highest = fmaxf(highest, fmaxf(s[r / 2][n][r % 2 * 2], s[r / 2][n][r % 2 * 2 + 1]));
+      // Kept relative to the tile's bias, which is the same for all rows.
+      const float before = kHasBias ? max_[r] + bias_ - bias : max_[r];
+      max_[r] = fmaxf(before, max_of_quad(highest) * multiplier);
+      rescale[r] = exp2_approx(before - max_[r]);
+      sum_[r] *= rescale[r];
+      risen |= before != max_[r];
+    }
+    // Maxima rise in the first tiles and seldom later: most tiles leave O alone (FlashAttention-4).
+    if (__any_sync(~0u, risen)) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int d = 0; d < kD; ++d) {
+          o[r / 2][d][r % 2 * 2] *= rescale[r];
+          o[r / 2][d][r % 2 * 2 + 1] *= rescale[r];
+        }
+      }
+    }
+    bias_ = bias;
+  }
+
+  __device__ __forceinline__ float weight(float s, int row) {
+    const float p = exp2_approx(fmaf(s, multiplier_, -max_[row]));
+    sum_[row] += p;
+    return p;
+  }
+
+  // What the row's sums are multiplied with in the end. A row that sees no key has sums of 0.
+  __device__ __forceinline__ float finish(int row) {
+    sum_[row] = sum_of_quad(sum_[row]);
+    return sum_[row] == 0 ? 1 : 1 / sum_[row];
+  }
+  // After finish().
+  __device__ __forceinline__ float logsumexp(int row) const {
+    return sum_[row] == 0 ? -INFINITY : (max_[row] + bias_ + log2f(sum_[row])) * kLn2;
+  }
+};
+
+// In the backward, from a logit with its row's offset, -logsumexp, times log2(e).
+struct SoftmaxBackward {
+  static constexpr float kWeightScale = 1;
+  static constexpr bool kHasDelta = true;
+
+  // The weight, and what the gradient of the weight less the row's delta is multiplied with.
+  static __device__ __forceinline__ float weight(float logit, float& factor) {
+    factor = exp2_approx(logit);
+    return factor;
+  }
+};
+
+}  // namespace attnx::cuda

@@ -1,0 +1,99 @@
+// Rows that lie at a fixed stride in global memory, to and from tiles in shared memory.
+#pragma once
+
+#include "cuda/divisor.h"
+#include "cuda/tile.h"
+
+namespace attnx::cuda {
+
+// The rows of one head.
+template <class Element>
+struct StridedRows {
+  Element* first;
+  std::int64_t row_stride;
+
+  __device__ __forceinline__ Element* at(int row) const { return first + row * row_stride; }
+  // The row `step` rows after `row`, which is at `from`.
+  __device__ __forceinline__ Element* after(Element* from, int, int step) const { return from + step * row_stride; }
+};
+
+// The rows of the query heads that share a key head, in the order (query, head).
+template <class Element>
+struct GroupedRows {
+  Element* first;
+  std::int64_t row_stride, head_stride;
+  Divisor group;
+
+  __device__ __forceinline__ Element* at(int row) const {
+    const int query = group.divide(row);
+    return first + query * row_stride + (row - query * group.divisor()) * head_stride;
+  }
+  __device__ __forceinline__ Element* after(Element*, int row, int step) const { return at(row + step); }
+};
+
+// How the threads of a block share the 16-byte chunks of a tile: neighbours take neighbours in a row.
+template <class Tile, int kThreads>
+struct Chunks {
+  static constexpr int kLanes = Tile::kLanes, kRowStep = kThreads / kLanes;
+  static_assert(Tile::kRows % kRowStep == 0);
+};
+
+// Starts copying rows [row, end) of `features` elements each to the tile; the rest of the tile becomes 0. Rows that are
+// not kAligned need not lie on 16 bytes, nor be a multiple of them: they are copied one element at a time.
+template <bool kAligned, class Tile, int kThreads, class Rows>
+__device__ __forceinline__ void load_tile(std::uint32_t tile, const Rows& rows, int row, int end, int features) {
+  using Plan = Chunks<Tile, kThreads>;
+  const int thread = threadIdx.x;
+  if constexpr (kAligned) {
+    const int in_tile = thread / Plan::kLanes, lane = thread % Plan::kLanes;
+    auto* from = rows.at(row + in_tile);
+    const int count = end - row - in_tile;  // of rows from the thread's first on
+#pragma unroll
+    for (int r = 0; r < Tile::kRows; r += Plan::kRowStep) {
+      if (r > 0) from = rows.after(from, row + in_tile + r - Plan::kRowStep, Plan::kRowStep);
+#pragma unroll
+      for (int c = 0; c < Tile::kChunks; c += Plan::kLanes)
+        copy_async(tile + Tile::offset(in_tile + r, lane + c), from + (lane + c) * 8,
+                   r < ((lane + c) * 8 < features ? count : 0));
+    }
+  } else {
+#pragma unroll 1
+    for (int i = thread; i < Tile::kRows * Tile::kChunks; i += kThreads) {
+      const int in_tile = i / Tile::kChunks, c = i % Tile::kChunks;
+      const int count = row + in_tile < end ? features - c * 8 : 0;
+      const auto* from = reinterpret_cast<const std::uint16_t*>(rows.at(row + in_tile)) + c * 8;
+      std::uint32_t pairs[4] = {};
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        if (e < count) pairs[e / 2] |= std::uint32_t(__ldg(from + e)) << e % 2 * 16;
+      store_shared(tile + Tile::offset(in_tile, c), make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
+    }
+  }
+}
+
+// Writes tile rows [begin, begin + kRows) to global rows [row, end), the lanes of `kThreads` threads numbered from 0.
+template <bool kAligned, class Tile, int kRows, int kThreads, class Rows>
+__device__ __forceinline__ void store_tile(std::uint32_t tile, int begin, const Rows& rows, int row, int end,
+                                           int features, int thread) {
+  constexpr int kLanes = Tile::kLanes, kRowStep = kThreads / kLanes;
+#pragma unroll
+  for (int r = thread / kLanes; r < kRows; r += kRowStep) {
+    if (row + r >= end) break;
+    auto* to = rows.at(row + r);
+#pragma unroll
+    for (int c = thread % kLanes; c < Tile::kChunks; c += kLanes) {
+      const uint4 x = load_shared(tile + Tile::offset(begin + r, c));
+      if constexpr (kAligned) {
+        if (c * 8 < features) *reinterpret_cast<uint4*>(to + c * 8) = x;
+      } else {
+        const std::uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          if (c * 8 + e < features)
+            reinterpret_cast<std::uint16_t*>(to)[c * 8 + e] = std::uint16_t(pairs[e / 2] >> e % 2 * 16);
+      }
+    }
+  }
+}
+
+}  // namespace attnx::cuda

@@ -1,0 +1,13 @@
+#include "cuda_hooks.h"
+
+namespace attnx::ops {
+
+bool cuda_emulated() { return cuda::emulated(); }
+
+std::string cuda_forward_kernel(const ForwardParams& params) { return cuda::forward_kernel(params); }
+
+void cuda_sigmoid_weights(const float* logits, float* weights, std::int64_t n, DType dtype, bool exact) {
+  cuda::sigmoid_weights(logits, weights, n, dtype, exact, {});
+}
+
+}  // namespace attnx::ops

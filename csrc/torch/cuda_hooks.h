@@ -1,0 +1,13 @@
+// What the Python module asks of the CUDA kernels, in builds that have them. Sees no torch header.
+#pragma once
+
+#include "attnx/api.h"
+#include "cuda/attention.h"
+
+namespace attnx::ops {
+
+ATTNX_API bool cuda_emulated();
+ATTNX_API std::string cuda_forward_kernel(const ForwardParams& params);
+ATTNX_API void cuda_sigmoid_weights(const float* logits, float* weights, std::int64_t n, DType dtype, bool exact);
+
+}  // namespace attnx::ops

@@ -1,0 +1,87 @@
+"""Every CUDA kernel at small shapes, forward and backward: what test_emulated runs in a process of its own.
+
+``python emulated_worker.py FILE`` saves the results there, by call and name. How the emulator is to schedule, and what
+it is to check, stands in the environment.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attnx
+from cases import Shape, pack, random_inputs, random_parameter
+from compare import forward_backward
+
+CPU = torch.device("cpu")
+SCORES = ["sigmoid", "softmax"]
+DTYPES = [torch.bfloat16, torch.float16]
+PADDED_HEAD_DIMS = [32, 64, 96, 128, 192, 256]
+
+Results = dict[str, Tensor]
+
+
+def calls() -> Iterator[tuple[str, Results]]:
+    """The name of each call and its results."""
+    for score, dtype, head_dim in product(SCORES, DTYPES, PADDED_HEAD_DIMS):
+        for kind in (_dense, _causal, _window, _varlen, _decode, _block_sparse):
+            yield f"{score} {dtype} {head_dim} {kind.__name__[1:]}", kind(score, dtype, head_dim)
+
+
+def _dense(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Wide tiles, every addition to the logits."""
+    shape = Shape(length_q=130, length_k=150, head_dim=head_dim, heads=2, kv_heads=1)
+    inputs, grad_output = random_inputs(shape, dtype, CPU)
+    inputs["alibi_slopes"] = random_parameter((shape.heads,), dtype, CPU)
+    if score == "sigmoid":
+        inputs["bias"] = random_parameter((shape.heads,), dtype, CPU) - 4
+    return _run(f"{score}_attention", inputs, grad_output)
+
+
+def _causal(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Narrow tiles."""
+    shape = Shape(length_q=40, length_k=150, head_dim=head_dim, heads=1)
+    return _run(f"{score}_attention", *random_inputs(shape, dtype, CPU), is_causal=True)
+
+
+def _window(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Rows that do not start on 16 bytes."""
+    shape = Shape(length_q=150, length_k=140, head_dim=head_dim - 3, heads=1)
+    return _run(f"{score}_attention", *random_inputs(shape, dtype, CPU), window=(50, 20))
+
+
+def _varlen(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    inputs, grad_output, sizes = pack(([70, 0, 9], [80, 7, 130]), dtype, CPU, head_dim=head_dim, value_dim=head_dim)
+    return _run(f"{score}_attention_varlen", inputs, grad_output, is_causal=True, **sizes)
+
+
+def _decode(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """One query and many keys, which several blocks share."""
+    shape = Shape(length_q=1, length_k=700, head_dim=head_dim, heads=4, kv_heads=1)
+    return _run(f"{score}_attention", *random_inputs(shape, dtype, CPU))
+
+
+def _block_sparse(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    shape = Shape(length_q=150, length_k=200, head_dim=head_dim, heads=2)
+    visited = torch.tensor([[[1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 1]], [[0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]])
+    mask = attnx.BlockMask.from_dense(visited[None].bool(), (64, 64))
+    return _run("block_sparse_attention", *random_inputs(shape, dtype, CPU), block_mask=mask, score=score)
+
+
+def _run(operator: str, inputs: dict[str, Tensor], grad_output: Tensor, **options: Any) -> Results:
+    """Results in the order that does not depend on the schedule, and gradients in the one that may, as ``fast_``."""
+    attention = getattr(attnx, operator)
+    torch.use_deterministic_algorithms(True)
+    results = forward_backward(attention, inputs, grad_output, **options)
+    torch.use_deterministic_algorithms(False)
+    fast = forward_backward(attention, inputs, grad_output, **options)
+    return results | {f"fast_{name}": x for name, x in fast.items() if name != "output"}
+
+
+if __name__ == "__main__":
+    torch.save(dict(calls()), sys.argv[1])

@@ -1,0 +1,204 @@
+"""Block-sparse attention against its definition in float64, and against the dense operators."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnx
+from attnx.block_mask import transpose
+from attnx.testing import assert_close
+from backends import BACKENDS
+from cases import Shape, random_inputs
+from compare import forward_backward
+
+SCORES = ["sigmoid", "softmax"]
+BLOCK_SIZES = [(64, 64), (128, 128), (128, 64), (64, 128)]
+SHAPES = [
+    Shape(length_q=200, length_k=330, head_dim=64, heads=2),
+    Shape(length_q=256, length_k=256, head_dim=40, value_dim=24, batch=2, heads=4, kv_heads=2),
+    Shape(length_q=10, length_k=70, head_dim=128, heads=2, kv_heads=1),
+    Shape(length_q=130, length_k=130, head_dim=33, heads=1),
+]
+
+pytestmark = pytest.mark.skipif(
+    not any(b.kernels == "cuda" for b in BACKENDS), reason="capability table: no block_sparse_attention on cpu"
+)
+
+
+@pytest.fixture(params=[b for b in BACKENDS if b.kernels == "cuda"], ids=str)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return request.param.device
+
+
+def random_mask(shape: Shape, block_size: tuple[int, int], share: float, device: torch.device) -> attnx.BlockMask:
+    blocks_q, blocks_k = -(-shape.length_q // block_size[0]), -(-shape.length_k // block_size[1])
+    generator = torch.Generator().manual_seed(0)
+    visited = torch.rand(shape.batch, shape.heads, blocks_q, blocks_k, generator=generator) < share
+    return attnx.BlockMask.from_dense(visited.to(device), block_size)
+
+
+def eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: attnx.BlockMask,
+    *,
+    score: str,
+    is_causal: bool = False,
+    block_bias: Tensor | None = None,
+) -> Tensor:
+    """The same in plain PyTorch, every step rounded to the dtype of query."""
+    groups, (block_q, block_k) = query.shape[1] // key.shape[1], block_mask.block_size
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    length_q, length_k = query.shape[2], key.shape[2]
+
+    def elements(x: Tensor) -> Tensor:
+        return x.repeat_interleave(block_q, 2).repeat_interleave(block_k, 3)[:, :, :length_q, :length_k]
+
+    key_blocks = -(-length_k // block_k)
+    visible = elements(block_mask.to_dense(key_blocks))
+    if is_causal:
+        visible = visible & torch.ones_like(visible).tril(length_k - length_q)
+    logits = query @ (key / math.sqrt(query.shape[3])).mT
+    if block_bias is not None:
+        every = torch.zeros_like(block_mask.to_dense(key_blocks), dtype=torch.float32)
+        logits = logits + elements(every.scatter(-1, block_mask.kv_indices.long(), block_bias)).to(logits.dtype)
+    if score == "sigmoid":
+        return (logits - math.log(length_k)).sigmoid().masked_fill(~visible, 0.0) @ value
+    return logits.masked_fill(~visible, torch.finfo(logits.dtype).min).softmax(-1).masked_fill(~visible, 0.0) @ value
+
+
+def check(inputs: dict[str, Tensor], grad_output: Tensor, mask: attnx.BlockMask, **options: Any) -> dict[str, Tensor]:
+    results = forward_backward(attnx.block_sparse_attention, inputs, grad_output, block_mask=mask, **options)
+    exact = {name: x.double() for name, x in inputs.items()}
+    reference = attnx.reference.block_sparse_attention
+    expected = forward_backward(reference, exact, grad_output.double(), block_mask=mask, **options)
+    baseline = forward_backward(eager, inputs, grad_output, block_mask=mask, **options)
+    for name, actual in results.items():
+        assert_close(actual, expected[name], baseline[name], name=name)
+    return results
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("score", SCORES)
+def test_definition(
+    score: str, shape: Shape, block_size: tuple[int, int], is_causal: bool, device: torch.device
+) -> None:
+    inputs = random_inputs(shape, torch.bfloat16, device)
+    check(*inputs, random_mask(shape, block_size, 0.6, device), score=score, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("score", SCORES)
+def test_head_dims(score: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> None:
+    shape = Shape(length_q=130, length_k=260, head_dim=head_dim)
+    check(*random_inputs(shape, dtype, device), random_mask(shape, (64, 64), 0.5, device), score=score)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_block_bias(score: str, device: torch.device) -> None:
+    shape = Shape(length_q=256, length_k=320, head_dim=64)
+    mask = random_mask(shape, (64, 64), 0.6, device)
+    bias = torch.randn(mask.kv_indices.shape, generator=torch.Generator().manual_seed(3)).to(device)
+    check(*random_inputs(shape, torch.bfloat16, device), mask, score=score, block_bias=bias)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_every_block_is_dense_attention(score: str, device: torch.device) -> None:
+    shape = Shape(length_q=192, length_k=192, head_dim=64, heads=4, kv_heads=2)
+    inputs, grad_output = random_inputs(shape, torch.bfloat16, device)
+    mask = random_mask(shape, (64, 64), 2.0, device)
+    sparse = check(inputs, grad_output, mask, score=score, is_causal=True)
+    dense = forward_backward(getattr(attnx, f"{score}_attention"), inputs, grad_output, is_causal=True)
+    for name, x in dense.items():
+        torch.testing.assert_close(sparse[name], x, atol=2e-2, rtol=2e-2, msg=name)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_one_list_for_all_heads_in_any_order(score: str, device: torch.device) -> None:
+    shape = Shape(batch=2, length_q=128, length_k=256, head_dim=64, heads=4, kv_heads=2)
+    inputs, grad_output = random_inputs(shape, torch.bfloat16, device)
+    counts = torch.tensor([[[3, 0]]], dtype=torch.int32, device=device)
+    indices = torch.tensor([[[[3, 0, 2, -7], [9, 9, 9, 9]]]], dtype=torch.int32, device=device)
+    results = check(inputs, grad_output, attnx.BlockMask(counts, indices), score=score)
+    assert not results["output"][:, :, 64:].any(), "rows without a block are 0"
+    torch.use_deterministic_algorithms(True)
+    first, second = (
+        forward_backward(
+            attnx.block_sparse_attention, inputs, grad_output, block_mask=attnx.BlockMask(counts, indices), score=score
+        )
+        for _ in range(2)
+    )
+    torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_logsumexp(device: torch.device) -> None:
+    shape = Shape(length_q=128, length_k=256, head_dim=64)
+    inputs, _ = random_inputs(shape, torch.bfloat16, device)
+    mask = random_mask(shape, (64, 64), 0.4, device)
+    _, logsumexp = attnx.block_sparse_attention(**inputs, block_mask=mask, return_logsumexp=True)
+    exact = {name: x.double() for name, x in inputs.items()}
+    _, expected = attnx.reference.block_sparse_attention(**exact, block_mask=mask, return_logsumexp=True)
+    torch.testing.assert_close(logsumexp.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_transposing_twice_is_nothing(device: torch.device) -> None:
+    mask = random_mask(Shape(length_q=500, length_k=700), (64, 64), 0.5, device)
+    bias = torch.rand(mask.kv_indices.shape, device=device)
+    counts, indices, transposed = transpose(mask.kv_num_blocks, mask.kv_indices, bias, 11)
+    back = transpose(counts, indices, transposed, 8)
+    assert torch.equal(back[0], mask.kv_num_blocks)
+    assert torch.equal(back[1], mask.kv_indices)
+    used = torch.arange(11, device=device) < back[0][..., None]
+    assert torch.equal(back[2][used], bias[used])
+
+
+def int32(*rows: Any) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+# The good call: 128 queries, 192 keys: two rows of lists over three blocks.
+BAD = {
+    "count_above_width": ({"kv_num_blocks": int32([[1, 3]])}, "kv_num_blocks", "width of kv_indices, 2", "3"),
+    "negative_count": ({"kv_num_blocks": int32([[-1, 1]])}, "kv_num_blocks", "from 0", "-1"),
+    "index_too_large": ({"kv_indices": int32([[[0, 3], [1, 2]]])}, "kv_indices", "from 0 to 2", "3"),
+    "index_negative": ({"kv_indices": int32([[[0, -1], [1, 2]]])}, "kv_indices", "from 0 to 2", "-1"),
+    "too_few_rows": ({"kv_num_blocks": int32([[1]])}, "kv_num_blocks", "(1 or 1, 2 or 1, 2)", "(1, 1, 1)"),
+    "wrong_heads": ({"kv_num_blocks": int32([[1, 1]] * 3)}, "kv_num_blocks", "2 or 1", "(1, 3, 2)"),
+    "counts_int64": ({"kv_num_blocks": int32([[1, 2]]).long()}, "kv_num_blocks", "int32", "int64"),
+    "indices_float": ({"kv_indices": int32([[[0, 1], [1, 2]]]).float()}, "kv_indices", "int32", "float32"),
+    "block_size": ({"block_size": (32, 64)}, "block_size", "64 or 128", "(32, 64)"),
+    "bias_width": ({"block_bias": torch.zeros(1, 1, 2, 3)}, "block_bias", "2", "3"),
+    "bias_dtype": ({"block_bias": torch.zeros(1, 1, 2, 2).double()}, "block_bias", "float32", "float64"),
+    "score": ({"score": "relu"}, "score", "sigmoid or softmax", "relu"),
+    "bias": ({"bias": torch.zeros(2)}, "bias", "float", "tensor"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "argument", "expected", "got"), BAD.values(), ids=BAD)
+def test_bad_input(arguments: dict[str, Any], argument: str, expected: str, got: str, device: torch.device) -> None:
+    if device.type != "cpu" and argument in ("kv_num_blocks", "kv_indices") and "from" in expected + argument:
+        pytest.skip("values on the GPU are looked at under ATTNX_DEBUG=1 only")
+    inputs, _ = random_inputs(Shape(length_q=128, length_k=192, head_dim=64), torch.bfloat16, device)
+    mask: dict[str, Any] = {
+        "kv_num_blocks": int32([[2, 1]]),
+        "kv_indices": int32([[[0, 1], [2, 1]]]),
+        "block_size": (64, 64),
+    }
+    mask = {name: arguments.get(name, x) for name, x in mask.items()}
+    mask = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in mask.items()}
+    options = {name: x for name, x in arguments.items() if name not in mask}
+    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+    with pytest.raises(RuntimeError, match=rf"^{argument}: expected") as error:
+        attnx.block_sparse_attention(**inputs, block_mask=attnx.BlockMask(**mask), **options)
+    assert expected in str(error.value)
+    assert got in str(error.value)
