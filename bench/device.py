@@ -14,6 +14,7 @@ import torch
 class Device(Protocol):
     torch_device: torch.device
     matrix_sizes: tuple[int, ...]  # square products among which the ceiling is looked for
+    copy_bytes: int  # of the copy that measures bandwidth, far beyond the caches
     dtypes: tuple[str, ...]  # measured by default
     flops_unit: tuple[float, str]
 
@@ -26,6 +27,7 @@ class Device(Protocol):
 class Cpu:
     torch_device = torch.device("cpu")
     matrix_sizes: tuple[int, ...] = (512, 1024, 2048, 3072)
+    copy_bytes = 2**28
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     flops_unit = (1e9, "GFLOP/s")
 
@@ -49,6 +51,7 @@ class Cpu:
 
 class Cuda:
     matrix_sizes: tuple[int, ...] = (4096, 8192, 16384)
+    copy_bytes = 2**31
     dtypes: tuple[str, ...] = ("bfloat16", "float16")
     flops_unit = (1e12, "TFLOP/s")
 

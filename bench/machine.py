@@ -60,7 +60,7 @@ def facts(device: torch.device) -> dict[str, object]:
             "torch": torch.backends.cpu.get_cpu_capability(),
         },
         "build": attnx._C.build_info(),
-        "commit": _output("git", "rev-parse", "HEAD"),
+        "commit": os.environ.get("ATTNX_COMMIT") or _output("git", "rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "versions": {"attnx": attnx._C.version, "torch": torch.__version__, "python": platform.python_version()},
         "platform": platform.platform(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
@@ -77,6 +78,11 @@ class Row:
         return self.flops_per_second / self.ceiling
 
     @property
+    def intensity(self) -> float:
+        """FLOP per byte that cannot but be moved."""
+        return self.case.flops(self.direction) / (self.case.elements(self.direction) * DTYPES[self.dtype].itemsize)
+
+    @property
     def failed(self) -> bool:
         """Ours, and it did not run or its error is too large."""
         return self.ours and (not self.samples or self.accuracy is None or not self.accuracy.ok)
@@ -99,6 +105,14 @@ def ceiling(device: Device, dtype: str, rounds: Rounds) -> float:
             if sampler() > 0.5:  # seconds, and eight times that for the next size
                 break
     return max(flops[name] / min(samples) for name, samples in interleave(samplers, rounds).items())
+
+
+def bandwidth(device: Device, rounds: Rounds) -> float:
+    """Bytes read and written a second by a copy within the device's memory; the best sample counts."""
+    source = torch.empty(device.copy_bytes, dtype=torch.uint8, device=device.torch_device).random_()
+    target = torch.empty_like(source)
+    samples = interleave({"copy": lambda: device.seconds(lambda: target.copy_(source))}, rounds)
+    return 2 * device.copy_bytes / min(samples["copy"])
 
 
 def _results(attention: Attention, inputs: Inputs, direction: Direction) -> tuple[Tensor, ...]:
@@ -155,7 +169,7 @@ def explain(error: BaseException) -> str:
     """The first line of the error at the root of the chain."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip().partition("\n")[0]
+    text = textwrap.shorten(str(error).strip().partition("\n")[0], 200, placeholder=" ...")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -108,8 +108,9 @@ def _with(record: Any, *properties: str) -> dict[str, Any]:
 
 
 def _row(row: Row) -> dict[str, Any]:
-    result = _with(row, *(("seconds", "spread", "flops_per_second", "of_ceiling") if row.samples else ()))
-    return result | {"accuracy": _with(row.accuracy, "relative", "allowed", "ok") if row.accuracy else None}
+    result = _with(row, *(("seconds", "spread", "flops_per_second", "of_ceiling", "intensity") if row.samples else ()))
+    accuracy = _with(row.accuracy, "relative", "allowed", "ok") if row.accuracy else None
+    return result | {"shape": str(row.case), "accuracy": accuracy}
 
 
 def _finite(value: Any) -> Any:
@@ -125,13 +126,15 @@ def write_json(
     path: Path,
     facts: Mapping[str, object],
     ceilings: Mapping[str, float],
+    bandwidth: float | None,
     rows: Iterable[Row],
     memory: Iterable[Memory],
 ) -> None:
-    """Everything: facts, ceilings in FLOP/s, and per row all samples in seconds."""
+    """Everything: facts, ceilings in FLOP/s, bandwidth in bytes/s, and per row all samples in seconds."""
     content = {
         "facts": facts,
         "ceilings": ceilings,
+        "bandwidth": bandwidth,
         "rows": [_row(row) for row in rows],
         "memory": [asdict(m) for m in memory],
     }

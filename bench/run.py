@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from device import Device, open_device
 from machine import facts
-from measure import Row, ceiling, measure
+from measure import Row, bandwidth, ceiling, measure
 from memory import Memory, Task, measure_memory
 from plot import draw
 from report import print_failures, print_memory, print_table, write_json
@@ -62,7 +63,7 @@ def _rounds(arguments: argparse.Namespace) -> Rounds:
 def _list(console: Console, suite: Suite) -> None:
     console.print("[bold]cases[/]")
     for case in suite.cases:
-        console.print(f"  {case.name:12} {case}{'  (quick)' if case.quick else ''}", highlight=False)
+        console.print(f"  {case.name:18} {case}{'  (quick)' if case.quick else ''}", highlight=False)
     console.print("[bold]contenders[/]")
     for contender in suite.contenders:
         console.print(f"  {contender.name}", highlight=False)
@@ -84,12 +85,16 @@ def _time(
 ) -> list[Row]:
     work = [(dtype, case, direction) for dtype in ceilings for case in cases for direction in case.directions]
     rows: list[Row] = []
-    with _progress(console) as progress:
-        bar = progress.add_task("", total=len(work))
-        for dtype, case, direction in work:
-            progress.update(bar, description=f"{dtype} {case.name} {direction}")
-            rows += measure(suite, contenders, case, dtype, direction, device, ceilings[dtype], rounds)
-            progress.advance(bar)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with _progress(console) as progress:
+            bar = progress.add_task("", total=len(work))
+            for dtype, case, direction in work:
+                progress.update(bar, description=f"{dtype} {case.name} {direction}")
+                rows += measure(suite, contenders, case, dtype, direction, device, ceilings[dtype], rounds)
+                progress.advance(bar)
+    except KeyboardInterrupt:
+        console.print("[bold red]interrupted[/]: what follows is what was measured")
     return rows
 
 
@@ -133,6 +138,7 @@ def main() -> int:
     stem = arguments.output / f"{datetime.now():%Y%m%d-%H%M%S}-{suite.name}-{device.torch_device.type}"
 
     ceilings: dict[str, float] = {}
+    copied: float | None = None
     rows: list[Row] = []
     memory: list[Memory] = []
     if arguments.memory:
@@ -148,11 +154,14 @@ def main() -> int:
         print_memory(console, memory, str(suite.memory_case))
     else:
         ceilings = {dtype: ceiling(device, dtype, Rounds(3, 10, 3.0)) for dtype in dtypes}
+        copied = bandwidth(device, Rounds(3, 10, 1.0))
+        console.print(f"a copy moves {copied / 1e9:.4g} GB/s, read and written")
         rows = _time(console, suite, cases, contenders, device, ceilings, _rounds(arguments))
         print_table(console, rows, suite.baseline, device.flops_unit)
         print_failures(console, rows)
-        draw(stem.with_suffix(".png"), rows, suite, machine)
-    write_json(stem.with_suffix(".json"), machine, ceilings, rows, memory)
+        if rows:
+            draw(stem.with_suffix(".png"), rows, suite, machine)
+    write_json(stem.with_suffix(".json"), machine, ceilings, copied, rows, memory)
     console.print(f"wrote {stem}.json" + ("" if arguments.memory else f" and {stem.name}.png"))
     return int(any(row.failed for row in rows))
 

@@ -41,6 +41,7 @@ class Case:
     is_causal: bool = False
     directions: tuple[Direction, ...] = DIRECTIONS
     quick: bool = False  # part of --quick
+    heads_inside: bool = False  # stored as (batch, length, heads, head_dim), as projections leave them
 
     def __post_init__(self) -> None:
         if self.is_causal and self.length_q != self.length_k:
@@ -56,17 +57,30 @@ class Case:
         forward = 4.0 * self.batch * self.heads * self.length_q * self.length_k * self.head_dim
         return forward * (0.5 if self.is_causal else 1.0) * (2.5 if direction == "backward" else 1.0)
 
+    def elements(self, direction: Direction) -> int:
+        """Numbers that cannot but be read or written: the inputs and the output, and backward their gradients."""
+        query, key = (
+            self.batch * heads * length * self.head_dim
+            for heads, length in ((self.heads, self.length_q), (self.heads // self.groups, self.length_k))
+        )
+        return 2 * query + 2 * key if direction == "forward" else 3 * query + 4 * key
+
     def shortened(self, length: int) -> Case:
-        return replace(self, length_q=min(self.length_q, length), length_k=min(self.length_k, length))
+        return replace(
+            self, batch=min(self.batch, 2), length_q=min(self.length_q, length), length_k=min(self.length_k, length)
+        )
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
-        """Normally distributed, the same numbers on every device."""
-        generator = torch.Generator().manual_seed(seed)
+        """Normally distributed."""
+        generator = torch.Generator(device).manual_seed(seed)
         kv_heads = self.heads // self.groups
-        sizes = ((self.heads, self.length_q), (kv_heads, self.length_k), (kv_heads, self.length_k))
-        return Inputs(
-            *(torch.randn(self.batch, *size, self.head_dim, generator=generator).to(device, dtype) for size in sizes)
-        )
+
+        def draw(heads: int, length: int) -> Tensor:
+            outer = (length, heads) if self.heads_inside else (heads, length)
+            x = torch.randn(self.batch, *outer, self.head_dim, generator=generator, device=device).to(dtype)
+            return x.transpose(1, 2) if self.heads_inside else x
+
+        return Inputs(draw(self.heads, self.length_q), draw(kv_heads, self.length_k), draw(kv_heads, self.length_k))
 
     def __str__(self) -> str:
         lengths = f"{self.length_q}" if self.length_q == self.length_k else f"{self.length_q}x{self.length_k}"

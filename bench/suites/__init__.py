@@ -1,6 +1,6 @@
 """One file per system; a new suite is one more entry here."""
 
 from suite import Suite
-from suites import dense
+from suites import dense, flash, varlen
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (dense.SUITE,)}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (dense.SUITE, flash.SUITE, flash.FLEX_SUITE, varlen.SUITE)}

@@ -1,0 +1,96 @@
+"""Calls that together launch every CUDA kernel, on an emulator of the CUDA runtime; prints a line of JSON a launch.
+
+Run by emulation.py in a process of its own, for the emulator is loaded when a process starts. The emulator appends a
+profile of each launch to the file CUDAEMU_PROFILE; this adds which call the launch belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+import attnx
+
+Score = Literal["sigmoid", "softmax"]
+_BLOCK = 64  # queries and keys of a listed block
+
+
+@dataclass(frozen=True)
+class Call:
+    score: Score
+    dtype: str
+    head_dim: int
+    rows: int
+    keys: int
+    backward: bool = False
+    listed: bool = False
+    parameters: tuple[str, ...] = ()  # that get gradients besides the inputs
+
+    def run(self) -> None:
+        """With constant inputs, whose counts are the same everywhere: a row's maximum rises in its first tile alone."""
+        query, key, value = (
+            torch.ones(1, 1, length, self.head_dim, dtype=getattr(torch, self.dtype), requires_grad=self.backward)
+            for length in (self.rows, self.keys, self.keys)
+        )
+        parameters = {name: torch.zeros(1, requires_grad=True) for name in self.parameters}
+        if self.listed:
+            every = torch.ones(1, 1, self.rows // _BLOCK, self.keys // _BLOCK, dtype=torch.bool)
+            lists = attnx.BlockMask.from_dense(every, (_BLOCK, _BLOCK))
+            output = attnx.block_sparse_attention(query, key, value, lists, score=self.score)
+        else:
+            output = getattr(attnx, f"{self.score}_attention")(query, key, value, **parameters)
+        if self.backward:
+            torch.autograd.grad(output, [query, key, value, *parameters.values()], torch.ones_like(output))
+
+
+def _tile(score: Score, dtype: str, head_dim: int, rows: int) -> tuple[int, int]:
+    """The keys of the forward's tile and the head dimension that it is padded to."""
+    sizes = {"length_q": rows, "length_k": 1, "head_dim": head_dim, "value_dim": head_dim}
+    kernel = attnx._C.cuda_forward_kernel(f"{score}_attention", dtype, batch=1, heads_q=1, heads_k=1, **sizes)
+    match = re.search(r"(\d+) keys, head_dim padded to (\d+)", kernel)
+    if match is None:
+        raise RuntimeError(f"expected a kernel with its keys and head_dim, got {kernel}")
+    return int(match[1]), int(match[2])
+
+
+def calls() -> Iterator[Call]:
+    """In pairs of which the second runs the kernel's loop twice as often: over keys forward, over rows backward."""
+    head_dims = dict.fromkeys(_tile("softmax", "bfloat16", d, 64)[1] for d in range(32, 257, 32))
+    for score in get_args(Score):
+        for dtype in ("bfloat16", "float16"):
+            # A head dimension less one is padded, and its rows do not lie on 16 bytes.
+            for head_dim in (d - odd for odd in (0, 1) for d in head_dims):
+                for rows in (64, 128):  # up to 64 take narrow tiles
+                    keys, _ = _tile(score, dtype, head_dim, rows)
+                    yield Call(score, dtype, head_dim, rows, 2 * keys)
+                    yield Call(score, dtype, head_dim, rows, 4 * keys)  # more would be split
+                for keys in (128, 256):
+                    yield Call(score, dtype, head_dim, 128, keys, listed=True)
+                for rows in (128, 256):
+                    for listed in (False, True):
+                        yield Call(score, dtype, head_dim, rows, 128, backward=True, listed=listed)
+            yield Call(score, dtype, 64, 1, 1024)  # split along the keys
+    yield Call("sigmoid", "bfloat16", 64, 128, 64, backward=True, parameters=("bias", "alibi_slopes"))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    path = Path(os.environ["CUDAEMU_PROFILE"])
+    path.touch()
+    with path.open() as profile:
+        for call in calls():
+            call.run()
+            own = {"rows": call.rows, "keys": call.keys, "backward": call.backward}
+            for line in profile:
+                print(json.dumps(json.loads(line) | own))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# All that is asked of a GPU, in one command, without network and in under 9 minutes: bench/gpu.sh OUT_DIR
+#
+# Builds for the GPU that is there, runs the tests on it, also under compute-sanitizer, and measures attnx beside the
+# peers that are installed. OUT_DIR gets <device>-<commit>.json, .md and two .png, log.txt, and status.txt with a line a
+# part. A part that fails or runs out of its time does not stop the others, but makes the exit status 1.
+#
+# Needs Python (or $PYTHON) with torch, pybind11, scikit-build-core, ninja, pytest, hypothesis, psutil, numpy, matplotlib
+# and rich. Where the checkout has no .git, ATTNX_COMMIT names the commit.
+set -uo pipefail
+: "${1:?usage: bench/gpu.sh OUT_DIR}"
+out=$(mkdir -p "$1" && realpath "$1") || exit
+cd "$(dirname "$0")/.." || exit
+python=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+rm -f "$out/log.txt" "$out/status.txt"
+failed=0
+
+# part NAME SECONDS COMMAND...: runs it for at most so long, and keeps what it says and how it ends.
+part() {
+  local name=$1 limit=$2 start=$SECONDS status
+  shift 2
+  printf '\n=== %s: %s\n' "$name" "$*" | tee -a "$out/log.txt"
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$out/log.txt"
+  status=${PIPESTATUS[0]}
+  ((status == 0)) || failed=1
+  printf '%-12s exit %3d after %3d s of %d\n' "$name" "$status" $((SECONDS - start)) "$limit" >>"$out/status.txt"
+}
+
+bench() {
+  local name=$1 limit=$2
+  shift 2
+  part "$name" "$limit" "$python" bench/run.py --device cuda --output "$work/runs" "$@"
+}
+
+sanitize() {
+  # PyTorch's own allocator would hand out parts of larger blocks, and hide accesses between them.
+  part "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --kernel-name kernel_substring=attnx_ \
+    --report-api-errors no --error-exitcode 1 "$python" -m pytest -q -p no:cacheprovider -m smoke -k cuda
+}
+
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .) || exit
+part build 140 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$work/site" \
+  --config-settings=build-dir="$work/build" --config-settings=cmake.define.ATTNX_CUDA=ON \
+  --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES="$capability-real" .
+part compile 10 "$python" bench/compile_time.py "$work/build"
+export PYTHONPATH=$work/site PYTHONDONTWRITEBYTECODE=1
+
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+part tests 80 "$python" -m pytest -q -p no:cacheprovider -k cuda "${workers[@]}"
+sanitize memcheck 40
+sanitize racecheck 40
+
+bench bfloat16 100 --suite flash --dtype bfloat16 --rounds 15
+bench float16 20 --suite flash --dtype float16 --rounds 15 --case d128-4096
+bench varlen 20 --suite varlen --dtype bfloat16 --rounds 15
+bench flex 60 --suite flex --dtype bfloat16 --rounds 15
+part summary 20 "$python" bench/summary.py --output "$out" "$work"/runs/*.json
+
+echo
+cat "$out/status.txt"
+exit "$failed"
