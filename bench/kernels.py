@@ -18,6 +18,7 @@ _FLAGS = {
     "forward": (_LISTED, _ALIGNED),
     "backward": (_LISTED, _ALIGNED),
     "grad_query": (_ALIGNED,),
+    "row_terms": (_ALIGNED,),
     "combine": (_SOFTMAX,),
 }
 
