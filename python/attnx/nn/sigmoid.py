@@ -1,4 +1,4 @@
-"""The attention operators as modules."""
+"""Sigmoid attention as a module."""
 
 from __future__ import annotations
 
