@@ -131,7 +131,9 @@ Gradients block_sparse_attention_backward(const StableTensor& grad_output, const
                                           const StableTensor& query, const StableTensor& key, const StableTensor& value,
                                           const StableTensor& output, const StableTensor& logsumexp,
                                           const StableTensor& kv_num_blocks, const StableTensor& kv_indices,
-                                          const StableTensor& q_num_blocks, const StableTensor& q_indices,
+                                          const std::optional<StableTensor>& block_bias,
+                                          const std::optional<StableTensor>& q_num_blocks,
+                                          const std::optional<StableTensor>& q_indices,
                                           const std::optional<StableTensor>& q_block_bias, std::int64_t block_q,
                                           std::int64_t block_k, const std::string& score, const std::string& bias_rule,
                                           double bias_value, std::optional<double> scale, bool is_causal,
@@ -139,10 +141,14 @@ Gradients block_sparse_attention_backward(const StableTensor& grad_output, const
   BackwardParams p;
   const std::optional<StableTensor> none;
   const Arguments args{query, key, value, nullptr, none, scale, is_causal, -1, -1, kOperator};
-  read(args, {"kv_num_blocks", "kv_indices", "", kv_num_blocks, kv_indices, none},  // the bias comes transposed
+  read(args, {"kv_num_blocks", "kv_indices", "block_bias", kv_num_blocks, kv_indices, block_bias},
        {block_q, block_k, score, bias_rule, bias_value}, p);
-  p.query_blocks = read_lists({"q_num_blocks", "q_indices", "q_block_bias", q_num_blocks, q_indices, q_block_bias}, p,
-                              query, blocks_of(p.length_k, block_k), blocks_of(p.length_q, block_q));
+  // The CPU sums the gradients of keys over the blocks of queries as they come, and needs no transposed lists.
+  if (uses_cuda(query)) {
+    check(q_num_blocks && q_indices, "q_num_blocks, q_indices: expected the transposed lists on CUDA, got None");
+    p.query_blocks = read_lists({"q_num_blocks", "q_indices", "q_block_bias", *q_num_blocks, *q_indices, q_block_bias},
+                                p, query, blocks_of(p.length_k, block_k), blocks_of(p.length_q, block_q));
+  }
   p.grad_output = read_output("grad_output", grad_output, args);
   p.grad_logsumexp = read_logsumexp("grad_logsumexp", grad_logsumexp, args);
   p.output = read_output("output", output, args);
@@ -170,15 +176,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attnx, m) {
       "bool is_causal) -> (Tensor output, Tensor logsumexp)");
   m.def(
       "block_sparse_attention_backward(Tensor grad_output, Tensor grad_logsumexp, Tensor query, Tensor key, "
-      "Tensor value, Tensor output, Tensor logsumexp, Tensor kv_num_blocks, Tensor kv_indices, Tensor q_num_blocks, "
-      "Tensor q_indices, Tensor? q_block_bias, int block_q, int block_k, str score, str bias_rule, float bias_value, "
-      "float? scale, bool is_causal, bool deterministic) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+      "Tensor value, Tensor output, Tensor logsumexp, Tensor kv_num_blocks, Tensor kv_indices, Tensor? block_bias, "
+      "Tensor? q_num_blocks, Tensor? q_indices, Tensor? q_block_bias, int block_q, int block_k, str score, "
+      "str bias_rule, float bias_value, float? scale, bool is_causal, bool deterministic) -> "
+      "(Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }
 
-// The CPU has no kernel of its own yet; there the table's refusal answers.
-STABLE_TORCH_LIBRARY_IMPL(attnx, CPU, m) {
-  if (kCudaOnHost) implement(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(attnx, CPU, m) { implement(m); }
 #if ATTNX_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(attnx, CUDA, m) { implement(m); }
 #endif

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnx import _operators
+from attnx import _capability, _operators
 from attnx.block_mask import transpose
 
 NAME = "block_sparse_attention"
@@ -24,8 +24,11 @@ def _gradient(ctx: Any, grad: Tensor, grad_logsumexp: Tensor) -> tuple[Any, ...]
     block_q, block_k, *options = ctx.options
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
-    transposed = transpose(counts, indices, bias[0] if bias else None, -(-key.shape[2] // block_k))
-    lists = (counts, indices, *transposed)
+    block_bias = bias[0] if bias else None
+    transposed: tuple[Tensor | None, ...] = (None, None, None)
+    if _capability.backend_of(query.device) == "cuda":
+        transposed = transpose(counts, indices, block_bias, -(-key.shape[2] // block_k))
+    lists = (counts, indices, block_bias, *transposed)
     deterministic = torch.are_deterministic_algorithms_enabled()
     gradients = torch.ops.attnx.block_sparse_attention_backward(
         grad, grad_logsumexp, query, key, value, output, logsumexp, *lists, block_q, block_k, *options, deterministic

@@ -4,15 +4,19 @@
 #include "score/sigmoid.h"
 #include "score/softmax.h"
 #include "storage/strided.h"
-#include "tiles/band.h"
+#include "tiles/listed.h"
 
 namespace attnx::cpu::ATTNX_ISA {
 
 template <class Use>
 static auto with_backward(const BackwardParams& p, const Executor& executor, Use use) {
   const auto with_input = [&]<class Input>() {
-    if (p.score == Score::kSigmoid) return use(Backward<Input, Sigmoid, BandTiles, StridedStorage>(p, executor));
-    return use(Backward<Input, Softmax, BandTiles, StridedStorage>(p, executor));
+    const auto with_tiles = [&]<class Tiles>() {
+      if (p.score == Score::kSigmoid) return use(Backward<Input, Sigmoid, Tiles, StridedStorage>(p, executor));
+      return use(Backward<Input, Softmax, Tiles, StridedStorage>(p, executor));
+    };
+    return p.key_blocks.counts ? with_tiles.template operator()<ListedTiles>()
+                               : with_tiles.template operator()<BandTiles>();
   };
   switch (p.dtype) {
     case DType::kBFloat16: return with_input.template operator()<BFloat16>();

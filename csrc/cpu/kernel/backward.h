@@ -32,12 +32,11 @@ class Backward {
       : p_(p),
         executor_(executor),
         group_(p.heads_q / p.heads_k),
-        rows_(p.length_q * group_),
         head_stride_(row_stride(p.head_dim)),
         value_stride_(row_stride(p.value_dim)),
         head_lanes_(round_up(p.head_dim, kLanes<Sum>)),
         value_lanes_(round_up(p.value_dim, kLanes<Sum>)),
-        panels_(larger(p.head_dim, p.value_dim) > 128 ? 1 : kMaxPanels) {
+        rows_(p, Tiles::kListed, larger(p.head_dim, p.value_dim) > 128 ? 1 : kMaxPanels) {
     // The fewest splits that keep nine tenths of the threads' time busy.
     const std::int64_t heads = p.batch * p.heads_k, threads = executor.threads;
     while (splits_ < threads && heads * splits_ * 10 < round_up(heads * splits_, threads) * 9) ++splits_;
@@ -101,7 +100,7 @@ class Backward {
       weights = arena.take<Element>(kBackwardKeys * kWidth);
       grads = arena.take<Element>(kBackwardKeys * kWidth);
       grads_by_step = kPlain ? grads : arena.take<Element>(kBackwardKeys * kWidth);
-      for (int i = 0; i < f.panels_; ++i) {
+      for (int i = 0; i < f.rows_.panels; ++i) {
         panel[i].panel = arena.take<Panel<Sum>>(1);
         panel[i].score = arena.take<ScoreState>(1);
         panel[i].query = arena.take<Element>(f.head_stride_ * kWidth);
@@ -144,32 +143,39 @@ class Backward {
   void differentiate(std::int64_t head, std::int64_t split, Sums sums, Buffers& b) const {
     const std::int64_t key_head = head % p_.heads_k;
     const Sequence sequence(p_, head / p_.heads_k);
-    const Tiles tiles(p_, sequence);
     const Storage<Input, A> storage(p_, sequence, key_head);
     __builtin_memset(sums.grad_key, 0, std::size_t(sums.bytes));
-
-    const std::int64_t rows = sequence.length_q * group_, tile = panels_ * kWidth;
-    for (std::int64_t row0 = split * tile; row0 < rows; row0 += splits_ * tile) {
-      int panels = 0;
-      KeyRange any{sequence.length_k, 0};
-      for (std::int64_t row = row0; row < smaller(rows, row0 + tile); row += kWidth, ++panels) {
-        Rows& r = b.panel[panels];
-        r.panel->set(p_, sequence, tiles, key_head, row, smaller<std::int64_t>(rows - row, kWidth));
-        any = {smaller(any.first, r.panel->any.first), larger(any.end, r.panel->any.end)};
-        begin(sequence, r, b.rows);
-      }
-      tiles.for_each(any, kBackwardKeys, [&](std::int64_t key0, std::int64_t keys) {
-        storage.load_keys(key0, keys, b.keys, head_stride_);
-        storage.load_values(key0, keys, b.values, value_stride_);
-        storage.prefetch(key0 + keys, kBackwardKeys);
-        if constexpr (A::kStep > 1) interleave_rows<A>(b.keys, keys, head_stride_, b.keys_by_step, head_stride_);
-        for (int i = 0; i < panels; ++i) {
-          const KeyRange seen = b.panel[i].panel->any;
-          if (seen.first < key0 + keys && seen.end > key0) visit(sums, b, b.panel[i], key0, keys);
-        }
-      });
-      for (int i = 0; i < panels; ++i) store_rows(sequence, sums, b.panel[i]);
+    // A split takes every splits_-th tile of the rows of the key head's query heads.
+    const std::int64_t rows = sequence.length_q * rows_.group;
+    const std::int64_t tiles = (rows + rows_.tile_rows - 1) / rows_.tile_rows;
+    for (std::int64_t i = split; i < tiles * (group_ / rows_.group); i += splits_) {
+      const std::int64_t first_head = key_head * group_ + i / tiles * rows_.group, row0 = i % tiles * rows_.tile_rows;
+      differentiate_rows(sequence, storage, first_head, row0, smaller(rows, row0 + rows_.tile_rows), sums, b);
     }
+  }
+
+  void differentiate_rows(const Sequence& sequence, const Storage<Input, A>& storage, std::int64_t first_head,
+                          std::int64_t row0, std::int64_t end, const Sums& sums, Buffers& b) const {
+    const Tiles tiles(p_, sequence, first_head, row0);
+    int panels = 0;
+    KeyRange any{sequence.length_k, 0};
+    for (std::int64_t row = row0; row < end; row += rows_.panel_rows, ++panels) {
+      Rows& r = b.panel[panels];
+      r.panel->set(p_, sequence, tiles, first_head, rows_.group, row, smaller(end - row, rows_.panel_rows));
+      any = {smaller(any.first, r.panel->any.first), larger(any.end, r.panel->any.end)};
+      begin(sequence, r, b.rows);
+    }
+    tiles.for_each(any, kBackwardKeys, [&](const KeyTile& tile) {
+      storage.load_keys(tile.first, tile.count, b.keys, head_stride_);
+      storage.load_values(tile.first, tile.count, b.values, value_stride_);
+      storage.prefetch(tile.next, kBackwardKeys);
+      if constexpr (A::kStep > 1) interleave_rows<A>(b.keys, tile.count, head_stride_, b.keys_by_step, head_stride_);
+      for (int i = 0; i < panels; ++i) {
+        const KeyRange seen = b.panel[i].panel->any;
+        if (seen.first < tile.first + tile.count && seen.end > tile.first) visit(sums, b, b.panel[i], tile);
+      }
+    });
+    for (int i = 0; i < panels; ++i) store_rows(sequence, sums, b.panel[i]);
   }
 
   void begin(const Sequence& s, Rows& r, Element* rows) const {
@@ -190,11 +196,12 @@ class Backward {
     r.score->template begin<Input>(p_, s, panel);
   }
 
-  void visit(const Sums& sums, Buffers& b, Rows& r, std::int64_t key0, std::int64_t keys) const {
+  void visit(const Sums& sums, Buffers& b, Rows& r, const KeyTile& tile) const {
     constexpr int kStep = A::kStep;
+    const std::int64_t key0 = tile.first, keys = tile.count;
     const Panel<Sum>& panel = *r.panel;
     const std::int64_t padded = round_up(keys, kStep), vectors = panel.vectors;
-    const PanelOnTile<Sum> on_tile(panel, key0, padded);
+    const PanelOnTile<Sum> on_tile(panel, tile, padded);
     gemm<A>({b.keys, head_stride_, kStep, r.query, kWidth * kStep, b.products, kWidth}, padded, vectors,
             (p_.head_dim + kStep - 1) / kStep, false);
     gemm<A>({b.values, value_stride_, kStep, r.grad, kWidth * kStep, b.grad_weights, kWidth}, padded, vectors,
@@ -238,7 +245,7 @@ class Backward {
                         for (int k = 0; k < A::kStep; ++k) {
                           Vec<Sum> p;
                           const std::int64_t row = (key + k) * kWidth + lane;
-                          score.differentiate(x[k], load(b.grad_weights + row), lane, p, ds[k]);
+                          score.differentiate(x[k], load(b.grad_weights + row), lane, on_tile, p, ds[k]);
                           if constexpr (masked.kValue) {
                             p = visible[k] ? p : Vec<Sum>{};
                             ds[k] = visible[k] ? ds[k] : Vec<Sum>{};
@@ -302,9 +309,8 @@ class Backward {
   const BackwardParams& p_;
   const Executor& executor_;
   std::int64_t group_;
-  std::int64_t rows_;  // of the longest sequence, for one key head
   std::int64_t head_stride_, value_stride_, head_lanes_, value_lanes_;
-  std::int64_t panels_;      // of a tile of rows
+  RowTiling<Sum> rows_;
   std::int64_t splits_ = 1;  // of a head's query tiles
 };
 

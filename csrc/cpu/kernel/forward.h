@@ -26,12 +26,11 @@ class Forward {
   Forward(const ForwardParams& p, const Executor& executor)
       : p_(p),
         executor_(executor),
-        rows_(p.length_q * (p.heads_q / p.heads_k)),
         head_stride_(round_up(p.head_dim, kRowMultiple)),
         value_stride_(round_up(p.value_dim, kRowMultiple)),
-        panels_(larger(p.head_dim, p.value_dim) > 128 ? 2 : 4) {
+        rows_(p, Tiles::kListed, larger(p.head_dim, p.value_dim) > 128 ? 2 : 4) {
     // Few rows: smaller tiles, so that every thread gets some.
-    while (panels_ > 1 && units() < 4 * executor.threads) panels_ /= 2;
+    while (rows_.panels > 1 && units() < 4 * executor.threads) rows_ = {p, Tiles::kListed, rows_.panels / 2};
   }
 
   std::int64_t worker_bytes() const { return Buffers(*this, nullptr).bytes; }
@@ -45,7 +44,7 @@ class Forward {
         if (unit >= units()) return;
         // The last tiles of a causal head are the longest: they go first.
         const std::int64_t tile = tiles() - 1 - unit % tiles(), head = unit / tiles();
-        attend(head / p_.heads_k, head % p_.heads_k, tile * panels_ * kWidth, buffers);
+        attend(head / head_groups(), head % head_groups() * rows_.group, tile * rows_.tile_rows, buffers);
       }
     });
   }
@@ -69,31 +68,32 @@ class Forward {
       products = arena.take<Sum>(kForwardKeys * kWidth);
       // A product becomes a weight in its place where the types allow.
       weights = A::kStep == 1 ? reinterpret_cast<Element*>(products) : arena.take<Element>(kForwardKeys * kWidth);
-      for (int i = 0; i < f.panels_; ++i) {
+      for (int i = 0; i < f.rows_.panels; ++i) {
         query[i] = arena.take<Element>(f.head_stride_ * kWidth);
         output[i] = arena.take<Sum>(f.value_stride_ * kWidth);
       }
-      panels = arena.take<Panel<Sum>>(f.panels_);
-      scores = arena.take<typename Score::template Forward<A>>(f.panels_);
+      panels = arena.take<Panel<Sum>>(f.rows_.panels);
+      scores = arena.take<typename Score::template Forward<A>>(f.rows_.panels);
       bytes = arena.used();
     }
   };
 
-  std::int64_t tiles() const { return (rows_ + panels_ * kWidth - 1) / (panels_ * kWidth); }
-  std::int64_t units() const { return p_.batch * p_.heads_k * tiles(); }
+  std::int64_t head_groups() const { return p_.heads_q / rows_.group; }
+  std::int64_t tiles() const { return (p_.length_q * rows_.group + rows_.tile_rows - 1) / rows_.tile_rows; }
+  std::int64_t units() const { return p_.batch * head_groups() * tiles(); }
 
-  void attend(std::int64_t batch, std::int64_t key_head, std::int64_t row0, Buffers& b) const {
+  void attend(std::int64_t batch, std::int64_t first_head, std::int64_t row0, Buffers& b) const {
     const Sequence sequence(p_, batch);
-    const std::int64_t rows = sequence.length_q * (p_.heads_q / p_.heads_k);
-    if (row0 >= rows) return;
-    const Tiles tiles(p_, sequence);
-    const Storage<Input, A> storage(p_, sequence, key_head);
+    const std::int64_t end = smaller(sequence.length_q * rows_.group, row0 + rows_.tile_rows);
+    if (row0 >= end) return;
+    const Tiles tiles(p_, sequence, first_head, row0);
+    const Storage<Input, A> storage(p_, sequence, first_head / (p_.heads_q / p_.heads_k));
 
     int panels = 0;
     KeyRange any{sequence.length_k, 0};
-    for (std::int64_t row = row0; row < rows && panels < panels_; row += kWidth, ++panels) {
+    for (std::int64_t row = row0; row < end; row += rows_.panel_rows, ++panels) {
       Panel<Sum>& panel = b.panels[panels];
-      panel.set(p_, sequence, tiles, key_head, row, smaller<std::int64_t>(rows - row, kWidth));
+      panel.set(p_, sequence, tiles, first_head, rows_.group, row, smaller(end - row, rows_.panel_rows));
       any = {smaller(any.first, panel.any.first), larger(any.end, panel.any.end)};
       load_rows<A>(
           [&](std::int64_t i) {
@@ -105,24 +105,26 @@ class Forward {
       b.scores[panels].begin();
     }
 
-    tiles.for_each(any, kForwardKeys, [&](std::int64_t key0, std::int64_t keys) {
-      storage.load_keys(key0, keys, b.keys, head_stride_);
-      storage.load_values(key0, keys, b.values, value_stride_);
-      storage.prefetch(key0 + keys, kForwardKeys);
-      if constexpr (A::kStep > 1) interleave_rows<A>(b.values, keys, value_stride_, b.values_by_step, value_stride_);
+    tiles.for_each(any, kForwardKeys, [&](const KeyTile& tile) {
+      storage.load_keys(tile.first, tile.count, b.keys, head_stride_);
+      storage.load_values(tile.first, tile.count, b.values, value_stride_);
+      storage.prefetch(tile.next, kForwardKeys);
+      if constexpr (A::kStep > 1)
+        interleave_rows<A>(b.values, tile.count, value_stride_, b.values_by_step, value_stride_);
       for (int i = 0; i < panels; ++i) {
-        if (b.panels[i].any.first < key0 + keys && b.panels[i].any.end > key0) visit(b, i, key0, keys);
+        const KeyRange seen = b.panels[i].any;
+        if (seen.first < tile.first + tile.count && seen.end > tile.first) visit(b, i, tile);
       }
     });
     for (int i = 0; i < panels; ++i) finish(sequence, b.panels[i], b.scores[i], b.output[i]);
   }
 
-  void visit(Buffers& b, int i, std::int64_t key0, std::int64_t keys) const {
+  void visit(Buffers& b, int i, const KeyTile& tile) const {
     const Panel<Sum>& panel = b.panels[i];
-    const std::int64_t padded = round_up(keys, A::kStep), steps = padded / A::kStep;
+    const std::int64_t key0 = tile.first, keys = tile.count, padded = round_up(keys, A::kStep), steps = padded / A::kStep;
     gemm<A>({b.keys, head_stride_, A::kStep, b.query[i], kWidth * A::kStep, b.products, kWidth}, padded, panel.vectors,
             (p_.head_dim + A::kStep - 1) / A::kStep, false);
-    const PanelOnTile<Sum> on_tile(panel, key0, padded);
+    const PanelOnTile<Sum> on_tile(panel, tile, padded);
     b.scores[i].weigh(b.products, padded, Sum(p_.scale), panel, on_tile, b.weights, b.output[i], p_.value_dim);
     const GemmOperands<A> g{b.values_by_step, A::kStep, value_stride_ * A::kStep, b.weights, kWidth * A::kStep,
                             b.output[i],      kWidth};
@@ -147,9 +149,8 @@ class Forward {
 
   const ForwardParams& p_;
   const Executor& executor_;
-  std::int64_t rows_;  // of the longest sequence, for one key head
   std::int64_t head_stride_, value_stride_;
-  std::int64_t panels_;  // of a tile of rows
+  RowTiling<Sum> rows_;
 };
 
 }  // namespace attnx::cpu::ATTNX_ISA

@@ -12,13 +12,13 @@ namespace attnx::cpu::ATTNX_ISA {
 // Rows of a register block for a number of vectors across: accumulators + vectors of B + one broadcast fit the
 // 32 registers of AVX-512 and NEON, or the 16 of SSE and AVX2. Every entry divides kRowMultiple.
 #if defined(__AVX512F__) || defined(__aarch64__)
-inline constexpr int kBlockRows[] = {0, 12, 12, 8, 6};
+inline constexpr int kBlockRows[] = {0, 12, 8, 8, 6};
 inline constexpr int kMaxVectors = 4;
 #else
 inline constexpr int kBlockRows[] = {0, 8, 6, 4};
 inline constexpr int kMaxVectors = 3;
 #endif
-// Callers pad A's and C's rows to this; what stands in the padding is computed and never read.
+// Callers pad A's rows to this; what stands in the padding is read, and nothing comes of it.
 inline constexpr int kRowMultiple = 24;
 
 // Strides count elements; a_step and b_step go from one step (kStep products) to the next.
@@ -57,12 +57,14 @@ inline void gemm_columns(GemmOperands<A> g, std::int64_t rows, std::int64_t step
       }
     }
 #pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kRows; ++r) {
+      if (row + r >= rows) break;
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         Sum* const c = g.c + r * g.c_row + v * kWidth;
         store(c, accumulate ? load(c) + sum[r][v] : sum[r][v]);
       }
+    }
   }
 }
 

@@ -29,6 +29,14 @@ struct KeyRange {
   std::int64_t first, end;
 };
 
+// Keys that are loaded together, and what a list of blocks says of them.
+struct KeyTile {
+  std::int64_t first, count;
+  std::int64_t next;  // the first key of the tile that probably follows
+  float bias = 0;     // added to the logits
+  float factor = 1;   // of the weights
+};
+
 template <class T>
 ATTNX_INLINE T* row_of(const Tensor& t, std::int64_t batch, std::int64_t head, std::int64_t row) {
   return static_cast<T*>(t.data) + batch * t.batch_stride + head * t.head_stride + row * t.row_stride;
@@ -49,17 +57,17 @@ struct Panel {
   alignas(kVectorBytes) Sum slope[kCount];
   bool alibi;
 
+  // Rows row0 .. row0 + count - 1 of `group` query heads, from the given one on.
   template <class Tiles>
-  void set(const AttentionParams& p, const Sequence& s, const Tiles& tiles, std::int64_t key_head, std::int64_t row0,
-           std::int64_t count) {
-    const std::int64_t group = p.heads_q / p.heads_k;
+  void set(const AttentionParams& p, const Sequence& s, const Tiles& tiles, std::int64_t first_head, std::int64_t group,
+           std::int64_t row0, std::int64_t count) {
     rows = int(count);
     vectors = (rows + kLanes<Sum> - 1) / kLanes<Sum>;
     alibi = p.alibi_slopes.data != nullptr;
     for (int lane = 0; lane < kCount; ++lane) {
       const std::int64_t row = row0 + (lane < rows ? lane : rows - 1);
       query[lane] = row / group;
-      head[lane] = key_head * group + row % group;
+      head[lane] = first_head + row % group;
       position[lane] = query[lane] + s.length_k - s.length_q;
       visible[lane] = tiles.row(position[lane]);
       if (lane == 0) any = all = visible[0];
@@ -67,7 +75,7 @@ struct Panel {
       all = {larger(all.first, visible[lane].first), smaller(all.end, visible[lane].end)};
       bias[lane] = Sum(p.bias_value) + per_head(p.bias, head[lane]);
       if (p.bias_rule == BiasRule::kLength) bias[lane] -= log(s.length_k);
-      if (p.bias_rule == BiasRule::kRow) bias[lane] -= log(visible[lane].end - visible[lane].first);
+      if (p.bias_rule == BiasRule::kRow) bias[lane] -= log(tiles.keys_in_band(position[lane]));
       slope[lane] = per_head(p.alibi_slopes, head[lane]);
     }
   }
@@ -84,11 +92,16 @@ template <class Sum>
 struct PanelOnTile {
   alignas(kVectorBytes) Sum position[kPanelLanes<Sum>];
   alignas(kVectorBytes) MaskInt<Sum> first[kPanelLanes<Sum>], end[kPanelLanes<Sum>];
+  Sum bias;            // of the tile
+  Sum inverse_factor;  // of the tile's weights
   bool masked;
 
   // keys is the number of rows of the tile that the loop will touch, padding of the last step included.
-  PanelOnTile(const Panel<Sum>& panel, std::int64_t key0, std::int64_t keys)
-      : masked(panel.all.first > key0 || panel.all.end < key0 + keys) {
+  PanelOnTile(const Panel<Sum>& panel, const KeyTile& tile, std::int64_t keys)
+      : bias(tile.bias),
+        inverse_factor(1 / Sum(tile.factor)),
+        masked(panel.all.first > tile.first || panel.all.end < tile.first + keys) {
+    const std::int64_t key0 = tile.first;
     if (!masked && !panel.alibi) return;
     for (int lane = 0; lane < panel.vectors * kLanes<Sum>; ++lane) {
       position[lane] = Sum(panel.position[lane] - key0);
@@ -103,6 +116,25 @@ struct Flag {
   static constexpr bool kValue = value;
 };
 
+// How the rows of a head, or of the heads that share keys, are cut into tiles and these into panels.
+template <class Sum>
+struct RowTiling {
+  std::int64_t group;  // query heads whose rows interleave
+  std::int64_t panels, panel_rows, tile_rows;
+
+  // Rows of a tile share one list of blocks, which belongs to one head and one block of queries.
+  RowTiling(const AttentionParams& p, bool listed, std::int64_t most_panels)
+      : group(listed ? 1 : p.heads_q / p.heads_k),
+        panels(most_panels),
+        panel_rows(kPanelLanes<Sum>),
+        tile_rows(panels * panel_rows) {
+    if (!listed) return;
+    for (tile_rows = p.block_q; tile_rows > most_panels * kPanelLanes<Sum>;) tile_rows /= 2;
+    panels = (tile_rows + kPanelLanes<Sum> - 1) / kPanelLanes<Sum>;
+    panel_rows = round_up((tile_rows + panels - 1) / panels, kLanes<Sum>);
+  }
+};
+
 // Calls body(step, offset, x, visible) for every step of every vector of the tile of products s[keys][lanes]:
 // x = the kStep logits, offset = where their first vector starts in a B operand. The flags are compile-time, so a
 // plain tile pays for neither mask nor distance.
@@ -114,7 +146,7 @@ ATTNX_INLINE void for_each_logit(const typename A::Sum* s, std::int64_t keys, ty
   constexpr int kStep = A::kStep, kWidth = kPanelLanes<Sum>;
   const int lane = vector * kLanes<Sum>;
   const auto loop = [&](auto alibi, auto masked) __attribute__((always_inline)) {
-    const Vec<Sum> bias = load(panel.bias + lane), slope = load(panel.slope + lane);
+    const Vec<Sum> bias = load(panel.bias + lane) + on_tile.bias, slope = load(panel.slope + lane);
     const Vec<Sum> position = load(on_tile.position + lane);
     const Mask<Sum> first = load(on_tile.first + lane), end = load(on_tile.end + lane);
     for (std::int64_t key = 0; key < keys; key += kStep) {

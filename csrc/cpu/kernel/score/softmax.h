@@ -89,7 +89,8 @@ class SoftmaxBackward {
     }
   }
 
-  ATTNX_INLINE void differentiate(Vec<Sum> x, Vec<Sum> dp, int lane, Vec<Sum>& p, Vec<Sum>& ds) const {
+  ATTNX_INLINE void differentiate(Vec<Sum> x, Vec<Sum> dp, int lane, const PanelOnTile<Sum>&, Vec<Sum>& p,
+                                  Vec<Sum>& ds) const {
     p = exp(x - load(logsumexp_ + lane));
     ds = p * (dp - load(offset_ + lane));
   }

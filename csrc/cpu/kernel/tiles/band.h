@@ -7,7 +7,9 @@ namespace attnx::cpu::ATTNX_ISA {
 
 class BandTiles {
  public:
-  BandTiles(const AttentionParams& p, const Sequence& s)
+  static constexpr bool kListed = false;
+
+  BandTiles(const AttentionParams& p, const Sequence& s, std::int64_t /*head*/, std::int64_t /*query*/)
       : left_(bound(p.window_left)), right_(bound(p.window_right)), length_(s.length_k) {}
 
   // The keys that the query standing at this key position sees.
@@ -15,13 +17,17 @@ class BandTiles {
     const std::int64_t first = smaller(larger<std::int64_t>(position - left_, 0), length_);
     return {first, smaller(larger(position + right_ + 1, first), length_)};
   }
+  std::int64_t keys_in_band(std::int64_t position) const {
+    const KeyRange keys = row(position);
+    return keys.end - keys.first;
+  }
 
-  // Calls visit(first key, number of keys) for the tiles that hold the range.
+  // Calls visit(KeyTile) for the tiles that hold the range.
   template <class Visit>
   void for_each(KeyRange range, std::int64_t tile, Visit visit) const {
     if (range.first >= range.end) return;
     for (std::int64_t key = range.first / tile * tile; key < range.end; key += tile)
-      visit(key, smaller(tile, length_ - key));
+      visit(KeyTile{key, smaller(tile, length_ - key), key + tile});
   }
 
  private:
