@@ -12,8 +12,7 @@ from torch import Tensor
 import attnx
 from attnx.block_mask import transpose
 from attnx.testing import assert_close
-from backends import BACKENDS
-from cases import Shape, random_inputs
+from cases import DTYPES, Shape, random_inputs
 from compare import forward_backward
 
 SCORES = ["sigmoid", "softmax"]
@@ -24,15 +23,6 @@ SHAPES = [
     Shape(length_q=10, length_k=70, head_dim=128, heads=2, kv_heads=1),
     Shape(length_q=130, length_k=130, head_dim=33, heads=1),
 ]
-
-pytestmark = pytest.mark.skipif(
-    not any(b.kernels == "cuda" for b in BACKENDS), reason="capability table: no block_sparse_attention on cpu"
-)
-
-
-@pytest.fixture(params=[b for b in BACKENDS if b.kernels == "cuda"], ids=str)
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return request.param.device
 
 
 def random_mask(shape: Shape, block_size: tuple[int, int], share: float, device: torch.device) -> attnx.BlockMask:
@@ -87,16 +77,22 @@ def check(inputs: dict[str, Tensor], grad_output: Tensor, mask: attnx.BlockMask,
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("score", SCORES)
 def test_definition(
-    score: str, shape: Shape, block_size: tuple[int, int], is_causal: bool, device: torch.device
+    score: str,
+    dtype: torch.dtype,
+    shape: Shape,
+    block_size: tuple[int, int],
+    is_causal: bool,
+    device: torch.device,
 ) -> None:
-    inputs = random_inputs(shape, torch.bfloat16, device)
+    inputs = random_inputs(shape, dtype, device)
     check(*inputs, random_mask(shape, block_size, 0.6, device), score=score, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("score", SCORES)
 def test_head_dims(score: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> None:
     shape = Shape(length_q=130, length_k=260, head_dim=head_dim)
@@ -104,17 +100,17 @@ def test_head_dims(score: str, dtype: torch.dtype, head_dim: int, device: torch.
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_block_bias(score: str, device: torch.device) -> None:
+def test_block_bias(score: str, dtype: torch.dtype, device: torch.device) -> None:
     shape = Shape(length_q=256, length_k=320, head_dim=64)
     mask = random_mask(shape, (64, 64), 0.6, device)
     bias = torch.randn(mask.kv_indices.shape, generator=torch.Generator().manual_seed(3)).to(device)
-    check(*random_inputs(shape, torch.bfloat16, device), mask, score=score, block_bias=bias)
+    check(*random_inputs(shape, dtype, device), mask, score=score, block_bias=bias)
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_every_block_is_dense_attention(score: str, device: torch.device) -> None:
+def test_every_block_is_dense_attention(score: str, dtype: torch.dtype, device: torch.device) -> None:
     shape = Shape(length_q=192, length_k=192, head_dim=64, heads=4, kv_heads=2)
-    inputs, grad_output = random_inputs(shape, torch.bfloat16, device)
+    inputs, grad_output = random_inputs(shape, dtype, device)
     mask = random_mask(shape, (64, 64), 2.0, device)
     sparse = check(inputs, grad_output, mask, score=score, is_causal=True)
     dense = forward_backward(getattr(attnx, f"{score}_attention"), inputs, grad_output, is_causal=True)
@@ -122,10 +118,49 @@ def test_every_block_is_dense_attention(score: str, device: torch.device) -> Non
         torch.testing.assert_close(sparse[name], x, atol=2e-2, rtol=2e-2, msg=name)
 
 
+@pytest.mark.backends("cpu")
 @pytest.mark.parametrize("score", SCORES)
-def test_one_list_for_all_heads_in_any_order(score: str, device: torch.device) -> None:
+def test_every_instruction_set(score: str, instruction_set: str, device: torch.device) -> None:
+    shape = Shape(batch=2, length_q=330, length_k=200, head_dim=40, value_dim=150, heads=4, kv_heads=2)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(*random_inputs(shape, dtype, device), random_mask(shape, (128, 64), 0.6, device), score=score)
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("score", SCORES)
+def test_gradcheck(score: str, is_causal: bool, device: torch.device) -> None:
+    shape = Shape(length_q=70, length_k=130, head_dim=3, value_dim=2)
+    inputs, _ = random_inputs(shape, torch.float64, device)
+    mask = random_mask(shape, (64, 64), 0.6, device)
+
+    def attention(*x: Tensor) -> Any:
+        options: dict[str, Any] = {"score": score, "is_causal": is_causal}
+        return attnx.block_sparse_attention(*x, mask, return_logsumexp=score == "softmax", **options)
+
+    leaves = tuple(x.requires_grad_() for x in inputs.values())
+    assert torch.autograd.gradcheck(attention, leaves, fast_mode=True)
+
+
+@pytest.mark.needs("hidden_nonfinite")
+@pytest.mark.parametrize("score", SCORES)
+def test_nan_in_blocks_that_no_list_names(score: str, dtype: torch.dtype, device: torch.device) -> None:
+    shape = Shape(length_q=130, length_k=256, head_dim=16)
+    inputs, grad_output = random_inputs(shape, dtype, device)
+    visited = torch.tensor([[1, 0, 1, 1], [1, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool, device=device)
+    mask = attnx.BlockMask.from_dense(visited[None, None])
+    clean = forward_backward(attnx.block_sparse_attention, inputs, grad_output, block_mask=mask, score=score)
+    for name in ("key", "value"):
+        inputs[name][:, :, 64:128] = torch.nan
+    results = forward_backward(attnx.block_sparse_attention, inputs, grad_output, block_mask=mask, score=score)
+    for name, x in clean.items():
+        torch.testing.assert_close(results[name], x, atol=0, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_one_list_for_all_heads_in_any_order(score: str, dtype: torch.dtype, device: torch.device) -> None:
     shape = Shape(batch=2, length_q=128, length_k=256, head_dim=64, heads=4, kv_heads=2)
-    inputs, grad_output = random_inputs(shape, torch.bfloat16, device)
+    inputs, grad_output = random_inputs(shape, dtype, device)
     counts = torch.tensor([[[3, 0]]], dtype=torch.int32, device=device)
     indices = torch.tensor([[[[3, 0, 2, -7], [9, 9, 9, 9]]]], dtype=torch.int32, device=device)
     results = check(inputs, grad_output, attnx.BlockMask(counts, indices), score=score)
@@ -141,9 +176,9 @@ def test_one_list_for_all_heads_in_any_order(score: str, device: torch.device) -
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_logsumexp(device: torch.device) -> None:
+def test_logsumexp(dtype: torch.dtype, device: torch.device) -> None:
     shape = Shape(length_q=128, length_k=256, head_dim=64)
-    inputs, _ = random_inputs(shape, torch.bfloat16, device)
+    inputs, _ = random_inputs(shape, dtype, device)
     mask = random_mask(shape, (64, 64), 0.4, device)
     _, logsumexp = attnx.block_sparse_attention(**inputs, block_mask=mask, return_logsumexp=True)
     exact = {name: x.double() for name, x in inputs.items()}
@@ -185,10 +220,12 @@ BAD = {
 
 
 @pytest.mark.parametrize(("arguments", "argument", "expected", "got"), BAD.values(), ids=BAD)
-def test_bad_input(arguments: dict[str, Any], argument: str, expected: str, got: str, device: torch.device) -> None:
+def test_bad_input(
+    arguments: dict[str, Any], argument: str, expected: str, got: str, dtype: torch.dtype, device: torch.device
+) -> None:
     if device.type != "cpu" and argument in ("kv_num_blocks", "kv_indices") and "from" in expected + argument:
         pytest.skip("values on the GPU are looked at under ATTNX_DEBUG=1 only")
-    inputs, _ = random_inputs(Shape(length_q=128, length_k=192, head_dim=64), torch.bfloat16, device)
+    inputs, _ = random_inputs(Shape(length_q=128, length_k=192, head_dim=64), dtype, device)
     mask: dict[str, Any] = {
         "kv_num_blocks": int32([[2, 1]]),
         "kv_indices": int32([[[0, 1], [2, 1]]]),

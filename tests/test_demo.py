@@ -43,7 +43,8 @@ def test_a_short_run_ends_with_the_table_and_the_report(tmp_path: Path) -> None:
     assert not report["interrupted"]
     assert report["config"]["training"]["seed"] == 3
     assert report["environment"]["machine"]["threads"] == 2
-    assert [result["name"] for result in report["attentions"]] == ["sdpa", "softmax", "sigmoid"]
+    names = [result["name"] for result in report["attentions"]]
+    assert names == ["sdpa", "softmax", "sigmoid", "sparse-linear", "probabilistic"]
     for result in report["attentions"]:
         assert result["label"] in run.stdout
         assert len(result["training_bits_per_byte"]) == len(result["step_seconds"]) == 2
@@ -51,13 +52,13 @@ def test_a_short_run_ends_with_the_table_and_the_report(tmp_path: Path) -> None:
         assert 0 < result["largest_error"] < 1e-5
         assert result["forward_ms"] > 0
     # The same model on the same batches: the two softmaxes differ by rounding alone.
-    sdpa, softmax, _ = (result["training_bits_per_byte"] for result in report["attentions"])
+    sdpa, softmax, *_ = (result["training_bits_per_byte"] for result in report["attentions"])
     assert softmax == pytest.approx(sdpa, abs=1e-4)
 
 
 @trains
 def test_own_text_device_and_attention(tmp_path: Path) -> None:
-    (tmp_path / "own.txt").write_text("to be or not to be, " * 200)
+    (tmp_path / "own.txt").write_text("to be or not to be, " * 600)
     run = attnx(
         "--steps=1", "--text=own.txt", "--attention=sigmoid", "--device=cpu", "--output=here/there", folder=tmp_path
     )
@@ -96,7 +97,7 @@ def test_interrupt_ends_with_what_was_done(tmp_path: Path) -> None:
         (["--attention", "linear"], "argument --attention: invalid choice: 'linear' (choose from"),
         (["--steps", "0"], "argument --steps: expected a positive number, got 0"),
         (["--text", "missing.txt"], "--text: expected a readable file, got missing.txt (No such file or directory)"),
-        (["--text", "short.txt"], "--text: expected at least 2570 bytes, got 5 in short.txt"),
+        (["--text", "short.txt"], "--text: expected at least 10250 bytes, got 5 in short.txt"),
         (
             ["--output=short.txt", "--attention=sdpa"],
             "--output: expected a folder that can be written, got short.txt (File exists)",

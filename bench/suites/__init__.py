@@ -1,6 +1,17 @@
 """One file per system; a new suite is one more entry here."""
 
 from suite import Suite
-from suites import dense, flash, varlen
+from suites import dense, flash, probabilistic, sparse_linear, varlen
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (dense.SUITE, flash.SUITE, flash.FLEX_SUITE, varlen.SUITE)}
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        dense.SUITE,
+        flash.SUITE,
+        flash.FLEX_SUITE,
+        varlen.SUITE,
+        sparse_linear.SUITE,
+        sparse_linear.LENGTHS_SUITE,
+        probabilistic.SUITE,
+    )
+}

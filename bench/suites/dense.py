@@ -59,12 +59,12 @@ def _eager(weights: Callable[[Tensor], Tensor]) -> Prepare:
     return prepare
 
 
-def _sdpa(case: Case, inputs: Inputs) -> Attention:
+def sdpa(case: Case, inputs: Inputs) -> Attention:
     return functools.partial(scaled_dot_product_attention, is_causal=case.is_causal, enable_gqa=case.groups > 1)
 
 
 @functools.cache
-def _compiled_flex_attention(dynamic: bool) -> Callable[..., Tensor]:
+def compiled_flex_attention(dynamic: bool) -> Callable[..., Tensor]:
     # Past the limit dynamo would run it uncompiled; with fullgraph it raises.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention, dynamic=dynamic, fullgraph=True)
@@ -83,7 +83,7 @@ def _flex(case: Case, inputs: Inputs) -> Attention:
         visible = _causal if case.is_causal else noop_mask
         mask = create_block_mask(visible, None, None, case.length_q, case.length_k, device)
     # On the CPU a kernel for dynamic shapes is as fast as one for static shapes, and saves minutes of compilation.
-    function = _compiled_flex_attention(dynamic=on_cpu)
+    function = compiled_flex_attention(dynamic=on_cpu)
     return functools.partial(function, block_mask=mask, enable_gqa=case.groups > 1)
 
 
@@ -96,13 +96,15 @@ SOFTMAX = Formula(
     eager=_eager(lambda logits: logits.softmax(-1)),
 )
 
+softmax = _called_with_causal(attnx.softmax_attention)
+
 SUITE = Suite(
     name="dense",
     cases=CASES,
     contenders=(
         Contender("attnx-sigmoid", SIGMOID, _called_with_causal(attnx.sigmoid_attention)),
-        Contender("attnx-softmax", SOFTMAX, _called_with_causal(attnx.softmax_attention)),
-        Contender("sdpa", SOFTMAX, _sdpa),
+        Contender("attnx-softmax", SOFTMAX, softmax),
+        Contender("sdpa", SOFTMAX, sdpa),
         Contender("flex", SOFTMAX, _flex),
         Contender("eager-sigmoid", SIGMOID, SIGMOID.eager),
         Contender("eager-softmax", SOFTMAX, SOFTMAX.eager),

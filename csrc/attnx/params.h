@@ -102,4 +102,26 @@ struct BackwardParams : AttentionParams {
   double* grad_alibi_slopes = nullptr;
 };
 
+// phi of linear attention, on the features of one query or key.
+enum class FeatureMap : std::uint8_t { kSoftmax, kElu, kRelu };  // kElu: elu(x) + 1
+
+// Linear attention over the blocks of keys whose label is in a scope: phi(q_i) . phi(k_j) weighs value j, over the sum
+// of these weights. Of AttentionParams the score, the bias and the lists have no part in it.
+struct LinearParams : AttentionParams {
+  FeatureMap feature_map = FeatureMap::kSoftmax;
+  // [batch, heads_q, query blocks, key blocks] of -1, 0 and 1; strides count elements, 0 where one map serves all.
+  const std::int8_t* labels = nullptr;
+  std::int64_t labels_batch_stride = 0, labels_head_stride = 0, labels_row_stride = 0;
+  std::int8_t scope_low = 0, scope_high = 0;  // labels in scope, both included
+};
+
+struct LinearForwardParams : LinearParams {
+  Tensor output;  // [batch, heads_q, length_q, value_dim]; 0 where the weights of a row sum to 0
+};
+
+struct LinearBackwardParams : LinearParams {
+  Tensor grad_output, output;               // [batch, heads_q, length_q, value_dim]
+  Tensor grad_query, grad_key, grad_value;  // added to
+};
+
 }  // namespace attnx

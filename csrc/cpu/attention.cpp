@@ -23,12 +23,16 @@ namespace attnx::cpu {
 #define ATTNX_FOR_EACH_ISA(X) X(baseline, true)
 #endif
 
-#define ATTNX_DECLARE(isa, supported)                                     \
-  namespace isa {                                                         \
-  std::size_t forward_workspace(const ForwardParams&, const Executor&);   \
-  void forward(const ForwardParams&, const Executor&, char*);             \
-  std::size_t backward_workspace(const BackwardParams&, const Executor&); \
-  void backward(const BackwardParams&, const Executor&, char*);           \
+#define ATTNX_DECLARE(isa, supported)                                                  \
+  namespace isa {                                                                      \
+  std::size_t forward_workspace(const ForwardParams&, const Executor&);                \
+  void forward(const ForwardParams&, const Executor&, char*);                          \
+  std::size_t backward_workspace(const BackwardParams&, const Executor&);              \
+  void backward(const BackwardParams&, const Executor&, char*);                        \
+  std::size_t linear_forward_workspace(const LinearForwardParams&, const Executor&);   \
+  void linear_forward(const LinearForwardParams&, const Executor&, char*);             \
+  std::size_t linear_backward_workspace(const LinearBackwardParams&, const Executor&); \
+  void linear_backward(const LinearBackwardParams&, const Executor&, char*);           \
   }
 ATTNX_FOR_EACH_ISA(ATTNX_DECLARE)
 #undef ATTNX_DECLARE
@@ -42,8 +46,11 @@ struct InstructionSet {
 };
 
 const std::vector<InstructionSet>& known() {
-#define ATTNX_ENTRY(isa, supported) \
-  {#isa, bool(supported), {isa::forward_workspace, isa::forward, isa::backward_workspace, isa::backward}},
+#define ATTNX_ENTRY(isa, supported)                                                                              \
+  {#isa,                                                                                                         \
+   bool(supported),                                                                                              \
+   {isa::forward_workspace, isa::forward, isa::backward_workspace, isa::backward, isa::linear_forward_workspace, \
+    isa::linear_forward, isa::linear_backward_workspace, isa::linear_backward}},
   static const std::vector<InstructionSet> sets = {ATTNX_FOR_EACH_ISA(ATTNX_ENTRY)};
 #undef ATTNX_ENTRY
   return sets;
@@ -75,11 +82,27 @@ std::unique_ptr<char, Free> allocate(std::size_t bytes) {
 }
 
 // A thread more for every million operations: about as long as it takes to wake one.
-Executor enough_for(const AttentionParams& p, Executor executor) {
-  const double operations =
-      2.0 * double(p.batch * p.heads_q) * double(p.length_q) * double(p.length_k) * double(p.head_dim + p.value_dim);
+Executor enough_for(double operations, Executor executor) {
   executor.threads = int(std::min(double(executor.threads), 1 + operations / 1e6));
   return executor;
+}
+
+double operations(const AttentionParams& p) {
+  return 2.0 * double(p.batch * p.heads_q) * double(p.length_q) * double(p.length_k) * double(p.head_dim + p.value_dim);
+}
+double operations(const LinearParams& p) {
+  return 2.0 * double(p.batch) * double(p.heads_q * p.length_q + p.heads_k * p.length_k) *
+         double(p.head_dim * p.value_dim);
+}
+
+template <class Params>
+void run(std::size_t (*Kernels::*workspace_bytes)(const Params&, const Executor&),
+         void (*Kernels::*kernel)(const Params&, const Executor&, char*), const Params& params,
+         const Executor& available) {
+  const Executor executor = enough_for(operations(params), available);
+  const Kernels& kernels = chosen().load()->kernels;
+  const auto workspace = allocate((kernels.*workspace_bytes)(params, executor));
+  (kernels.*kernel)(params, executor, workspace.get());
 }
 
 }  // namespace
@@ -95,18 +118,20 @@ std::string instruction_set() { return chosen().load()->name; }
 
 void use_instruction_set(const std::string& name) { chosen() = find("name", name); }
 
-void forward(const ForwardParams& params, const Executor& available) {
-  const Executor executor = enough_for(params, available);
-  const Kernels& kernels = chosen().load()->kernels;
-  const auto workspace = allocate(kernels.forward_workspace(params, executor));
-  kernels.forward(params, executor, workspace.get());
+void forward(const ForwardParams& params, const Executor& executor) {
+  run(&Kernels::forward_workspace, &Kernels::forward, params, executor);
 }
 
-void backward(const BackwardParams& params, const Executor& available) {
-  const Executor executor = enough_for(params, available);
-  const Kernels& kernels = chosen().load()->kernels;
-  const auto workspace = allocate(kernels.backward_workspace(params, executor));
-  kernels.backward(params, executor, workspace.get());
+void backward(const BackwardParams& params, const Executor& executor) {
+  run(&Kernels::backward_workspace, &Kernels::backward, params, executor);
+}
+
+void linear_forward(const LinearForwardParams& params, const Executor& executor) {
+  run(&Kernels::linear_forward_workspace, &Kernels::linear_forward, params, executor);
+}
+
+void linear_backward(const LinearBackwardParams& params, const Executor& executor) {
+  run(&Kernels::linear_backward_workspace, &Kernels::linear_backward, params, executor);
 }
 
 }  // namespace attnx::cpu

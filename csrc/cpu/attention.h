@@ -13,6 +13,8 @@ namespace attnx::cpu {
 // On as many of the executor's threads as the work is worth.
 void forward(const ForwardParams& params, const Executor& executor);
 void backward(const BackwardParams& params, const Executor& executor);
+void linear_forward(const LinearForwardParams& params, const Executor& executor);
+void linear_backward(const LinearBackwardParams& params, const Executor& executor);
 
 // Those that were built and that this machine runs, the plainest first.
 ATTNX_API std::vector<std::string> instruction_sets();

@@ -14,6 +14,10 @@ struct Kernels {
   void (*forward)(const ForwardParams&, const Executor&, char* workspace);
   std::size_t (*backward_workspace)(const BackwardParams&, const Executor&);
   void (*backward)(const BackwardParams&, const Executor&, char* workspace);
+  std::size_t (*linear_forward_workspace)(const LinearForwardParams&, const Executor&);
+  void (*linear_forward)(const LinearForwardParams&, const Executor&, char* workspace);
+  std::size_t (*linear_backward_workspace)(const LinearBackwardParams&, const Executor&);
+  void (*linear_backward)(const LinearBackwardParams&, const Executor&, char* workspace);
 };
 
 }  // namespace attnx::cpu

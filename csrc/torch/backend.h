@@ -14,6 +14,9 @@ bool uses_cuda(const StableTensor& query);
 // Enqueue the CUDA kernel on the current stream of query's device, or run the CPU's on torch's threads.
 void run(const ForwardParams& params, const StableTensor& query);
 void run(const BackwardParams& params, const StableTensor& query, bool deterministic);
+// On the CPU alone, today.
+void run(const LinearForwardParams& params);
+void run(const LinearBackwardParams& params);
 
 // (heads,) in the type of sums, from the kernel's sums for each sequence, (batch, heads) in double; zeros from none.
 StableTensor sum_over_batch(const std::optional<StableTensor>& per_sequence, const StableTensor& query);

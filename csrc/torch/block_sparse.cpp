@@ -127,17 +127,14 @@ Outputs block_sparse_attention(const StableTensor& query, const StableTensor& ke
 
 using Gradients = std::tuple<StableTensor, StableTensor, StableTensor>;
 
-Gradients block_sparse_attention_backward(const StableTensor& grad_output, const StableTensor& grad_logsumexp,
-                                          const StableTensor& query, const StableTensor& key, const StableTensor& value,
-                                          const StableTensor& output, const StableTensor& logsumexp,
-                                          const StableTensor& kv_num_blocks, const StableTensor& kv_indices,
-                                          const std::optional<StableTensor>& block_bias,
-                                          const std::optional<StableTensor>& q_num_blocks,
-                                          const std::optional<StableTensor>& q_indices,
-                                          const std::optional<StableTensor>& q_block_bias, std::int64_t block_q,
-                                          std::int64_t block_k, const std::string& score, const std::string& bias_rule,
-                                          double bias_value, std::optional<double> scale, bool is_causal,
-                                          bool deterministic) {
+Gradients block_sparse_attention_backward(
+    const StableTensor& grad_output, const StableTensor& grad_logsumexp, const StableTensor& query,
+    const StableTensor& key, const StableTensor& value, const StableTensor& output, const StableTensor& logsumexp,
+    const StableTensor& kv_num_blocks, const StableTensor& kv_indices, const std::optional<StableTensor>& block_bias,
+    const std::optional<StableTensor>& q_num_blocks, const std::optional<StableTensor>& q_indices,
+    const std::optional<StableTensor>& q_block_bias, std::int64_t block_q, std::int64_t block_k,
+    const std::string& score, const std::string& bias_rule, double bias_value, std::optional<double> scale,
+    bool is_causal, bool deterministic) {
   BackwardParams p;
   const std::optional<StableTensor> none;
   const Arguments args{query, key, value, nullptr, none, scale, is_causal, -1, -1, kOperator};

@@ -2,10 +2,12 @@
 
 import torch as _torch  # noqa: F401  (before _C: it loads the libraries that libattnx links)
 
-from attnx import _C, _block_sparse, _operators
+from attnx import _C, _block_sparse, _operators, _probabilistic, _sparse_linear
 
 _operators.register()
 _block_sparse.register()
+_probabilistic.register()
+_sparse_linear.register()
 
 from attnx import nn, reference  # noqa: E402  (they use the registered operators)
 from attnx.block_mask import BlockMask  # noqa: E402
@@ -17,17 +19,37 @@ from attnx.functional import (  # noqa: E402
     softmax_attention,
     softmax_attention_varlen,
 )
+from attnx.probabilistic import (  # noqa: E402
+    keep_probabilities,
+    probabilistic_attention,
+    probabilistic_block_mask,
+)
+from attnx.sparse_linear import (  # noqa: E402
+    SparseLinearMap,
+    sparse_linear_attention,
+    sparse_linear_attention_varlen,
+    sparse_linear_block_map,
+    sparse_linear_block_map_varlen,
+)
 
 __version__: str = _C.version
 
 __all__ = [
     "BlockMask",
+    "SparseLinearMap",
     "block_sparse_attention",
     "explain",
+    "keep_probabilities",
     "nn",
+    "probabilistic_attention",
+    "probabilistic_block_mask",
     "reference",
     "sigmoid_attention",
     "sigmoid_attention_varlen",
     "softmax_attention",
     "softmax_attention_varlen",
+    "sparse_linear_attention",
+    "sparse_linear_attention_varlen",
+    "sparse_linear_block_map",
+    "sparse_linear_block_map_varlen",
 ]

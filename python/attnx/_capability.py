@@ -74,6 +74,7 @@ class Requirement:
             "bias": arguments.get("bias") is not None,
             "alibi": arguments.get("alibi_slopes") is not None,
             "block_bias": arguments.get("block_bias") is not None,
+            "importance": arguments.get("importance", False),
         }
         for name, feature in (("bias", "bias_gradient"), ("alibi_slopes", "alibi_gradient")):
             argument = arguments.get(name)

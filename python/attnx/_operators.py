@@ -89,7 +89,7 @@ def _saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
     return inputs, tensors[len(ctx.tensor_at) :]
 
 
-def _register_autograd(name: str) -> None:
+def register_autograd(name: str) -> None:
     names = _argument_names(name)
     backward = getattr(torch.ops.attnx, f"{name}_backward")
     gradient_names = [result.removeprefix("grad_") for result in _result_names(f"{name}_backward")]
@@ -98,12 +98,11 @@ def _register_autograd(name: str) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _save(ctx, inputs, output if keeps_outputs else ())
 
-    def gradient(ctx: Any, grad: Tensor, *grad_logsumexp: Tensor) -> tuple[Any, ...]:
+    def gradient(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         inputs, outputs = _saved(ctx)
-        if grad.stride(-1) != 1:
-            grad = grad.contiguous()
+        grads = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in grads)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        gradients = backward(grad, *grad_logsumexp, *inputs[:3], *outputs, *inputs[3:], deterministic)
+        gradients = backward(*grads, *inputs[:3], *outputs, *inputs[3:], deterministic)
         result: list[Any] = [None] * len(inputs)
         for argument, x in zip(gradient_names, gradients, strict=True):
             i = names.index(argument)
@@ -164,6 +163,20 @@ def _register_vmap(name: str) -> None:
     torch.library.register_vmap(f"attnx::{name}", rule)
 
 
+def register_looping_vmap(name: str) -> None:
+    """Of operators whose heads cannot stand for examples: each example is a call of its own."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        def example(n: int) -> list[Any]:
+            return [x if dim is None else x.select(dim, n) for x, dim in zip(args, in_dims, strict=True)]
+
+        results = zip(*(_operator(name)(*example(n)) for n in range(info.batch_size)), strict=True)
+        stacked = tuple(torch.stack(result) for result in results)
+        return stacked, (0,) * len(stacked)
+
+    torch.library.register_vmap(f"attnx::{name}", rule)
+
+
 # Autocast -----------------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +217,7 @@ def register() -> None:
         register_fake(name)
         _register_vmap(name)
     for name in FORWARD:
-        _register_autograd(name)
+        register_autograd(name)
         for device_type in ("cpu", "cuda"):
             register_autocast(name, device_type)
     for name in BACKWARD:

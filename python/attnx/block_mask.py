@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # importing it takes longer than all of attnx
+    from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
 __all__ = ["BlockMask"]
 
@@ -39,6 +44,98 @@ class BlockMask:
     def to_dense(self, key_blocks: int) -> Tensor:
         """The bool tensor (batch or 1, heads or 1, query_blocks, key_blocks)."""
         return to_dense(self.kv_num_blocks, self.kv_indices, key_blocks)
+
+    def transposed(self, key_blocks: int) -> tuple[Tensor, Tensor]:
+        """The lists of the other side: counts and indices of the blocks of queries that visit each block of keys."""
+        counts, indices, _ = transpose(self.kv_num_blocks, self.kv_indices, None, key_blocks)
+        return counts, indices
+
+    @classmethod
+    def from_flex(cls, mask: FlexBlockMask) -> tuple[BlockMask, bool]:
+        """From a mask of ``torch.nn.attention.flex_attention``, and whether it is causal.
+
+        Its ``mask_mod`` is called for every pair of a query and a key, one row of blocks at a time: convert once, not
+        at every call.
+
+        Raises:
+            RuntimeError: the mask hides other elements of its blocks than later keys (aligned bottom-right), which
+                lists of blocks cannot say, or its blocks have other sizes than 64 and 128.
+        """
+        block_q, block_k = mask.BLOCK_SIZE
+        if not {block_q, block_k} <= {64, 128}:
+            raise RuntimeError(f"block_mask: expected blocks of 64 or 128 on each side, got {mask.BLOCK_SIZE}")
+        key_blocks = -(-mask.seq_lengths[1] // block_k)
+        partial = to_dense(mask.kv_num_blocks, mask.kv_indices, key_blocks)
+        full = torch.zeros_like(partial)
+        if mask.full_kv_num_blocks is not None:
+            full = to_dense(mask.full_kv_num_blocks, mask.full_kv_indices, key_blocks)
+        all_visible = as_causal = True
+        for visible, earlier, listed, whole in _rows(mask, partial, full):
+            all_visible = all_visible and bool(visible[listed].all())
+            as_causal = as_causal and torch.equal(visible & listed, earlier & listed) and bool(earlier[whole].all())
+        if not (all_visible or as_causal):
+            raise RuntimeError(
+                "block_mask: expected a mask_mod that hides nothing, or later keys (aligned bottom-right), within its "
+                f"blocks, got {mask.mask_mod}"
+            )
+        return cls.from_dense(partial | full, (block_q, block_k)), not all_visible
+
+    def to_flex(self, length_q: int, length_k: int, *, is_causal: bool = False) -> FlexBlockMask:
+        """As a mask of ``torch.nn.attention.flex_attention``, on the device of the lists.
+
+        Args:
+            length_q: queries.
+            length_k: keys.
+            is_causal: also hide later keys, aligned bottom-right. Blocks that the diagonal cuts become partial ones,
+                those beyond it are left out.
+        """
+        from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
+        block_q, block_k = self.block_size
+        visited = self.to_dense(-(-length_k // block_k))
+        offset = length_k - length_q
+
+        every_batch, every_head = (n > 1 for n in visited.shape[:2])  # or one list serves all
+
+        # The lists again, as flex_attention heeds them only when it is compiled.
+        def listed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return visited[batch * every_batch, head * every_head, query // block_q, key // block_k]
+
+        def listed_and_causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return listed(batch, head, query, key) & (key <= query + offset)
+
+        partial = torch.zeros_like(visited)
+        if is_causal:
+            i, j = (torch.arange(n, device=visited.device) for n in visited.shape[2:])
+            first, last = i * block_q + offset, ((i + 1) * block_q).clamp(max=length_q) - 1 + offset
+            end = ((j + 1) * block_k).clamp(max=length_k) - 1
+            visited = visited & (j * block_k <= last[:, None])
+            partial = visited & (end > first[:, None])
+        return FlexBlockMask.from_kv_blocks(
+            *_lists(partial),
+            *_lists(visited & ~partial),
+            BLOCK_SIZE=self.block_size,
+            mask_mod=listed_and_causal if is_causal else listed,
+            seq_lengths=(length_q, length_k),
+        )
+
+
+def _rows(mask: FlexBlockMask, partial: Tensor, full: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Of each row of blocks, as (queries, keys): what mask_mod shows, what a causal mask does, and which elements lie
+    in partial and in full blocks."""
+    (block_q, block_k), (length_q, length_k) = mask.BLOCK_SIZE, mask.seq_lengths
+    device = partial.device
+    key = torch.arange(length_k, device=device)
+    shows: Callable[..., Tensor] = torch.vmap(
+        torch.vmap(mask.mask_mod, in_dims=(None, None, None, 0)), in_dims=(None, None, 0, None)
+    )
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n, device=device) for n in partial.shape[:3])):
+        query = torch.arange(i * block_q, min((i + 1) * block_q, length_q), device=device)
+        earlier = key <= query[:, None] + length_k - length_q
+        listed, whole = (
+            x[b, h, i].repeat_interleave(block_k)[:length_k].expand(len(query), -1) for x in (partial, full)
+        )
+        yield shows(b, h, query, key), earlier, listed, whole
 
 
 def _lists(visited: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from attnx.block_mask import BlockMask
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
 SigmoidBias: TypeAlias = Tensor | float | Literal["row"] | None
 
@@ -214,7 +217,7 @@ def block_sparse_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    block_mask: BlockMask,
+    block_mask: BlockMask | FlexBlockMask,
     *,
     score: Literal["softmax", "sigmoid"] = "softmax",
     bias: SigmoidBias = None,
@@ -229,9 +232,11 @@ def block_sparse_attention(
         query: (batch, heads, length_q, head_dim).
         key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads.
         value: (batch, kv_heads, length_k, value_dim).
-        block_mask: the lists, whose leading sizes are batch or 1, and heads or 1. Counts above the width and indices
-            of blocks that are not there are refused where the lists lie in host memory, and on the GPU under
-            ``ATTNX_DEBUG=1``; otherwise they are undefined there, as looking would wait for the device.
+        block_mask: :class:`attnx.BlockMask`, or a mask of ``torch.nn.attention.flex_attention`` that hides nothing
+            within its blocks or is causal, which is converted at every call (:meth:`attnx.BlockMask.from_flex`). Its
+            leading sizes are batch or 1, and heads or 1. Counts above the width and indices of blocks that are not
+            there are refused where the lists lie in host memory, and on the GPU under ``ATTNX_DEBUG=1``; otherwise
+            they are undefined there, as looking would wait for the device.
         score: "softmax", or "sigmoid" with ``bias`` as in :func:`attnx.sigmoid_attention`, but not a tensor.
         block_bias: float32 like ``block_mask.kv_indices``, added to every logit of the block; it gets no gradient.
         scale: of the logits; 1/sqrt(head_dim) by default.
@@ -245,6 +250,11 @@ def block_sparse_attention(
         RuntimeError: an argument of the wrong shape, dtype or value, by its name.
         NotImplementedError: no kernel for this backend; today there are CUDA kernels only.
     """
+    if not isinstance(block_mask, BlockMask):
+        if not hasattr(block_mask, "mask_mod"):
+            raise RuntimeError(f"block_mask: expected attnx.BlockMask or flex_attention's, got {type(block_mask)}")
+        block_mask, causal = BlockMask.from_flex(block_mask)
+        is_causal = is_causal or causal
     if return_logsumexp and score != "softmax":
         raise RuntimeError(f'return_logsumexp: expected False, or True with score="softmax", got True with {score!r}')
     if isinstance(bias, Tensor):

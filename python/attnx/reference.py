@@ -6,6 +6,7 @@ whatever the inputs are, and hold the whole score matrix.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,13 +16,21 @@ from torch import Tensor
 
 from attnx.block_mask import BlockMask, dense_bias
 from attnx.functional import SigmoidBias
+from attnx.probabilistic import BlockGrid, Keep, Mode, Sampling, solve
+from attnx.sparse_linear import FeatureMap, LinearScope, SparseLinearMap
 
 __all__ = [
     "block_sparse_attention",
+    "philox",
+    "probabilistic_attention",
+    "probabilistic_block_mask",
     "sigmoid_attention",
     "sigmoid_attention_varlen",
     "softmax_attention",
     "softmax_attention_varlen",
+    "sparse_linear_attention",
+    "sparse_linear_attention_varlen",
+    "sparse_linear_block_map",
 ]
 
 
@@ -159,6 +168,203 @@ def block_sparse_attention(
     return (output, logsumexp) if return_logsumexp else output
 
 
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 on words held in int64: four random words for each counter, under a key of 64 bits.
+
+    Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
+    """
+    word = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    low, high = key & word, (key >> 32) & word
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # all 64 bits are right, though the sign may be wrong
+        c0, c1, c2, c3 = (
+            (product1 >> 32) & word ^ c1 ^ low,
+            product1 & word,
+            (product0 >> 32) & word ^ c3 ^ high,
+            product0 & word,
+        )
+        low, high = (low + 0x9E3779B9) & word, (high + 0xBB67AE85) & word
+    return c0, c1, c2, c3
+
+
+def _negative_log2(word: Tensor) -> Tensor:
+    """-log2((word + 1/2) 2^-32) in units of 2^-24, rounded as on every backend: the bits of log2 one by one."""
+    odd = 2 * word + 1
+    exponent = odd.double().frexp().exponent.long() - 1
+    mantissa, log = (odd << (32 - exponent)) >> 1, exponent
+    for _ in range(24):
+        mantissa = (mantissa * mantissa >> 31) & (2**33 - 1)  # unsigned
+        two_or_more = mantissa >> 32
+        mantissa, log = mantissa >> two_or_more, 2 * log + two_or_more
+    return (33 << 24) - log
+
+
+def _block_distance(grid: BlockGrid) -> Tensor:
+    """(query_blocks, key_blocks): how many blocks a block of keys lies from the nearest diagonal one.
+
+    In a row that sees no key, and so has none, it is any number.
+    """
+    begin, end, _ = torch.tensor(grid.rows()).view(-1, 3, 1).unbind(1)
+    j = torch.arange(grid.key_blocks)
+    return (begin - j).maximum(j - end + 1).clamp(0, grid.key_blocks - 1)
+
+
+def _sampled(batch: int, heads: int, grid: BlockGrid, sampling: Sampling, seed: int, offset: int) -> Tensor:
+    """bool (batch, heads, query_blocks, key_blocks): which blocks take part."""
+    i, j = torch.arange(grid.query_blocks)[:, None], torch.arange(grid.key_blocks)
+    distance, candidates = _block_distance(grid), torch.tensor(grid.rows()).view(-1, 3, 1)[:, 2]
+    p = sampling.keep.double()[distance]
+    head = torch.arange(batch * heads).view(batch, heads, 1, 1)
+    word = philox(torch.broadcast_tensors(j, i, head, torch.tensor(offset)), seed)[0]
+    if sampling.blocks_per_row == 0:
+        return ((word + 0.5) * 2.0**-32 < p) & (j < candidates)
+    # A race, won by the diagonal; stable, so that of equals the lower index comes first.
+    arrival = (_negative_log2(word) / p).where(distance > 0, 0.0).where(j < candidates, math.inf)
+    place = arrival.argsort(dim=-1, stable=True).argsort(-1)
+    return ((place < sampling.blocks_per_row) | (distance == 0)) & arrival.isfinite()
+
+
+def probabilistic_block_mask(
+    batch: int,
+    heads: int,
+    length_q: int,
+    length_k: int,
+    *,
+    keep: Keep = "harmonic",
+    density: float | None = None,
+    mode: Mode = "bernoulli",
+    block_size: tuple[int, int] = (64, 64),
+    is_causal: bool = False,
+    seed: int,
+    offset: int,
+) -> BlockMask:
+    grid = BlockGrid(length_q, length_k, *block_size, is_causal)
+    sampling = solve(keep, density, mode, grid, torch.device("cpu"))
+    return BlockMask.from_dense(_sampled(batch, heads, grid, sampling, seed, offset), block_size)
+
+
+def probabilistic_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    keep: Keep = "harmonic",
+    density: float | None = None,
+    mode: Mode = "bernoulli",
+    importance: bool = False,
+    score: Literal["softmax", "sigmoid"] = "softmax",
+    bias: SigmoidBias = None,
+    scale: float | None = None,
+    block_size: tuple[int, int] = (64, 64),
+    is_causal: bool = False,
+    seed: int,
+    offset: int,
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    length_q, length_k = query.shape[2], key.shape[2]
+    grid = BlockGrid(length_q, length_k, *block_size, is_causal)
+    sampling = solve(keep, density, mode, grid, torch.device("cpu"))
+
+    def each_element(blocks: Tensor) -> Tensor:
+        elements = blocks.repeat_interleave(grid.block_q, -2).repeat_interleave(grid.block_k, -1)
+        return elements[..., :length_q, :length_k].to(query.device)
+
+    in_band = _visible(_distance(length_q, length_k, query.device), is_causal, (-1, -1))
+    visible = each_element(_sampled(query.shape[0], query.shape[1], grid, sampling, seed, offset)) & in_band
+    logits = _logits(query, key, scale, None, in_band)
+    p = torch.ones_like(logits[0, 0])
+    if importance:
+        p = each_element(sampling.keep.double()[_block_distance(grid)])
+    if score == "sigmoid":
+        weights = (logits + _sigmoid_bias(bias, length_k, in_band)).sigmoid() / p
+        return _weighted(weights.where(visible, 0.0), visible, value)
+    output, logsumexp = _softmax((logits - p.log()).where(visible, -math.inf), visible, value)
+    return (output, logsumexp) if return_logsumexp else output
+
+
+def sparse_linear_block_map(
+    query: Tensor,
+    key: Tensor,
+    *,
+    critical: float = 0.05,
+    negligible: float = 0.10,
+    block_size: tuple[int, int] = (64, 64),
+    is_causal: bool = False,
+    smooth_k: bool = False,
+    scale: float | None = None,
+    protect: int = 0,
+) -> SparseLinearMap:
+    heads, length_q, length_k = query.shape[1], query.shape[2], key.shape[2]
+    block_q, block_k = block_size
+    key = key.double().repeat_interleave(heads // key.shape[1], dim=1)
+    if smooth_k:
+        key = key - key.mean(2, keepdim=True)
+    mean_keys = [part.mean(2) for part in key.split(block_k, dim=2)]
+    visible = _visible(_distance(length_q, length_k, query.device), is_causal, (-1, -1))
+    rows = []
+    for part, sees in zip(query.double().split(block_q, dim=2), visible.split(block_q), strict=True):
+        scores = [_logits(part.mean(2, True), mean[:, :, None], scale, None, sees)[..., 0, 0] for mean in mean_keys]
+        some = [bool(block.any()) for block in sees.split(block_k, dim=1)]
+        partial = [bool(block.any() and not block.all()) for block in sees.split(block_k, dim=1)]
+        count = sum(some)
+        forced = [
+            j < count and (partial[j] or j * block_k < protect or (is_causal and j == count - 1))
+            for j in range(len(some))
+        ]
+        # Exactly: shares such as 0.07 of 100 blocks are 7.
+        most = max(1, math.ceil(round(critical * count, 9)), sum(forced))
+        least = count - math.floor(round(negligible * count, 9))
+        labels = torch.full((*query.shape[:2], len(some)), -1, dtype=torch.int8)
+        for b, h in itertools.product(range(query.shape[0]), range(heads)):
+            order = [(not forced[j], -float(scores[j][b, h]), j) for j in range(count)]
+            for rank, (_, _, j) in enumerate(sorted(order)):
+                labels[b, h, j] = 1 if rank < most else -1 if rank >= least else 0
+        rows.append(labels)
+    return SparseLinearMap(torch.stack(rows, dim=2).to(query.device), block_size)
+
+
+_FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda x: x.softmax(-1),
+    "elu": lambda x: torch.nn.functional.elu(x) + 1,
+    "relu": torch.relu,
+}
+_SCOPES = {"marginal": (0,), "noncritical": (-1, 0), "all": (-1, 0, 1)}
+
+
+def sparse_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_map: SparseLinearMap | None = None,
+    feature_map: FeatureMap = "softmax",
+    linear_scope: LinearScope = "marginal",
+    is_causal: bool = False,
+    scale: float | None = None,
+    **map_options: Any,
+) -> tuple[Tensor, Tensor]:
+    if block_map is None:
+        block_map = sparse_linear_block_map(query, key, is_causal=is_causal, scale=scale, **map_options)
+    heads, length_q, length_k = query.shape[1], query.shape[2], key.shape[2]
+    block_q, block_k = block_map.block_size
+    labels = block_map.labels.repeat_interleave(block_q, 2).repeat_interleave(block_k, 3)[:, :, :length_q, :length_k]
+    distance = _distance(length_q, length_k, query.device)
+    seen = _visible(distance, is_causal, (-1, -1))
+
+    critical = ((labels == 1) & seen).expand(*query.shape[:2], -1, -1)
+    logits = _logits(query, key, scale, None, distance).where(critical, -math.inf)
+    sparse, _ = _softmax(logits, critical, value)
+
+    in_scope = torch.stack([labels == label for label in _SCOPES[linear_scope]]).any(0) & seen
+    phi = _FEATURE_MAPS[feature_map]
+    keys = phi(key.double()).repeat_interleave(heads // key.shape[1], dim=1)
+    weights = (phi(query.double()) @ keys.mT).where(in_scope, 0.0)
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / total.where(total != 0, math.inf)
+    return sparse, weights @ value.double().repeat_interleave(heads // value.shape[1], dim=1)
+
+
 def _each_sequence(
     attention: Callable[..., Tensor],
     query: Tensor,
@@ -212,3 +418,27 @@ def softmax_attention_varlen(
     both = _each_sequence(attention, query, key, value, cu_seqlens_q, cu_seqlens_k)
     output, logsumexp = both[..., :-1], both[..., -1].transpose(0, 1)
     return (output, logsumexp) if return_logsumexp else output
+
+
+def sparse_linear_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    block_map: SparseLinearMap,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    sequences = iter(block_map.labels.expand(max(len(cu_seqlens_q) - 1, 1), -1, -1, -1))
+
+    # The linear part rides along as more features.
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        labels = next(sequences)[None]
+        own = SparseLinearMap(labels, block_map.block_size)
+        return torch.cat(sparse_linear_attention(q, k, v, block_map=own, **options), -1)
+
+    both = _each_sequence(attention, query, key, value, cu_seqlens_q, cu_seqlens_k)
+    return both[..., : value.shape[-1]], both[..., value.shape[-1] :]

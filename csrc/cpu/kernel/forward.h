@@ -121,7 +121,8 @@ class Forward {
 
   void visit(Buffers& b, int i, const KeyTile& tile) const {
     const Panel<Sum>& panel = b.panels[i];
-    const std::int64_t key0 = tile.first, keys = tile.count, padded = round_up(keys, A::kStep), steps = padded / A::kStep;
+    const std::int64_t key0 = tile.first, keys = tile.count, padded = round_up(keys, A::kStep),
+                       steps = padded / A::kStep;
     gemm<A>({b.keys, head_stride_, A::kStep, b.query[i], kWidth * A::kStep, b.products, kWidth}, padded, panel.vectors,
             (p_.head_dim + A::kStep - 1) / A::kStep, false);
     const PanelOnTile<Sum> on_tile(panel, tile, padded);

@@ -13,6 +13,7 @@ from attnx.demo.attentions import BASELINE, Attention
 
 TIMED_SHAPE = (1, 8, 4096, 64)
 CHECKED_SHAPE = (1, 4, 1024, 64)
+TRIED_LENGTH = 256  # enough blocks to leave some out
 ROUNDS = 7
 
 
@@ -24,7 +25,7 @@ def require_kernels(attentions: Sequence[Attention], device: torch.device, head_
     """Raises DemoError where an attention cannot be trained on ``device``."""
     for attention in attentions:
         try:
-            query, key, value = (x.requires_grad_() for x in _inputs((1, 1, 2, head_dim), device))
+            query, key, value = (x.requires_grad_() for x in _inputs((1, 1, TRIED_LENGTH, head_dim), device))
             total = attention.function(query, key, value).sum()
             total.backward()
             total.item()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnx.demo.attentions import CausalAttention
+from attnx.demo.attentions import Attention
 
 VOCABULARY = 256
 
@@ -19,7 +19,7 @@ class ModelConfig:
     layers: int = 4
     width: int = 128
     heads: int = 4
-    context: int = 256
+    context: int = 1024
 
 
 class Rotary(nn.Module):
@@ -46,10 +46,10 @@ class Block(nn.Module):
     """Pre-norm attention and MLP. Queries, keys and the attention's output are normalised for every attention
     alike, as the source of sigmoid attention recommends (arXiv 2409.04431)."""
 
-    def __init__(self, config: ModelConfig, attention: CausalAttention) -> None:
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
         width, self.head_dim = config.width, config.width // config.heads
-        self.attention = attention
+        self.attention = attention.build(self.head_dim)
         self.rotary = Rotary(self.head_dim, config.context)
         self.attention_norm = nn.LayerNorm(width, bias=False)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
@@ -76,7 +76,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, config: ModelConfig, attention: CausalAttention) -> None:
+    def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, config.width)
         self.blocks = nn.Sequential(*(Block(config, attention) for _ in range(config.layers)))

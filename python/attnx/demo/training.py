@@ -17,7 +17,7 @@ from attnx.demo.model import ModelConfig, Transformer
 @dataclass(frozen=True)
 class TrainingConfig:
     steps: int = 160
-    batch: int = 8
+    batch: int = 2
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     warmup: float = 0.1  # of the steps; then the rate falls to 0 in a straight line
@@ -31,7 +31,7 @@ class Learner:
         torch.manual_seed(config.seed)
         self.attention = attention
         self.device = device
-        self.model = Transformer(model, attention.function).to(device)
+        self.model = Transformer(model, attention).to(device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.learning_rate,
@@ -60,7 +60,10 @@ class Learner:
     @torch.no_grad()
     def validate(self, windows: Tensor, batch: int) -> float:
         """Bits per byte over ``windows``, (windows, context + 1)."""
-        return sum(self._loss(part).item() * len(part) for part in windows.split(batch)) / len(windows)
+        self.model.eval()
+        bits = sum(self._loss(part).item() * len(part) for part in windows.split(batch)) / len(windows)
+        self.model.train()
+        return bits
 
     def _loss(self, tokens: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
@@ -89,4 +92,4 @@ def train(
 def validate(learners: Sequence[Learner], corpus: Corpus, context: int) -> list[float]:
     """The bits per byte of every learner on the validation part."""
     windows = consecutive_windows(corpus.validation, context)
-    return [learner.validate(windows, batch=16) for learner in learners]
+    return [learner.validate(windows, batch=4) for learner in learners]

@@ -1,5 +1,7 @@
 """The attention operators as modules."""
 
+from attnx.nn.probabilistic import ProbabilisticAttention
 from attnx.nn.sigmoid import SigmoidAttention
+from attnx.nn.sparse_linear import SparseLinearAttention
 
-__all__ = ["SigmoidAttention"]
+__all__ = ["ProbabilisticAttention", "SigmoidAttention", "SparseLinearAttention"]

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from attnx.functional import sigmoid_attention
+from attnx.nn.projections import ProjectedAttention, Rotary, positive
 
 __all__ = ["SigmoidAttention"]
 
-Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-
-class SigmoidAttention(nn.Module):
+class SigmoidAttention(ProjectedAttention):
     """Multi-head sigmoid attention: projections around :func:`attnx.sigmoid_attention`.
 
     Queries, keys and values stay in (batch, length, heads, head_dim) storage; the operator reads them transposed,
@@ -83,17 +81,19 @@ class SigmoidAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.embed_dim = _positive("embed_dim", embed_dim)
-        self.num_heads = _positive("num_heads", num_heads)
-        self.num_kv_heads = _positive("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads)
-        if num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}")
-        if head_dim is None and embed_dim % num_heads:
-            raise ValueError(
-                f"num_heads: expected a divisor of embed_dim = {embed_dim} where head_dim is not given, got {num_heads}"
-            )
-        self.head_dim = _positive("head_dim", embed_dim // num_heads if head_dim is None else head_dim)
+        super().__init__(
+            embed_dim,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            linear_bias=linear_bias,
+            qk_norm=qk_norm,
+            output_norm=output_norm,
+            norm_layer=norm_layer,
+            rotary=rotary,
+            device=device,
+            dtype=dtype,
+        )
         if bias not in (None, "row", "trainable") and (isinstance(bias, bool) or not isinstance(bias, (int, float))):
             raise ValueError(f'bias: expected None, "row", "trainable" or a float, got {bias!r}')
         if (bias == "trainable") != (bias_length is not None):
@@ -103,27 +103,10 @@ class SigmoidAttention(nn.Module):
             )
         if alibi not in (False, True, "trainable"):
             raise ValueError(f'alibi: expected False, True or "trainable", got {alibi!r}')
-        if rotary is not None and not callable(rotary):
-            raise ValueError(f"rotary: expected a callable (query, key) -> (query, key), got {rotary!r}")
-        self.bias_length = None if bias_length is None else _positive("bias_length", bias_length)
+        self.bias_length = None if bias_length is None else positive("bias_length", bias_length)
         self.scale = scale
         self.is_causal = is_causal
         self.window = window
-        self.rotary = rotary
-
-        heads_dim, kv_heads_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(embed_dim, heads_dim, bias=linear_bias, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(embed_dim, kv_heads_dim, bias=linear_bias, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(embed_dim, kv_heads_dim, bias=linear_bias, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(heads_dim, embed_dim, bias=linear_bias, device=device, dtype=dtype)
-
-        def norm(wanted: bool, eps: float = 1e-5) -> nn.Module:
-            return norm_layer(self.head_dim, eps=eps, device=device, dtype=dtype) if wanted else nn.Identity()
-
-        self.q_norm = norm(qk_norm)
-        self.k_norm = norm(qk_norm)
-        # A row's weights, and with them its output, may be small; a larger eps would swallow what they carry.
-        self.output_norm = norm(output_norm, eps=1e-8)
 
         # What is added to a logit is kept in the precision of the logits, whatever the projections have.
         sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -144,19 +127,8 @@ class SigmoidAttention(nn.Module):
                 head = torch.arange(1, self.num_heads + 1, device=self.alibi_slopes.device)
                 self.alibi_slopes.copy_(torch.exp2(-8.0 * head / self.num_heads))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        for name, tokens in (("x", x), ("context", context)):
-            if tokens.dim() != 3 or tokens.shape[2] != self.embed_dim:
-                raise ValueError(
-                    f"{name}: expected (batch, length, {self.embed_dim}), got a tensor of shape {tuple(tokens.shape)}"
-                )
-        query = self.q_norm(self.q_proj(x).unflatten(2, (self.num_heads, self.head_dim))).transpose(1, 2)
-        key = self.k_norm(self.k_proj(context).unflatten(2, (self.num_kv_heads, self.head_dim))).transpose(1, 2)
-        value = self.v_proj(context).unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        if self.rotary is not None:
-            query, key = self.rotary(query, key)
-        output = sigmoid_attention(
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return sigmoid_attention(
             query,
             key,
             value,
@@ -166,12 +138,10 @@ class SigmoidAttention(nn.Module):
             window=self.window,
             alibi_slopes=None if self.alibi_slopes is None else _sum_precision(self.alibi_slopes, query),
         )
-        return self.out_proj(self.output_norm(output.transpose(1, 2)).flatten(2))
 
-    def extra_repr(self) -> str:
+    def options(self) -> dict[str, Any]:
         alibi = None if self.alibi_slopes is None else "trainable" if self.alibi_slopes.requires_grad else True
-        options = {
-            "num_kv_heads": None if self.num_kv_heads == self.num_heads else self.num_kv_heads,
+        return super().options() | {
             "bias": "trainable" if isinstance(self.bias, Tensor) else self.bias,
             "bias_length": self.bias_length,
             "scale": self.scale,
@@ -179,14 +149,6 @@ class SigmoidAttention(nn.Module):
             "window": None if self.window == (-1, -1) else self.window,
             "alibi": alibi,
         }
-        sizes = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}"
-        return "".join([sizes, *(f", {name}={value!r}" for name, value in options.items() if value is not None)])
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a positive int, got {value!r}")
-    return value
 
 
 def _sum_precision(per_head: Tensor, query: Tensor) -> Tensor:

@@ -1,0 +1,100 @@
+"""Sparse-linear attention: 5 % of the blocks critical, 10 % negligible; its map and its linear branch included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+import attnx
+import attnx.reference
+from suite import Attention, Case, Contender, Formula, Inputs, Prepare, Suite
+from suites import blocks, dense
+
+Share = Callable[[Case], float]  # of the blocks of keys that are critical
+
+CASES = (
+    Case("8192", 4, 8192, 8192, 64),
+    Case("8192-causal", 4, 8192, 8192, 64, is_causal=True),
+    Case("4096-d128", 4, 4096, 4096, 128),
+    Case("2048", 4, 2048, 2048, 64, quick=True),
+)
+# At six critical blocks a row the time should grow like the length.
+LENGTHS = tuple(Case(str(n), 4, n, n, 64) for n in (4096, 8192, 16384, 32768, 65536))
+
+
+def _twentieth(case: Case) -> float:
+    return 0.05
+
+
+def _six_blocks(case: Case) -> float:
+    return min(6 * 64 / case.length_k, 0.9)
+
+
+def _map(share: Share, case: Case, inputs: Inputs) -> attnx.SparseLinearMap:
+    """In float32, which holds the inputs and their float64 copies alike, so that both have the same map."""
+    query, key = inputs.query.float(), inputs.key.float()
+    return attnx.sparse_linear_block_map(query, key, critical=share(case), is_causal=case.is_causal)
+
+
+def _critical(case: Case, inputs: Inputs) -> attnx.BlockMask:
+    return _map(_twentieth, case, inputs).critical_mask()
+
+
+def _sum(parts: tuple[Tensor, Tensor]) -> Tensor:
+    return parts[0] + parts[1]
+
+
+def _ours(share: Share) -> Prepare:
+    def prepare(case: Case, inputs: Inputs) -> Attention:
+        options: dict[str, Any] = {"critical": share(case), "is_causal": case.is_causal}
+        return lambda *x: _sum(attnx.sparse_linear_attention(*x, **options))
+
+    return prepare
+
+
+def _formula(share: Share) -> Formula:
+    def reference(case: Case, exact: Inputs) -> Attention:
+        options: dict[str, Any] = {"block_map": _map(share, case, exact), "is_causal": case.is_causal}
+        return lambda *x: _sum(attnx.reference.sparse_linear_attention(*x, **options))
+
+    def eager(case: Case, inputs: Inputs) -> Attention:
+        block_map = _map(share, case, inputs)
+        labels = blocks.elements(block_map.labels, block_map.block_size, case)
+        critical, marginal = labels == 1, labels == 0
+        if case.is_causal:
+            critical, marginal = critical.tril(), marginal.tril()
+
+        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            weights = (query.softmax(-1) @ key.softmax(-1).mT).masked_fill(~marginal, 0.0)
+            total = weights.sum(-1, keepdim=True)
+            linear = weights @ value / total.masked_fill(total == 0, 1.0)
+            return blocks.softmax(query, key, value, critical) + linear
+
+        return attention
+
+    return Formula(reference, eager)
+
+
+SUITE = Suite(
+    name="sparse-linear",
+    cases=CASES,
+    contenders=(
+        Contender("attnx-sparse-linear", _formula(_twentieth), _ours(_twentieth)),
+        # Its critical blocks alone, the map given.
+        Contender("attnx-block-sparse", blocks.formula(_critical), blocks.block_sparse(_critical)),
+        Contender("flex-block-sparse", blocks.formula(_critical), blocks.flex(_critical)),
+        Contender("sdpa", dense.SOFTMAX, dense.sdpa),
+    ),
+    baseline="sdpa",
+    memory_case=Case("memory", 1, 32768, 32768, 64),
+)
+
+LENGTHS_SUITE = Suite(
+    name="sparse-linear-lengths",
+    cases=LENGTHS,
+    contenders=(Contender("attnx-sparse-linear", _formula(_six_blocks), _ours(_six_blocks)),),
+    baseline="attnx-sparse-linear",
+    memory_case=Case("memory", 1, 32768, 32768, 64),
+)

@@ -1,0 +1,113 @@
+"""What the attention modules share: projections, norms and rotary embeddings around an attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class ProjectedAttention(nn.Module):
+    """Multi-head attention around :meth:`attend`, which is all that a subclass adds.
+
+    Queries, keys and values stay in (batch, length, heads, head_dim) storage; the operators read them transposed,
+    without a copy.
+
+    Args:
+        embed_dim: features of a token.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of num_heads; num_heads by default.
+        head_dim: features of a head; embed_dim / num_heads by default.
+        linear_bias: give the four projections a bias.
+        qk_norm: normalise every head's query and key over head_dim, ahead of ``rotary``.
+        output_norm: normalise every head's output over head_dim, ahead of the output projection.
+        norm_layer: what ``qk_norm`` and ``output_norm`` build, ``torch.nn.LayerNorm`` or ``torch.nn.RMSNorm``.
+        rotary: (query, key) -> (query, key), both (batch, heads, length, head_dim), called ahead of the attention;
+            a module becomes a submodule.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        linear_bias: bool = False,
+        qk_norm: bool = False,
+        output_norm: bool = False,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        rotary: Rotary | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = positive("embed_dim", embed_dim)
+        self.num_heads = positive("num_heads", num_heads)
+        self.num_kv_heads = positive("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads)
+        if num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}")
+        if head_dim is None and embed_dim % num_heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of embed_dim = {embed_dim} where head_dim is not given, got {num_heads}"
+            )
+        self.head_dim = positive("head_dim", embed_dim // num_heads if head_dim is None else head_dim)
+        if rotary is not None and not callable(rotary):
+            raise ValueError(f"rotary: expected a callable (query, key) -> (query, key), got {rotary!r}")
+        self.rotary = rotary
+
+        heads_dim, kv_heads_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(embed_dim, heads_dim, bias=linear_bias, device=device, dtype=dtype)
+        self.k_proj = nn.Linear(embed_dim, kv_heads_dim, bias=linear_bias, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(embed_dim, kv_heads_dim, bias=linear_bias, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(heads_dim, embed_dim, bias=linear_bias, device=device, dtype=dtype)
+
+        def norm(wanted: bool, eps: float = 1e-5) -> nn.Module:
+            return norm_layer(self.head_dim, eps=eps, device=device, dtype=dtype) if wanted else nn.Identity()
+
+        self.q_norm = norm(qk_norm)
+        self.k_norm = norm(qk_norm)
+        # A row's weights, and with them its output, may be small; a larger eps would swallow what they carry.
+        self.output_norm = norm(output_norm, eps=1e-8)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(batch, heads, length, head_dim) each, with num_kv_heads heads of key and value."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """What :meth:`extra_repr` shows besides the sizes, where it is not None."""
+        return {"num_kv_heads": None if self.num_kv_heads == self.num_heads else self.num_kv_heads}
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        for name, tokens in (("x", x), ("context", context)):
+            if tokens.dim() != 3 or tokens.shape[2] != self.embed_dim:
+                raise ValueError(
+                    f"{name}: expected (batch, length, {self.embed_dim}), got a tensor of shape {tuple(tokens.shape)}"
+                )
+        query = self.q_norm(self.q_proj(x).unflatten(2, (self.num_heads, self.head_dim))).transpose(1, 2)
+        key = self.k_norm(self.k_proj(context).unflatten(2, (self.num_kv_heads, self.head_dim))).transpose(1, 2)
+        value = self.v_proj(context).unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        if self.rotary is not None:
+            query, key = self.rotary(query, key)
+        output = self.attend(query, key, value)
+        return self.out_proj(self.output_norm(output.transpose(1, 2)).flatten(2))
+
+    def extra_repr(self) -> str:
+        sizes = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}"
+        return "".join([sizes, *(f", {name}={x!r}" for name, x in self.options().items() if x is not None)])
+
+
+def positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a positive int, got {value!r}")
+    return value

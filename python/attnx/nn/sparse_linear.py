@@ -1,0 +1,208 @@
+"""Sparse-linear attention as a module."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from attnx.nn.projections import ProjectedAttention, Rotary
+from attnx.sparse_linear import FeatureMap, LinearScope, sparse_linear_attention
+
+__all__ = ["SparseLinearAttention"]
+
+MIX_START = 3.0  # alpha = 0.953
+
+
+class SparseLinearAttention(ProjectedAttention):
+    """Multi-head sparse-linear attention: projections around :func:`attnx.sparse_linear_attention`.
+
+    The two parts of the operator are added as ``O^s + O^l W + w_0``, W and w_0 shared by the heads and 0 at the start:
+    a new module is attention over the critical blocks alone, and learns what the marginal ones are worth.
+
+    Made from a trained softmax attention (:meth:`from_softmax`) it needs fine-tuning, since most blocks are missing
+    from the softmax; the paper does so for 2000 steps.
+
+    Args:
+        embed_dim: features of a token.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of num_heads; num_heads by default.
+        head_dim: features of a head; embed_dim / num_heads by default.
+        linear_bias: give the four projections a bias.
+        critical, negligible, block_size, feature_map, linear_scope, is_causal, scale, smooth_k, protect: as in
+            :func:`attnx.sparse_linear_attention`.
+        mix: ``"projection"``, as above, or ``"sla2"``: ``alpha O^s + (1 - alpha) O^l`` with one alpha a head, the
+            sigmoid of a trainable ``mix_logit`` that starts at 3 (alpha = 0.953).
+        qk_norm: normalise every head's query and key over head_dim, ahead of ``rotary``.
+        output_norm: normalise every head's output over head_dim, ahead of the output projection.
+        norm_layer: what ``qk_norm`` and ``output_norm`` build, ``torch.nn.LayerNorm`` or ``torch.nn.RMSNorm``.
+        rotary: (query, key) -> (query, key), both (batch, heads, length, head_dim), called ahead of the attention;
+            a module becomes a submodule.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shapes:
+        x: (batch, length, embed_dim).
+        context: (batch, context_length, embed_dim); x where not given.
+        output: (batch, length, embed_dim).
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what was expected and what came.
+
+    Source: Zhang et al., arXiv 2509.24006; the mix: their SLA2.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        linear_bias: bool = False,
+        critical: float = 0.05,
+        negligible: float = 0.10,
+        block_size: tuple[int, int] = (64, 64),
+        feature_map: FeatureMap = "softmax",
+        linear_scope: LinearScope = "marginal",
+        mix: Literal["projection", "sla2"] = "projection",
+        is_causal: bool = False,
+        scale: float | None = None,
+        smooth_k: bool = False,
+        protect: int = 0,
+        qk_norm: bool = False,
+        output_norm: bool = False,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        rotary: Rotary | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            linear_bias=linear_bias,
+            qk_norm=qk_norm,
+            output_norm=output_norm,
+            norm_layer=norm_layer,
+            rotary=rotary,
+            device=device,
+            dtype=dtype,
+        )
+        if mix not in ("projection", "sla2"):
+            raise ValueError(f'mix: expected "projection" or "sla2", got {mix!r}')
+        self.critical = critical
+        self.negligible = negligible
+        self.block_size = block_size
+        self.feature_map = feature_map
+        self.linear_scope = linear_scope
+        self.mix = mix
+        self.is_causal = is_causal
+        self.scale = scale
+        self.smooth_k = smooth_k
+        self.protect = protect
+        if mix == "projection":
+            self.linear_proj = nn.Linear(self.head_dim, self.head_dim, device=device, dtype=dtype)
+        else:
+            self.mix_logit = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gives the mix of the two parts its start; the other submodules have a reset_parameters of their own."""
+        if self.mix == "projection":
+            nn.init.zeros_(self.linear_proj.weight)
+            nn.init.zeros_(self.linear_proj.bias)
+        else:
+            nn.init.constant_(self.mix_logit, MIX_START)
+
+    @classmethod
+    def from_softmax(
+        cls, attention: nn.MultiheadAttention | ProjectedAttention, **options: Any
+    ) -> SparseLinearAttention:
+        """A module with the projections of a softmax attention, copied, to fine-tune from.
+
+        Args:
+            attention: a ``torch.nn.MultiheadAttention`` whose keys and values have ``embed_dim`` features, without
+                ``add_bias_kv`` and ``add_zero_attn``; or a module of :mod:`attnx.nn`, whose norms and rotary are taken
+                over, too. Its dropout is not.
+            options: of the new module, such as ``critical`` and ``is_causal``.
+
+        Raises:
+            ValueError: the attention has what this module does not.
+        """
+        if isinstance(attention, ProjectedAttention):
+            return cls._from_projected(attention, options)
+        if not isinstance(attention, nn.MultiheadAttention):
+            raise ValueError(
+                f"attention: expected torch.nn.MultiheadAttention or a module of attnx.nn, got {type(attention)}"
+            )
+        if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
+            raise ValueError(
+                "attention: expected keys and values of embed_dim features, add_bias_kv=False and add_zero_attn=False, "
+                f"got {attention}"
+            )
+        weight, bias = attention.in_proj_weight, attention.in_proj_bias
+        options = {"linear_bias": bias is not None, "device": weight.device, "dtype": weight.dtype} | options
+        module = cls(attention.embed_dim, attention.num_heads, **options)
+        with torch.no_grad():
+            for i, projection in enumerate((module.q_proj, module.k_proj, module.v_proj)):
+                projection.weight.copy_(weight.chunk(3)[i])
+                if bias is not None:
+                    projection.bias.copy_(bias.chunk(3)[i])
+        module.out_proj.load_state_dict(attention.out_proj.state_dict())
+        return module
+
+    @classmethod
+    def _from_projected(cls, attention: ProjectedAttention, options: dict[str, Any]) -> SparseLinearAttention:
+        weight = attention.q_proj.weight
+        sizes = {
+            "num_kv_heads": attention.num_kv_heads,
+            "head_dim": attention.head_dim,
+            "linear_bias": attention.q_proj.bias is not None,
+            "rotary": attention.rotary,
+            "device": weight.device,
+            "dtype": weight.dtype,
+        }
+        module = cls(attention.embed_dim, attention.num_heads, **(sizes | options))
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            getattr(module, name).load_state_dict(getattr(attention, name).state_dict())
+        for name in ("q_norm", "k_norm", "output_norm"):
+            setattr(module, name, copy.deepcopy(getattr(attention, name)))
+        return module
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        sparse, linear = sparse_linear_attention(
+            query,
+            key,
+            value,
+            critical=self.critical,
+            negligible=self.negligible,
+            block_size=self.block_size,
+            feature_map=self.feature_map,
+            linear_scope=self.linear_scope,
+            is_causal=self.is_causal,
+            scale=self.scale,
+            smooth_k=self.smooth_k,
+            protect=self.protect,
+        )
+        if self.mix == "projection":
+            return sparse + self.linear_proj(linear)
+        alpha = self.mix_logit.sigmoid().to(sparse.dtype)[:, None, None]
+        return alpha * sparse + (1 - alpha) * linear
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | {
+            "critical": self.critical,
+            "negligible": self.negligible,
+            "block_size": self.block_size,
+            "feature_map": self.feature_map,
+            "linear_scope": self.linear_scope,
+            "mix": self.mix,
+            "is_causal": self.is_causal or None,
+            "scale": self.scale,
+            "smooth_k": self.smooth_k or None,
+            "protect": self.protect or None,
+        }

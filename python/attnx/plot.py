@@ -1,0 +1,120 @@
+"""Pictures of block maps and masks. Needs matplotlib: ``pip install 'attnx[demo]'``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attnx.block_mask import BlockMask
+from attnx.sparse_linear import CRITICAL, MARGINAL, NEGLIGIBLE, SparseLinearMap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["block_map"]
+
+# Dark, light and nearly white: they differ in lightness, so that print and colour-blind readers tell them apart.
+_LABELS = (
+    (CRITICAL, "critical: softmax", "#0b4f6c"),
+    (MARGINAL, "marginal: linear", "#9bd1e5"),
+    (NEGLIGIBLE, "negligible: skipped", "#f1f1ee"),
+)
+
+
+def block_map(
+    blocks: SparseLinearMap | BlockMask | Sequence[BlockMask],
+    *,
+    batch: int = 0,
+    head: int = 0,
+    key_blocks: int | None = None,
+    ax: Axes | None = None,
+    path: str | Path | None = None,
+) -> Axes:
+    """Draws what each block of keys is to each block of queries: queries run down, keys to the right.
+
+    Args:
+        blocks: a map of :func:`attnx.sparse_linear_block_map`: critical, marginal and negligible blocks. Or a mask, or
+            several, such as :func:`attnx.probabilistic_block_mask` draws over several rounds: how often each block is
+            in them.
+        batch: the sequence.
+        head: the query head.
+        key_blocks: of masks: how many blocks of keys there are; by default as many as a row of the lists is wide.
+        ax: where to draw; a figure of its own by default.
+        path: where to save the picture, in the format of its suffix.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        RuntimeError: an argument does not fit; the message names it, what was expected and what came.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "attnx.plot: needs matplotlib: pip install 'attnx[demo]'", name="matplotlib"
+        ) from error
+    if ax is None:
+        ax = Figure(figsize=(5.6, 5.2), dpi=150, layout="constrained").subplots()
+    if isinstance(blocks, SparseLinearMap):
+        _draw_labels(ax, _one(blocks.labels, batch, head))
+        block_size = blocks.block_size
+    else:
+        masks = [blocks] if isinstance(blocks, BlockMask) else list(blocks)
+        if not masks or not all(isinstance(mask, BlockMask) for mask in masks):
+            raise RuntimeError(
+                f"blocks: expected a SparseLinearMap, a BlockMask or a sequence of BlockMasks, got {blocks!r}"
+            )
+        _draw_shares(ax, [_one(m.to_dense(key_blocks or m.kv_indices.shape[-1]), batch, head) for m in masks])
+        block_size = masks[0].block_size
+    ax.set_xlabel(f"blocks of {block_size[1]} keys")
+    ax.set_ylabel(f"blocks of {block_size[0]} queries")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    ax.spines[:].set_color("#c3c8ce")
+    if path is not None:
+        figure = ax.get_figure(root=True)
+        assert figure is not None
+        figure.savefig(path)
+    return ax
+
+
+def _one(x: Tensor, batch: int, head: int) -> Tensor:
+    """(query_blocks, key_blocks) of one sequence and head."""
+    for name, n, size in (("batch", batch, x.shape[0]), ("head", head, x.shape[1])):
+        if not 0 <= n < size and size != 1:  # one map may serve all
+            raise RuntimeError(f"{name}: expected from 0 to {size - 1}, got {n}")
+    return x[min(batch, x.shape[0] - 1), min(head, x.shape[1] - 1)].cpu()
+
+
+def _draw_labels(ax: Axes, labels: Tensor) -> None:
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.patches import Patch
+
+    colours = ListedColormap([colour for _, _, colour in reversed(_LABELS)])
+    ax.imshow(labels.numpy(), cmap=colours, norm=BoundaryNorm([-1.5, -0.5, 0.5, 1.5], 3), interpolation="nearest")
+    shares = ((labels == label).float().mean().item() for label, _, _ in _LABELS)
+    handles = [
+        Patch(facecolor=colour, edgecolor="#c3c8ce", label=f"{name} ({share:.0%})")
+        for (_, name, colour), share in zip(_LABELS, shares, strict=True)
+    ]
+    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8)
+
+
+def _draw_shares(ax: Axes, kept: list[Tensor]) -> None:
+    if len({x.shape for x in kept}) > 1:
+        raise RuntimeError(f"blocks: expected masks of one size, got {[tuple(x.shape) for x in kept]}")
+    from matplotlib.colors import LinearSegmentedColormap
+
+    share = torch.stack(kept).float().mean(0)
+    colours = LinearSegmentedColormap.from_list("kept", [colour for _, _, colour in reversed(_LABELS)])
+    image = ax.imshow(share.numpy(), cmap=colours, vmin=0, vmax=1, interpolation="nearest")
+    rounds = "1 round" if len(kept) == 1 else f"{len(kept)} rounds"
+    ax.figure.colorbar(image, ax=ax, shrink=0.8, label=f"share of {rounds} that keep the block")
+    ax.set_title(f"{share.mean():.0%} of the blocks kept", fontsize=10)

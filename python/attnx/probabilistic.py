@@ -1,0 +1,432 @@
+"""Probabilistic FlashAttention: blocks of keys take part by chance, with a probability of their distance."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import operator
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from attnx.block_mask import BlockMask
+from attnx.functional import SigmoidBias, _Bias, _sigmoid_bias, sigmoid_attention, softmax_attention
+
+__all__ = ["keep_probabilities", "probabilistic_attention", "probabilistic_block_mask"]
+
+Family: TypeAlias = Literal["harmonic", "geometric", "power", "gaussian"]
+Keep: TypeAlias = Family | Tensor
+Mode: TypeAlias = Literal["bernoulli", "topm"]
+
+_ops = torch.ops.attnx
+
+DEFAULT_PARAMETERS: dict[str, float] = {"harmonic": 1.0, "geometric": 0.9, "power": 0.5, "gaussian": 8.0}
+
+
+def keep_probabilities(
+    keep: Family, key_blocks: int, parameter: float | None = None, *, device: torch.device | str | None = None
+) -> Tensor:
+    r"""The probability of a block to take part, by its distance d from the diagonal, in blocks.
+
+    ============= ================================== ================
+    keep          probability                        parameter
+    ============= ================================== ================
+    ``harmonic``  :math:`\min(1, c / (1 + d))`       c = 1
+    ``geometric`` :math:`\max(0.01, \rho^d)`         :math:`\rho` = 0.9
+    ``power``     :math:`(1 + d)^{-a}`               a = 0.5
+    ``gaussian``  :math:`\exp(-(d / \sigma)^2 / 2)`  :math:`\sigma` = 8
+    ============= ================================== ================
+
+    and 1 at d = 0. Under the default about log n of n blocks take part in a row.
+
+    Args:
+        keep: the family.
+        key_blocks: how many distances, from 0.
+        parameter: of the family; its default is in the table.
+        device: of the result.
+
+    Returns:
+        (key_blocks,) float32, a tensor that the functions of this module take as their ``keep``.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names it, what was expected and what came.
+    """
+    if keep not in DEFAULT_PARAMETERS:
+        raise RuntimeError(f"keep: expected one of {', '.join(DEFAULT_PARAMETERS)}, got {keep!r}")
+    x = DEFAULT_PARAMETERS[keep] if parameter is None else parameter
+    if not x >= 0 or (keep == "geometric" and x > 1):
+        raise RuntimeError(f"parameter: expected 0 or more, and at most 1 for geometric, got {parameter!r}")
+    d = torch.arange(key_blocks, dtype=torch.float64, device=device)
+    return _formula(keep, d, x).clamp(_least(keep), 1.0).where(d > 0, 1.0).float()
+
+
+def _formula(keep: Family, d: Any, x: float) -> Any:
+    """The probability at distance ``d``, a tensor or a float, but for its bounds."""
+    if keep == "harmonic":
+        return x / (1 + d)
+    if keep == "geometric":
+        return x**d
+    if keep == "power":
+        return (1 + d) ** -x
+    return math.e ** (-((d / x) ** 2) / 2)
+
+
+def _least(keep: Family) -> float:
+    return 0.01 if keep == "geometric" else 0.0
+
+
+class BlockGrid(NamedTuple):
+    """Blocks of queries by blocks of keys; csrc/attnx/block_sampling.h has the same."""
+
+    length_q: int
+    length_k: int
+    block_q: int
+    block_k: int
+    is_causal: bool
+
+    @property
+    def query_blocks(self) -> int:
+        return -(-self.length_q // self.block_q)
+
+    @property
+    def key_blocks(self) -> int:
+        return -(-self.length_k // self.block_k)
+
+    def rows(self) -> list[tuple[int, int, int]]:
+        """Of each block of queries the first of its diagonal blocks, the end of those, and the end of its candidates.
+
+        A block of keys is diagonal where a query of the row stands at one of its positions, aligned bottom-right.
+        """
+        return [self._row(i) for i in range(self.query_blocks)]
+
+    def _row(self, i: int) -> tuple[int, int, int]:
+        offset = self.length_k - self.length_q
+        first = i * self.block_q + offset
+        last = min((i + 1) * self.block_q, self.length_q) - 1 + offset
+        if self.length_k == 0 or (self.is_causal and last < 0):
+            return 0, 0, 0
+        begin, end = (min(max(x, 0), self.length_k - 1) // self.block_k for x in (first, last))
+        return begin, end + 1, end + 1 if self.is_causal else self.key_blocks
+
+
+class Sampling(NamedTuple):
+    """What the operators draw with."""
+
+    keep: Tensor  # (key_blocks,) float32, by distance
+    blocks_per_row: int  # 0: each block on its own
+
+
+# The solvers know sizes only. They are plain Python, as there are no values of tensors while a graph is traced.
+
+
+def _candidates_by_distance(grid: BlockGrid) -> list[int]:
+    """How many blocks that may take part lie at each distance."""
+    change = [0] * (grid.key_blocks + 1)
+    diagonal = 0
+    for begin, end, candidates in grid.rows():
+        diagonal += end - begin
+        # One block at each distance up to the farthest to the left, and likewise to the right.
+        for farthest in (begin, candidates - end):
+            change[farthest] += 1
+    reach = list(itertools.accumulate(reversed(change)))[::-1]
+    return [diagonal, *reach[1 : grid.key_blocks]]
+
+
+def _expected_density(candidates: list[int], keep: Family, parameter: float) -> float:
+    """The mean share of the candidates, by distance, that take part."""
+    least = _least(keep)
+    kept = sum(n * min(max(_formula(keep, float(d), parameter), least), 1.0) for d, n in enumerate(candidates) if d)
+    return (candidates[0] + kept) / sum(candidates)
+
+
+def _check_reachable(density: float, low: float, high: float, what: str) -> None:
+    if not low <= density <= high:
+        raise RuntimeError(
+            f"density: expected from {low:.6g} to {high:.6g}, which {what} can reach on these lengths, got {density!r}"
+        )
+
+
+def _solve_parameter(keep: Family, density: float, grid: BlockGrid) -> float:
+    """The parameter under which the mean share of the candidates that take part is ``density``."""
+    # From next to no block but the diagonal's to all of them.
+    sparse, dense = {
+        "harmonic": (0.0, float(grid.key_blocks)),
+        "geometric": (0.0, 1.0),
+        "power": (64.0, 0.0),
+        "gaussian": (1e-3, 1e9 * grid.key_blocks),
+    }[keep]
+    reached = functools.partial(_expected_density, _candidates_by_distance(grid), keep)
+    _check_reachable(density, reached(sparse), reached(dense), f"keep={keep!r}")
+    for _ in range(100):
+        middle = (sparse + dense) / 2
+        if reached(middle) < density:
+            sparse = middle
+        else:
+            dense = middle
+    return dense
+
+
+def _solve_blocks_per_row(density: float, grid: BlockGrid) -> int:
+    """The number of blocks a row whose share of the candidates is nearest to ``density``."""
+    rows = grid.rows()
+    most = sum(candidates for _, _, candidates in rows)
+
+    def reached(blocks: int) -> float:
+        return sum(max(min(blocks, candidates), end - begin) for begin, end, candidates in rows) / most
+
+    _check_reachable(density, reached(1), 1.0, 'mode="topm"')
+    low, high = 1, grid.key_blocks
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if reached(middle) < density else (low, middle)
+    return min(max(low - 1, 1), low, key=lambda blocks: abs(reached(blocks) - density))
+
+
+@functools.cache
+def _solve(keep: Family | None, density: float | None, mode: Mode, grid: BlockGrid) -> tuple[float | None, int]:
+    """The family's parameter, None for its default, and the number of blocks a row."""
+    if not any(candidates for _, _, candidates in grid.rows()):
+        return None, int(mode == "topm")  # there is no block to draw
+    parameter = None if density is None or keep is None else _solve_parameter(keep, density, grid)
+    if mode == "bernoulli":
+        return parameter, 0
+    if density is None and keep is not None:
+        density = _expected_density(_candidates_by_distance(grid), keep, DEFAULT_PARAMETERS[keep])
+    assert density is not None
+    return parameter, _solve_blocks_per_row(density, grid)
+
+
+def _solve_once(keep: Family | None, density: float | None, mode: Mode, *grid: int) -> tuple[float | None, int]:
+    return _solve(keep, density, mode, BlockGrid(*grid))
+
+
+# What torch.compiler.assume_constant_result does, without importing dynamo.
+_solve_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def solve(keep: Keep, density: float | None, mode: Mode, grid: BlockGrid, device: torch.device) -> Sampling:
+    """What the operators draw with, from what the user gave."""
+    if mode not in ("bernoulli", "topm"):
+        raise RuntimeError(f'mode: expected "bernoulli" or "topm", got {mode!r}')
+    if density is not None and (isinstance(density, (bool, str)) or not 0 <= density <= 1):
+        raise RuntimeError(f"density: expected None or a share of the blocks from 0 to 1, got {density!r}")
+    if isinstance(keep, Tensor):
+        if keep.requires_grad:
+            raise RuntimeError("keep: expected a tensor that needs no gradient, as it gets none, got one that does")
+        if (density is None) != (mode == "bernoulli"):
+            raise RuntimeError(
+                'density: expected a number with mode="topm", and None otherwise, where keep is a tensor, '
+                f"got {density!r} with mode={mode!r}"
+            )
+        return Sampling(
+            keep, 0 if mode == "bernoulli" else _solve_once(None, density, mode, *map(operator.index, grid))[1]
+        )
+    if not isinstance(keep, str) or keep not in DEFAULT_PARAMETERS:
+        raise RuntimeError(f"keep: expected one of {', '.join(DEFAULT_PARAMETERS)} or a tensor, got {keep!r}")
+    if density is None and mode == "bernoulli":
+        return Sampling(keep_probabilities(keep, grid.key_blocks, device=device), 0)
+    parameter, blocks_per_row = _solve_once(keep, density, mode, *map(operator.index, grid))
+    return Sampling(keep_probabilities(keep, grid.key_blocks, parameter, device=device), blocks_per_row)
+
+
+def _number(name: str, x: int | Tensor, low: int, high: int, device: torch.device) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    if isinstance(x, bool) or not isinstance(x, int) or not low <= x <= high:
+        raise RuntimeError(f"{name}: expected an int from {low} to {high} or an int64 tensor of shape (), got {x!r}")
+    return torch.full((), x, dtype=torch.int64, device=device)
+
+
+def _round(
+    generator: torch.Generator | None, seed: int | Tensor | None, offset: int | Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Seed and offset as int64 tensors; as tensors they may change between replays of a graph."""
+    if (seed is None) != (offset is None):
+        given, absent = ("seed", "offset") if offset is None else ("offset", "seed")
+        raise RuntimeError(f"{absent}: expected one with {given}, got None")
+    if seed is None or offset is None:
+        draw = functools.partial(torch.randint, size=(), dtype=torch.int64, device=device, generator=generator)
+        return draw(2**63 - 1), draw(2**32)
+    if generator is not None:
+        raise RuntimeError("generator: expected None where seed and offset are given, got a generator")
+    return _number("seed", seed, -(2**63), 2**63 - 1, device), _number("offset", offset, 0, 2**32 - 1, device)
+
+
+def _pair(block_size: tuple[int, int]) -> tuple[int, int]:
+    try:
+        block_q, block_k = block_size
+    except (TypeError, ValueError):
+        raise RuntimeError(f"block_size: expected a pair (queries, keys), got {block_size!r}") from None
+    if not {block_q, block_k} <= {64, 128}:
+        raise RuntimeError(f"block_size: expected 64 or 128 on each side, got {block_size!r}")
+    return block_q, block_k
+
+
+def probabilistic_block_mask(
+    batch: int,
+    heads: int,
+    length_q: int,
+    length_k: int,
+    *,
+    keep: Keep = "harmonic",
+    density: float | None = None,
+    mode: Mode = "bernoulli",
+    block_size: tuple[int, int] = (64, 64),
+    is_causal: bool = False,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+) -> BlockMask:
+    """The blocks that :func:`probabilistic_attention` visits in a round, as lists.
+
+    Args:
+        batch: sequences.
+        heads: query heads.
+        length_q: queries.
+        length_k: keys.
+        keep, density, mode, block_size, is_causal, generator, seed, offset: as in :func:`probabilistic_attention`.
+
+    Returns:
+        Lists for every sequence and head, on the CPU, where they are drawn. They ascend, so that a causal row's
+        diagonal block stands last; what of a row is not in use holds 0.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names it, what was expected and what came.
+    """
+    device = torch.device("cpu")
+    seed, offset = _round(generator, seed, offset, device)
+    grid = BlockGrid(length_q, length_k, *_pair(block_size), is_causal)
+    sampling = solve(keep, density, mode, grid, device)
+    counts, indices = _ops.probabilistic_block_lists(
+        sampling.keep,
+        seed,
+        offset,
+        batch,
+        heads,
+        length_q,
+        length_k,
+        grid.block_q,
+        grid.block_k,
+        sampling.blocks_per_row,
+        is_causal,
+    )
+    return BlockMask(counts, indices, (grid.block_q, grid.block_k))
+
+
+def probabilistic_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    keep: Keep = "harmonic",
+    density: float | None = None,
+    mode: Mode = "bernoulli",
+    importance: bool = False,
+    score: Literal["softmax", "sigmoid"] = "softmax",
+    bias: SigmoidBias = None,
+    scale: float | None = None,
+    block_size: tuple[int, int] = (64, 64),
+    is_causal: bool = False,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+    training: bool = True,
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attention over blocks of keys that take part by chance, the fewer the farther they are.
+
+    Queries and keys are cut into blocks. A block of keys at distance d from the diagonal, in blocks, takes part with
+    probability p(d), for each sequence, head and block of queries by itself. The diagonal always does: p(0) = 1. It is
+    where the queries of a block stand, aligned bottom-right as in :func:`attnx.softmax_attention`, so that every
+    query that sees a key keeps one. Where a block of queries stands on several blocks of keys (``block_size`` with
+    more queries than keys, or lengths that differ by no multiple of it) all of these are diagonal. Distances count
+    from the nearest, to both sides, or to the left alone with ``is_causal``.
+
+    Args:
+        query: (batch, heads, length_q, head_dim).
+        key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads.
+        value: (batch, kv_heads, length_k, value_dim).
+        keep: p, a family of :func:`keep_probabilities` or a float32 tensor of at least as many entries as there are
+            blocks of keys, each from 0 to 1, the first 1. It gets no gradient.
+        density: the mean share of the blocks to take part, of all those that may (when causal, those on and before
+            the diagonal). It sets the family's parameter, which has its default otherwise, and with ``mode="topm"`` m.
+            Under torch.compile each new length compiles anew with it.
+        mode: ``"bernoulli"``: every block by itself. ``"topm"``: the same number m of blocks in each row, or all where
+            there are fewer: the diagonal, and of the others a sample without replacement, p being their weights
+            (Gumbel-top-m on log p; a block of weight 0 is never in it). The cost is then known ahead. m brings the
+            share of the blocks nearest to ``density``, or to what the family keeps on average.
+        importance: make up for the blocks left out by weighting those kept with 1/p. With the sigmoid score the
+            output's mean over rounds is then that of dense attention. With softmax, where -log p is added to the
+            logits, so are the means of exp(logsumexp) and of output * exp(logsumexp); the output itself, their ratio,
+            comes near dense attention as the density grows. Not with ``mode="topm"``, where p is not the probability.
+        score: "softmax", over the blocks that take part, or "sigmoid".
+        bias: with the sigmoid score, as in :func:`attnx.sigmoid_attention`, but not a tensor.
+        scale: factor on query . key, 1/sqrt(head_dim) by default.
+        block_size: queries and keys of a block, 64 or 128 each. The last block may be ragged.
+        is_causal: hide later keys, aligned bottom-right.
+        generator: draws seed and offset where they are not given; by default torch's own of query's device.
+        seed: an int or an int64 tensor of shape (), on query's device. The same seed and offset draw the same blocks on
+            every backend, and in :mod:`attnx.reference`.
+        offset: the round, from 0 to 2^32 - 1, likewise; a new one at each step draws new blocks.
+        training: False without a seed: dense attention. With a seed it makes no difference.
+        return_logsumexp: with the softmax score, also return (batch, heads, length_q), of the blocks that take part.
+
+    The inputs share one dtype (float32, bfloat16, float16, float64) and device. For the backward the blocks are drawn
+    again from seed and offset; nothing of the size of the score matrix is kept.
+
+    Returns:
+        (batch, heads, length_q, value_dim) in the dtype of query. A row that sees no key gives 0.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names it, what was expected and what came.
+        NotImplementedError: no kernel for these arguments on this device; the message names what is missing.
+
+    Source: Fulu Li, arXiv 2410.18441, which gives the idea in a paragraph: families, modes and weighting are ours. The
+    generator is Philox4x32-10 (Salmon et al., SC 2011) with the seed as key and (block of keys, block of queries, head
+    counted over the batch, offset) as counter.
+    """
+    if score not in ("softmax", "sigmoid"):
+        raise RuntimeError(f'score: expected "softmax" or "sigmoid", got {score!r}')
+    if return_logsumexp and score != "softmax":
+        raise RuntimeError(f'return_logsumexp: expected False, or True with score="softmax", got True with {score!r}')
+    if isinstance(bias, Tensor):
+        raise RuntimeError(f'bias: expected None, "row" or a float, got a tensor of shape {tuple(bias.shape)}')
+    if bias is not None and score != "sigmoid":
+        raise RuntimeError(f'bias: expected None with score="softmax", got {bias!r}')
+    if importance and mode == "topm":
+        raise RuntimeError(
+            'importance: expected False with mode="topm", where keep is not the probability of a block, got True'
+        )
+    if not training and seed is None and offset is None:
+        if score == "sigmoid":
+            return sigmoid_attention(query, key, value, bias=bias, scale=scale, is_causal=is_causal)
+        return softmax_attention(query, key, value, scale=scale, is_causal=is_causal, return_logsumexp=return_logsumexp)
+    for name, x in (("query", query), ("key", key)):
+        if x.dim() != 4:
+            raise RuntimeError(
+                f"{name}: expected 4 dimensions, (batch, heads, length, head_dim), got shape {tuple(x.shape)}"
+            )
+    seed, offset = _round(generator, seed, offset, query.device)
+    grid = BlockGrid(query.shape[2], key.shape[2], *_pair(block_size), is_causal)
+    sampling = solve(keep, density, mode, grid, query.device)
+    b = _sigmoid_bias(bias) if score == "sigmoid" else _Bias(None, "none", 0.0)
+    output, logsumexp = _ops.probabilistic_attention(
+        query,
+        key,
+        value,
+        sampling.keep,
+        seed,
+        offset,
+        sampling.blocks_per_row,
+        importance,
+        grid.block_q,
+        grid.block_k,
+        score,
+        b.rule,
+        b.value,
+        scale,
+        is_causal,
+    )
+    return (output, logsumexp) if return_logsumexp else output

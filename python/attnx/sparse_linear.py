@@ -1,0 +1,377 @@
+"""Sparse-linear attention: softmax over the critical blocks of a map, linear attention over the others."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from attnx.block_mask import BlockMask
+
+__all__ = [
+    "SparseLinearMap",
+    "sparse_linear_attention",
+    "sparse_linear_attention_varlen",
+    "sparse_linear_block_map",
+    "sparse_linear_block_map_varlen",
+]
+
+FeatureMap: TypeAlias = Literal["softmax", "elu", "relu"]
+LinearScope: TypeAlias = Literal["marginal", "noncritical", "all"]
+
+_ops = torch.ops.attnx
+
+CRITICAL, MARGINAL, NEGLIGIBLE = 1, 0, -1
+
+
+@dataclass(frozen=True)
+class SparseLinearMap:
+    """What each block of keys is to each block of queries.
+
+    Attributes:
+        labels: int8 (batch or 1, heads or 1, query_blocks, key_blocks), contiguous: 1 critical, 0 marginal,
+            -1 negligible. Of packed sequences each counts its blocks from its own start, in as many rows and columns as
+            the longest needs.
+        block_size: queries and keys of a block, 64 or 128 each. The last block may be ragged.
+    """
+
+    labels: Tensor
+    block_size: tuple[int, int] = (64, 64)
+
+    def critical_mask(self) -> BlockMask:
+        """The critical blocks, as :func:`attnx.block_sparse_attention` takes them."""
+        return BlockMask.from_dense(self.labels == CRITICAL, self.block_size)
+
+
+def _check_shares(critical: float, negligible: float) -> None:
+    for name, share in (("critical", critical), ("negligible", negligible)):
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise RuntimeError(f"{name}: expected a share of the blocks from 0 to 1, got {share!r}")
+    if critical + negligible > 1:
+        raise RuntimeError(
+            f"critical, negligible: expected shares of at most 1 together, got {critical} + {negligible}"
+        )
+
+
+def _check_block_size(block_size: tuple[int, int]) -> tuple[int, int]:
+    try:
+        block_q, block_k = block_size
+    except (TypeError, ValueError):
+        raise RuntimeError(f"block_size: expected a pair (queries, keys), got {block_size!r}") from None
+    if not {block_q, block_k} <= {64, 128}:
+        raise RuntimeError(f"block_size: expected 64 or 128 on each side, got {block_size!r}")
+    return block_q, block_k
+
+
+def _check_heads(query: Tensor, key: Tensor, rank: int) -> None:
+    for name, x in (("query", query), ("key", key)):
+        if x.dim() != rank:
+            layout = "(batch, heads, length, head_dim)" if rank == 4 else "(tokens, heads, head_dim)"
+            raise RuntimeError(f"{name}: expected {layout}, got shape {tuple(x.shape)}")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1] or query.shape[-1] != key.shape[-1]:
+        raise RuntimeError(
+            "key: expected the head_dim of query and a divisor of its heads, "
+            f"got shape {tuple(key.shape)} with query {tuple(query.shape)}"
+        )
+
+
+def _pool(x: Tensor, block: int) -> Tensor:
+    """(batch, heads, blocks, head_dim): the mean of each block, of the ragged last one too."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    whole = x.shape[2] // block * block
+    means = x[:, :, :whole].unflatten(2, (-1, block)).mean(3, dtype=dtype)
+    if whole == x.shape[2]:
+        return means
+    return torch.cat([means, x[:, :, whole:].mean(2, keepdim=True, dtype=dtype)], dim=2)
+
+
+def _share_of(share: float, count: Tensor) -> Tensor:
+    """share * count, without the last bits in which a product that should be whole is not."""
+    return (share * count.double() * 2**30).round() / 2**30
+
+
+@torch.no_grad()
+def sparse_linear_block_map(
+    query: Tensor,
+    key: Tensor,
+    *,
+    critical: float = 0.05,
+    negligible: float = 0.10,
+    block_size: tuple[int, int] = (64, 64),
+    is_causal: bool = False,
+    smooth_k: bool = False,
+    scale: float | None = None,
+    protect: int = 0,
+) -> SparseLinearMap:
+    r"""Sorts the blocks of keys into critical, marginal and negligible ones, for each block of queries.
+
+    Queries and keys are averaged over their blocks, and the blocks of keys ranked by the products of the averages,
+    which is the order of their softmax. Of c blocks the first max(1, ceil(critical c)) are critical, the last
+    floor(negligible c) negligible; of equals the lower index comes first. With ``is_causal`` c counts the blocks that
+    some query of the row sees; those that others of its queries do not see, and the one that holds the last key it
+    sees, are critical whatever their rank, within the share or beyond it; those that no query sees are negligible.
+
+    Args:
+        query: (batch, heads, length_q, head_dim).
+        key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads.
+        critical: share of the blocks, 0 to 1.
+        negligible: likewise; the two sum to at most 1.
+        block_size: queries and keys of a block, 64 or 128 each.
+        is_causal: hide later keys, aligned bottom-right.
+        smooth_k: subtract the mean key first. Without a mask it moves all products of a row alike: the ranks stay, but
+            for rounding, which large means would otherwise drown them in.
+        scale: of the products; its sign alone matters to the ranks.
+        protect: the blocks that hold the first so many keys are critical for every query that may see them, such as
+            the text in front of a video.
+
+    Returns:
+        The map, for every sequence and query head. It has no gradient.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names it, what was expected and what came.
+
+    Source: Zhang et al., "SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention",
+    arXiv 2509.24006.
+    """
+    _check_shares(critical, negligible)
+    block_q, block_k = _check_block_size(block_size)
+    _check_heads(query, key, 4)
+    if isinstance(protect, bool) or not isinstance(protect, int) or protect < 0:
+        raise RuntimeError(f"protect: expected a number of keys, 0 or more, got {protect!r}")
+    length_q, length_k = query.shape[2], key.shape[2]
+    rows, blocks = -(-length_q // block_q), -(-length_k // block_k)
+    labels_shape = (*query.shape[:2], rows, blocks)
+    if 0 in labels_shape:
+        return SparseLinearMap(query.new_zeros(labels_shape, dtype=torch.int8), (block_q, block_k))
+
+    pooled = _pool(key, block_k)
+    if smooth_k:
+        pooled = pooled - key.mean(2, keepdim=True, dtype=pooled.dtype)
+    pooled = pooled.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    products = _pool(query, block_q) @ pooled.mT * (1.0 if scale is None else math.copysign(1.0, scale))
+
+    # Of each row: how many blocks some of its queries see, and how many all of them do.
+    device = query.device
+    i, j = torch.arange(rows, device=device)[:, None], torch.arange(blocks, device=device)
+    if is_causal:
+        first, last = i * block_q, ((i + 1) * block_q).clamp(max=length_q) - 1
+        seen_first, seen_last = ((x + length_k - length_q + 1).clamp(0, length_k) for x in (first, last))
+        some = (seen_last + block_k - 1) // block_k
+        every = torch.where(seen_first == length_k, blocks, seen_first // block_k).minimum(some - 1)
+    else:
+        some = every = torch.full((rows, 1), blocks, device=device)
+    candidate = j < some
+    forced = candidate & ((j >= every) | (j < -(-protect // block_k)))
+
+    order = products.masked_fill(forced, math.inf).masked_fill(~candidate, -math.inf)
+    order = order.argsort(dim=-1, descending=True, stable=True)
+    count = _share_of(critical, some).ceil().clamp(min=1).maximum(forced.sum(-1, keepdim=True)).minimum(some)
+    least = some - _share_of(negligible, some).floor()
+    by_rank = (j < count).to(torch.int8) - ((j >= least) & (j >= count)).to(torch.int8)
+    labels = torch.empty(labels_shape, dtype=torch.int8, device=device)
+    return SparseLinearMap(labels.scatter_(-1, order, by_rank.expand(labels_shape)), (block_q, block_k))
+
+
+def sparse_linear_block_map_varlen(
+    query: Tensor,
+    key: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    critical: float = 0.05,
+    negligible: float = 0.10,
+    block_size: tuple[int, int] = (64, 64),
+    is_causal: bool = False,
+    smooth_k: bool = False,
+    scale: float | None = None,
+    protect: int = 0,
+) -> SparseLinearMap:
+    """:func:`sparse_linear_block_map` of sequences packed end to end, each with blocks and shares of its own.
+
+    Args:
+        query: (total_q, heads, head_dim).
+        key: (total_k, kv_heads, head_dim).
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, where sequences start and end. They are read on the host, which
+            breaks a torch.compile graph and waits for the GPU.
+
+    Returns:
+        Labels (batch, heads, query_blocks, key_blocks) as large as the longest sequences need, negligible beyond a
+        shorter one.
+    """
+    _check_heads(query, key, 3)
+    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    options: dict[str, Any] = {
+        "critical": critical,
+        "negligible": negligible,
+        "block_size": block_size,
+        "is_causal": is_causal,
+        "smooth_k": smooth_k,
+        "scale": scale,
+        "protect": protect,
+    }
+    maps = []
+    for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
+        q, k = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1]))
+        maps.append(sparse_linear_block_map(q, k, **options).labels)
+    rows, blocks = (max((x.shape[dim] for x in maps), default=0) for dim in (2, 3))
+    labels = query.new_full((len(maps), query.shape[1], rows, blocks), NEGLIGIBLE, dtype=torch.int8)
+    for b, x in enumerate(maps):
+        labels[b, :, : x.shape[2], : x.shape[3]] = x[0]
+    return SparseLinearMap(labels, _check_block_size(block_size))
+
+
+_MAP_DEFAULTS: dict[str, Any] = {
+    "critical": 0.05,
+    "negligible": 0.10,
+    "block_size": (64, 64),
+    "smooth_k": False,
+    "protect": 0,
+}
+
+
+def _check_no_map_options(**options: Any) -> None:
+    for name, x in options.items():
+        if x != _MAP_DEFAULTS[name]:
+            raise RuntimeError(f"{name}: expected its default with block_map, which has it settled, got {x!r}")
+
+
+def sparse_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_map: SparseLinearMap | None = None,
+    critical: float = 0.05,
+    negligible: float = 0.10,
+    block_size: tuple[int, int] = (64, 64),
+    feature_map: FeatureMap = "softmax",
+    linear_scope: LinearScope = "marginal",
+    is_causal: bool = False,
+    scale: float | None = None,
+    smooth_k: bool = False,
+    protect: int = 0,
+) -> tuple[Tensor, Tensor]:
+    r"""Softmax attention over the critical blocks, and linear attention over others, apart.
+
+    .. math:: O^s_i = \sum_{j \in C_i} \mathrm{softmax}_{C_i}(s\, q_i \cdot k_j)\, v_j, \qquad
+        O^l_i = \frac{\phi(q_i) \sum_{j \in S_i} \phi(k_j)^T v_j}{\phi(q_i) \sum_{j \in S_i} \phi(k_j)^T}
+
+    where C and S are the keys, of those that the query sees, in the critical blocks of its row and in the blocks of
+    the linear scope. A row that sees none of them gives 0, and so does a linear row whose weights are all 0. The
+    linear part costs as much as the length, whatever the scope; a module learns how to add the two
+    (:class:`attnx.nn.SparseLinearAttention`).
+
+    Args:
+        query: (batch, heads, length_q, head_dim).
+        key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads.
+        value: (batch, kv_heads, length_k, value_dim).
+        block_map: from :func:`sparse_linear_block_map`, or one's own; its own are the block sizes and shares then.
+        critical, negligible, block_size, smooth_k, protect: without ``block_map``, as that function takes them.
+        feature_map: phi, of each query and key by itself: softmax over its features, elu(x) + 1, or relu.
+        linear_scope: "marginal": the marginal blocks, as in the paper. "noncritical": the negligible ones too. "all":
+            every block.
+        is_causal: hide later keys, aligned bottom-right; from the linear part, too.
+        scale: of the softmax's logits; 1/sqrt(head_dim) by default.
+
+    The inputs share one dtype (float32, bfloat16, float16, float64) and device. Sums are kept in float32 (float64 for
+    float64). A call takes a matrix of head_dim by value_dim + 1 numbers for each block of keys, of one head at a time.
+
+    Returns:
+        O^s and O^l, each (batch, heads, length_q, value_dim) in the dtype of query. The map has no gradient.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names it, what was expected and what came.
+        NotImplementedError: no kernel for these arguments on this device; the message names what is missing.
+
+    Source: Zhang et al., arXiv 2509.24006, whose released kernels have the other two scopes.
+    """
+    if block_map is None:
+        block_map = sparse_linear_block_map(
+            query,
+            key,
+            critical=critical,
+            negligible=negligible,
+            block_size=block_size,
+            is_causal=is_causal,
+            smooth_k=smooth_k,
+            scale=scale,
+            protect=protect,
+        )
+    else:
+        _check_no_map_options(
+            critical=critical, negligible=negligible, block_size=block_size, smooth_k=smooth_k, protect=protect
+        )
+    sparse, linear, _ = _ops.sparse_linear_attention(
+        query, key, value, block_map.labels, *block_map.block_size, feature_map, linear_scope, scale, is_causal
+    )
+    return sparse, linear
+
+
+def sparse_linear_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    block_map: SparseLinearMap | None = None,
+    critical: float = 0.05,
+    negligible: float = 0.10,
+    block_size: tuple[int, int] = (64, 64),
+    feature_map: FeatureMap = "softmax",
+    linear_scope: LinearScope = "marginal",
+    is_causal: bool = False,
+    scale: float | None = None,
+    smooth_k: bool = False,
+    protect: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`sparse_linear_attention` over packed sequences, laid out as in :func:`attnx.sigmoid_attention_varlen`.
+
+    Args:
+        query: (total_q, heads, head_dim).
+        key: (total_k, kv_heads, head_dim).
+        value: (total_k, kv_heads, value_dim).
+        block_map: from :func:`sparse_linear_block_map_varlen`, which is called without it.
+
+    Returns:
+        O^s and O^l, each (total_q, heads, value_dim).
+    """
+    if block_map is None:
+        block_map = sparse_linear_block_map_varlen(
+            query,
+            key,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            critical=critical,
+            negligible=negligible,
+            block_size=block_size,
+            is_causal=is_causal,
+            smooth_k=smooth_k,
+            scale=scale,
+            protect=protect,
+        )
+    else:
+        _check_no_map_options(
+            critical=critical, negligible=negligible, block_size=block_size, smooth_k=smooth_k, protect=protect
+        )
+    sparse, linear, _ = _ops.sparse_linear_attention_varlen(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        block_map.labels,
+        *block_map.block_size,
+        feature_map,
+        linear_scope,
+        scale,
+        is_causal,
+    )
+    return sparse, linear

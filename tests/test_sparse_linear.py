@@ -1,0 +1,339 @@
+"""Sparse-linear attention against its definition in float64, closed forms and the dense operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnx
+from attnx import SparseLinearMap
+from attnx.testing import assert_close
+from cases import DTYPES, Shape, pack, random_inputs
+
+cpu = pytest.mark.backends("cpu")
+
+SCOPES = ["marginal", "noncritical", "all"]
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda x: x.softmax(-1),
+    "elu": lambda x: torch.nn.functional.elu(x) + 1,
+    "relu": torch.relu,
+}
+SHAPES = [
+    Shape(length_q=200, length_k=330, head_dim=32, heads=2),
+    Shape(length_q=330, length_k=200, head_dim=20, value_dim=9, batch=2, heads=4, kv_heads=2),
+    Shape(length_q=10, length_k=70, head_dim=64, value_dim=130, heads=2, kv_heads=1),
+    # More blocks than the sums of prefixes are apart.
+    Shape(length_q=1300, length_k=1300, head_dim=8, heads=1),
+]
+
+
+def random_map(
+    shape: Shape, block_size: tuple[int, int], device: torch.device, shares: tuple[float, ...] = (0.3, 0.4, 0.3)
+) -> SparseLinearMap:
+    """Negligible, marginal and critical blocks in these shares, a row of each left without."""
+    blocks = -(-shape.length_q // block_size[0]), -(-shape.length_k // block_size[1])
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(shape.batch, shape.heads, *blocks, generator=generator)
+    labels = torch.bucketize(draws, torch.tensor(shares).cumsum(0)[:-1]) - 1
+    labels[:, 0, 0] = 1
+    labels[:, -1, -1] = -1
+    return SparseLinearMap(labels.to(device, torch.int8), block_size)
+
+
+def both(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+    """The two parts side by side, as one output."""
+    return lambda *args, **options: torch.cat(function(*args, **options), -1)
+
+
+def eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_map: SparseLinearMap,
+    feature_map: str = "softmax",
+    linear_scope: str = "marginal",
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The same in plain PyTorch, every step rounded to the dtype of query."""
+    groups, (block_q, block_k) = query.shape[1] // key.shape[1], block_map.block_size
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    length_q, length_k = query.shape[2], key.shape[2]
+    labels = block_map.labels.repeat_interleave(block_q, 2).repeat_interleave(block_k, 3)[:, :, :length_q, :length_k]
+    seen = torch.ones_like(labels, dtype=torch.bool)
+    if is_causal:
+        seen = seen.tril(length_k - length_q)
+    critical = (labels == 1) & seen
+    logits = (query @ (key / math.sqrt(query.shape[3])).mT).masked_fill(~critical, torch.finfo(query.dtype).min)
+    sparse = logits.softmax(-1).masked_fill(~critical, 0.0) @ value
+    scope = seen & {"marginal": labels == 0, "noncritical": labels != 1, "all": labels < 2}[linear_scope]
+    phi = FEATURE_MAPS[feature_map]
+    weights = (phi(query) @ phi(key).mT).masked_fill(~scope, 0.0)
+    total = weights.sum(-1, keepdim=True)
+    return sparse, weights @ value / total.masked_fill(total == 0, 1.0)
+
+
+def results(attention: Callable[..., Tensor], inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    output = attention(**leaves, **options)
+    generator = torch.Generator().manual_seed(7)
+    grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+    gradients = torch.autograd.grad(output, list(leaves.values()), grad)
+    return {"output": output.detach()} | {f"grad_{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def check(inputs: dict[str, Tensor], block_map: SparseLinearMap, **options: Any) -> None:
+    options["block_map"] = block_map
+    actual = results(both(attnx.sparse_linear_attention), inputs, **options)
+    exact = {name: x.double() for name, x in inputs.items()}
+    expected = results(both(attnx.reference.sparse_linear_attention), exact, **options)
+    baseline = results(both(eager), inputs, **options)
+    for name, x in actual.items():
+        assert x.dtype == inputs["query"].dtype
+        assert_close(x, expected[name], baseline[name], name=name)
+
+
+@cpu
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_definition(feature_map: str, scope: str, shape: Shape, is_causal: bool, device: torch.device) -> None:
+    inputs, _ = random_inputs(shape, torch.float32, device)
+    block_map = random_map(shape, (64, 64), device)
+    check(inputs, block_map, feature_map=feature_map, linear_scope=scope, is_causal=is_causal)
+
+
+@cpu
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (64, 128), (128, 128)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes_and_blocks(
+    dtype: torch.dtype, block_size: tuple[int, int], is_causal: bool, device: torch.device
+) -> None:
+    inputs, _ = random_inputs(SHAPES[1], dtype, device)
+    check(inputs, random_map(SHAPES[1], block_size, device), linear_scope="all", is_causal=is_causal)
+
+
+@cpu
+@pytest.mark.parametrize("shares", [(0.0, 0.95, 0.05), (0.95, 0.05, 0.0), (0.5, 0.0, 0.5)], ids=str)
+def test_scopes_of_most_few_and_no_blocks(shares: tuple[float, ...], device: torch.device) -> None:
+    inputs, _ = random_inputs(SHAPES[3], torch.float32, device)
+    for is_causal in (False, True):
+        check(inputs, random_map(SHAPES[3], (64, 64), device, shares), is_causal=is_causal, feature_map="elu")
+
+
+@cpu
+def test_every_instruction_set(instruction_set: str, device: torch.device) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs, _ = random_inputs(SHAPES[1], dtype, device)
+        check(inputs, random_map(SHAPES[1], (64, 64), device), linear_scope="all", is_causal=True)
+
+
+@cpu
+def test_threads(threads: int, device: torch.device) -> None:
+    inputs, _ = random_inputs(SHAPES[3], torch.float32, device)
+    check(inputs, random_map(SHAPES[3], (64, 64), device), is_causal=True)
+
+
+@cpu
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_gradcheck(is_causal: bool, scope: str, device: torch.device) -> None:
+    shape = Shape(length_q=130, length_k=130, head_dim=3, value_dim=2, heads=2, kv_heads=1)
+    inputs, _ = random_inputs(shape, torch.float64, device)
+    block_map = random_map(shape, (64, 64), device)
+
+    def attention(*x: Tensor) -> Any:
+        options: dict[str, Any] = {"feature_map": "elu", "linear_scope": scope, "is_causal": is_causal}
+        return attnx.sparse_linear_attention(*x, block_map=block_map, **options)
+
+    leaves = tuple(x.requires_grad_() for x in inputs.values())
+    assert torch.autograd.gradcheck(attention, leaves, fast_mode=True)
+
+
+@cpu
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_everything_critical_is_softmax_attention(is_causal: bool, device: torch.device) -> None:
+    inputs, _ = random_inputs(SHAPES[1], torch.float32, device)
+    options: dict[str, Any] = {"critical": 1.0, "negligible": 0.0, "is_causal": is_causal}
+    sparse, linear = attnx.sparse_linear_attention(**inputs, **options)
+    torch.testing.assert_close(sparse, attnx.softmax_attention(**inputs, is_causal=is_causal))
+    assert not linear.any(), "an empty scope gives 0"
+
+
+@cpu
+def test_closed_forms(device: torch.device) -> None:
+    """Linear attention over all keys is one product; without the critical blocks it is that less theirs."""
+    shape = Shape(length_q=150, length_k=200, head_dim=8)
+    inputs, _ = random_inputs(shape, torch.float64, device)
+    query, key, value = inputs.values()
+    block_map = random_map(shape, (64, 64), device)
+    phi_q, phi_k = query.softmax(-1), key.softmax(-1)
+    numerator, denominator = phi_q @ (phi_k.mT @ value), phi_q @ phi_k.sum(2)[..., None]
+    _, linear = attnx.sparse_linear_attention(query, key, value, block_map=block_map, linear_scope="all")
+    torch.testing.assert_close(linear, numerator / denominator)
+
+    critical = (block_map.labels == 1).repeat_interleave(64, 2).repeat_interleave(64, 3)[:, :, :150, :200]
+    of_critical = (phi_q @ phi_k.mT) * critical
+    rest = denominator - of_critical.sum(-1, keepdim=True)
+    some = ~critical.all(-1)
+    _, linear = attnx.sparse_linear_attention(query, key, value, block_map=block_map, linear_scope="noncritical")
+    torch.testing.assert_close(linear[some], ((numerator - of_critical @ value) / rest)[some])
+
+
+@cpu
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("lengths", [([70, 1, 200], [70, 1, 200]), ([5, 0, 130], [140, 30, 64])], ids=str)
+def test_varlen(lengths: tuple[list[int], list[int]], is_causal: bool, device: torch.device) -> None:
+    inputs, _, sizes = pack(lengths, torch.float32, device)
+    options: dict[str, Any] = {"critical": 0.3, "negligible": 0.3, "is_causal": is_causal, "linear_scope": "all"}
+    cu_seqlens = sizes["cu_seqlens_q"], sizes["cu_seqlens_k"]
+    actual = results(both(attnx.sparse_linear_attention_varlen), inputs, **sizes, **options)
+
+    def each(**leaves: Tensor) -> Tensor:
+        outputs = []
+        for q, k, v in zip(
+            leaves["query"].split(lengths[0]),
+            leaves["key"].split(lengths[1]),
+            leaves["value"].split(lengths[1]),
+            strict=True,
+        ):
+            output = both(attnx.sparse_linear_attention)(*(x.transpose(0, 1)[None] for x in (q, k, v)), **options)
+            outputs.append(output[0].transpose(0, 1))
+        return torch.cat(outputs)
+
+    expected = results(each, inputs)
+    for name, x in actual.items():
+        torch.testing.assert_close(x, expected[name], msg=name)
+    block_map = attnx.sparse_linear_block_map_varlen(
+        inputs["query"], inputs["key"], *cu_seqlens, critical=0.3, negligible=0.3, is_causal=is_causal
+    )
+    options = {"block_map": block_map, "is_causal": is_causal, "linear_scope": "all"}
+    reference = both(attnx.reference.sparse_linear_attention_varlen)(**inputs, **sizes, **options)
+    torch.testing.assert_close(actual["output"].double(), reference, atol=1e-5, rtol=1e-4)
+
+
+MAPS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "shares": {"critical": 0.3, "negligible": 0.4},
+    "exact_shares": {"critical": 0.07, "negligible": 0.07},
+    "none_negligible": {"critical": 0.0, "negligible": 0.0},
+    "none_critical": {"critical": 0.0, "negligible": 1.0},
+    "smooth": {"critical": 0.3, "smooth_k": True},
+    "protected": {"critical": 0.2, "protect": 70},
+    "all_protected": {"protect": 10_000},
+}
+
+
+@pytest.mark.parametrize("options", MAPS.values(), ids=MAPS)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (64, 128)], ids=str)
+@pytest.mark.parametrize("lengths", [(200, 330), (1000, 1000), (64, 700), (700, 64), (1, 300)], ids=str)
+def test_block_map(
+    lengths: tuple[int, int], block_size: tuple[int, int], is_causal: bool, options: dict[str, Any]
+) -> None:
+    shape = Shape(*lengths, head_dim=8, heads=4, kv_heads=2)
+    inputs, _ = random_inputs(shape, torch.float32, torch.device("cpu"))
+    query, key = inputs["query"], inputs["key"]
+    options = options | {"block_size": block_size, "is_causal": is_causal}
+    actual = attnx.sparse_linear_block_map(query, key, **options)
+    expected = attnx.reference.sparse_linear_block_map(query, key, **options)
+    assert torch.equal(actual.labels, expected.labels)
+    assert actual.labels.is_contiguous()
+    assert not actual.labels.requires_grad
+
+
+def test_block_map_ties_go_to_the_lower_index() -> None:
+    x = torch.ones(1, 1, 640, 4)
+    labels = attnx.sparse_linear_block_map(x, x, critical=0.2, negligible=0.3).labels
+    assert labels[0, 0, 0].tolist() == [1] * 2 + [0] * 5 + [-1] * 3
+
+
+def test_shares_count_whole_blocks() -> None:
+    """0.07 * 100 is a little more than 7 in floating point."""
+    query, key = torch.randn(1, 1, 64, 4), torch.randn(1, 1, 6400, 4)
+    labels = attnx.sparse_linear_block_map(query, key, critical=0.07, negligible=0.29).labels
+    assert (labels == 1).sum() == 7
+    assert (labels == -1).sum() == 29
+
+
+@cpu
+def test_fits_torch(device: torch.device) -> None:
+    shape = Shape(length_q=130, length_k=130, head_dim=8)
+    inputs, _ = random_inputs(shape, torch.float32, device)
+    block_map = random_map(shape, (64, 64), device)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    options = (block_map.labels, 64, 64, "elu", "marginal", None, True)
+    # A map drawn anew would be no int8 map: opcheck's own inputs are used as they are.
+    torch.library.opcheck(torch.ops.attnx.sparse_linear_attention, (*leaves, *options))
+
+    def attention(*x: Tensor) -> Tensor:
+        return both(attnx.sparse_linear_attention)(*x, critical=0.3, is_causal=True)
+
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*leaves), attention(*leaves))
+    mapped = torch.vmap(lambda *x: both(attnx.sparse_linear_attention)(*x, block_map=block_map))
+    stacked = [torch.stack([x, 2 * x]).detach() for x in leaves]
+    each = (both(attnx.sparse_linear_attention)(*x, block_map=block_map) for x in zip(*stacked, strict=True))
+    expected = torch.stack(list(each))
+    torch.testing.assert_close(mapped(*stacked), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attnx.sparse_linear_attention(*leaves)[1].dtype == torch.bfloat16
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "critical_above_1": ({"critical": 1.5}, "critical: expected a share of the blocks from 0 to 1, got 1.5"),
+    "negligible_below_0": ({"negligible": -0.1}, "negligible: expected a share of the blocks from 0 to 1, got -0.1"),
+    "shares_above_1": ({"critical": 0.6, "negligible": 0.5}, "critical, negligible: expected shares of at most 1"),
+    "block_size": ({"block_size": (32, 64)}, "block_size: expected 64 or 128 on each side, got (32, 64)"),
+    "no_pair": ({"block_size": 64}, "block_size: expected a pair (queries, keys), got 64"),
+    "protect": ({"protect": -1}, "protect: expected a number of keys, 0 or more, got -1"),
+    "feature_map": ({"feature_map": "gelu"}, "feature_map: expected softmax, elu or relu, got gelu"),
+    "linear_scope": ({"linear_scope": "some"}, "linear_scope: expected marginal, noncritical or all, got some"),
+    "map_and_share": (
+        {"block_map": SparseLinearMap(torch.zeros(1, 2, 2, 3, dtype=torch.int8)), "critical": 0.5},
+        "critical: expected its default with block_map, which has it settled, got 0.5",
+    ),
+    "map_of_another_length": (
+        {"block_map": SparseLinearMap(torch.zeros(1, 2, 2, 2, dtype=torch.int8))},
+        "block_map: expected shape (1 or 1, 2 or 1, 2, 3), got (1, 2, 2, 2)",
+    ),
+    "map_of_other_heads": (
+        {"block_map": SparseLinearMap(torch.zeros(1, 3, 2, 3, dtype=torch.int8))},
+        "block_map: expected shape (1 or 1, 2 or 1, 2, 3), got (1, 3, 2, 3)",
+    ),
+    "map_of_another_device": (
+        {"block_map": SparseLinearMap(torch.zeros(1, 2, 2, 3, dtype=torch.int8, device="meta"))},
+        "block_map: expected a tensor on cpu",
+    ),
+    "map_of_another_dtype": (
+        {"block_map": SparseLinearMap(torch.zeros(1, 2, 2, 3))},
+        "block_map: expected int8, got float32",
+    ),
+    "unknown_label": (
+        {"block_map": SparseLinearMap(torch.full((1, 2, 2, 3), 2, dtype=torch.int8))},
+        "block_map: expected 1 (critical), 0 (marginal) or -1 (negligible), got 2",
+    ),
+}
+
+
+@cpu
+@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
+def test_bad_input(options: dict[str, Any], message: str, device: torch.device) -> None:
+    inputs, _ = random_inputs(Shape(length_q=128, length_k=192), torch.float32, device)
+    with pytest.raises(RuntimeError) as error:
+        attnx.sparse_linear_attention(**inputs, **options)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.backends("emulated", "cuda")
+def test_cuda_is_refused_by_the_table(dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _ = random_inputs(Shape(), dtype, device)
+    with pytest.raises(NotImplementedError, match="missing:   backend cuda"):
+        attnx.sparse_linear_attention(**inputs)
