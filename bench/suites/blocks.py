@@ -52,7 +52,7 @@ def block_sparse(mask_of: MaskOf) -> Prepare:
 def flex(mask_of: MaskOf) -> Prepare:
     def prepare(case: Case, inputs: Inputs) -> Attention:
         mask = mask_of(case, inputs).to_flex(case.length_q, case.length_k, is_causal=case.is_causal)
-        function = dense.compiled_flex_attention(dynamic=inputs.query.device.type == "cpu")
-        return functools.partial(function, block_mask=mask)
+        # For dynamic shapes torch 2.13 writes C++ that does not compile, of a mask that looks its blocks up.
+        return functools.partial(dense.compiled_flex_attention(dynamic=False), block_mask=mask)
 
     return prepare
