@@ -12,7 +12,7 @@ import attnx.reference
 from suite import Attention, Case, Contender, Formula, Inputs, Prepare, Suite
 from suites import blocks, dense
 
-Share = Callable[[Case], float]  # of the blocks of keys that are critical
+Shares = Callable[[Case], dict[str, float]]  # of the blocks of keys: what is critical, what is negligible
 
 CASES = (
     Case("8192", 4, 8192, 8192, 64),
@@ -20,47 +20,56 @@ CASES = (
     Case("4096-d128", 4, 4096, 4096, 128),
     Case("2048", 4, 2048, 2048, 64, quick=True),
 )
-# At six critical blocks a row the time should grow like the length.
+# At a fixed number of critical and of negligible blocks a row the time should grow like the length.
 LENGTHS = tuple(Case(str(n), 4, n, n, 64) for n in (4096, 8192, 16384, 32768, 65536))
 
 
-def _twentieth(case: Case) -> float:
-    return 0.05
+def _defaults(case: Case) -> dict[str, float]:
+    return {}
 
 
-def _six_blocks(case: Case) -> float:
-    return min(6 * 64 / case.length_k, 0.9)
+def _fixed_numbers(case: Case) -> dict[str, float]:
+    block = min(64 / case.length_k, 1 / 32)
+    return {"critical": 6 * block, "negligible": 12 * block}
 
 
-def _map(share: Share, case: Case, inputs: Inputs) -> attnx.SparseLinearMap:
+def _map(shares: Shares, case: Case, inputs: Inputs) -> attnx.SparseLinearMap:
     """In float32, which holds the inputs and their float64 copies alike, so that both have the same map."""
     query, key = inputs.query.float(), inputs.key.float()
-    return attnx.sparse_linear_block_map(query, key, critical=share(case), is_causal=case.is_causal)
+    return attnx.sparse_linear_block_map(query, key, is_causal=case.is_causal, **shares(case))
 
 
 def _critical(case: Case, inputs: Inputs) -> attnx.BlockMask:
-    return _map(_twentieth, case, inputs).critical_mask()
+    return _map(_defaults, case, inputs).critical_mask()
 
 
 def _sum(parts: tuple[Tensor, Tensor]) -> Tensor:
     return parts[0] + parts[1]
 
 
-def _ours(share: Share) -> Prepare:
+def _ours(shares: Shares) -> Prepare:
     def prepare(case: Case, inputs: Inputs) -> Attention:
-        options: dict[str, Any] = {"critical": share(case), "is_causal": case.is_causal}
+        options: dict[str, Any] = {"is_causal": case.is_causal, **shares(case)}
         return lambda *x: _sum(attnx.sparse_linear_attention(*x, **options))
 
     return prepare
 
 
-def _formula(share: Share) -> Formula:
+def _with_map(shares: Shares) -> Prepare:
+    def prepare(case: Case, inputs: Inputs) -> Attention:
+        options: dict[str, Any] = {"is_causal": case.is_causal, "block_map": _map(shares, case, inputs)}
+        return lambda *x: _sum(attnx.sparse_linear_attention(*x, **options))
+
+    return prepare
+
+
+def _formula(shares: Shares) -> Formula:
     def reference(case: Case, exact: Inputs) -> Attention:
-        options: dict[str, Any] = {"block_map": _map(share, case, exact), "is_causal": case.is_causal}
+        options: dict[str, Any] = {"block_map": _map(shares, case, exact), "is_causal": case.is_causal}
         return lambda *x: _sum(attnx.reference.sparse_linear_attention(*x, **options))
 
     def eager(case: Case, inputs: Inputs) -> Attention:
-        block_map = _map(share, case, inputs)
+        block_map = _map(shares, case, inputs)
         labels = blocks.elements(block_map.labels, block_map.block_size, case)
         critical, marginal = labels == 1, labels == 0
         if case.is_causal:
@@ -81,7 +90,7 @@ SUITE = Suite(
     name="sparse-linear",
     cases=CASES,
     contenders=(
-        Contender("attnx-sparse-linear", _formula(_twentieth), _ours(_twentieth)),
+        Contender("attnx-sparse-linear", _formula(_defaults), _ours(_defaults)),
         # Its critical blocks alone, the map given.
         Contender("attnx-block-sparse", blocks.formula(_critical), blocks.block_sparse(_critical)),
         Contender("flex-block-sparse", blocks.formula(_critical), blocks.flex(_critical)),
@@ -94,7 +103,10 @@ SUITE = Suite(
 LENGTHS_SUITE = Suite(
     name="sparse-linear-lengths",
     cases=LENGTHS,
-    contenders=(Contender("attnx-sparse-linear", _formula(_six_blocks), _ours(_six_blocks)),),
+    contenders=(
+        Contender("attnx-sparse-linear", _formula(_fixed_numbers), _ours(_fixed_numbers)),
+        Contender("attnx-sparse-linear-map-given", _formula(_fixed_numbers), _with_map(_fixed_numbers)),
+    ),
     baseline="attnx-sparse-linear",
     memory_case=Case("memory", 1, 32768, 32768, 64),
 )

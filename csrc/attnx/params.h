@@ -38,8 +38,8 @@ struct BlockList {
   const std::int32_t* counts = nullptr;   // [batch, heads_q, blocks]
   const std::int32_t* indices = nullptr;  // [batch, heads_q, blocks, width], the first `count` of each row in use
   // Like indices, with the strides of bias; may be null.
-  const float* bias = nullptr;    // added to the logits of the block
-  const float* factor = nullptr;  // of the block's weights; sigmoid only
+  const float* bias = nullptr;     // added to the logits of the block
+  const float* divisor = nullptr;  // of the block's weights; sigmoid only
   std::int64_t counts_batch_stride = 0, counts_head_stride = 0;
   std::int64_t indices_batch_stride = 0, indices_head_stride = 0, indices_row_stride = 0;
   std::int64_t bias_batch_stride = 0, bias_head_stride = 0, bias_row_stride = 0;

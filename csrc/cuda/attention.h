@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "attnx/block_sampling.h"
 #include "attnx/params.h"
 
 namespace attnx::cuda {
@@ -30,6 +31,11 @@ void sum_over_batch(const double* from, float* to, std::int64_t batch, std::int6
 // A hook for tests: the exact formula is the oracle of the fast one.
 void sigmoid_weights(const float* logits, float* weights, std::int64_t n, DType dtype, bool exact,
                      const Launch& launch);
+
+// Of every block (head, i, j) of a round: whether it is kept on its own, and when it arrives in the race of a fixed
+// number (block_sampling.h); device memory. A hook for tests: the device draws what the host does.
+void sampled_blocks(const BlockGrid& grid, const SamplingRound& round, const float* keep, std::int64_t heads,
+                    std::uint8_t* kept, double* arrival, const Launch& launch);
 
 // The kernel that would run, as profilers show it, and its tiles: "attnx_forward_sm80, 128 rows x 64 keys, ...".
 std::string forward_kernel(const ForwardParams& params);

@@ -10,4 +10,9 @@ void cuda_sigmoid_weights(const float* logits, float* weights, std::int64_t n, D
   cuda::sigmoid_weights(logits, weights, n, dtype, exact, {});
 }
 
+void cuda_sampled_blocks(const BlockGrid& grid, const SamplingRound& round, const float* keep, std::int64_t heads,
+                         std::uint8_t* kept, double* arrival) {
+  cuda::sampled_blocks(grid, round, keep, heads, kept, arrival, {});
+}
+
 }  // namespace attnx::ops

@@ -116,7 +116,7 @@ Lists sample(const Sampling& sampling, const BlockGrid& grid, std::int64_t batch
   return {counts, indices};
 }
 
-// -log p of each listed block, which is added to its logits, or 1 / p, by which its weights are multiplied.
+// -log p of each listed block, which is added to its logits, or p, by which its weights are divided.
 StableTensor corrections(const Lists& lists, const BlockGrid& grid, const float* keep, Score score) {
   const auto& [counts, indices] = lists;
   const std::int64_t rows = indices.size(2), width = indices.size(3);
@@ -128,7 +128,7 @@ StableTensor corrections(const Lists& lists, const BlockGrid& grid, const float*
     const BlockRow row(grid, r % rows);
     for (std::int64_t n = r * width; n < r * width + count[r]; ++n) {
       const float p = keep[row.distance(index[n])];
-      correction[n] = score == Score::kSoftmax ? -std::log(p) : 1 / p;
+      correction[n] = score == Score::kSoftmax ? -std::log(p) : p;
     }
   }
   return result;
@@ -176,7 +176,8 @@ SampledBlocks read(const Arguments& args, const Sampling& sampling, const Option
   if (options.importance) {
     const auto* keep = static_cast<const float*>(sampling.keep.data_ptr());
     sampled.corrections = corrections(sampled.lists, grid, keep, p.score);
-    (p.score == Score::kSoftmax ? list.bias : list.factor) = static_cast<const float*>(sampled.corrections->data_ptr());
+    (p.score == Score::kSoftmax ? list.bias : list.divisor) =
+        static_cast<const float*>(sampled.corrections->data_ptr());
   }
   return sampled;
 }

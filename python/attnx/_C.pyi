@@ -25,3 +25,16 @@ def cuda_forward_kernel(
     value_dim: int,
 ) -> str: ...
 def cuda_sigmoid_weights(logits: int, weights: int, n: int, dtype: str, exact: bool) -> None: ...
+def cuda_sampled_blocks(
+    keep: int,
+    seed: int,
+    offset: int,
+    heads: int,
+    length_q: int,
+    length_k: int,
+    block_q: int,
+    block_k: int,
+    is_causal: bool,
+    kept: int,
+    arrival: int,
+) -> None: ...

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import operator
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -198,7 +198,7 @@ def _solve(keep: Family | None, density: float | None, mode: Mode, grid: BlockGr
     return parameter, _solve_blocks_per_row(density, grid)
 
 
-def _solve_once(keep: Family | None, density: float | None, mode: Mode, *grid: int) -> tuple[float | None, int]:
+def _solve_once(keep: Family | None, density: float | None, mode: Mode, *grid: Any) -> tuple[float | None, int]:
     return _solve(keep, density, mode, BlockGrid(*grid))
 
 
@@ -225,10 +225,11 @@ def solve(keep: Keep, density: float | None, mode: Mode, grid: BlockGrid, device
         )
     if not isinstance(keep, str) or keep not in DEFAULT_PARAMETERS:
         raise RuntimeError(f"keep: expected one of {', '.join(DEFAULT_PARAMETERS)} or a tensor, got {keep!r}")
+    family = cast(Family, keep)
     if density is None and mode == "bernoulli":
-        return Sampling(keep_probabilities(keep, grid.key_blocks, device=device), 0)
-    parameter, blocks_per_row = _solve_once(keep, density, mode, *map(operator.index, grid))
-    return Sampling(keep_probabilities(keep, grid.key_blocks, parameter, device=device), blocks_per_row)
+        return Sampling(keep_probabilities(family, grid.key_blocks, device=device), 0)
+    parameter, blocks_per_row = _solve_once(family, density, mode, *map(operator.index, grid))
+    return Sampling(keep_probabilities(family, grid.key_blocks, parameter, device=device), blocks_per_row)
 
 
 def _number(name: str, x: int | Tensor, low: int, high: int, device: torch.device) -> Tensor:

@@ -34,7 +34,7 @@ struct KeyTile {
   std::int64_t first, count;
   std::int64_t next;  // the first key of the tile that probably follows
   float bias = 0;     // added to the logits
-  float factor = 1;   // of the weights
+  float divisor = 1;  // of the weights
 };
 
 template <class T>
@@ -92,14 +92,14 @@ template <class Sum>
 struct PanelOnTile {
   alignas(kVectorBytes) Sum position[kPanelLanes<Sum>];
   alignas(kVectorBytes) MaskInt<Sum> first[kPanelLanes<Sum>], end[kPanelLanes<Sum>];
-  Sum bias;            // of the tile
-  Sum inverse_factor;  // of the tile's weights
+  Sum bias;     // of the tile
+  Sum divisor;  // of the tile's weights
   bool masked;
 
   // keys is the number of rows of the tile that the loop will touch, padding of the last step included.
   PanelOnTile(const Panel<Sum>& panel, const KeyTile& tile, std::int64_t keys)
       : bias(tile.bias),
-        inverse_factor(1 / Sum(tile.factor)),
+        divisor(tile.divisor),
         masked(panel.all.first > tile.first || panel.all.end < tile.first + keys) {
     const std::int64_t key0 = tile.first;
     if (!masked && !panel.alibi) return;

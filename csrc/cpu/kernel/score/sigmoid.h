@@ -31,7 +31,7 @@ class SigmoidForward {
       for_each_logit<A>(s, keys, scale, panel, on_tile, v, [&](auto key, auto& x, auto& visible, auto masked) {
         Vec<Sum> p[A::kStep];
         for (int k = 0; k < A::kStep; ++k) {
-          p[k] = reciprocal(exp_minus(x[k]) * on_tile.inverse_factor + on_tile.inverse_factor);
+          p[k] = reciprocal(exp_minus(x[k]) * on_tile.divisor + on_tile.divisor);
           if constexpr (masked.kValue) p[k] = visible[k] ? p[k] : Vec<Sum>{};
         }
         A::store_step(weights + step_index<A>(key, lane, kPanelLanes<Sum>), p);
@@ -51,11 +51,12 @@ class SigmoidBackward {
   void begin(const BackwardParams&, const Sequence&, const Panel<Sum>&) {}
 
   // The weight of a logit, and its derivative times dP: p (1 - p) dP with 1 - p = e^-x p, exact to rounding where
-  // p - p^2 would cancel. With a factor on the weights, p / factor takes the place of p in 1 - p.
+  // p - p^2 would cancel. Where a list divides the weights, p times the divisor takes the
+  // place of p in 1 - p.
   ATTNX_INLINE void differentiate(Vec<Sum> x, Vec<Sum> dp, int /*lane*/, const PanelOnTile<Sum>& on_tile, Vec<Sum>& p,
                                   Vec<Sum>& ds) const {
-    const Vec<Sum> e = exp_minus(x) * on_tile.inverse_factor;
-    p = reciprocal(e + on_tile.inverse_factor);
+    const Vec<Sum> e = exp_minus(x) * on_tile.divisor;
+    p = reciprocal(e + on_tile.divisor);
     ds = e * p * p * dp;
   }
 };

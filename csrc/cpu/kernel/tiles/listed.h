@@ -20,7 +20,7 @@ class ListedTiles {
     const std::int64_t terms =
         s.batch * list.bias_batch_stride + head * list.bias_head_stride + row * list.bias_row_stride;
     if (list.bias) bias_ = list.bias + terms;
-    if (list.factor) factor_ = list.factor + terms;
+    if (list.divisor) divisor_ = list.divisor + terms;
     hull_ = {length_, 0};
     for (std::int64_t i = 0; i < count_; ++i) {
       const std::int64_t first = indices_[i] * block_;
@@ -47,7 +47,7 @@ class ListedTiles {
       for (std::int64_t key = block; key < end; key += kTile) {
         if (key >= range.end || key + kTile <= range.first) continue;
         const std::int64_t next = key + kTile < end ? key + kTile : i + 1 < count_ ? indices_[i + 1] * block_ : length_;
-        visit(KeyTile{key, smaller(kTile, end - key), next, bias_ ? bias_[i] : 0, factor_ ? factor_[i] : 1});
+        visit(KeyTile{key, smaller(kTile, end - key), next, bias_ ? bias_[i] : 0, divisor_ ? divisor_[i] : 1});
       }
     }
   }
@@ -56,7 +56,7 @@ class ListedTiles {
   BandTiles band_;
   std::int64_t block_, length_, count_;
   const std::int32_t* indices_;
-  const float *bias_ = nullptr, *factor_ = nullptr;
+  const float *bias_ = nullptr, *divisor_ = nullptr;
   KeyRange hull_;
 };
 

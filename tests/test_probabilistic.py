@@ -1,0 +1,354 @@
+"""Probabilistic attention: its random numbers, its masks, its definition in float64, and what it estimates."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnx
+from attnx import reference
+from attnx.nn import ProbabilisticAttention
+from attnx.probabilistic import BlockGrid
+from attnx.testing import assert_close
+from cases import DTYPES, Shape, random_inputs
+from compare import forward_backward
+
+cpu = pytest.mark.backends("cpu")
+
+ROUND: dict[str, Any] = {"seed": 1234567890123, "offset": 42}
+FAMILIES: list[Any] = ["harmonic", "geometric", "power", "gaussian"]
+MODES: list[Any] = ["bernoulli", "topm"]
+LENGTHS = [(640, 640), (200, 330), (330, 200), (1, 300), (50, 40), (1000, 130)]
+
+
+# Random numbers ------------------------------------------------------------------------------------------------------
+
+# From the Random123 library's known answers: counter, key, words.
+PHILOX = [
+    ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([2**32 - 1] * 4, [2**32 - 1] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), PHILOX, ids=["zeros", "ones", "pi"])
+def test_philox(counter: list[int], key: list[int], words: list[int]) -> None:
+    c0, c1, c2, c3 = (torch.tensor(c) for c in counter)
+    assert [int(w) for w in reference.philox((c0, c1, c2, c3), key[0] | key[1] << 32)] == words
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (64, 128)], ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_mask_is_the_reference_s(
+    lengths: tuple[int, int], block_size: tuple[int, int], mode: Any, is_causal: bool
+) -> None:
+    for keep in FAMILIES:
+        options = {"keep": keep, "mode": mode, "block_size": block_size, "is_causal": is_causal, **ROUND}
+        actual = attnx.probabilistic_block_mask(2, 3, *lengths, **options)
+        expected = reference.probabilistic_block_mask(2, 3, *lengths, **options)
+        blocks = -(-lengths[1] // block_size[1])
+        assert torch.equal(actual.to_dense(blocks), expected.to_dense(blocks))
+        used = torch.arange(actual.kv_indices.shape[-1]) < actual.kv_num_blocks[..., None]
+        steps = actual.kv_indices.diff(dim=-1)[used[..., 1:]]
+        assert (steps > 0).all(), "lists ascend"
+
+
+@pytest.mark.backends("emulated", "cuda")
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_the_device_draws_what_the_host_draws(lengths: tuple[int, int], is_causal: bool, device: torch.device) -> None:
+    grid = BlockGrid(*lengths, 64, 64, is_causal)
+    shape = 6, grid.query_blocks, grid.key_blocks
+    keep = attnx.keep_probabilities("harmonic", grid.key_blocks, device=device)
+    kept = torch.empty(shape, dtype=torch.bool, device=device)
+    arrival = torch.empty(shape, dtype=torch.float64, device=device)
+    hook = attnx._C.cuda_sampled_blocks
+    hook(keep.data_ptr(), *ROUND.values(), 6, *lengths, 64, 64, is_causal, kept.data_ptr(), arrival.data_ptr())
+    options = {"is_causal": is_causal, **ROUND}
+    expected = reference.probabilistic_block_mask(2, 3, *lengths, **options).to_dense(grid.key_blocks)
+    assert torch.equal(kept.cpu(), expected.flatten(0, 1))
+    i, j = torch.arange(grid.query_blocks)[:, None], torch.arange(grid.key_blocks)
+    counter = torch.broadcast_tensors(j, i, torch.arange(6)[:, None, None], torch.tensor(ROUND["offset"]))
+    times = reference._negative_log2(reference.philox(counter, ROUND["seed"])[0])
+    times = times / keep.cpu().double()[reference._block_distance(grid)]
+    assert torch.equal(arrival.cpu(), times)
+
+
+def test_the_race_s_logarithm() -> None:
+    word = torch.cat([torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 1]), torch.randint(2**32, (1000,))])
+    exact = -((word.double() + 0.5) * 2.0**-32).log2()
+    assert ((reference._negative_log2(word).double() * 2.0**-24 - exact).abs() <= 2.0**-22).all()
+
+
+@pytest.mark.parametrize("keep", FAMILIES)
+def test_keep_rate_by_distance(keep: Any) -> None:
+    """1e6 draws and more: each distance within 4 sigma of its probability."""
+    blocks, heads = 64, 250
+    mask = attnx.probabilistic_block_mask(1, heads, blocks * 64, blocks * 64, keep=keep, **ROUND).to_dense(blocks)
+    p = attnx.keep_probabilities(keep, blocks).double()
+    for distance in range(blocks):
+        on_both_sides = [mask.diagonal(d, -2, -1).flatten() for d in {distance, -distance}]
+        draws = torch.cat(on_both_sides).double()
+        sigma = (p[distance] * (1 - p[distance]) / len(draws)).sqrt()
+        assert (draws.mean() - p[distance]).abs() <= 4 * sigma + 1e-12
+
+
+def test_topm_draws_by_weight() -> None:
+    """Of two blocks besides the diagonal one is taken: by Gumbel-top-m with p / (p + q)."""
+    keep = torch.tensor([1.0, 0.6, 0.2])
+    options = {"keep": keep, "mode": "topm", "density": 2 / 3, **ROUND}
+    mask = attnx.probabilistic_block_mask(1, 20000, 192, 192, **options).to_dense(3)[0]
+    assert (mask.sum(-1) == 2).all()
+    rate = mask[:, 0, 1].double().mean()  # the first row sees distances 0, 1, 2
+    assert abs(rate - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 20000)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("keep", FAMILIES)
+def test_density(keep: Any, is_causal: bool, mode: Any) -> None:
+    blocks = 40
+    options = {"keep": keep, "density": 0.3, "mode": mode, "is_causal": is_causal}
+    mask = attnx.probabilistic_block_mask(1, 200, blocks * 64, blocks * 64, **options, **ROUND).to_dense(blocks)
+    candidates = torch.ones(blocks, blocks).tril().sum() if is_causal else blocks * blocks
+    assert abs(float(mask.double().sum() / candidates / 200) - 0.3) < (0.005 if mode == "bernoulli" else 0.02)
+
+
+# What the operator computes -------------------------------------------------------------------------------------------
+
+
+def eager(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """The formula in the dtype of query, every step rounded."""
+    score, importance, is_causal = (options.get(name) for name in ("score", "importance", "is_causal"))
+    length_q, length_k = query.shape[2], key.shape[2]
+    names = ("keep", "density", "mode", "is_causal", "seed", "offset")
+    masks = {name: options[name] for name in names if name in options}
+    mask = reference.probabilistic_block_mask(*query.shape[:2], length_q, length_k, **masks)
+    blocks = -(-length_k // 64)
+
+    def elements(x: Tensor) -> Tensor:
+        return x.repeat_interleave(64, -2).repeat_interleave(64, -1)[..., :length_q, :length_k]
+
+    visible = elements(mask.to_dense(blocks))
+    if is_causal:
+        visible = visible & torch.ones_like(visible).tril(length_k - length_q)
+    p = torch.ones(length_q, length_k)
+    if importance:
+        distance = reference._block_distance(BlockGrid(length_q, length_k, 64, 64, bool(is_causal)))
+        p = elements(attnx.keep_probabilities(options.get("keep", "harmonic"), blocks)[distance])
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    logits = query @ (key / math.sqrt(query.shape[3])).mT
+    if score == "sigmoid":
+        weights = (logits - math.log(length_k)).sigmoid() / p.to(logits.dtype)
+        return weights.masked_fill(~visible, 0.0) @ value
+    logits = (logits - p.log().to(logits.dtype)).masked_fill(~visible, torch.finfo(logits.dtype).min)
+    return logits.softmax(-1).masked_fill(~visible, 0.0) @ value
+
+
+@cpu
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"importance": True}, {"mode": "topm"}], ids=str)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_definition(dtype: torch.dtype, score: str, options: dict[str, Any], device: torch.device) -> None:
+    for shape in (
+        Shape(length_q=330, length_k=330, head_dim=32),
+        Shape(length_q=200, length_k=450, head_dim=20, value_dim=9, batch=2, heads=4, kv_heads=2),
+        Shape(length_q=40, length_k=50, head_dim=16),
+    ):
+        inputs, grad_output = random_inputs(shape, dtype, device)
+        options = options | {"score": score, **ROUND}
+        actual = forward_backward(attnx.probabilistic_attention, inputs, grad_output, **options)
+        exact = {name: x.double() for name, x in inputs.items()}
+        expected = forward_backward(reference.probabilistic_attention, exact, grad_output.double(), **options)
+        baseline = forward_backward(eager, inputs, grad_output, **options)
+        for name, x in actual.items():
+            assert_close(x, expected[name], baseline[name], name=name)
+
+
+@cpu
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_gradcheck(score: Any, device: torch.device) -> None:
+    inputs, _ = random_inputs(Shape(length_q=150, length_k=200, head_dim=3, value_dim=2), torch.float64, device)
+
+    def attention(*x: Tensor) -> Any:
+        lse = score == "softmax"
+        return attnx.probabilistic_attention(*x, score=score, importance=True, return_logsumexp=lse, **ROUND)
+
+    leaves = tuple(x.requires_grad_() for x in inputs.values())
+    assert torch.autograd.gradcheck(attention, leaves, fast_mode=True)
+
+
+@cpu
+def test_importance_is_unbiased(device: torch.device) -> None:
+    """The means over rounds come to the dense results at the Monte Carlo rate, element by element."""
+    # Many heads: the draws are few, and each decides about 64 rows.
+    shape = Shape(batch=4, length_q=320, length_k=320, head_dim=4, heads=4)
+    inputs, _ = random_inputs(shape, torch.float64, device)
+    rounds = 200
+    options: dict[str, Any] = {"importance": True, "seed": 5}
+
+    def within(estimates: Tensor, truth: Tensor) -> None:
+        error, sigma = estimates.mean(0) - truth, estimates.std(0) / math.sqrt(rounds)
+        assert (error.abs() <= 6 * sigma + 1e-12).all()
+        # As a whole: the mean square of errors in units of their own sigma is 1.
+        assert 0.7 < (error / sigma.clamp(min=1e-15)).square()[sigma > 1e-9].mean() < 1.4
+
+    sigmoid = [attnx.probabilistic_attention(**inputs, score="sigmoid", offset=i, **options) for i in range(rounds)]
+    within(torch.stack(sigmoid), attnx.sigmoid_attention(**inputs))
+    parts = [attnx.probabilistic_attention(**inputs, offset=i, return_logsumexp=True, **options) for i in range(rounds)]
+    output, logsumexp = attnx.softmax_attention(**inputs, return_logsumexp=True)
+    within(torch.stack([lse.exp() for _, lse in parts]), logsumexp.exp())
+    numerators = torch.stack([o * lse.exp()[..., None] for o, lse in parts])
+    within(numerators, output * logsumexp.exp()[..., None])
+
+
+@cpu
+def test_softmax_approaches_dense_as_the_density_grows(device: torch.device) -> None:
+    inputs, _ = random_inputs(Shape(length_q=640, length_k=640, head_dim=8), torch.float32, device)
+    dense = attnx.softmax_attention(**inputs)
+    errors = [
+        float((attnx.probabilistic_attention(**inputs, density=p, importance=True, **ROUND) - dense).square().mean())
+        for p in (0.2, 0.5, 0.9, 1.0)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-12
+
+
+# How it lives with torch ----------------------------------------------------------------------------------------------
+
+
+@cpu
+def test_fits_torch(device: torch.device) -> None:
+    inputs, _ = random_inputs(Shape(length_q=320, length_k=320, head_dim=8), torch.float32, device)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    keep = attnx.keep_probabilities("harmonic", 5)
+    numbers = [torch.tensor(x) for x in ROUND.values()]
+    arguments = (*leaves, keep, *numbers, 0, True, 64, 64, "softmax", "none", 0.0, None, True)
+    torch.library.opcheck(torch.ops.attnx.probabilistic_attention, arguments)
+
+    def attention(*x: Tensor) -> Tensor:
+        return attnx.probabilistic_attention(*x, density=0.6, is_causal=True, **ROUND)
+
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*leaves), attention(*leaves), rtol=0, atol=0)
+    grads, expected = (torch.autograd.grad(f(*leaves).sum(), leaves) for f in (compiled, attention))
+    for actual, x in zip(grads, expected, strict=True):
+        torch.testing.assert_close(actual, x, rtol=0, atol=0)
+    drawn = torch.compile(lambda *x: attnx.probabilistic_attention(*x), fullgraph=True, backend="aot_eager")
+    assert not torch.equal(drawn(*leaves), drawn(*leaves)), "every call has a round of its own"
+    stacked = [torch.stack([x, 2 * x]).detach() for x in leaves]
+    each = torch.stack([attention(*x) for x in zip(*stacked, strict=True)])
+    torch.testing.assert_close(torch.vmap(attention)(*stacked), each)
+
+
+def test_rounds() -> None:
+    """From torch's seed, from a generator's, and the same in a new process."""
+
+    def mask(**options: Any) -> Tensor:
+        return attnx.probabilistic_block_mask(1, 2, 1280, 1280, **options).to_dense(20)
+
+    torch.manual_seed(0)
+    first, second = mask(), mask()
+    torch.manual_seed(0)
+    assert torch.equal(mask(), first)
+    assert not torch.equal(first, second)
+    of_generator = [mask(generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*of_generator)
+    fixed = mask(**ROUND)
+    assert torch.equal(mask(seed=torch.tensor(ROUND["seed"]), offset=torch.tensor(ROUND["offset"])), fixed)
+    assert not torch.equal(mask(**(ROUND | {"offset": 43})), fixed)
+    code = (
+        "import attnx; mask = attnx.probabilistic_block_mask(1, 2, 1280, 1280, "
+        f"seed={ROUND['seed']}, offset={ROUND['offset']}); print(mask.to_dense(20).int().flatten().tolist())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert run.stdout.strip() == str(fixed.int().flatten().tolist())
+
+
+@cpu
+def test_evaluation(device: torch.device) -> None:
+    inputs, _ = random_inputs(Shape(length_q=320, length_k=320), torch.float32, device)
+    dense = attnx.softmax_attention(**inputs)
+    torch.testing.assert_close(attnx.probabilistic_attention(**inputs, training=False), dense)
+    in_round = attnx.probabilistic_attention(**inputs, **ROUND)
+    torch.testing.assert_close(attnx.probabilistic_attention(**inputs, training=False, **ROUND), in_round)
+
+
+@cpu
+@pytest.mark.usefixtures("backend")
+def test_module() -> None:
+    torch.manual_seed(0)
+    module = ProbabilisticAttention(24, 4, num_kv_heads=2, density=0.6, is_causal=True, qk_norm=True)
+    x = torch.randn(2, 320, 24)
+    torch.manual_seed(1)
+    first = module(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(module(x), first, rtol=0, atol=0)
+    assert not torch.equal(module(x), first)
+    first.square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in module.parameters())
+    module.eval()
+    query = module.q_norm(module.q_proj(x).unflatten(2, (4, 6))).transpose(1, 2)
+    key = module.k_norm(module.k_proj(x).unflatten(2, (2, 6))).transpose(1, 2)
+    value = module.v_proj(x).unflatten(2, (2, 6)).transpose(1, 2)
+    dense = attnx.softmax_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(module(x), module.out_proj(dense.transpose(1, 2).flatten(2)))
+    fixed = ProbabilisticAttention(24, 4, keep=torch.tensor([1.0, 0.5, 0.2, 0.1, 0.1]), eval_seed=3).eval()
+    torch.testing.assert_close(fixed(x), fixed(x), rtol=0, atol=0)
+    assert "keep_table" in fixed.state_dict()
+    assert fixed.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "family": ({"keep": "uniform"}, "keep: expected one of harmonic, geometric, power, gaussian or a tensor, got"),
+    "keep_above_1": ({"keep": torch.tensor([1.0, 1.5, 0.1])}, "keep: expected probabilities from 0 to 1, got 1.5"),
+    "keep_nan": ({"keep": torch.tensor([1.0, math.nan, 0.1])}, "keep: expected probabilities from 0 to 1, got nan"),
+    "keep_0_below_1": ({"keep": torch.tensor([0.5, 0.5, 0.5])}, "keep: expected 1 at distance 0"),
+    "keep_too_short": ({"keep": torch.ones(2)}, "keep: expected a probability for each distance, shape (3,) or longer"),
+    "keep_float64": ({"keep": torch.ones(3).double()}, "keep: expected float32, got float64"),
+    "density_above_1": ({"density": 1.5}, "density: expected None or a share of the blocks from 0 to 1, got 1.5"),
+    "density_too_low": ({"density": 0.01}, "density: expected from 0.333333 to 1, which keep='harmonic' can reach"),
+    "density_of_a_tensor": ({"keep": torch.ones(3), "density": 0.5}, "density: expected a number with mode="),
+    "mode": ({"mode": "random"}, 'mode: expected "bernoulli" or "topm", got \'random\''),
+    "topm_importance": ({"mode": "topm", "importance": True}, "importance: expected False with mode="),
+    "score": ({"score": "relu"}, 'score: expected "softmax" or "sigmoid", got \'relu\''),
+    "bias": ({"score": "sigmoid", "bias": torch.ones(2)}, 'bias: expected None, "row" or a float, got a tensor'),
+    "block_size": ({"block_size": (32, 64)}, "block_size: expected 64 or 128 on each side, got (32, 64)"),
+    "seed_alone": ({"seed": 3}, "offset: expected one with seed, got None"),
+    "offset_alone": ({"offset": 3}, "seed: expected one with offset, got None"),
+    "offset_too_large": ({"seed": 1, "offset": 2**32}, "offset: expected an int from 0 to 4294967295"),
+    "generator_and_seed": ({"generator": torch.Generator(), **ROUND}, "generator: expected None where seed and offset"),
+    "logsumexp_of_sigmoid": (
+        {"score": "sigmoid", "return_logsumexp": True},
+        'return_logsumexp: expected False, or True with score="softmax"',
+    ),
+}
+
+
+@cpu
+@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
+def test_bad_input(options: dict[str, Any], message: str, device: torch.device) -> None:
+    inputs, _ = random_inputs(Shape(length_q=192, length_k=192), torch.float32, device)
+    with pytest.raises(RuntimeError) as error:
+        attnx.probabilistic_attention(**inputs, **options)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.backends("emulated", "cuda")
+def test_cuda_is_refused_by_the_table(dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _ = random_inputs(Shape(), dtype, device)
+    with pytest.raises(NotImplementedError, match="missing:   backend cuda"):
+        attnx.probabilistic_attention(**inputs)
