@@ -97,7 +97,7 @@ def test_interrupt_ends_with_what_was_done(tmp_path: Path) -> None:
         (["--attention", "linear"], "argument --attention: invalid choice: 'linear' (choose from"),
         (["--steps", "0"], "argument --steps: expected a positive number, got 0"),
         (["--text", "missing.txt"], "--text: expected a readable file, got missing.txt (No such file or directory)"),
-        (["--text", "short.txt"], "--text: expected at least 10250 bytes, got 5 in short.txt"),
+        (["--text", "short.txt"], "--text: expected at least 5130 bytes, got 5 in short.txt"),
         (
             ["--output=short.txt", "--attention=sdpa"],
             "--output: expected a folder that can be written, got short.txt (File exists)",

@@ -14,7 +14,7 @@ from torch import Tensor
 import attnx
 from attnx import reference
 from attnx.nn import ProbabilisticAttention
-from attnx.probabilistic import BlockGrid
+from attnx.probabilistic import BlockGrid, solve
 from attnx.testing import assert_close
 from cases import DTYPES, Shape, random_inputs
 from compare import forward_backward
@@ -83,7 +83,8 @@ def test_the_device_draws_what_the_host_draws(lengths: tuple[int, int], is_causa
     counter = torch.broadcast_tensors(j, i, torch.arange(6)[:, None, None], torch.tensor(ROUND["offset"]))
     times = reference._negative_log2(reference.philox(counter, ROUND["seed"])[0])
     times = times / keep.cpu().double()[reference._block_distance(grid)]
-    assert torch.equal(arrival.cpu(), times)
+    candidates = torch.tensor(grid.rows())[:, 2:]
+    assert torch.equal(arrival.cpu(), times.where(j < candidates, math.inf))
 
 
 def test_the_race_s_logarithm() -> None:
@@ -113,6 +114,36 @@ def test_topm_draws_by_weight() -> None:
     assert (mask.sum(-1) == 2).all()
     rate = mask[:, 0, 1].double().mean()  # the first row sees distances 0, 1, 2
     assert abs(rate - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 20000)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (64, 128)], ids=str)
+def test_topm_keeps_as_many_in_each_row(block_size: tuple[int, int], is_causal: bool) -> None:
+    """The same number, or all candidates where they are fewer; never fewer than the diagonal."""
+    for lengths in LENGTHS:
+        options = {"mode": "topm", "block_size": block_size, "is_causal": is_causal, **ROUND}
+        counts = attnx.probabilistic_block_mask(2, 3, *lengths, **options).kv_num_blocks
+        grid = BlockGrid(*lengths, *block_size, is_causal)
+        m = solve("harmonic", None, "topm", grid, counts.device).blocks_per_row
+        assert counts[0, 0].tolist() == [min(max(m, end - begin), most) for begin, end, most in grid.rows()]
+        assert (counts == counts[0, 0]).all()
+
+
+@cpu
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (64, 128)], ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_no_row_is_empty(
+    lengths: tuple[int, int], block_size: tuple[int, int], is_causal: bool, device: torch.device
+) -> None:
+    """Not even if nothing but the diagonal is kept: every query that sees a key keeps one."""
+    inputs, _ = random_inputs(Shape(*lengths, head_dim=4, heads=1), torch.float32, device)
+    keep = torch.zeros(-(-lengths[1] // block_size[1]))
+    keep[0] = 1
+    options = {"is_causal": is_causal, "return_logsumexp": True}
+    _, dense = attnx.softmax_attention(**inputs, **options)
+    _, sampled = attnx.probabilistic_attention(**inputs, keep=keep, block_size=block_size, **options, **ROUND)
+    assert torch.equal(sampled.isfinite(), dense.isfinite())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -238,6 +269,11 @@ def test_fits_torch(device: torch.device) -> None:
     numbers = [torch.tensor(x) for x in ROUND.values()]
     arguments = (*leaves, keep, *numbers, 0, True, 64, 64, "softmax", "none", 0.0, None, True)
     torch.library.opcheck(torch.ops.attnx.probabilistic_attention, arguments)
+    results = [x.detach() for x in torch.ops.attnx.probabilistic_attention(*arguments)]
+    saved = [torch.ones_like(x) for x in results] + [x.detach() for x in leaves] + results
+    torch.library.opcheck(torch.ops.attnx.probabilistic_attention_backward, (*saved, *arguments[3:], False))
+    sizes = (2, 3, 320, 320, 64, 64, 0, True)
+    torch.library.opcheck(torch.ops.attnx.probabilistic_block_lists, (keep, *numbers, *sizes))
 
     def attention(*x: Tensor) -> Tensor:
         return attnx.probabilistic_attention(*x, density=0.6, is_causal=True, **ROUND)
@@ -252,6 +288,42 @@ def test_fits_torch(device: torch.device) -> None:
     stacked = [torch.stack([x, 2 * x]).detach() for x in leaves]
     each = torch.stack([attention(*x) for x in zip(*stacked, strict=True)])
     torch.testing.assert_close(torch.vmap(attention)(*stacked), each)
+
+
+@cpu
+@pytest.mark.parametrize("options", [{}, {"density": 0.6}, {"mode": "topm"}, {"mode": "topm", "density": 0.6}], ids=str)
+def test_compiles_for_any_length(options: dict[str, Any], device: torch.device) -> None:
+    """One graph, also where lengths and density are symbols; torch's seed draws the rounds of eager mode."""
+    torch._dynamo.reset()
+
+    def attention(query: Tensor, **options: Any) -> Tensor:
+        return attnx.probabilistic_attention(query, query, query, **options)
+
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (320, 448):
+        query = random_inputs(Shape(length_q=length, head_dim=8), torch.float32, device)[0]["query"]
+        torch.manual_seed(0)
+        actual = compiled(query, **options)
+        torch.manual_seed(0)
+        assert torch.equal(actual, attention(query, **options))
+
+
+@cpu
+def test_no_second_derivative(device: torch.device) -> None:
+    inputs, _ = random_inputs(Shape(), torch.float32, device)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    (gradient,) = torch.autograd.grad(attnx.probabilistic_attention(*leaves).sum(), leaves[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        gradient.sum().backward()
+
+
+@cpu
+def test_autocast(device: torch.device) -> None:
+    inputs, _ = random_inputs(Shape(length_q=320, length_k=320), torch.float32, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        output = attnx.probabilistic_attention(**inputs, **ROUND)
+    cast = {name: x.bfloat16() for name, x in inputs.items()}
+    assert torch.equal(output, attnx.probabilistic_attention(**cast, **ROUND))
 
 
 def test_rounds() -> None:
@@ -315,21 +387,44 @@ def test_module() -> None:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "family": ({"keep": "uniform"}, "keep: expected one of harmonic, geometric, power, gaussian or a tensor, got"),
     "keep_above_1": ({"keep": torch.tensor([1.0, 1.5, 0.1])}, "keep: expected probabilities from 0 to 1, got 1.5"),
+    "keep_below_0": ({"keep": torch.tensor([1.0, 0.5, -0.1])}, "keep: expected probabilities from 0 to 1, got -0.1"),
+    "keep_stride": (
+        {"keep": torch.ones(6)[::2]},
+        "keep: expected a contiguous last dimension (stride 1), got stride 2",
+    ),
+    "keep_rank": ({"keep": torch.ones(3, 3)}, "keep: expected a probability for each distance, shape (3,) or longer"),
+    "keep_gradient": ({"keep": torch.ones(3, requires_grad=True)}, "keep: expected a tensor that needs no gradient"),
+    "keep_device": ({"keep": torch.ones(3, device="meta")}, "keep: expected a tensor on cpu like query, got one on me"),
     "keep_nan": ({"keep": torch.tensor([1.0, math.nan, 0.1])}, "keep: expected probabilities from 0 to 1, got nan"),
     "keep_0_below_1": ({"keep": torch.tensor([0.5, 0.5, 0.5])}, "keep: expected 1 at distance 0"),
     "keep_too_short": ({"keep": torch.ones(2)}, "keep: expected a probability for each distance, shape (3,) or longer"),
     "keep_float64": ({"keep": torch.ones(3).double()}, "keep: expected float32, got float64"),
     "density_above_1": ({"density": 1.5}, "density: expected None or a share of the blocks from 0 to 1, got 1.5"),
     "density_too_low": ({"density": 0.01}, "density: expected from 0.333333 to 1, which keep='harmonic' can reach"),
+    "density_nan": ({"density": math.nan}, "density: expected None or a share of the blocks from 0 to 1, got nan"),
+    "density_of_topm": (
+        {"keep": torch.ones(3), "density": 0.1, "mode": "topm"},
+        'density: expected from 0.333333 to 1, which mode="topm" can reach on these lengths, got 0.1',
+    ),
+    "topm_of_a_tensor": ({"keep": torch.ones(3), "mode": "topm"}, "density: expected a number with mode="),
     "density_of_a_tensor": ({"keep": torch.ones(3), "density": 0.5}, "density: expected a number with mode="),
     "mode": ({"mode": "random"}, 'mode: expected "bernoulli" or "topm", got \'random\''),
     "topm_importance": ({"mode": "topm", "importance": True}, "importance: expected False with mode="),
     "score": ({"score": "relu"}, 'score: expected "softmax" or "sigmoid", got \'relu\''),
     "bias": ({"score": "sigmoid", "bias": torch.ones(2)}, 'bias: expected None, "row" or a float, got a tensor'),
+    "bias_of_softmax": ({"bias": -1.0}, 'bias: expected None with score="softmax", got -1.0'),
+    "block_size_number": ({"block_size": 64}, "block_size: expected a pair (queries, keys), got 64"),
     "block_size": ({"block_size": (32, 64)}, "block_size: expected 64 or 128 on each side, got (32, 64)"),
     "seed_alone": ({"seed": 3}, "offset: expected one with seed, got None"),
     "offset_alone": ({"offset": 3}, "seed: expected one with offset, got None"),
     "offset_too_large": ({"seed": 1, "offset": 2**32}, "offset: expected an int from 0 to 4294967295"),
+    "offset_negative": (
+        {"seed": 1, "offset": torch.tensor(-1)},
+        "offset: expected a round from 0 to 4294967295, got -1",
+    ),
+    "seed_bool": ({"seed": True, "offset": 0}, "seed: expected an int from"),
+    "seed_int32": ({"seed": torch.tensor(1).int(), "offset": 0}, "seed: expected int64, got int32"),
+    "seed_shape": ({"seed": torch.tensor([1]), "offset": 0}, "seed: expected a tensor of shape (), got (1,)"),
     "generator_and_seed": ({"generator": torch.Generator(), **ROUND}, "generator: expected None where seed and offset"),
     "logsumexp_of_sigmoid": (
         {"score": "sigmoid", "return_logsumexp": True},
@@ -345,6 +440,44 @@ def test_bad_input(options: dict[str, Any], message: str, device: torch.device) 
     with pytest.raises(RuntimeError) as error:
         attnx.probabilistic_attention(**inputs, **options)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((-1, 1, 64, 64), "batch: expected 0 or more, got -1"),
+        ((1, 1, 64, -64), "length_k: expected 0 or more, got -64"),
+        ((2**31, 3, 64, 64), "batch: expected at most 4294967296 heads in the batch, got 2147483648 times 3"),
+    ],
+)
+def test_bad_sizes_of_a_mask(sizes: tuple[int, int, int, int], message: str) -> None:
+    with pytest.raises(RuntimeError) as error:
+        attnx.probabilistic_block_mask(*sizes, **ROUND)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(("family", "parameter"), [("harmonic", -1.0), ("geometric", 1.5), ("power", math.nan)])
+def test_bad_parameter(family: Any, parameter: float) -> None:
+    with pytest.raises(RuntimeError, match=r"^parameter: expected 0 or more, .*, got"):
+        attnx.keep_probabilities(family, 4, parameter)
+
+
+@cpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [Shape(batch=0), Shape(length_q=0), Shape(length_k=0)], ids=str)
+def test_empty_gives_zeros(shape: Shape, mode: Any, device: torch.device) -> None:
+    inputs, grad_output = random_inputs(shape, torch.float32, device)
+    results = forward_backward(attnx.probabilistic_attention, inputs, grad_output, mode=mode, is_causal=True)
+    assert not any(x.any() for x in results.values())
+
+
+def test_lists_have_no_kernel_elsewhere() -> None:
+    arguments = (1, 1, 64, 64, 64, 64, 0, False)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
+    lists = torch.ops.attnx.probabilistic_block_lists.default
+    numbers = [torch.ones(1), torch.tensor(1), torch.tensor(1)]
+    with pytest.raises(NotImplementedError, match=r"(?s)^probabilistic_block_lists: .*missing:"):
+        lists.redispatch(keys, *numbers, *arguments)
 
 
 @pytest.mark.backends("emulated", "cuda")

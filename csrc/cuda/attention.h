@@ -33,7 +33,8 @@ void sigmoid_weights(const float* logits, float* weights, std::int64_t n, DType 
                      const Launch& launch);
 
 // Of every block (head, i, j) of a round: whether it is kept on its own, and when it arrives in the race of a fixed
-// number (block_sampling.h); device memory. A hook for tests: the device draws what the host does.
+// number (block_sampling.h), infinity where it may not take part; device memory. A hook for tests: the device draws
+// what the host does.
 void sampled_blocks(const BlockGrid& grid, const SamplingRound& round, const float* keep, std::int64_t heads,
                     std::uint8_t* kept, double* arrival, const Launch& launch);
 

@@ -198,12 +198,18 @@ def _solve(keep: Family | None, density: float | None, mode: Mode, grid: BlockGr
     return parameter, _solve_blocks_per_row(density, grid)
 
 
-def _solve_once(keep: Family | None, density: float | None, mode: Mode, *grid: Any) -> tuple[float | None, int]:
+def _solve_numbers(keep: Family | None, density: float | None, mode: Mode, *grid: Any) -> tuple[float | None, int]:
     return _solve(keep, density, mode, BlockGrid(*grid))
 
 
 # What torch.compiler.assume_constant_result does, without importing dynamo.
-_solve_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_solve_numbers._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _solve_symbols(keep: Family | None, density: float | None, mode: Mode, grid: BlockGrid) -> tuple[float | None, int]:
+    """The same where torch.compile put symbols for the numbers: operator.index and hex make them numbers again."""
+    share = None if density is None else float.fromhex(float(density).hex())
+    return _solve_numbers(keep, share, mode, *map(operator.index, grid))
 
 
 def solve(keep: Keep, density: float | None, mode: Mode, grid: BlockGrid, device: torch.device) -> Sampling:
@@ -220,15 +226,13 @@ def solve(keep: Keep, density: float | None, mode: Mode, grid: BlockGrid, device
                 'density: expected a number with mode="topm", and None otherwise, where keep is a tensor, '
                 f"got {density!r} with mode={mode!r}"
             )
-        return Sampling(
-            keep, 0 if mode == "bernoulli" else _solve_once(None, density, mode, *map(operator.index, grid))[1]
-        )
+        return Sampling(keep, 0 if mode == "bernoulli" else _solve_symbols(None, density, mode, grid)[1])
     if not isinstance(keep, str) or keep not in DEFAULT_PARAMETERS:
         raise RuntimeError(f"keep: expected one of {', '.join(DEFAULT_PARAMETERS)} or a tensor, got {keep!r}")
     family = cast(Family, keep)
     if density is None and mode == "bernoulli":
         return Sampling(keep_probabilities(family, grid.key_blocks, device=device), 0)
-    parameter, blocks_per_row = _solve_once(family, density, mode, *map(operator.index, grid))
+    parameter, blocks_per_row = _solve_symbols(family, density, mode, grid)
     return Sampling(keep_probabilities(family, grid.key_blocks, parameter, device=device), blocks_per_row)
 
 
@@ -296,6 +300,9 @@ def probabilistic_block_mask(
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
     """
+    for name, length in (("length_q", length_q), ("length_k", length_k)):
+        if length < 0:
+            raise RuntimeError(f"{name}: expected 0 or more, got {length}")
     device = torch.device("cpu")
     seed, offset = _round(generator, seed, offset, device)
     grid = BlockGrid(length_q, length_k, *_pair(block_size), is_causal)

@@ -1,4 +1,6 @@
 // What the device draws for every block of a round: a hook for the test that it is what the host draws.
+#include <math_constants.h>
+
 #include "attnx/block_sampling.h"
 #include "cuda/arguments.h"
 #include "cuda/attention.h"
@@ -23,9 +25,12 @@ __global__ void __launch_bounds__(256) attnx_sampled_blocks(const __grid_constan
   const std::int64_t rows = args.grid.query_blocks(), blocks = args.grid.key_blocks();
   const std::int64_t j = n % blocks, i = n / blocks % rows, head = n / blocks / rows;
   const BlockRow row(args.grid, i);
+  args.kept[n] = false;
+  args.arrival[n] = CUDART_INF;
+  if (j >= row.candidates) return;  // where a row has none, j may lie beyond every distance
   const float p = args.keep[row.distance(j)];
   const std::uint32_t word = args.round.draw(head, i, j);
-  args.kept[n] = j < row.candidates && is_kept(word, p);
+  args.kept[n] = is_kept(word, p);
   args.arrival[n] = arrival_time(word, p);
 }
 

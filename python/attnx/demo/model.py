@@ -19,7 +19,7 @@ class ModelConfig:
     layers: int = 4
     width: int = 128
     heads: int = 4
-    context: int = 1024
+    context: int = 512
 
 
 class Rotary(nn.Module):

@@ -17,7 +17,7 @@ from attnx.demo.model import ModelConfig, Transformer
 @dataclass(frozen=True)
 class TrainingConfig:
     steps: int = 160
-    batch: int = 2
+    batch: int = 4
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     warmup: float = 0.1  # of the steps; then the rate falls to 0 in a straight line
@@ -92,4 +92,4 @@ def train(
 def validate(learners: Sequence[Learner], corpus: Corpus, context: int) -> list[float]:
     """The bits per byte of every learner on the validation part."""
     windows = consecutive_windows(corpus.validation, context)
-    return [learner.validate(windows, batch=4) for learner in learners]
+    return [learner.validate(windows, batch=8) for learner in learners]
