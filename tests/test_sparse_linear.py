@@ -12,6 +12,7 @@ from torch import Tensor
 
 import attnx
 from attnx import SparseLinearMap
+from attnx._sparse_linear import labels_by_sorting
 from attnx.testing import assert_close
 from cases import DTYPES, Shape, pack, random_inputs
 
@@ -249,6 +250,23 @@ def test_block_map(
     assert not actual.labels.requires_grad
 
 
+@pytest.mark.parametrize("options", MAPS.values(), ids=MAPS)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_selection_is_what_sorting_gives(is_causal: bool, options: dict[str, Any]) -> None:
+    """The kernel of the CPU beside torch's own operators, which serve other devices; ties and NaN included."""
+    for lengths, block_size in (((700, 1000), (64, 64)), ((1000, 700), (64, 128)), ((300, 300), (128, 64))):
+        sizes = [-(-n // b) for n, b in zip(lengths, block_size, strict=True)]
+        products = torch.randn(2, 3, *sizes, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+        products[0, 0, :, 0] = torch.nan
+        products[0, 1] = -0.0
+        products[0, 1, :, ::2] = 0.0
+        shares = options.get("critical", 0.05), options.get("negligible", 0.1)
+        arguments = (products, *lengths, *block_size, *shares, is_causal, options.get("protect", 0))
+        selected = torch.ops.attnx.sparse_linear_labels(*arguments)
+        assert torch.equal(selected, labels_by_sorting(*arguments))
+        assert torch.equal(torch.ops.attnx.sparse_linear_labels(products.double(), *arguments[1:]), selected)
+
+
 def test_block_map_ties_go_to_the_lower_index() -> None:
     x = torch.ones(1, 1, 640, 4)
     labels = attnx.sparse_linear_block_map(x, x, critical=0.2, negligible=0.3).labels
@@ -283,6 +301,8 @@ def test_fits_torch(device: torch.device) -> None:
     each = (both(attnx.sparse_linear_attention)(*x, block_map=block_map) for x in zip(*stacked, strict=True))
     expected = torch.stack(list(each))
     torch.testing.assert_close(mapped(*stacked), expected)
+    unmapped = torch.stack([attention(*x) for x in zip(*stacked, strict=True)])
+    torch.testing.assert_close(torch.vmap(attention)(*stacked), unmapped)
     with torch.autocast("cpu", torch.bfloat16):
         assert attnx.sparse_linear_attention(*leaves)[1].dtype == torch.bfloat16
 

@@ -170,8 +170,10 @@ def register_looping_vmap(name: str) -> None:
         def example(n: int) -> list[Any]:
             return [x if dim is None else x.select(dim, n) for x, dim in zip(args, in_dims, strict=True)]
 
-        results = zip(*(_operator(name)(*example(n)) for n in range(info.batch_size)), strict=True)
-        stacked = tuple(torch.stack(result) for result in results)
+        results = [_operator(name)(*example(n)) for n in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(result) for result in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 
     torch.library.register_vmap(f"attnx::{name}", rule)

@@ -2,9 +2,59 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
+from torch import Tensor
+
 from attnx import _operators
 
 NAMES = ("sparse_linear_attention", "sparse_linear_attention_varlen")
+LABELS = "sparse_linear_labels"
+
+
+def _fake_labels(products: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(products, dtype=torch.int8, memory_format=torch.contiguous_format)
+
+
+def _share_of(share: float, count: Tensor) -> Tensor:
+    """share * count, without the last bits in which a product that should be whole is not."""
+    return (share * count.double() * 2**30).round() / 2**30
+
+
+def labels_by_sorting(
+    products: Tensor,
+    length_q: int,
+    length_k: int,
+    block_q: int,
+    block_k: int,
+    critical: float,
+    negligible: float,
+    is_causal: bool,
+    protect: int,
+) -> Tensor:
+    """The labels where no kernel selects them: csrc/torch/sparse_linear_labels.cpp does the same by selection."""
+    rows, blocks = products.shape[2:]
+    device = products.device
+    i, j = torch.arange(rows, device=device)[:, None], torch.arange(blocks, device=device)
+    # Of each row: how many blocks some of its queries see, and how many all of them do.
+    if is_causal:
+        first, last = i * block_q, ((i + 1) * block_q).clamp(max=length_q) - 1
+        seen_first, seen_last = ((x + length_k - length_q + 1).clamp(0, length_k) for x in (first, last))
+        some = (seen_last + block_k - 1) // block_k
+        every = torch.where(seen_first == length_k, blocks, seen_first // block_k).minimum(some - 1)
+    else:
+        some = every = torch.full((rows, 1), blocks, device=device)
+    candidate = j < some
+    forced = candidate & ((j >= every) | (j < -(-protect // block_k)))
+    largest = torch.finfo(products.dtype).max
+    order = products.nan_to_num(nan=largest).masked_fill(forced, math.inf).masked_fill(~candidate, -math.inf)
+    order = order.argsort(dim=-1, descending=True, stable=True)
+    count = _share_of(critical, some).ceil().clamp(min=1).maximum(forced.sum(-1, keepdim=True)).minimum(some)
+    least = some - _share_of(negligible, some).floor()
+    by_rank = (j < count).to(torch.int8) - ((j >= least) & (j >= count)).to(torch.int8)
+    labels = torch.empty(products.shape, dtype=torch.int8, device=device)
+    return labels.scatter_(-1, order, by_rank.expand(products.shape))
 
 
 def register() -> None:
@@ -17,3 +67,6 @@ def register() -> None:
         _operators.refuse_double_backward(f"{name}_backward")
         for device_type in ("cpu", "cuda"):
             _operators.register_autocast(name, device_type)
+    torch.library.register_fake(f"attnx::{LABELS}", _fake_labels)
+    torch.library.impl(f"attnx::{LABELS}", "CompositeExplicitAutograd", labels_by_sorting)
+    _operators.register_looping_vmap(LABELS)

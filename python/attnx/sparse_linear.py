@@ -88,11 +88,6 @@ def _pool(x: Tensor, block: int) -> Tensor:
     return torch.cat([means, x[:, :, whole:].mean(2, keepdim=True, dtype=dtype)], dim=2)
 
 
-def _share_of(share: float, count: Tensor) -> Tensor:
-    """share * count, without the last bits in which a product that should be whole is not."""
-    return (share * count.double() * 2**30).round() / 2**30
-
-
 @torch.no_grad()
 def sparse_linear_block_map(
     query: Tensor,
@@ -151,28 +146,12 @@ def sparse_linear_block_map(
     if smooth_k:
         pooled = pooled - key.mean(2, keepdim=True, dtype=pooled.dtype)
     pooled = pooled.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    products = _pool(query, block_q) @ pooled.mT * (1.0 if scale is None else math.copysign(1.0, scale))
-
-    # Of each row: how many blocks some of its queries see, and how many all of them do.
-    device = query.device
-    i, j = torch.arange(rows, device=device)[:, None], torch.arange(blocks, device=device)
-    if is_causal:
-        first, last = i * block_q, ((i + 1) * block_q).clamp(max=length_q) - 1
-        seen_first, seen_last = ((x + length_k - length_q + 1).clamp(0, length_k) for x in (first, last))
-        some = (seen_last + block_k - 1) // block_k
-        every = torch.where(seen_first == length_k, blocks, seen_first // block_k).minimum(some - 1)
-    else:
-        some = every = torch.full((rows, 1), blocks, device=device)
-    candidate = j < some
-    forced = candidate & ((j >= every) | (j < -(-protect // block_k)))
-
-    order = products.masked_fill(forced, math.inf).masked_fill(~candidate, -math.inf)
-    order = order.argsort(dim=-1, descending=True, stable=True)
-    count = _share_of(critical, some).ceil().clamp(min=1).maximum(forced.sum(-1, keepdim=True)).minimum(some)
-    least = some - _share_of(negligible, some).floor()
-    by_rank = (j < count).to(torch.int8) - ((j >= least) & (j >= count)).to(torch.int8)
-    labels = torch.empty(labels_shape, dtype=torch.int8, device=device)
-    return SparseLinearMap(labels.scatter_(-1, order, by_rank.expand(labels_shape)), (block_q, block_k))
+    with torch.autocast(query.device.type, enabled=False):  # ranks as sums are kept: in float32
+        products = _pool(query, block_q) @ pooled.mT * (1.0 if scale is None else math.copysign(1.0, scale))
+    labels = _ops.sparse_linear_labels(
+        products, length_q, length_k, block_q, block_k, critical, negligible, is_causal, protect
+    )
+    return SparseLinearMap(labels, (block_q, block_k))
 
 
 def sparse_linear_block_map_varlen(
