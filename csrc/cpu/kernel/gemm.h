@@ -68,8 +68,9 @@ inline void gemm_columns(GemmOperands<A> g, std::int64_t rows, std::int64_t step
   }
 }
 
-// Longer contractions are cut, for the accuracy of their sums.
-inline constexpr std::int64_t kMaxSteps = 128;
+// Longer contractions are cut, for the accuracy of their sums: at 128 steps gradients at a head_dim of 128 had up to
+// 2.3 times the largest float32 error of plain PyTorch, at 64 they have 1.2 times, for 1 to 2 % more time.
+inline constexpr std::int64_t kMaxSteps = 64;
 
 template <class A>
 inline void gemm(GemmOperands<A> g, std::int64_t rows, std::int64_t vectors, std::int64_t steps, bool accumulate) {
