@@ -78,14 +78,20 @@ def _check_heads(query: Tensor, key: Tensor, rank: int) -> None:
         )
 
 
+# Tokens. Torch converts what it sums in another dtype, and a copy of all would leave the caches.
+_POOLED_TOGETHER = 2048
+
+
 def _pool(x: Tensor, block: int) -> Tensor:
     """(batch, heads, blocks, head_dim): the mean of each block, of the ragged last one too."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     whole = x.shape[2] // block * block
-    means = x[:, :, :whole].unflatten(2, (-1, block)).mean(3, dtype=dtype)
-    if whole == x.shape[2]:
-        return means
-    return torch.cat([means, x[:, :, whole:].mean(2, keepdim=True, dtype=dtype)], dim=2)
+    converts = x.dtype != dtype and x.device.type == "cpu"
+    parts = x[:, :, :whole].split(_POOLED_TOGETHER if converts else max(whole, 1), dim=2)
+    means = [part.unflatten(2, (-1, block)).mean(3, dtype=dtype) for part in parts]
+    if whole < x.shape[2]:
+        means.append(x[:, :, whole:].mean(2, keepdim=True, dtype=dtype))
+    return torch.cat(means, dim=2)
 
 
 @torch.no_grad()
