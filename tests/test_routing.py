@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -33,7 +34,7 @@ def members(routes: attnx.Routes) -> list[list[int]]:
     return [
         x[a:b].tolist()
         for x, offsets in zip(routes.query_indices.flatten(0, 1), routes.query_offsets.flatten(0, 1), strict=True)
-        for a, b in zip(offsets, offsets[1:], strict=False)
+        for a, b in itertools.pairwise(offsets)
     ]
 
 
@@ -261,7 +262,7 @@ def test_same_bits_with_any_number_of_threads(dtype: torch.dtype, device: torch.
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts(layout: Any, dtype: torch.dtype, poisoned_allocations: None, backend: Any) -> None:
-    inputs, grad_output, options = prepare(CALLS["causal"], SHAPE, dtype)
+    inputs, grad_output, _ = prepare(CALLS["causal"], SHAPE, dtype)
     inputs = {name: layout(x) for name, x in inputs.items()}
     routes = routes_of(inputs, is_causal=True)
     expected = routes_of({name: x.contiguous() for name, x in inputs.items()}, is_causal=True)

@@ -57,7 +57,7 @@ def _fake_route(
     def lists(length: int, size: int) -> tuple[Tensor, Tensor]:
         slots = clusters * torch.sym_min(size, length) if routing == "topk" else length
         shapes = (batch, heads, slots), (batch, heads, clusters + 1)
-        return tuple(query.new_empty(shape, dtype=torch.int32) for shape in shapes)  # type: ignore[return-value]
+        return tuple(query.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
     of_queries = lists(query.shape[2], cluster_size_q)
     if shared_qk:

@@ -221,12 +221,12 @@ class RoutingAttention(ProjectedAttention):
         }
         if self.score == "sigmoid":
             return sigmoid_attention(query, key, value, bias="row" if self.bias is None else self.bias, **options)
-        return softmax_attention(query, key, value, **options)  # type: ignore[return-value]
+        return softmax_attention(query, key, value, **options)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self._attend(query, key, value, return_loss=False)[0]
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Tensor, context: Tensor | None = None, *, return_loss: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         output, loss = self._attend(*self.project(x, context), return_loss=return_loss)
