@@ -52,7 +52,7 @@ _PEERS = {
 }
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ImportError:  # the package around it is missing, or broken
@@ -60,4 +60,4 @@ def _is_installed(module: str) -> bool:
 
 
 def installed() -> tuple[Contender, ...]:
-    return tuple(contender for module, contender in _PEERS.items() if _is_installed(module))
+    return tuple(contender for module, contender in _PEERS.items() if is_installed(module))

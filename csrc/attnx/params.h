@@ -45,6 +45,29 @@ struct BlockList {
   std::int64_t bias_batch_stride = 0, bias_head_stride = 0, bias_row_stride = 0;
 };
 
+// Clusters of rows of each query head: cluster c of a head holds the rows indices[offsets[c]] up to
+// indices[offsets[c + 1] - 1], ascending.
+struct Clusters {
+  const std::int32_t* indices = nullptr;  // [batch, heads_q, slots]
+  const std::int32_t* offsets = nullptr;  // [batch, heads_q, clusters + 1]
+  std::int64_t slots = 0;
+  std::int64_t rows = 0;  // of a head, in clusters or not
+};
+
+// Gathered rows: a query attends, in each cluster of queries that holds it, to the keys of the cluster of the same
+// number; its output is the mean over these clusters, 0 without any.
+struct Gather {
+  std::int64_t clusters = 0;  // of a head; 0: rows are not gathered
+  Clusters queries, keys;
+  // Learned keys and values, [heads_k, memory, dim], which every cluster sees before its own.
+  std::int64_t memory = 0;
+  Tensor memory_key, memory_value;
+
+  // What one run of the loop is about, of batch * heads_q heads; the kernel fills this in.
+  std::int64_t first_head = 0, heads = 0;
+  const std::int32_t* query_starts = nullptr;  // [heads, queries.rows + 1]: differences count a query's clusters
+};
+
 struct AttentionParams {
   DType dtype = DType::kFloat32;
   Score score = Score::kSigmoid;
@@ -79,18 +102,22 @@ struct AttentionParams {
   // Listed tiles: only the listed blocks take part, under the same window. Not with cu_seqlens.
   std::int64_t block_q = 0, block_k = 0;  // rows and keys of a block
   BlockList key_blocks;                   // of each block of queries; null counts: every block takes part
+
+  Gather gather;  // length_q and length_k are then those of the longest clusters, memory included
 };
 
 struct ForwardParams : AttentionParams {
-  Tensor output;     // [batch, heads_q, length_q, value_dim]
-  Tensor logsumexp;  // [batch, heads_q, length_q] in the accumulator's type; row_stride is 1; softmax only
+  Tensor output;  // [batch, heads_q, length_q, value_dim]
+  // [batch, heads_q, length_q] in the accumulator's type, or [batch, heads_q, slots] where rows are gathered;
+  // row_stride is 1; softmax only
+  Tensor logsumexp;
 };
 
 struct BackwardParams : AttentionParams {
   BlockList query_blocks;  // key_blocks transposed: of each block of keys
 
   Tensor grad_output;     // [batch, heads_q, length_q, value_dim]
-  Tensor output;          // as from the forward; softmax only
+  Tensor output;          // as from the forward; softmax only; null where a query may be in several clusters
   Tensor logsumexp;       // as from the forward; softmax only
   Tensor grad_logsumexp;  // like logsumexp; softmax only
 
@@ -100,6 +127,11 @@ struct BackwardParams : AttentionParams {
   // [batch, heads_q] in double, the sums over each sequence; null where not wanted.
   double* grad_bias = nullptr;
   double* grad_alibi_slopes = nullptr;
+  Tensor grad_memory_key, grad_memory_value;  // like gather.memory_key and memory_value
+
+  // Where a run of the loop leaves what each cluster adds to the gradients of its keys: rows of sums, as long as
+  // vectors fill. The kernel fills this in.
+  void *key_sums = nullptr, *value_sums = nullptr;
 };
 
 // phi of linear attention, on the features of one query or key.
@@ -122,6 +154,36 @@ struct LinearForwardParams : LinearParams {
 struct LinearBackwardParams : LinearParams {
   Tensor grad_output, output;               // [batch, heads_q, length_q, value_dim]
   Tensor grad_query, grad_key, grad_value;  // added to
+};
+
+// Rows, normalised over their features as by LayerNorm without scale and bias, against the centroids of each head.
+struct RouteParams {
+  DType dtype = DType::kFloat32;
+  std::int64_t batch = 0, heads = 0, length = 0, head_dim = 0;
+  std::int64_t group = 1;  // consecutive heads share a head of rows
+  Tensor rows;             // [batch, heads / group, length, head_dim]
+  std::int64_t clusters = 0;
+  const float* centroids = nullptr;  // [heads, clusters, head_dim]
+};
+
+// The cluster_size rows with the largest products for each centroid, ascending: of equals those with lower indices, and
+// none whose product is NaN.
+struct SelectParams : RouteParams {
+  std::int64_t cluster_size = 0;
+  std::int32_t* indices = nullptr;  // [batch, heads, clusters, cluster_size]
+  std::int32_t* counts = nullptr;   // [batch, heads, clusters]: how many of them are in use
+};
+
+// The centroid with the largest product for each row, of equals that with the lower index; -1 where all are NaN.
+struct NearestParams : RouteParams {
+  std::int32_t* nearest = nullptr;  // [batch, heads, length]
+};
+
+// The sum of the normalised rows of each centroid, and their number.
+struct CentroidSumsParams : RouteParams {
+  const std::int32_t* nearest = nullptr;  // [batch, heads, length]
+  double* sums = nullptr;                 // [heads, clusters, head_dim], added to
+  double* counts = nullptr;               // [heads, clusters], added to
 };
 
 }  // namespace attnx

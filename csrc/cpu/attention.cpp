@@ -33,6 +33,16 @@ namespace attnx::cpu {
   void linear_forward(const LinearForwardParams&, const Executor&, char*);             \
   std::size_t linear_backward_workspace(const LinearBackwardParams&, const Executor&); \
   void linear_backward(const LinearBackwardParams&, const Executor&, char*);           \
+  std::size_t routed_forward_workspace(const ForwardParams&, const Executor&);         \
+  void routed_forward(const ForwardParams&, const Executor&, char*);                   \
+  std::size_t routed_backward_workspace(const BackwardParams&, const Executor&);       \
+  void routed_backward(const BackwardParams&, const Executor&, char*);                 \
+  std::size_t select_workspace(const SelectParams&, const Executor&);                  \
+  void select(const SelectParams&, const Executor&, char*);                            \
+  std::size_t nearest_workspace(const NearestParams&, const Executor&);                \
+  void nearest(const NearestParams&, const Executor&, char*);                          \
+  std::size_t centroid_sums_workspace(const CentroidSumsParams&, const Executor&);     \
+  void centroid_sums(const CentroidSumsParams&, const Executor&, char*);               \
   }
 ATTNX_FOR_EACH_ISA(ATTNX_DECLARE)
 #undef ATTNX_DECLARE
@@ -46,11 +56,13 @@ struct InstructionSet {
 };
 
 const std::vector<InstructionSet>& known() {
-#define ATTNX_ENTRY(isa, supported)                                                                              \
-  {#isa,                                                                                                         \
-   bool(supported),                                                                                              \
-   {isa::forward_workspace, isa::forward, isa::backward_workspace, isa::backward, isa::linear_forward_workspace, \
-    isa::linear_forward, isa::linear_backward_workspace, isa::linear_backward}},
+#define ATTNX_ENTRY(isa, supported)                                                                                \
+  {#isa,                                                                                                           \
+   bool(supported),                                                                                                \
+   {isa::forward_workspace, isa::forward, isa::backward_workspace, isa::backward, isa::linear_forward_workspace,   \
+    isa::linear_forward, isa::linear_backward_workspace, isa::linear_backward, isa::routed_forward_workspace,      \
+    isa::routed_forward, isa::routed_backward_workspace, isa::routed_backward, isa::select_workspace, isa::select, \
+    isa::nearest_workspace, isa::nearest, isa::centroid_sums_workspace, isa::centroid_sums}},
   static const std::vector<InstructionSet> sets = {ATTNX_FOR_EACH_ISA(ATTNX_ENTRY)};
 #undef ATTNX_ENTRY
   return sets;
@@ -88,12 +100,20 @@ Executor enough_for(double operations, Executor executor) {
 }
 
 double operations(const AttentionParams& p) {
+  if (p.gather.clusters)
+    return 2.0 * double(p.batch * p.heads_q) * double(p.gather.queries.slots) * double(p.length_k) *
+           double(p.head_dim + p.value_dim);
   return 2.0 * double(p.batch * p.heads_q) * double(p.length_q) * double(p.length_k) * double(p.head_dim + p.value_dim);
 }
 double operations(const LinearParams& p) {
   return 2.0 * double(p.batch) * double(p.heads_q * p.length_q + p.heads_k * p.length_k) *
          double(p.head_dim * p.value_dim);
 }
+
+double operations(const RouteParams& p) {
+  return 2.0 * double(p.batch * p.heads * p.length) * double(p.clusters * p.head_dim);
+}
+double operations(const CentroidSumsParams& p) { return 8.0 * double(p.batch * p.heads * p.length * p.head_dim); }
 
 template <class Params>
 void run(std::size_t (*Kernels::*workspace_bytes)(const Params&, const Executor&),
@@ -119,11 +139,19 @@ std::string instruction_set() { return chosen().load()->name; }
 void use_instruction_set(const std::string& name) { chosen() = find("name", name); }
 
 void forward(const ForwardParams& params, const Executor& executor) {
-  run(&Kernels::forward_workspace, &Kernels::forward, params, executor);
+  if (params.gather.clusters) {
+    run(&Kernels::routed_forward_workspace, &Kernels::routed_forward, params, executor);
+  } else {
+    run(&Kernels::forward_workspace, &Kernels::forward, params, executor);
+  }
 }
 
 void backward(const BackwardParams& params, const Executor& executor) {
-  run(&Kernels::backward_workspace, &Kernels::backward, params, executor);
+  if (params.gather.clusters) {
+    run(&Kernels::routed_backward_workspace, &Kernels::routed_backward, params, executor);
+  } else {
+    run(&Kernels::backward_workspace, &Kernels::backward, params, executor);
+  }
 }
 
 void linear_forward(const LinearForwardParams& params, const Executor& executor) {
@@ -132,6 +160,18 @@ void linear_forward(const LinearForwardParams& params, const Executor& executor)
 
 void linear_backward(const LinearBackwardParams& params, const Executor& executor) {
   run(&Kernels::linear_backward_workspace, &Kernels::linear_backward, params, executor);
+}
+
+void select(const SelectParams& params, const Executor& executor) {
+  run(&Kernels::select_workspace, &Kernels::select, params, executor);
+}
+
+void nearest(const NearestParams& params, const Executor& executor) {
+  run(&Kernels::nearest_workspace, &Kernels::nearest, params, executor);
+}
+
+void centroid_sums(const CentroidSumsParams& params, const Executor& executor) {
+  run(&Kernels::centroid_sums_workspace, &Kernels::centroid_sums, params, executor);
 }
 
 }  // namespace attnx::cpu

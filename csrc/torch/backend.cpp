@@ -111,6 +111,9 @@ void run(const BackwardParams& params, const StableTensor& query, bool determini
 
 void run(const LinearForwardParams& params) { cpu::linear_forward(params, executor()); }
 void run(const LinearBackwardParams& params) { cpu::linear_backward(params, executor()); }
+void run(const SelectParams& params) { cpu::select(params, executor()); }
+void run(const NearestParams& params) { cpu::nearest(params, executor()); }
+void run(const CentroidSumsParams& params) { cpu::centroid_sums(params, executor()); }
 
 ScalarType sum_type(const StableTensor& query) {
   return query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -2,11 +2,12 @@
 
 import torch as _torch  # noqa: F401  (before _C: it loads the libraries that libattnx links)
 
-from attnx import _C, _block_sparse, _operators, _probabilistic, _sparse_linear
+from attnx import _C, _block_sparse, _operators, _probabilistic, _routing, _sparse_linear
 
 _operators.register()
 _block_sparse.register()
 _probabilistic.register()
+_routing.register()
 _sparse_linear.register()
 
 from attnx import nn, reference  # noqa: E402  (they use the registered operators)
@@ -24,6 +25,14 @@ from attnx.probabilistic import (  # noqa: E402
     probabilistic_attention,
     probabilistic_block_mask,
 )
+from attnx.routing import (  # noqa: E402
+    Routes,
+    commitment_loss,
+    nearest_centroids,
+    route,
+    routing_attention,
+    update_centroids_,
+)
 from attnx.sparse_linear import (  # noqa: E402
     SparseLinearMap,
     sparse_linear_attention,
@@ -36,14 +45,19 @@ __version__: str = _C.version
 
 __all__ = [
     "BlockMask",
+    "Routes",
     "SparseLinearMap",
     "block_sparse_attention",
+    "commitment_loss",
     "explain",
     "keep_probabilities",
+    "nearest_centroids",
     "nn",
     "probabilistic_attention",
     "probabilistic_block_mask",
     "reference",
+    "route",
+    "routing_attention",
     "sigmoid_attention",
     "sigmoid_attention_varlen",
     "softmax_attention",
@@ -52,4 +66,5 @@ __all__ = [
     "sparse_linear_attention_varlen",
     "sparse_linear_block_map",
     "sparse_linear_block_map_varlen",
+    "update_centroids_",
 ]

@@ -75,6 +75,7 @@ class Requirement:
             "alibi": arguments.get("alibi_slopes") is not None,
             "block_bias": arguments.get("block_bias") is not None,
             "importance": arguments.get("importance", False),
+            "memory_kv": any(arguments.get(name) is not None for name in ("memory_key", "memory_kv")),
         }
         for name, feature in (("bias", "bias_gradient"), ("alibi_slopes", "alibi_gradient")):
             argument = arguments.get(name)

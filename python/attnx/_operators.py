@@ -188,7 +188,8 @@ def register_autocast(name: str, device_type: str) -> None:
     def cast(argument: str, x: Any, dtype: torch.dtype) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
             return x  # torch leaves float64 alone, too
-        return x.to(dtype if argument in ("query", "key", "value") else torch.float32)
+        follows = ("query", "key", "value", "memory_key", "memory_value")
+        return x.to(dtype if argument in follows else torch.float32)
 
     def kernel(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)

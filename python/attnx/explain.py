@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnx import _C, _capability, functional, probabilistic, sparse_linear
+from attnx import _C, _capability, functional, probabilistic, routing, sparse_linear
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         TypeError: the arguments do not fit its signature.
     """
     name = getattr(function, "__name__", str(function))
-    modules = (functional, probabilistic, sparse_linear)
+    modules = (functional, probabilistic, routing, sparse_linear)
     operators = {row.operator for row in _capability.table()}
     if name.removesuffix("_varlen") not in operators or all(getattr(m, name, None) is not function for m in modules):
         raise ValueError(f"function: expected an operator of attnx, such as attnx.sigmoid_attention, got {function!r}")

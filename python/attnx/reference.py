@@ -17,6 +17,7 @@ from torch import Tensor
 from attnx.block_mask import BlockMask, dense_bias
 from attnx.functional import SigmoidBias
 from attnx.probabilistic import BlockGrid, Keep, Mode, Sampling, solve
+from attnx.routing import Routes, Routing, _bias, _cluster_size, _shared
 from attnx.sparse_linear import FeatureMap, LinearScope, SparseLinearMap
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "philox",
     "probabilistic_attention",
     "probabilistic_block_mask",
+    "route",
+    "routing_attention",
     "sigmoid_attention",
     "sigmoid_attention_varlen",
     "softmax_attention",
@@ -31,6 +34,7 @@ __all__ = [
     "sparse_linear_attention",
     "sparse_linear_attention_varlen",
     "sparse_linear_block_map",
+    "update_centroids",
 ]
 
 
@@ -442,3 +446,132 @@ def sparse_linear_attention_varlen(
 
     both = _each_sequence(attention, query, key, value, cu_seqlens_q, cu_seqlens_k)
     return both[..., : value.shape[-1]], both[..., value.shape[-1] :]
+
+
+def _normalised(x: Tensor) -> Tensor:
+    return torch.nn.functional.layer_norm(x.double(), x.shape[-1:])
+
+
+def _routing_products(rows: Tensor, centroids: Tensor) -> Tensor:
+    """(batch, heads, clusters, length), NaN where a row or a centroid is not finite."""
+    x = _normalised(rows).repeat_interleave(centroids.shape[0] // rows.shape[1], dim=1)
+    return centroids.double() @ x.mT
+
+
+def _members(products: Tensor, routing: Routing, size: int) -> Tensor:
+    """bool (batch, heads, clusters, length)."""
+    order = products.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    if routing == "topk":
+        place = order.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        return (place < size) & ~products.isnan()
+    place = order.argsort(dim=-2, descending=True, stable=True).argsort(-2)
+    return (place == 0) & ~products.isnan()
+
+
+def _as_lists(member: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    batch, heads = member.shape[:2]
+    indices = torch.zeros(batch, heads, slots, dtype=torch.int32)
+    for b, h in itertools.product(range(batch), range(heads)):
+        used = member[b, h].nonzero()[:, 1]
+        indices[b, h, : len(used)] = used
+    counts = member.sum(-1).cumsum(-1)
+    return indices, torch.cat((torch.zeros(batch, heads, 1), counts), -1).int()
+
+
+def route(
+    query: Tensor,
+    key: Tensor,
+    centroids: Tensor,
+    *,
+    cluster_size: int | None = None,
+    routing: Routing = "topk",
+    shared_qk: bool | None = None,
+    is_causal: bool = False,
+) -> Routes:
+    """Takes centroids in float64, too."""
+    clusters = centroids.shape[1]
+
+    def lists(name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        length = rows.shape[2]
+        size = min(_cluster_size(cluster_size, name, length, clusters), length) if routing == "topk" else 0
+        member = _members(_routing_products(rows, centroids), routing, size)
+        return _as_lists(member, clusters * size if routing == "topk" else length)
+
+    of_queries = lists("query", query)
+    of_keys = of_queries if _shared(shared_qk, is_causal, query, key) else lists("key", key)
+    return Routes(*of_queries, *of_keys, query.shape[2], key.shape[2])
+
+
+def _membership(indices: Tensor, offsets: Tensor, length: int) -> Tensor:
+    """bool (batch, heads, clusters, length)."""
+    starts, ends = offsets[..., :-1, None], offsets[..., 1:, None]
+    slot = torch.arange(indices.shape[2], device=indices.device)
+    inside = (slot >= starts) & (slot < ends)
+    at = torch.zeros(*offsets.shape[:2], offsets.shape[2] - 1, length, dtype=torch.int64, device=indices.device)
+    return at.scatter_add(3, indices.long()[:, :, None].expand_as(inside), inside.long()) > 0
+
+
+def routing_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Tensor | Routes,
+    *,
+    cluster_size: int | None = None,
+    routing: Routing | None = None,
+    is_causal: bool = False,
+    shared_qk: bool | None = None,
+    normalize_qk: bool = False,
+    score: Literal["softmax", "sigmoid"] = "softmax",
+    bias: SigmoidBias = None,
+    memory_kv: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    if isinstance(routes, Tensor):
+        options: dict[str, Any] = {"cluster_size": cluster_size, "routing": routing or "topk", "shared_qk": shared_qk}
+        routes = route(query, key, routes, is_causal=is_causal, **options)
+    if normalize_qk:
+        query, key = _normalised(query), _normalised(key)
+    length_q, length_k, memory = query.shape[2], key.shape[2], 0
+    if memory_kv is not None:
+        memory = memory_kv[0].shape[1]
+        key, value = (
+            torch.cat((m.double().expand(x.shape[0], -1, -1, -1), x.double()), dim=2)
+            for m, x in zip(memory_kv, (key, value), strict=True)
+        )
+    visible = _visible(_distance(length_q, length_k, query.device), is_causal, (-1, -1))
+    of_queries = _membership(routes.query_indices, routes.query_offsets, length_q)
+    of_keys = _membership(routes.key_indices, routes.key_offsets, length_k)
+    logits = _logits(query, key, scale, None, torch.empty(0))
+    total = torch.zeros(*query.shape[:3], value.shape[3], dtype=torch.float64)
+    for c in range(routes.clusters):
+        seen = of_keys[:, :, c, None] & visible
+        seen = torch.cat((seen.new_ones(*seen.shape[:3], memory), seen), dim=-1) & of_queries[:, :, c, :, None]
+        if score == "softmax":
+            output, _ = _softmax(logits.where(seen, -math.inf), seen, value)
+        else:
+            rule = _bias(bias, is_causal)
+            keys = (memory + of_keys[:, :, c].sum(-1))[..., None, None] if rule.rule == "length" else seen.sum(-1, True)
+            added = rule.value if rule.rule == "none" else -keys.clamp(min=1).double().log()
+            output = _weighted((logits + added).sigmoid().where(seen, 0.0), seen, value)
+        total = total + output
+    return total / of_queries.sum(2).clamp(min=1)[..., None]
+
+
+def update_centroids(
+    centroids: Tensor, counts: Tensor, query: Tensor, key: Tensor, *, decay: float = 0.999
+) -> tuple[Tensor, Tensor]:
+    """Centroids and counts after :func:`attnx.update_centroids_`."""
+    members = torch.zeros_like(counts, dtype=torch.float64)
+    sums = torch.zeros_like(centroids, dtype=torch.float64)
+    for rows in (query, key):
+        x = _normalised(rows).repeat_interleave(centroids.shape[0] // rows.shape[1], dim=1)
+        of_centroid = _members(_routing_products(rows, centroids), "argmax", 0)
+        members += 0.5 * of_centroid.sum((0, 3))
+        x = x.where(x.isfinite().all(-1, keepdim=True), 0.0)
+        sums += 0.5 * (of_centroid.double() @ x).sum(0)
+    counts = decay * counts.double() + (1 - decay) * members
+    total = counts.sum(-1, keepdim=True)
+    smoothed = (counts + 1e-5) * total / (total + counts.shape[-1] * 1e-5)
+    moved = (1 - decay) * (sums - members[..., None] * centroids.double()) / smoothed[..., None]
+    return centroids.double() + moved.where(members[..., None] > 0, 0.0), counts

@@ -22,6 +22,9 @@ class Backward {
   using A = Arithmetic<Input>;
   using Element = typename A::Element;
   using Sum = typename A::Sum;
+  using Source = Storage<Input, A>;
+  using Sequence = typename Source::Sequence;
+  using Result = typename Source::Result;
   using ScoreState = typename Score::template Backward<A>;
   static constexpr int kWidth = kPanelLanes<Sum>;
   static constexpr int kMaxPanels = 4;
@@ -36,13 +39,15 @@ class Backward {
         value_stride_(row_stride(p.value_dim)),
         head_lanes_(round_up(p.head_dim, kLanes<Sum>)),
         value_lanes_(round_up(p.value_dim, kLanes<Sum>)),
-        rows_(p, Tiles::kListed, larger(p.head_dim, p.value_dim) > 128 ? 1 : kMaxPanels) {
+        rows_(p, Tiles::kListed, Source::kGathered, larger(p.head_dim, p.value_dim) > 128 ? 1 : kMaxPanels) {
+    if (Source::kGathered) return;
     // The fewest splits that keep nine tenths of the threads' time busy.
-    const std::int64_t heads = p.batch * p.heads_k, threads = executor.threads;
+    const std::int64_t heads = units(), threads = executor.threads;
     while (splits_ < threads && heads * splits_ * 10 < round_up(heads * splits_, threads) * 9) ++splits_;
   }
 
   std::int64_t workspace_bytes() const {
+    // A cluster's sums stay its own: each worker keeps but those of its heads.
     const std::int64_t sums = splits_ == 1 ? executor_.threads : units();
     return executor_.threads * worker_bytes() + sums * sums_bytes();
   }
@@ -56,19 +61,22 @@ class Backward {
         const std::int64_t unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
         if (unit >= units()) return;
         char* const sums = all_sums + (splits_ == 1 ? worker : unit) * sums_bytes();
-        differentiate(unit / splits_, unit % splits_, Sums(*this, sums), buffers);
-        if (splits_ == 1) finish(unit, 0, sums);
+        differentiate(unit / splits_, unit % splits_, sums, buffers);
+        if constexpr (!Source::kGathered)
+          if (splits_ == 1) finish(unit, 0, sums);
       }
     });
-    if (splits_ == 1) return;
-    next = 0;
-    executor_.run([&](int) {
-      for (;;) {
-        const std::int64_t unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-        if (unit >= units()) return;
-        finish(unit / splits_, unit % splits_, all_sums + unit / splits_ * splits_ * sums_bytes());
-      }
-    });
+    if constexpr (!Source::kGathered) {
+      if (splits_ == 1) return;
+      next = 0;
+      executor_.run([&](int) {
+        for (;;) {
+          const std::int64_t unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+          if (unit >= units()) return;
+          finish(unit / splits_, unit % splits_, all_sums + unit / splits_ * splits_ * sums_bytes());
+        }
+      });
+    }
   }
 
  private:
@@ -123,7 +131,7 @@ class Backward {
 
     Sums(const Backward& f, char* block) {
       Arena arena(block);
-      const std::int64_t keys = round_up(f.p_.length_k, kBackwardKeys);
+      const std::int64_t keys = Source::kGathered ? 0 : f.p_.length_k;
       grad_key = arena.take<Sum>(keys * f.head_lanes_);
       grad_value = arena.take<Sum>(keys * f.value_lanes_);
       grad_bias = arena.take<double>(f.group_);
@@ -138,24 +146,35 @@ class Backward {
   }
   std::int64_t worker_bytes() const { return Buffers(*this, nullptr).bytes; }
   std::int64_t sums_bytes() const { return Sums(*this, nullptr).bytes; }
-  std::int64_t units() const { return p_.batch * p_.heads_k * splits_; }
+  // Key heads of a sequence, and query heads of one of them; a cluster is about one head.
+  std::int64_t key_heads() const { return Source::kGathered ? 1 : p_.heads_k; }
+  std::int64_t query_heads() const { return Source::kGathered ? 1 : group_; }
+  std::int64_t units() const { return Source::sequences(p_) * key_heads() * splits_; }
 
-  void differentiate(std::int64_t head, std::int64_t split, Sums sums, Buffers& b) const {
-    const std::int64_t key_head = head % p_.heads_k;
-    const Sequence sequence(p_, head / p_.heads_k);
-    const Storage<Input, A> storage(p_, sequence, key_head);
-    __builtin_memset(sums.grad_key, 0, std::size_t(sums.bytes));
+  void differentiate(std::int64_t unit, std::int64_t split, char* memory, Buffers& b) const {
+    const Sequence sequence(p_, unit / key_heads());
+    const std::int64_t key_head = sequence.first_head / group_ + unit % key_heads();
+    const std::int64_t head0 = Source::kGathered ? sequence.first_head : key_head * group_;
+    const Source storage(p_, sequence, key_head);
+    Sums sums(*this, memory);
+    __builtin_memset(memory, 0, std::size_t(sums.bytes));
+    if constexpr (Source::kGathered) {
+      sums.grad_key = static_cast<Sum*>(p_.key_sums) + sequence.first_key_sum * head_lanes_;
+      sums.grad_value = static_cast<Sum*>(p_.value_sums) + sequence.first_key_sum * value_lanes_;
+      __builtin_memset(sums.grad_key, 0, std::size_t(sequence.length_k * head_lanes_) * sizeof(Sum));
+      __builtin_memset(sums.grad_value, 0, std::size_t(sequence.length_k * value_lanes_) * sizeof(Sum));
+    }
     // A split takes every splits_-th tile of the rows of the key head's query heads.
     const std::int64_t rows = sequence.length_q * rows_.group;
     const std::int64_t tiles = (rows + rows_.tile_rows - 1) / rows_.tile_rows;
-    for (std::int64_t i = split; i < tiles * (group_ / rows_.group); i += splits_) {
-      const std::int64_t first_head = key_head * group_ + i / tiles * rows_.group, row0 = i % tiles * rows_.tile_rows;
+    for (std::int64_t i = split; i < tiles * (query_heads() / rows_.group); i += splits_) {
+      const std::int64_t first_head = head0 + i / tiles * rows_.group, row0 = i % tiles * rows_.tile_rows;
       differentiate_rows(sequence, storage, first_head, row0, smaller(rows, row0 + rows_.tile_rows), sums, b);
     }
   }
 
-  void differentiate_rows(const Sequence& sequence, const Storage<Input, A>& storage, std::int64_t first_head,
-                          std::int64_t row0, std::int64_t end, const Sums& sums, Buffers& b) const {
+  void differentiate_rows(const Sequence& sequence, const Source& storage, std::int64_t first_head, std::int64_t row0,
+                          std::int64_t end, const Sums& sums, Buffers& b) const {
     const Tiles tiles(p_, sequence, first_head, row0);
     int panels = 0;
     KeyRange any{sequence.length_k, 0};
@@ -165,16 +184,22 @@ class Backward {
       any = {smaller(any.first, r.panel->any.first), larger(any.end, r.panel->any.end)};
       begin(sequence, r, b.rows);
     }
-    tiles.for_each(any, kBackwardKeys, [&](const KeyTile& tile) {
-      storage.load_keys(tile.first, tile.count, b.keys, head_stride_);
-      storage.load_values(tile.first, tile.count, b.values, value_stride_);
-      storage.prefetch(tile.next, kBackwardKeys);
-      if constexpr (A::kStep > 1) interleave_rows<A>(b.keys, tile.count, head_stride_, b.keys_by_step, head_stride_);
-      for (int i = 0; i < panels; ++i) {
-        const KeyRange seen = b.panel[i].panel->any;
-        if (seen.first < tile.first + tile.count && seen.end > tile.first) visit(sums, b, b.panel[i], tile);
-      }
-    });
+    const auto for_each_tile = [&](auto visit) {
+      tiles.for_each(any, kBackwardKeys, [&](const KeyTile& tile) {
+        storage.load_keys(tile.first, tile.count, b.keys, head_stride_);
+        storage.load_values(tile.first, tile.count, b.values, value_stride_);
+        storage.prefetch(tile.next, kBackwardKeys);
+        if constexpr (A::kStep > 1) interleave_rows<A>(b.keys, tile.count, head_stride_, b.keys_by_step, head_stride_);
+        for (int i = 0; i < panels; ++i) {
+          const KeyRange seen = b.panel[i].panel->any;
+          if (seen.first < tile.first + tile.count && seen.end > tile.first) visit(b.panel[i], tile);
+        }
+      });
+    };
+    // The output of one cluster alone is not kept: what its rows need of it takes two products more.
+    if constexpr (Source::kGathered && Score::kNormalised)
+      if (!p_.output.data) for_each_tile([&](Rows& r, const KeyTile& tile) { add_products(b, r, tile); });
+    for_each_tile([&](Rows& r, const KeyTile& tile) { visit(sums, b, r, tile); });
     for (int i = 0; i < panels; ++i) store_rows(sequence, sums, b.panel[i]);
   }
 
@@ -183,8 +208,14 @@ class Backward {
     const auto fetch = [&](const Tensor& from, std::int64_t dim, std::int64_t stride, std::int64_t lanes,
                            Element* transposed, Element* by_step) {
       load_rows<A>(
-          [&](std::int64_t i) { return row_of<const Input>(from, s.batch, panel.head[i], s.first_q + panel.query[i]); },
+          [&](std::int64_t i) {
+            return row_of<const Input>(from, s.batch, panel.head[i], s.query_row(panel.query[i]));
+          },
           panel.rows, dim, rows, stride);
+      // A mean over several clusters gives each its share of the gradient.
+      if constexpr (Source::kGathered)
+        if (&from == &p_.grad_output)
+          for (std::int64_t i = 0; i < panel.rows; ++i) s.take_share(panel.query[i], rows + i * stride, dim);
       transpose_rows<A>(rows, panel.rows, dim, stride, transposed);
       interleave_rows<A>(rows, panel.rows, stride, by_step, lanes);
     };
@@ -196,16 +227,45 @@ class Backward {
     r.score->template begin<Input>(p_, s, panel);
   }
 
+  // S and dP of one tile.
+  void multiply(Buffers& b, const Rows& r, std::int64_t keys) const {
+    constexpr int kStep = A::kStep;
+    gemm<A>({b.keys, head_stride_, kStep, r.query, kWidth * kStep, b.products, kWidth}, keys, r.panel->vectors,
+            (p_.head_dim + kStep - 1) / kStep, false);
+    gemm<A>({b.values, value_stride_, kStep, r.grad, kWidth * kStep, b.grad_weights, kWidth}, keys, r.panel->vectors,
+            (p_.value_dim + kStep - 1) / kStep, false);
+  }
+
+  void add_products(Buffers& b, Rows& r, const KeyTile& tile) const {
+    const std::int64_t padded = round_up(tile.count, A::kStep);
+    const PanelOnTile<Sum> on_tile(*r.panel, tile, padded);
+    multiply(b, r, padded);
+    for (int v = 0; v < r.panel->vectors; ++v) {
+      const int lane = v * kLanes<Sum>;
+      Vec<Sum> sum = {};
+      for_each_logit<A>(b.products, padded, Sum(p_.scale), *r.panel, on_tile, v,
+                        [&](auto key, auto& x, auto& visible, auto masked) {
+                          for (int k = 0; k < A::kStep; ++k) {
+                            const Vec<Sum> dp = load(b.grad_weights + (key + k) * kWidth + lane);
+                            const Vec<Sum> product = r.score->weight(x[k], lane) * dp;
+                            if constexpr (masked.kValue) {
+                              sum += visible[k] ? product : Vec<Sum>{};
+                            } else {
+                              sum += product;
+                            }
+                          }
+                        });
+      r.score->add_products(lane, sum);
+    }
+  }
+
   void visit(const Sums& sums, Buffers& b, Rows& r, const KeyTile& tile) const {
     constexpr int kStep = A::kStep;
     const std::int64_t key0 = tile.first, keys = tile.count;
     const Panel<Sum>& panel = *r.panel;
-    const std::int64_t padded = round_up(keys, kStep), vectors = panel.vectors;
+    const std::int64_t padded = round_up(keys, kStep);
     const PanelOnTile<Sum> on_tile(panel, tile, padded);
-    gemm<A>({b.keys, head_stride_, kStep, r.query, kWidth * kStep, b.products, kWidth}, padded, vectors,
-            (p_.head_dim + kStep - 1) / kStep, false);
-    gemm<A>({b.values, value_stride_, kStep, r.grad, kWidth * kStep, b.grad_weights, kWidth}, padded, vectors,
-            (p_.value_dim + kStep - 1) / kStep, false);
+    multiply(b, r, padded);
     for (int v = 0; v < panel.vectors; ++v) weigh(b, r, on_tile, padded, v);
 
     // Hidden pairs have weights of zero, which is enough unless they would meet a NaN or an infinity.
@@ -268,13 +328,14 @@ class Backward {
     for (int lane = 0; lane < r.panel->rows; ++lane) {
       const std::int64_t head = r.panel->head[lane];
       store_lane(r.grad_query, lane, p_.head_dim, Sum(p_.scale),
-                 row_of<Input>(p_.grad_query, s.batch, head, s.first_q + r.panel->query[lane]));
+                 row_of<Result>(p_.grad_query, s.batch, head, s.result_row(r.panel->query[lane])));
       sums.grad_bias[head % group_] += r.grad_bias[lane];
       sums.grad_slope[head % group_] += r.grad_slope[lane];
     }
   }
 
-  // Adds up the sums of the splits of a head and stores them; each part of splits_ does its share of the keys.
+  // Adds up the sums of the splits of a head and stores them; each part of splits_ does its share of the keys. Not for
+  // clusters, whose sums are scattered afterwards.
   void finish(std::int64_t head, std::int64_t part, char* sums) const {
     const std::int64_t key_head = head % p_.heads_k;
     const Sequence s(p_, head / p_.heads_k);

@@ -27,7 +27,7 @@ static auto with_forward(const ForwardParams& p, const Executor& executor, Use u
 }
 
 std::size_t forward_workspace(const ForwardParams& p, const Executor& executor) {
-  return with_forward(p, executor, [&](const auto& f) { return std::size_t(executor.threads * f.worker_bytes()); });
+  return with_forward(p, executor, [](const auto& f) { return std::size_t(f.workspace_bytes()); });
 }
 
 void forward(const ForwardParams& p, const Executor& executor, char* workspace) {

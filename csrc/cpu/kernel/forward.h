@@ -19,6 +19,9 @@ class Forward {
   using A = Arithmetic<Input>;
   using Element = typename A::Element;
   using Sum = typename A::Sum;
+  using Source = Storage<Input, A>;
+  using Sequence = typename Source::Sequence;
+  using Result = typename Source::Result;
   static constexpr int kWidth = kPanelLanes<Sum>;
   static_assert(kForwardKeys % kRowMultiple == 0 && kForwardKeys % A::kStep == 0);
 
@@ -28,12 +31,12 @@ class Forward {
         executor_(executor),
         head_stride_(round_up(p.head_dim, kRowMultiple)),
         value_stride_(round_up(p.value_dim, kRowMultiple)),
-        rows_(p, Tiles::kListed, larger(p.head_dim, p.value_dim) > 128 ? 2 : 4) {
+        rows_(tiling(larger(p.head_dim, p.value_dim) > 128 ? 2 : 4)) {
     // Few rows: smaller tiles, so that every thread gets some.
-    while (rows_.panels > 1 && units() < 4 * executor.threads) rows_ = {p, Tiles::kListed, rows_.panels / 2};
+    while (rows_.panels > 1 && units() < 4 * executor.threads) rows_ = tiling(rows_.panels / 2);
   }
 
-  std::int64_t worker_bytes() const { return Buffers(*this, nullptr).bytes; }
+  std::int64_t workspace_bytes() const { return executor_.threads * worker_bytes(); }
 
   void run(char* workspace) const {
     std::int64_t next = 0;
@@ -44,7 +47,8 @@ class Forward {
         if (unit >= units()) return;
         // The last tiles of a causal head are the longest: they go first.
         const std::int64_t tile = tiles() - 1 - unit % tiles(), head = unit / tiles();
-        attend(head / head_groups(), head % head_groups() * rows_.group, tile * rows_.tile_rows, buffers);
+        const Sequence sequence(p_, head / head_groups());
+        attend(sequence, sequence.first_head + head % head_groups() * rows_.group, tile * rows_.tile_rows, buffers);
       }
     });
   }
@@ -78,16 +82,18 @@ class Forward {
     }
   };
 
-  std::int64_t head_groups() const { return p_.heads_q / rows_.group; }
+  RowTiling<Sum> tiling(std::int64_t panels) const { return {p_, Tiles::kListed, Source::kGathered, panels}; }
+  std::int64_t worker_bytes() const { return Buffers(*this, nullptr).bytes; }
+  // Of a sequence; a cluster is about one head.
+  std::int64_t head_groups() const { return Source::kGathered ? 1 : p_.heads_q / rows_.group; }
   std::int64_t tiles() const { return (p_.length_q * rows_.group + rows_.tile_rows - 1) / rows_.tile_rows; }
-  std::int64_t units() const { return p_.batch * head_groups() * tiles(); }
+  std::int64_t units() const { return Source::sequences(p_) * head_groups() * tiles(); }
 
-  void attend(std::int64_t batch, std::int64_t first_head, std::int64_t row0, Buffers& b) const {
-    const Sequence sequence(p_, batch);
+  void attend(const Sequence& sequence, std::int64_t first_head, std::int64_t row0, Buffers& b) const {
     const std::int64_t end = smaller(sequence.length_q * rows_.group, row0 + rows_.tile_rows);
     if (row0 >= end) return;
     const Tiles tiles(p_, sequence, first_head, row0);
-    const Storage<Input, A> storage(p_, sequence, first_head / (p_.heads_q / p_.heads_k));
+    const Source storage(p_, sequence, first_head / (p_.heads_q / p_.heads_k));
 
     int panels = 0;
     KeyRange any{sequence.length_k, 0};
@@ -97,7 +103,7 @@ class Forward {
       any = {smaller(any.first, panel.any.first), larger(any.end, panel.any.end)};
       load_rows<A>(
           [&](std::int64_t i) {
-            return row_of<const Input>(p_.query, batch, panel.head[i], sequence.first_q + panel.query[i]);
+            return row_of<const Input>(p_.query, sequence.batch, panel.head[i], sequence.query_row(panel.query[i]));
           },
           panel.rows, p_.head_dim, b.rows, head_stride_);
       transpose_rows<A>(b.rows, panel.rows, p_.head_dim, head_stride_, b.query[panels]);
@@ -141,9 +147,9 @@ class Forward {
   void finish(const Sequence& s, const Panel<Sum>& panel, const typename Score::template Forward<A>& score,
               const Sum* output) const {
     for (int lane = 0; lane < panel.rows; ++lane) {
-      const std::int64_t head = panel.head[lane], row = s.first_q + panel.query[lane];
+      const std::int64_t head = panel.head[lane], row = s.result_row(panel.query[lane]);
       store_lane(output, lane, p_.value_dim, score.output_factor(panel, lane),
-                 row_of<Input>(p_.output, s.batch, head, row));
+                 row_of<Result>(p_.output, s.batch, head, row));
       if constexpr (Score::kNormalised) *row_of<Sum>(p_.logsumexp, s.batch, head, row) = score.logsumexp(panel, lane);
     }
   }

@@ -17,12 +17,17 @@ inline constexpr int kPanelLanes = kPanelVectors * kLanes<Sum>;
 // One sequence of the batch: where its rows start, and how many there are.
 struct Sequence {
   std::int64_t batch, first_q, first_k, length_q, length_k;
+  static constexpr std::int64_t first_head = 0;  // of those that it is about
 
   Sequence(const AttentionParams& p, std::int64_t b)
       : batch(b), first_q(0), first_k(0), length_q(p.length_q), length_k(p.length_k) {
     if (p.cu_seqlens_q) first_q = p.cu_seqlens_q[b], length_q = p.cu_seqlens_q[b + 1] - first_q;
     if (p.cu_seqlens_k) first_k = p.cu_seqlens_k[b], length_k = p.cu_seqlens_k[b + 1] - first_k;
   }
+
+  // The row of a query in the tensors of the user, and where results of the loop go.
+  std::int64_t query_row(std::int64_t i) const { return first_q + i; }
+  std::int64_t result_row(std::int64_t i) const { return first_q + i; }
 };
 
 struct KeyRange {
@@ -58,7 +63,7 @@ struct Panel {
   bool alibi;
 
   // Rows row0 .. row0 + count - 1 of `group` query heads, from the given one on.
-  template <class Tiles>
+  template <class Tiles, class Sequence>
   void set(const AttentionParams& p, const Sequence& s, const Tiles& tiles, std::int64_t first_head, std::int64_t group,
            std::int64_t row0, std::int64_t count) {
     rows = int(count);
@@ -122,9 +127,10 @@ struct RowTiling {
   std::int64_t group;  // query heads whose rows interleave
   std::int64_t panels, panel_rows, tile_rows;
 
-  // Rows of a tile share one list of blocks, which belongs to one head and one block of queries.
-  RowTiling(const AttentionParams& p, bool listed, std::int64_t most_panels)
-      : group(listed ? 1 : p.heads_q / p.heads_k),
+  // Rows of a tile share one list of blocks, which belongs to one head and one block of queries; or one cluster, which
+  // belongs to one head.
+  RowTiling(const AttentionParams& p, bool listed, bool gathered, std::int64_t most_panels)
+      : group(listed || gathered ? 1 : p.heads_q / p.heads_k),
         panels(most_panels),
         panel_rows(kPanelLanes<Sum>),
         tile_rows(panels * panel_rows) {

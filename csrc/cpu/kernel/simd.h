@@ -98,6 +98,23 @@ ATTNX_INLINE V absolute(V x) {
   return x < 0 ? -x : x;
 }
 
+// One bit for each lane, set where the comparison was true.
+template <class M>
+ATTNX_INLINE unsigned bits(M mask) {
+  constexpr int kCount = int(sizeof(mask) / sizeof(mask[0]));
+#if defined(__AVX512F__)
+  if constexpr (sizeof(mask[0]) == 4) return _mm512_movepi32_mask((__m512i)mask);
+  if constexpr (sizeof(mask[0]) == 8) return _mm512_movepi64_mask((__m512i)mask);
+#elif defined(__AVX__)
+  if constexpr (sizeof(mask[0]) == 4) return unsigned(_mm256_movemask_ps((__m256)mask));
+#elif defined(__SSE2__)
+  if constexpr (sizeof(mask[0]) == 4) return unsigned(_mm_movemask_ps((__m128)mask));
+#endif
+  unsigned all = 0;
+  for (int i = 0; i < kCount; ++i) all |= unsigned(mask[i] != 0) << i;
+  return all;
+}
+
 constexpr std::int64_t round_up(std::int64_t x, std::int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }

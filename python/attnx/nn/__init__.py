@@ -1,7 +1,8 @@
 """The attention operators as modules."""
 
 from attnx.nn.probabilistic import ProbabilisticAttention
+from attnx.nn.routing import RoutingAttention
 from attnx.nn.sigmoid import SigmoidAttention
 from attnx.nn.sparse_linear import SparseLinearAttention
 
-__all__ = ["ProbabilisticAttention", "SigmoidAttention", "SparseLinearAttention"]
+__all__ = ["ProbabilisticAttention", "RoutingAttention", "SigmoidAttention", "SparseLinearAttention"]

@@ -88,6 +88,10 @@ class ProjectedAttention(nn.Module):
         return {"num_kv_heads": None if self.num_kv_heads == self.num_heads else self.num_kv_heads}
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.merge(self.attend(*self.project(x, context)))
+
+    def project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The query, key and value that :meth:`attend` takes."""
         context = x if context is None else context
         for name, tokens in (("x", x), ("context", context)):
             if tokens.dim() != 3 or tokens.shape[2] != self.embed_dim:
@@ -99,7 +103,10 @@ class ProjectedAttention(nn.Module):
         value = self.v_proj(context).unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         if self.rotary is not None:
             query, key = self.rotary(query, key)
-        output = self.attend(query, key, value)
+        return query, key, value
+
+    def merge(self, output: Tensor) -> Tensor:
+        """The heads' outputs, (batch, heads, length, head_dim), as (batch, length, embed_dim)."""
         return self.out_proj(self.output_norm(output.transpose(1, 2)).flatten(2))
 
     def extra_repr(self) -> str:

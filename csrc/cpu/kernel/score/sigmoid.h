@@ -47,7 +47,7 @@ class SigmoidBackward {
   using Sum = typename A::Sum;
 
  public:
-  template <class Input>
+  template <class Input, class Sequence>
   void begin(const BackwardParams&, const Sequence&, const Panel<Sum>&) {}
 
   // The weight of a logit, and its derivative times dP: p (1 - p) dP with 1 - p = e^-x p, exact to rounding where

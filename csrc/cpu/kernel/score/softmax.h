@@ -75,23 +75,33 @@ class SoftmaxBackward {
  public:
   // Per row: the logsumexp, and what dP is measured from: sum_j P_ij dP_ij, which is dO . O, less the gradient of the
   // logsumexp, whose derivative by a logit is P itself.
-  template <class Input>
+  template <class Input, class Sequence>
   void begin(const BackwardParams& p, const Sequence& s, const Panel<Sum>& panel) {
     for (int lane = 0; lane < kPanelLanes<Sum>; ++lane) {
-      const std::int64_t row = s.first_q + panel.query[lane];
-      const Input* output = row_of<const Input>(p.output, s.batch, panel.head[lane], row);
-      const Input* grad = row_of<const Input>(p.grad_output, s.batch, panel.head[lane], row);
+      const std::int64_t head = panel.head[lane];
+      const std::int64_t query = s.query_row(panel.query[lane]), result = s.result_row(panel.query[lane]);
       Sum dot = 0;
-      for (std::int64_t d = 0; d < p.value_dim; ++d) dot += Sum(to_float(output[d])) * Sum(to_float(grad[d]));
-      offset_[lane] = dot - *row_of<const Sum>(p.grad_logsumexp, s.batch, panel.head[lane], row);
-      const Sum logsumexp = *row_of<const Sum>(p.logsumexp, s.batch, panel.head[lane], row);
+      if (p.output.data) {
+        const Input* output = row_of<const Input>(p.output, s.batch, head, query);
+        const Input* grad = row_of<const Input>(p.grad_output, s.batch, head, query);
+        for (std::int64_t d = 0; d < p.value_dim; ++d) dot += Sum(to_float(output[d])) * Sum(to_float(grad[d]));
+      }
+      offset_[lane] = dot - *row_of<const Sum>(p.grad_logsumexp, s.batch, head, result);
+      const Sum logsumexp = *row_of<const Sum>(p.logsumexp, s.batch, head, result);
       logsumexp_[lane] = panel.visible[lane].first == panel.visible[lane].end ? 0 : logsumexp;
     }
   }
 
+  // Adds P dP over some of the keys, where that is not known from the output.
+  ATTNX_INLINE void add_products(int lane, Vec<Sum> products) {
+    store(offset_ + lane, load(offset_ + lane) + products);
+  }
+
+  ATTNX_INLINE Vec<Sum> weight(Vec<Sum> x, int lane) const { return exp(x - load(logsumexp_ + lane)); }
+
   ATTNX_INLINE void differentiate(Vec<Sum> x, Vec<Sum> dp, int lane, const PanelOnTile<Sum>&, Vec<Sum>& p,
                                   Vec<Sum>& ds) const {
-    p = exp(x - load(logsumexp_ + lane));
+    p = weight(x, lane);
     ds = p * (dp - load(offset_ + lane));
   }
 

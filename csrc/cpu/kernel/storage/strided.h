@@ -9,6 +9,11 @@ template <class Input, class A>
 class StridedStorage {
  public:
   using Element = typename A::Element;
+  using Sequence = ATTNX_ISA::Sequence;
+  using Result = Input;  // what rows of results are stored as
+  static constexpr bool kGathered = false;
+
+  static std::int64_t sequences(const AttentionParams& p) { return p.batch; }
 
   StridedStorage(const AttentionParams& p, const Sequence& s, std::int64_t key_head)
       : key_(row_of<const Input>(p.key, s.batch, key_head, s.first_k)),

@@ -9,6 +9,7 @@ class BandTiles {
  public:
   static constexpr bool kListed = false;
 
+  template <class Sequence>
   BandTiles(const AttentionParams& p, const Sequence& s, std::int64_t /*head*/, std::int64_t /*query*/)
       : left_(bound(p.window_left)), right_(bound(p.window_right)), length_(s.length_k) {}
 

@@ -1,0 +1,257 @@
+"""Routing attention as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from attnx.functional import sigmoid_attention, softmax_attention
+from attnx.nn.projections import ProjectedAttention, Rotary, positive
+from attnx.routing import Routing, commitment_loss, routing_attention, update_centroids_
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["RoutingAttention"]
+
+_STATE = ("centroids", "counts", "routed_with")
+
+
+class RoutingAttention(ProjectedAttention):
+    """Multi-head attention, some heads local and the others routed: projections around :func:`attnx.routing_attention`.
+
+    The first ``num_local_heads`` heads attend within a window, the others within clusters around ``centroids``, a
+    buffer. In training every forward routes by the centroids as they are and then moves them by
+    :func:`attnx.update_centroids_`. Where activation checkpointing repeats a forward in the backward, it routes by the
+    same centroids again (``routed_with``) and moves none; between the two no other forward of the module may come.
+
+    Args:
+        embed_dim: features of a token.
+        num_heads: heads, local ones included.
+        num_clusters: clusters of a routed head; about the root of the length costs least.
+        num_kv_heads: key and value heads, a divisor of num_heads; num_heads by default.
+        head_dim: features of a head; embed_dim / num_heads by default.
+        linear_bias: give the four projections a bias.
+        num_local_heads: of num_heads, in whole groups that share a key head; by default half of the groups, rounded
+            down.
+        window: how many keys before its own position, and after it unless causal, a query of a local head sees.
+        cluster_size, routing, is_causal, shared_qk, normalize_qk, score, bias, scale: as in
+            :func:`attnx.routing_attention`; the last three for local heads, too.
+        num_memory: learned keys and values of a routed head that every cluster sees.
+        decay: of the centroids' moving average.
+        commitment: the weight of :func:`attnx.commitment_loss` of the routed heads.
+        process_group: over which the centroids' update is added up, or ``"world"``; every process then ends with the
+            same centroids, whatever its data. It is needed with data parallelism, where buffers otherwise follow the
+            first process's data alone.
+        qk_norm: normalise every head's query and key over head_dim, ahead of ``rotary``.
+        output_norm: normalise every head's output over head_dim, ahead of the output projection.
+        norm_layer: what ``qk_norm`` and ``output_norm`` build, ``torch.nn.LayerNorm`` or ``torch.nn.RMSNorm``.
+        rotary: (query, key) -> (query, key), both (batch, heads, length, head_dim), called ahead of the attention;
+            a module becomes a submodule.
+        device: of the parameters and buffers.
+        dtype: of the parameters. Centroids are float32 whatever the module is converted to.
+
+    Shapes:
+        x: (batch, length, embed_dim).
+        context: (batch, context_length, embed_dim); x where not given.
+        output: (batch, length, embed_dim); with ``return_loss=True`` a pair of it and the commitment loss, a scalar.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what was expected and what came.
+
+    Source: Roy et al., arXiv 2003.05997.
+    """
+
+    centroids: Tensor
+    counts: Tensor
+    routed_with: Tensor
+    memory_key: nn.Parameter | None
+    memory_value: nn.Parameter | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_clusters: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        linear_bias: bool = False,
+        num_local_heads: int | None = None,
+        window: int = 256,
+        cluster_size: int | None = None,
+        routing: Routing = "topk",
+        is_causal: bool = False,
+        shared_qk: bool | None = None,
+        normalize_qk: bool = False,
+        score: Literal["softmax", "sigmoid"] = "softmax",
+        bias: float | Literal["row"] | None = None,
+        scale: float | None = None,
+        num_memory: int = 0,
+        decay: float = 0.999,
+        commitment: float = 1e-4,
+        process_group: ProcessGroup | Literal["world"] | None = None,
+        qk_norm: bool = False,
+        output_norm: bool = False,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        rotary: Rotary | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            linear_bias=linear_bias,
+            qk_norm=qk_norm,
+            output_norm=output_norm,
+            norm_layer=norm_layer,
+            rotary=rotary,
+            device=device,
+            dtype=dtype,
+        )
+        group = self.num_heads // self.num_kv_heads
+        if num_local_heads is None:
+            num_local_heads = self.num_kv_heads // 2 * group
+        if not 0 <= num_local_heads < self.num_heads or num_local_heads % group:
+            raise ValueError(
+                f"num_local_heads: expected a multiple of {group}, the query heads of a key head, from 0 to below "
+                f"num_heads = {num_heads}, got {num_local_heads!r}"
+            )
+        if isinstance(num_memory, bool) or not isinstance(num_memory, int) or num_memory < 0:
+            raise ValueError(f"num_memory: expected an int, 0 or more, got {num_memory!r}")
+        self.num_clusters = positive("num_clusters", num_clusters)
+        self.num_local_heads = num_local_heads
+        self.window = positive("window", window)
+        self.cluster_size = cluster_size
+        self.routing: Routing = routing
+        self.is_causal = is_causal
+        self.shared_qk = shared_qk
+        self.normalize_qk = normalize_qk
+        self.score = score
+        self.bias = bias
+        self.scale = scale
+        self.num_memory = num_memory
+        self.decay = decay
+        self.commitment = commitment
+        self.process_group = process_group
+
+        routed_heads, self.num_local_kv_heads = self.num_heads - num_local_heads, num_local_heads // group
+        shape = routed_heads, num_clusters, self.head_dim
+        self.register_buffer("centroids", torch.empty(shape, dtype=torch.float32, device=device))
+        self.register_buffer("counts", torch.empty(shape[:2], dtype=torch.float32, device=device))
+        self.register_buffer("routed_with", torch.empty(shape, dtype=torch.float32, device=device), persistent=False)
+        if num_memory:
+            memory = self.num_kv_heads - self.num_local_kv_heads, num_memory, self.head_dim
+            self.memory_key = nn.Parameter(torch.empty(memory, device=device, dtype=dtype))
+            self.memory_value = nn.Parameter(torch.empty(memory, device=device, dtype=dtype))
+        else:
+            self.memory_key = self.memory_value = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gives centroids and memory their start; the other submodules have a reset_parameters of their own."""
+        nn.init.normal_(self.centroids)  # as long as normalised rows are, about
+        nn.init.ones_(self.counts)
+        with torch.no_grad():
+            self.routed_with.copy_(self.centroids)
+        for memory in (self.memory_key, self.memory_value):
+            if memory is not None:
+                nn.init.normal_(memory, std=self.head_dim**-0.5)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutingAttention:
+        before = {name: getattr(self, name) for name in _STATE}
+        super()._apply(fn, recurse)
+        for name, x in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != x.dtype:
+                setattr(self, name, x.to(moved.device))
+        return self
+
+    def _group(self) -> ProcessGroup | None:
+        if isinstance(self.process_group, str):
+            return torch.distributed.group.WORLD
+        return self.process_group
+
+    def _step(self, query: Tensor, key: Tensor) -> Tensor:
+        """The centroids to route with, after moving them on."""
+        if not self.training:
+            return self.centroids
+        with torch.no_grad():
+            if not _recomputing():
+                self.routed_with.copy_(self.centroids)
+                update_centroids_(self.centroids, self.counts, query, key, decay=self.decay, group=self._group())
+        return self.routed_with
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, return_loss: bool) -> tuple[Tensor, Tensor | None]:
+        heads, kv_heads = self.num_local_heads, self.num_local_kv_heads
+        routed_query, routed_key = query[:, heads:], key[:, kv_heads:]
+        centroids = self._step(routed_query, routed_key)
+        memory = None if self.memory_key is None or self.memory_value is None else (self.memory_key, self.memory_value)
+        output = routing_attention(
+            routed_query,
+            routed_key,
+            value[:, kv_heads:],
+            centroids,
+            cluster_size=self.cluster_size,
+            routing=self.routing,
+            is_causal=self.is_causal,
+            shared_qk=self.shared_qk,
+            normalize_qk=self.normalize_qk,
+            score=self.score,
+            bias=self.bias if self.score == "sigmoid" else None,
+            memory_kv=memory,
+            scale=self.scale,
+        )
+        if heads:
+            local = self._attend_locally(query[:, :heads], key[:, :kv_heads], value[:, :kv_heads])
+            output = torch.cat((local, output), dim=1)
+        loss = commitment_loss(routed_query, routed_key, centroids, beta=self.commitment) if return_loss else None
+        return output, loss
+
+    def _attend_locally(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        options: dict[str, Any] = {
+            "window": (self.window, -1 if self.is_causal else self.window),
+            "is_causal": self.is_causal,
+            "scale": self.scale,
+        }
+        if self.score == "sigmoid":
+            return sigmoid_attention(query, key, value, bias="row" if self.bias is None else self.bias, **options)
+        return softmax_attention(query, key, value, **options)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self._attend(query, key, value, return_loss=False)[0]
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, return_loss: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        output, loss = self._attend(*self.project(x, context), return_loss=return_loss)
+        output = self.merge(output)
+        return output if loss is None else (output, loss)
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | {
+            "num_clusters": self.num_clusters,
+            "num_local_heads": self.num_local_heads,
+            "window": self.window if self.num_local_heads else None,
+            "cluster_size": self.cluster_size,
+            "routing": self.routing,
+            "is_causal": self.is_causal or None,
+            "shared_qk": self.shared_qk,
+            "normalize_qk": self.normalize_qk or None,
+            "score": self.score,
+            "bias": self.bias,
+            "scale": self.scale,
+            "num_memory": self.num_memory or None,
+            "decay": self.decay,
+            "commitment": self.commitment,
+        }
+
+
+def _recomputing() -> bool:
+    """Whether a backward is repeating a forward; a compiled graph repeats operations instead, from what they took."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
