@@ -53,7 +53,7 @@ def _options(case: Case) -> dict[str, Any]:
 def _ours(routing: Any) -> Prepare:
     def prepare(case: Case, inputs: Inputs) -> Attention:
         centroids = _centroids(case)
-        return lambda *x: attnx.routing_attention(*x, routes=centroids, routing=routing, **_options(case))
+        return lambda q, k, v: attnx.routing_attention(q, k, v, centroids, routing=routing, **_options(case))
 
     return prepare
 
@@ -66,13 +66,13 @@ def _routes(routing: Any, case: Case, inputs: Inputs) -> attnx.Routes:
 
 def _given(case: Case, inputs: Inputs) -> Attention:
     routes = _routes("topk", case, inputs)
-    return lambda *x: attnx.routing_attention(*x, routes=routes, is_causal=case.is_causal)
+    return lambda q, k, v: attnx.routing_attention(q, k, v, routes, is_causal=case.is_causal)
 
 
 def _formula(routing: Any) -> Formula:
     def reference(case: Case, exact: Inputs) -> Attention:
         routes = _routes(routing, case, exact)
-        return lambda *x: attnx.reference.routing_attention(*x, routes=routes, is_causal=case.is_causal)
+        return lambda q, k, v: attnx.reference.routing_attention(q, k, v, routes, is_causal=case.is_causal)
 
     def eager(case: Case, inputs: Inputs) -> Attention:
         routes = _routes(routing, case, inputs)

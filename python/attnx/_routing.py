@@ -11,6 +11,7 @@ from attnx import _capability, _operators
 
 NAME = "routing_attention"
 UPDATE = "update_centroids_"
+MOVE = "move_centroids_in_backward"
 
 
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, query_indices: Tensor, *args: Any) -> Any:
@@ -81,6 +82,40 @@ def _count_versions(keys: Any, centroids: Tensor, counts: Tensor, *args: Any) ->
         operator.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, centroids, counts, *args)
 
 
+def update(centroids: Tensor, counts: Tensor, query: Tensor, key: Tensor, decay: float, group: str) -> None:
+    """Moves centroids after adding up what the processes of the group have; of one process where it has no name."""
+    sums, members = torch.ops.attnx.centroid_sums(query, key, centroids)
+    if group:
+        collectives = torch.ops._c10d_functional
+        flat = torch.cat((sums.flatten(), members.flatten()))
+        flat = collectives.wait_tensor(collectives.all_reduce(flat, "sum", group))
+        sums, members = flat[: sums.numel()].view_as(sums), flat[sums.numel() :].view_as(members)
+    torch.ops.attnx.update_centroids_(centroids, counts, sums, members, decay)
+
+
+def _save_what_moves(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, *ctx.others = inputs  # saved tensors must not change, and another backward may move the centroids
+    ctx.save_for_backward(query, key)
+
+
+def _move(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    query, key = ctx.saved_tensors
+    centroids, counts, decay, group = ctx.others
+    update(centroids, counts, query.detach(), key.detach(), decay, group)
+    return grad, None, None, None, None, None
+
+
+def _register_move() -> None:
+    """An operator of its own, since in a backward compilers and checkpoints alike leave a change where it stands."""
+    library = _operators._library
+    library.define(
+        f"{MOVE}(Tensor query, Tensor key, Tensor centroids, Tensor counts, float decay, str group) -> Tensor"
+    )
+    library.impl(MOVE, lambda query, *args: query.clone(), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attnx::{MOVE}", lambda query, *args: torch.empty_like(query))
+    torch.library.register_autograd(f"attnx::{MOVE}", _move, setup_context=_save_what_moves)
+
+
 def _register_helper(name: str, fake: Any) -> None:
     """Of the operators around the attention, which need what it needs of a backend."""
 
@@ -105,4 +140,5 @@ def register() -> None:
     _register_helper("nearest_centroids", _fake_nearest)
     _register_helper("centroid_sums", _fake_sums)
     _register_helper(UPDATE, lambda centroids, counts, sums, members, decay: None)
+    _register_move()
     _operators._library.impl(UPDATE, _count_versions, "ADInplaceOrView", with_keyset=True)

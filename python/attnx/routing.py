@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnx import _routing
 from attnx.functional import SigmoidBias, _Bias, _sigmoid_bias
 
 if TYPE_CHECKING:
@@ -344,9 +345,15 @@ def update_centroids_(
             f"counts: expected float32 of shape {tuple(centroids.shape[:2])}, got {counts.dtype} of shape "
             f"{tuple(counts.shape)}"
         )
-    sums, members = _ops.centroid_sums(query.detach(), key.detach(), centroids)
-    if group is not None:
-        flat = torch.cat((sums.flatten(), members.flatten()))
-        torch.distributed.all_reduce(flat, group=group)
-        sums, members = flat[: sums.numel()].view_as(sums), flat[sums.numel() :].view_as(members)
-    _ops.update_centroids_(centroids, counts, sums, members, decay)
+    _routing.update(centroids, counts, query.detach(), key.detach(), decay, _name(group))
+
+
+def _name(group: ProcessGroup | None) -> str:
+    return "" if group is None else group.group_name
+
+
+def move_centroids_in_backward(
+    query: Tensor, key: Tensor, centroids: Tensor, counts: Tensor, *, decay: float, group: ProcessGroup | None
+) -> Tensor:
+    """The query again, whose backward calls :func:`update_centroids_`."""
+    return _ops.move_centroids_in_backward(query, key, centroids, counts, decay, _name(group))

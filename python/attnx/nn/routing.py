@@ -10,23 +10,24 @@ from torch import Tensor, nn
 
 from attnx.functional import sigmoid_attention, softmax_attention
 from attnx.nn.projections import ProjectedAttention, Rotary, positive
-from attnx.routing import Routing, commitment_loss, routing_attention, update_centroids_
+from attnx.routing import Routing, commitment_loss, move_centroids_in_backward, routing_attention
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["RoutingAttention"]
 
-_STATE = ("centroids", "counts", "routed_with")
+_STATE = ("centroids", "counts")
 
 
 class RoutingAttention(ProjectedAttention):
     """Multi-head attention, some heads local and the others routed: projections around :func:`attnx.routing_attention`.
 
     The first ``num_local_heads`` heads attend within a window, the others within clusters around ``centroids``, a
-    buffer. In training every forward routes by the centroids as they are and then moves them by
-    :func:`attnx.update_centroids_`. Where activation checkpointing repeats a forward in the backward, it routes by the
-    same centroids again (``routed_with``) and moves none; between the two no other forward of the module may come.
+    buffer. In training every backward moves them by :func:`attnx.update_centroids_`, once it has the gradient of the
+    routed queries: they are the same throughout a forward, its backward and a forward that activation checkpointing
+    repeats, and a call that raises moves nothing. Where a module runs several times ahead of one backward, do not
+    checkpoint its runs: the first of them to go backward moves the centroids of the others.
 
     Args:
         embed_dim: features of a token.
@@ -41,11 +42,11 @@ class RoutingAttention(ProjectedAttention):
         cluster_size, routing, is_causal, shared_qk, normalize_qk, score, bias, scale: as in
             :func:`attnx.routing_attention`; the last three for local heads, too.
         num_memory: learned keys and values of a routed head that every cluster sees.
-        decay: of the centroids' moving average.
+        decay: of the centroids' moving average, from 0 to 1.
         commitment: the weight of :func:`attnx.commitment_loss` of the routed heads.
         process_group: over which the centroids' update is added up, or ``"world"``; every process then ends with the
-            same centroids, whatever its data. It is needed with data parallelism, where buffers otherwise follow the
-            first process's data alone.
+            same centroids, whatever its data. DistributedDataParallel needs it, or centroids follow the first process's
+            data alone.
         qk_norm: normalise every head's query and key over head_dim, ahead of ``rotary``.
         output_norm: normalise every head's output over head_dim, ahead of the output projection.
         norm_layer: what ``qk_norm`` and ``output_norm`` build, ``torch.nn.LayerNorm`` or ``torch.nn.RMSNorm``.
@@ -67,7 +68,6 @@ class RoutingAttention(ProjectedAttention):
 
     centroids: Tensor
     counts: Tensor
-    routed_with: Tensor
     memory_key: nn.Parameter | None
     memory_value: nn.Parameter | None
 
@@ -122,6 +122,8 @@ class RoutingAttention(ProjectedAttention):
                 f"num_local_heads: expected a multiple of {group}, the query heads of a key head, from 0 to below "
                 f"num_heads = {num_heads}, got {num_local_heads!r}"
             )
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay: expected from 0 to 1, got {decay!r}")
         if isinstance(num_memory, bool) or not isinstance(num_memory, int) or num_memory < 0:
             raise ValueError(f"num_memory: expected an int, 0 or more, got {num_memory!r}")
         self.num_clusters = positive("num_clusters", num_clusters)
@@ -144,7 +146,6 @@ class RoutingAttention(ProjectedAttention):
         shape = routed_heads, num_clusters, self.head_dim
         self.register_buffer("centroids", torch.empty(shape, dtype=torch.float32, device=device))
         self.register_buffer("counts", torch.empty(shape[:2], dtype=torch.float32, device=device))
-        self.register_buffer("routed_with", torch.empty(shape, dtype=torch.float32, device=device), persistent=False)
         if num_memory:
             memory = self.num_kv_heads - self.num_local_kv_heads, num_memory, self.head_dim
             self.memory_key = nn.Parameter(torch.empty(memory, device=device, dtype=dtype))
@@ -157,8 +158,6 @@ class RoutingAttention(ProjectedAttention):
         """Gives centroids and memory their start; the other submodules have a reset_parameters of their own."""
         nn.init.normal_(self.centroids)  # as long as normalised rows are, about
         nn.init.ones_(self.counts)
-        with torch.no_grad():
-            self.routed_with.copy_(self.centroids)
         for memory in (self.memory_key, self.memory_value):
             if memory is not None:
                 nn.init.normal_(memory, std=self.head_dim**-0.5)
@@ -172,31 +171,20 @@ class RoutingAttention(ProjectedAttention):
                 setattr(self, name, x.to(moved.device))
         return self
 
-    def _group(self) -> ProcessGroup | None:
-        if isinstance(self.process_group, str):
-            return torch.distributed.group.WORLD
-        return self.process_group
-
-    def _step(self, query: Tensor, key: Tensor) -> Tensor:
-        """The centroids to route with, after moving them on."""
-        if not self.training:
-            return self.centroids
-        with torch.no_grad():
-            if not _recomputing():
-                self.routed_with.copy_(self.centroids)
-                update_centroids_(self.centroids, self.counts, query, key, decay=self.decay, group=self._group())
-        return self.routed_with
-
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, return_loss: bool) -> tuple[Tensor, Tensor | None]:
         heads, kv_heads = self.num_local_heads, self.num_local_kv_heads
         routed_query, routed_key = query[:, heads:], key[:, kv_heads:]
-        centroids = self._step(routed_query, routed_key)
+        if self.training and torch.is_grad_enabled():
+            group = torch.distributed.group.WORLD if self.process_group == "world" else self.process_group
+            routed_query = move_centroids_in_backward(
+                routed_query, routed_key, self.centroids, self.counts, decay=self.decay, group=group
+            )
         memory = None if self.memory_key is None or self.memory_value is None else (self.memory_key, self.memory_value)
         output = routing_attention(
             routed_query,
             routed_key,
             value[:, kv_heads:],
-            centroids,
+            self.centroids,
             cluster_size=self.cluster_size,
             routing=self.routing,
             is_causal=self.is_causal,
@@ -210,7 +198,7 @@ class RoutingAttention(ProjectedAttention):
         if heads:
             local = self._attend_locally(query[:, :heads], key[:, :kv_heads], value[:, :kv_heads])
             output = torch.cat((local, output), dim=1)
-        loss = commitment_loss(routed_query, routed_key, centroids, beta=self.commitment) if return_loss else None
+        loss = commitment_loss(routed_query, routed_key, self.centroids, beta=self.commitment) if return_loss else None
         return output, loss
 
     def _attend_locally(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -250,8 +238,3 @@ class RoutingAttention(ProjectedAttention):
             "decay": self.decay,
             "commitment": self.commitment,
         }
-
-
-def _recomputing() -> bool:
-    """Whether a backward is repeating a forward; a compiled graph repeats operations instead, from what they took."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
