@@ -1,7 +1,7 @@
 """One file per system; a new suite is one more entry here."""
 
 from suite import Suite
-from suites import dense, flash, probabilistic, sparse_linear, varlen
+from suites import dense, flash, probabilistic, sparse_linear, staircase, varlen
 
 SUITES: dict[str, Suite] = {
     suite.name: suite
@@ -13,5 +13,6 @@ SUITES: dict[str, Suite] = {
         sparse_linear.SUITE,
         sparse_linear.LENGTHS_SUITE,
         probabilistic.SUITE,
+        staircase.SUITE,
     )
 }

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "attnx/staircase.h"
+
 namespace attnx {
 
 inline constexpr std::int64_t kMaxHeadDim = 256;
@@ -79,6 +81,10 @@ struct AttentionParams {
   // Listed tiles: only the listed blocks take part, under the same window. Not with cu_seqlens.
   std::int64_t block_q = 0, block_k = 0;  // rows and keys of a block
   BlockList key_blocks;                   // of each block of queries; null counts: every block takes part
+
+  // A quantised cache in the place of key and value; forward only. length_k is its longest sequence.
+  Staircase cache;
+  const std::int64_t* query_lengths = nullptr;  // [batch], queries of each sequence; null: length_q of all
 };
 
 struct ForwardParams : AttentionParams {
@@ -122,6 +128,32 @@ struct LinearForwardParams : LinearParams {
 struct LinearBackwardParams : LinearParams {
   Tensor grad_output, output;               // [batch, heads_q, length_q, value_dim]
   Tensor grad_query, grad_key, grad_value;  // added to
+};
+
+// New tokens at the end of each sequence of a cache. The state is only read: whoever calls publishes the next one when
+// everything else is written.
+struct StaircaseAppendParams {
+  DType dtype = DType::kFloat32;
+  std::int64_t batch = 0;
+  Staircase cache;
+  const std::int64_t* next_state = nullptr;  // [batch][state_size]
+  Tensor key, value;                         // [batch, heads, tokens, head_dim], the new tokens
+  std::int64_t most_units = -1;              // for tests: how much is written before it stops; -1: all
+};
+
+// The last tokens of each sequence dropped, as the next state says, which again is not published.
+struct StaircaseCropParams {
+  DType dtype = DType::kFloat32;
+  std::int64_t batch = 0;
+  Staircase cache;
+  const std::int64_t* next_state = nullptr;
+};
+
+struct StaircaseReadParams {
+  DType dtype = DType::kFloat32;
+  std::int64_t batch = 0, first = 0, count = 0;  // tokens of each sequence
+  Staircase cache;
+  Tensor key, value;  // [batch, heads, count, head_dim]; not written beyond a sequence
 };
 
 }  // namespace attnx

@@ -23,16 +23,22 @@ namespace attnx::cpu {
 #define ATTNX_FOR_EACH_ISA(X) X(baseline, true)
 #endif
 
-#define ATTNX_DECLARE(isa, supported)                                                  \
-  namespace isa {                                                                      \
-  std::size_t forward_workspace(const ForwardParams&, const Executor&);                \
-  void forward(const ForwardParams&, const Executor&, char*);                          \
-  std::size_t backward_workspace(const BackwardParams&, const Executor&);              \
-  void backward(const BackwardParams&, const Executor&, char*);                        \
-  std::size_t linear_forward_workspace(const LinearForwardParams&, const Executor&);   \
-  void linear_forward(const LinearForwardParams&, const Executor&, char*);             \
-  std::size_t linear_backward_workspace(const LinearBackwardParams&, const Executor&); \
-  void linear_backward(const LinearBackwardParams&, const Executor&, char*);           \
+#define ATTNX_DECLARE(isa, supported)                                                    \
+  namespace isa {                                                                        \
+  std::size_t forward_workspace(const ForwardParams&, const Executor&);                  \
+  void forward(const ForwardParams&, const Executor&, char*);                            \
+  std::size_t backward_workspace(const BackwardParams&, const Executor&);                \
+  void backward(const BackwardParams&, const Executor&, char*);                          \
+  std::size_t linear_forward_workspace(const LinearForwardParams&, const Executor&);     \
+  void linear_forward(const LinearForwardParams&, const Executor&, char*);               \
+  std::size_t linear_backward_workspace(const LinearBackwardParams&, const Executor&);   \
+  void linear_backward(const LinearBackwardParams&, const Executor&, char*);             \
+  std::size_t staircase_append_workspace(const StaircaseAppendParams&, const Executor&); \
+  void staircase_append(const StaircaseAppendParams&, const Executor&, char*);           \
+  std::size_t staircase_crop_workspace(const StaircaseCropParams&, const Executor&);     \
+  void staircase_crop(const StaircaseCropParams&, const Executor&, char*);               \
+  std::size_t staircase_read_workspace(const StaircaseReadParams&, const Executor&);     \
+  void staircase_read(const StaircaseReadParams&, const Executor&, char*);               \
   }
 ATTNX_FOR_EACH_ISA(ATTNX_DECLARE)
 #undef ATTNX_DECLARE
@@ -50,7 +56,9 @@ const std::vector<InstructionSet>& known() {
   {#isa,                                                                                                         \
    bool(supported),                                                                                              \
    {isa::forward_workspace, isa::forward, isa::backward_workspace, isa::backward, isa::linear_forward_workspace, \
-    isa::linear_forward, isa::linear_backward_workspace, isa::linear_backward}},
+    isa::linear_forward, isa::linear_backward_workspace, isa::linear_backward, isa::staircase_append_workspace,  \
+    isa::staircase_append, isa::staircase_crop_workspace, isa::staircase_crop, isa::staircase_read_workspace,    \
+    isa::staircase_read}},
   static const std::vector<InstructionSet> sets = {ATTNX_FOR_EACH_ISA(ATTNX_ENTRY)};
 #undef ATTNX_ENTRY
   return sets;
@@ -95,6 +103,20 @@ double operations(const LinearParams& p) {
          double(p.head_dim * p.value_dim);
 }
 
+// A number that is quantised or read takes as long as some 64 operations of attention.
+template <class Params>
+double rows_as_operations(const Params& p, std::int64_t tokens) {
+  return 64.0 * double(p.batch * p.cache.heads * tokens * p.cache.layout.head_dim);
+}
+double operations(const StaircaseAppendParams& p) {
+  std::int64_t most = 0;
+  for (std::int64_t b = 0; b < p.batch; ++b)
+    most = std::max(most, p.next_state[b * p.cache.layout.state_size()] - p.cache.of(b).length());
+  return rows_as_operations(p, most);
+}
+double operations(const StaircaseReadParams& p) { return rows_as_operations(p, p.count); }
+double operations(const StaircaseCropParams& p) { return rows_as_operations(p, p.cache.layout.window); }
+
 template <class Params>
 void run(std::size_t (*Kernels::*workspace_bytes)(const Params&, const Executor&),
          void (*Kernels::*kernel)(const Params&, const Executor&, char*), const Params& params,
@@ -132,6 +154,18 @@ void linear_forward(const LinearForwardParams& params, const Executor& executor)
 
 void linear_backward(const LinearBackwardParams& params, const Executor& executor) {
   run(&Kernels::linear_backward_workspace, &Kernels::linear_backward, params, executor);
+}
+
+void staircase_append(const StaircaseAppendParams& params, const Executor& executor) {
+  run(&Kernels::staircase_append_workspace, &Kernels::staircase_append, params, executor);
+}
+
+void staircase_crop(const StaircaseCropParams& params, const Executor& executor) {
+  run(&Kernels::staircase_crop_workspace, &Kernels::staircase_crop, params, executor);
+}
+
+void staircase_read(const StaircaseReadParams& params, const Executor& executor) {
+  run(&Kernels::staircase_read_workspace, &Kernels::staircase_read, params, executor);
 }
 
 }  // namespace attnx::cpu

@@ -15,6 +15,9 @@ void forward(const ForwardParams& params, const Executor& executor);
 void backward(const BackwardParams& params, const Executor& executor);
 void linear_forward(const LinearForwardParams& params, const Executor& executor);
 void linear_backward(const LinearBackwardParams& params, const Executor& executor);
+void staircase_append(const StaircaseAppendParams& params, const Executor& executor);
+void staircase_crop(const StaircaseCropParams& params, const Executor& executor);
+void staircase_read(const StaircaseReadParams& params, const Executor& executor);
 
 // Those that were built and that this machine runs, the plainest first.
 ATTNX_API std::vector<std::string> instruction_sets();

@@ -18,6 +18,12 @@ struct Kernels {
   void (*linear_forward)(const LinearForwardParams&, const Executor&, char* workspace);
   std::size_t (*linear_backward_workspace)(const LinearBackwardParams&, const Executor&);
   void (*linear_backward)(const LinearBackwardParams&, const Executor&, char* workspace);
+  std::size_t (*staircase_append_workspace)(const StaircaseAppendParams&, const Executor&);
+  void (*staircase_append)(const StaircaseAppendParams&, const Executor&, char* workspace);
+  std::size_t (*staircase_crop_workspace)(const StaircaseCropParams&, const Executor&);
+  void (*staircase_crop)(const StaircaseCropParams&, const Executor&, char* workspace);
+  std::size_t (*staircase_read_workspace)(const StaircaseReadParams&, const Executor&);
+  void (*staircase_read)(const StaircaseReadParams&, const Executor&, char* workspace);
 };
 
 }  // namespace attnx::cpu

@@ -17,6 +17,10 @@ void run(const BackwardParams& params, const StableTensor& query, bool determini
 // On the CPU alone, today.
 void run(const LinearForwardParams& params);
 void run(const LinearBackwardParams& params);
+void run(const StaircaseAppendParams& params);
+void run(const StaircaseCropParams& params);
+void run(const StaircaseReadParams& params);
+void run_on_host(const ForwardParams& params);
 
 // (heads,) in the type of sums, from the kernel's sums for each sequence, (batch, heads) in double; zeros from none.
 StableTensor sum_over_batch(const std::optional<StableTensor>& per_sequence, const StableTensor& query);

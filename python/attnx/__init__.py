@@ -2,12 +2,13 @@
 
 import torch as _torch  # noqa: F401  (before _C: it loads the libraries that libattnx links)
 
-from attnx import _C, _block_sparse, _operators, _probabilistic, _sparse_linear
+from attnx import _C, _block_sparse, _operators, _probabilistic, _sparse_linear, _staircase
 
 _operators.register()
 _block_sparse.register()
 _probabilistic.register()
 _sparse_linear.register()
+_staircase.register()
 
 from attnx import nn, reference  # noqa: E402  (they use the registered operators)
 from attnx.block_mask import BlockMask  # noqa: E402
@@ -31,12 +32,14 @@ from attnx.sparse_linear import (  # noqa: E402
     sparse_linear_block_map,
     sparse_linear_block_map_varlen,
 )
+from attnx.staircase import StaircaseCache, staircase_attention  # noqa: E402
 
 __version__: str = _C.version
 
 __all__ = [
     "BlockMask",
     "SparseLinearMap",
+    "StaircaseCache",
     "block_sparse_attention",
     "explain",
     "keep_probabilities",
@@ -52,4 +55,5 @@ __all__ = [
     "sparse_linear_attention_varlen",
     "sparse_linear_block_map",
     "sparse_linear_block_map_varlen",
+    "staircase_attention",
 ]
