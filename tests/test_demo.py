@@ -51,6 +51,12 @@ def test_a_short_run_ends_with_the_table_and_the_report(tmp_path: Path) -> None:
         assert 0 < result["validation_bits_per_byte"] < 8.5
         assert 0 < result["largest_error"] < 1e-5
         assert result["forward_ms"] > 0
+    full, staircase, requantised = report["caches"]
+    assert (full["name"], staircase["name"], requantised["name"]) == ("full", "staircase", "requantised")
+    assert staircase["bits"] == requantised["bits"] < 3.5 < full["bits"] == 32
+    assert staircase["bits_per_byte"] == pytest.approx(full["bits_per_byte"], rel=0.01)
+    assert staircase["bytes_per_token"] < full["bytes_per_token"] / 6
+    assert "staircase 16-8-4-2 writes:" in run.stdout
     # The same model on the same batches: the two softmaxes differ by rounding alone.
     sdpa, softmax, *_ = (result["training_bits_per_byte"] for result in report["attentions"])
     assert softmax == pytest.approx(sdpa, abs=1e-4)

@@ -35,6 +35,18 @@ def test_share_of_rounds() -> None:
     assert np.array_equal(image.get_array(), expected.numpy())
 
 
+def test_staircase(tmp_path: Path) -> None:
+    cache = attnx.StaircaseCache(1, 1, 32, 256, window=32, dtype=torch.bfloat16)
+    cache.append(*torch.zeros(2, 1, 1, 150, 32, dtype=torch.bfloat16).unbind(0))
+    axes = attnx.plot.staircase(cache, path=tmp_path / "staircase.png")
+    assert (tmp_path / "staircase.png").read_bytes().startswith(b"\x89PNG")
+    heights = axes.patches[0].get_data().values
+    assert heights.tolist() == [2] * 64 + [4] * 32 + [8] * 32 + [16] * 22
+    assert axes.get_title() == "150 tokens, 5.76 bits on average"
+    with pytest.raises(RuntimeError, match=r"^sequence: expected from 0 to 0, got 1"):
+        attnx.plot.staircase(cache, sequence=1)
+
+
 def test_bad_input() -> None:
     with pytest.raises(RuntimeError, match=r"^blocks: expected a SparseLinearMap, a BlockMask or a sequence"):
         attnx.plot.block_map([])

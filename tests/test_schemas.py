@@ -17,6 +17,12 @@ SOFTMAX = f"({GRADS}, Tensor grad_alibi_slopes)"
 SOFTMAX_RESULTS = "Tensor output, Tensor logsumexp"
 SOFTMAX_SAVED = f"Tensor grad_output, Tensor grad_logsumexp, {QKV}, {SOFTMAX_RESULTS}"
 
+CACHE = "Tensor state, Tensor codes, Tensor ranges, Tensor tail"
+LAYOUT = "int[] levels, int window, int group, int max_length"
+APPENDED = "Tensor(a!) state, Tensor(b!) codes, Tensor(c!) ranges, Tensor(d!) tail, Tensor key, Tensor value"
+CROPPED = "Tensor(a!) state, Tensor codes, Tensor ranges, Tensor(b!) tail, Tensor length"
+SCORE = "str score, str bias_rule, float bias_value, float? scale, bool is_causal"
+
 SCHEMAS = [
     f"sigmoid_attention({QKV}, {BIAS}, {MASK}) -> Tensor",
     f"sigmoid_attention_varlen({QKV}, {PACKING}, {BIAS}, {MASK}) -> Tensor",
@@ -26,6 +32,11 @@ SCHEMAS = [
     f"softmax_attention_varlen({QKV}, {PACKING}, Tensor? alibi_slopes, {MASK}) -> ({SOFTMAX_RESULTS})",
     f"softmax_attention_backward({SOFTMAX_SAVED}, Tensor? alibi_slopes, {BACKWARD}) -> {SOFTMAX}",
     f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PACKING}, Tensor? alibi_slopes, {BACKWARD}) -> {SOFTMAX}",
+    f"staircase_append_({APPENDED}, Tensor? counts, {LAYOUT}) -> ()",
+    f"staircase_crop_({CROPPED}, {LAYOUT}) -> ()",
+    f"staircase_dequantize({CACHE}, int first, int count, {LAYOUT}) -> (Tensor key, Tensor value)",
+    f"staircase_attention(Tensor query, {CACHE}, Tensor? query_lengths, Tensor? bias, {LAYOUT}, {SCORE}) -> "
+    f"({SOFTMAX_RESULTS})",
 ]
 
 

@@ -1,7 +1,7 @@
 """One file per system; a new suite is one more entry here."""
 
 from suite import Suite
-from suites import dense, flash, probabilistic, routing, sparse_linear, varlen
+from suites import dense, flash, probabilistic, routing, sparse_linear, staircase, varlen
 
 SUITES: dict[str, Suite] = {
     suite.name: suite
@@ -15,5 +15,6 @@ SUITES: dict[str, Suite] = {
         probabilistic.SUITE,
         routing.SUITE,
         routing.LENGTHS_SUITE,
+        staircase.SUITE,
     )
 }

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "attnx/staircase.h"
+
 namespace attnx {
 
 inline constexpr std::int64_t kMaxHeadDim = 256;
@@ -104,6 +106,10 @@ struct AttentionParams {
   BlockList key_blocks;                   // of each block of queries; null counts: every block takes part
 
   Gather gather;  // length_q and length_k are then those of the longest clusters, memory included
+
+  // A quantised cache in the place of key and value; forward only. length_k is its longest sequence.
+  Staircase cache;
+  const std::int64_t* query_lengths = nullptr;  // [batch], queries of each sequence; null: length_q of all
 };
 
 struct ForwardParams : AttentionParams {
@@ -184,6 +190,32 @@ struct CentroidSumsParams : RouteParams {
   const std::int32_t* nearest = nullptr;  // [batch, heads, length]
   double* sums = nullptr;                 // [heads, clusters, head_dim], added to
   double* counts = nullptr;               // [heads, clusters], added to
+};
+
+// New tokens at the end of each sequence of a cache. The state is only read: whoever calls publishes the next one when
+// everything else is written.
+struct StaircaseAppendParams {
+  DType dtype = DType::kFloat32;
+  std::int64_t batch = 0;
+  Staircase cache;
+  const std::int64_t* next_state = nullptr;  // [batch][state_size]
+  Tensor key, value;                         // [batch, heads, tokens, head_dim], the new tokens
+  std::int64_t most_units = -1;              // for tests: how much is written before it stops; -1: all
+};
+
+// The last tokens of each sequence dropped, as the next state says, which again is not published.
+struct StaircaseCropParams {
+  DType dtype = DType::kFloat32;
+  std::int64_t batch = 0;
+  Staircase cache;
+  const std::int64_t* next_state = nullptr;
+};
+
+struct StaircaseReadParams {
+  DType dtype = DType::kFloat32;
+  std::int64_t batch = 0, first = 0, count = 0;  // tokens of each sequence
+  Staircase cache;
+  Tensor key, value;  // [batch, heads, count, head_dim]; not written beyond a sequence
 };
 
 }  // namespace attnx

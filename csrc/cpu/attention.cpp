@@ -23,29 +23,19 @@ namespace attnx::cpu {
 #define ATTNX_FOR_EACH_ISA(X) X(baseline, true)
 #endif
 
-#define ATTNX_DECLARE(isa, supported)                                                  \
-  namespace isa {                                                                      \
-  std::size_t forward_workspace(const ForwardParams&, const Executor&);                \
-  void forward(const ForwardParams&, const Executor&, char*);                          \
-  std::size_t backward_workspace(const BackwardParams&, const Executor&);              \
-  void backward(const BackwardParams&, const Executor&, char*);                        \
-  std::size_t linear_forward_workspace(const LinearForwardParams&, const Executor&);   \
-  void linear_forward(const LinearForwardParams&, const Executor&, char*);             \
-  std::size_t linear_backward_workspace(const LinearBackwardParams&, const Executor&); \
-  void linear_backward(const LinearBackwardParams&, const Executor&, char*);           \
-  std::size_t routed_forward_workspace(const ForwardParams&, const Executor&);         \
-  void routed_forward(const ForwardParams&, const Executor&, char*);                   \
-  std::size_t routed_backward_workspace(const BackwardParams&, const Executor&);       \
-  void routed_backward(const BackwardParams&, const Executor&, char*);                 \
-  std::size_t select_workspace(const SelectParams&, const Executor&);                  \
-  void select(const SelectParams&, const Executor&, char*);                            \
-  std::size_t nearest_workspace(const NearestParams&, const Executor&);                \
-  void nearest(const NearestParams&, const Executor&, char*);                          \
-  std::size_t centroid_sums_workspace(const CentroidSumsParams&, const Executor&);     \
-  void centroid_sums(const CentroidSumsParams&, const Executor&, char*);               \
+#define ATTNX_DECLARE_KERNEL(name, Params)                      \
+  std::size_t name##_workspace(const Params&, const Executor&); \
+  void name(const Params&, const Executor&, char*);
+#define ATTNX_POINT_TO_KERNEL(name, Params) name##_workspace, name,
+#define ATTNX_DECLARE(isa, supported)                                                 \
+  namespace isa {                                                                     \
+  ATTNX_FOR_EACH_KERNEL(ATTNX_DECLARE_KERNEL)                                         \
+  static constexpr Kernels kKernels = {ATTNX_FOR_EACH_KERNEL(ATTNX_POINT_TO_KERNEL)}; \
   }
 ATTNX_FOR_EACH_ISA(ATTNX_DECLARE)
 #undef ATTNX_DECLARE
+#undef ATTNX_POINT_TO_KERNEL
+#undef ATTNX_DECLARE_KERNEL
 
 namespace {
 
@@ -56,13 +46,7 @@ struct InstructionSet {
 };
 
 const std::vector<InstructionSet>& known() {
-#define ATTNX_ENTRY(isa, supported)                                                                                \
-  {#isa,                                                                                                           \
-   bool(supported),                                                                                                \
-   {isa::forward_workspace, isa::forward, isa::backward_workspace, isa::backward, isa::linear_forward_workspace,   \
-    isa::linear_forward, isa::linear_backward_workspace, isa::linear_backward, isa::routed_forward_workspace,      \
-    isa::routed_forward, isa::routed_backward_workspace, isa::routed_backward, isa::select_workspace, isa::select, \
-    isa::nearest_workspace, isa::nearest, isa::centroid_sums_workspace, isa::centroid_sums}},
+#define ATTNX_ENTRY(isa, supported) {#isa, bool(supported), isa::kKernels},
   static const std::vector<InstructionSet> sets = {ATTNX_FOR_EACH_ISA(ATTNX_ENTRY)};
 #undef ATTNX_ENTRY
   return sets;
@@ -109,11 +93,24 @@ double operations(const LinearParams& p) {
   return 2.0 * double(p.batch) * double(p.heads_q * p.length_q + p.heads_k * p.length_k) *
          double(p.head_dim * p.value_dim);
 }
-
 double operations(const RouteParams& p) {
   return 2.0 * double(p.batch * p.heads * p.length) * double(p.clusters * p.head_dim);
 }
 double operations(const CentroidSumsParams& p) { return 8.0 * double(p.batch * p.heads * p.length * p.head_dim); }
+
+// A number that is quantised or read takes as long as some 64 operations of attention.
+template <class Params>
+double rows_as_operations(const Params& p, std::int64_t tokens) {
+  return 64.0 * double(p.batch * p.cache.heads * tokens * p.cache.layout.head_dim);
+}
+double operations(const StaircaseAppendParams& p) {
+  std::int64_t most = 0;
+  for (std::int64_t b = 0; b < p.batch; ++b)
+    most = std::max(most, p.next_state[b * p.cache.layout.state_size()] - p.cache.of(b).length());
+  return rows_as_operations(p, most);
+}
+double operations(const StaircaseReadParams& p) { return rows_as_operations(p, p.count); }
+double operations(const StaircaseCropParams& p) { return rows_as_operations(p, p.cache.layout.window); }
 
 template <class Params>
 void run(std::size_t (*Kernels::*workspace_bytes)(const Params&, const Executor&),
@@ -154,24 +151,18 @@ void backward(const BackwardParams& params, const Executor& executor) {
   }
 }
 
-void linear_forward(const LinearForwardParams& params, const Executor& executor) {
-  run(&Kernels::linear_forward_workspace, &Kernels::linear_forward, params, executor);
-}
-
-void linear_backward(const LinearBackwardParams& params, const Executor& executor) {
-  run(&Kernels::linear_backward_workspace, &Kernels::linear_backward, params, executor);
-}
-
-void select(const SelectParams& params, const Executor& executor) {
-  run(&Kernels::select_workspace, &Kernels::select, params, executor);
-}
-
-void nearest(const NearestParams& params, const Executor& executor) {
-  run(&Kernels::nearest_workspace, &Kernels::nearest, params, executor);
-}
-
-void centroid_sums(const CentroidSumsParams& params, const Executor& executor) {
-  run(&Kernels::centroid_sums_workspace, &Kernels::centroid_sums, params, executor);
-}
+#define ATTNX_DEFINE(name, Params)                                     \
+  void name(const Params& params, const Executor& executor) {          \
+    run(&Kernels::name##_workspace, &Kernels::name, params, executor); \
+  }
+ATTNX_DEFINE(linear_forward, LinearForwardParams)
+ATTNX_DEFINE(linear_backward, LinearBackwardParams)
+ATTNX_DEFINE(select, SelectParams)
+ATTNX_DEFINE(nearest, NearestParams)
+ATTNX_DEFINE(centroid_sums, CentroidSumsParams)
+ATTNX_DEFINE(staircase_append, StaircaseAppendParams)
+ATTNX_DEFINE(staircase_crop, StaircaseCropParams)
+ATTNX_DEFINE(staircase_read, StaircaseReadParams)
+#undef ATTNX_DEFINE
 
 }  // namespace attnx::cpu

@@ -18,6 +18,9 @@ void linear_backward(const LinearBackwardParams& params, const Executor& executo
 void select(const SelectParams& params, const Executor& executor);
 void nearest(const NearestParams& params, const Executor& executor);
 void centroid_sums(const CentroidSumsParams& params, const Executor& executor);
+void staircase_append(const StaircaseAppendParams& params, const Executor& executor);
+void staircase_crop(const StaircaseCropParams& params, const Executor& executor);
+void staircase_read(const StaircaseReadParams& params, const Executor& executor);
 
 // Those that were built and that this machine runs, the plainest first.
 ATTNX_API std::vector<std::string> instruction_sets();

@@ -8,26 +8,27 @@
 
 namespace attnx::cpu {
 
+#define ATTNX_FOR_EACH_KERNEL(X)             \
+  X(forward, ForwardParams)                  \
+  X(backward, BackwardParams)                \
+  X(linear_forward, LinearForwardParams)     \
+  X(linear_backward, LinearBackwardParams)   \
+  X(routed_forward, ForwardParams)           \
+  X(routed_backward, BackwardParams)         \
+  X(select, SelectParams)                    \
+  X(nearest, NearestParams)                  \
+  X(centroid_sums, CentroidSumsParams)       \
+  X(staircase_append, StaircaseAppendParams) \
+  X(staircase_crop, StaircaseCropParams)     \
+  X(staircase_read, StaircaseReadParams)
+
+// Each run, and how many bytes of workspace it needs, aligned to 64.
 struct Kernels {
-  // Bytes that the run of the same name needs, aligned to 64.
-  std::size_t (*forward_workspace)(const ForwardParams&, const Executor&);
-  void (*forward)(const ForwardParams&, const Executor&, char* workspace);
-  std::size_t (*backward_workspace)(const BackwardParams&, const Executor&);
-  void (*backward)(const BackwardParams&, const Executor&, char* workspace);
-  std::size_t (*linear_forward_workspace)(const LinearForwardParams&, const Executor&);
-  void (*linear_forward)(const LinearForwardParams&, const Executor&, char* workspace);
-  std::size_t (*linear_backward_workspace)(const LinearBackwardParams&, const Executor&);
-  void (*linear_backward)(const LinearBackwardParams&, const Executor&, char* workspace);
-  std::size_t (*routed_forward_workspace)(const ForwardParams&, const Executor&);
-  void (*routed_forward)(const ForwardParams&, const Executor&, char* workspace);
-  std::size_t (*routed_backward_workspace)(const BackwardParams&, const Executor&);
-  void (*routed_backward)(const BackwardParams&, const Executor&, char* workspace);
-  std::size_t (*select_workspace)(const SelectParams&, const Executor&);
-  void (*select)(const SelectParams&, const Executor&, char* workspace);
-  std::size_t (*nearest_workspace)(const NearestParams&, const Executor&);
-  void (*nearest)(const NearestParams&, const Executor&, char* workspace);
-  std::size_t (*centroid_sums_workspace)(const CentroidSumsParams&, const Executor&);
-  void (*centroid_sums)(const CentroidSumsParams&, const Executor&, char* workspace);
+#define ATTNX_MEMBERS(name, Params)                                \
+  std::size_t (*name##_workspace)(const Params&, const Executor&); \
+  void (*name)(const Params&, const Executor&, char* workspace);
+  ATTNX_FOR_EACH_KERNEL(ATTNX_MEMBERS)
+#undef ATTNX_MEMBERS
 };
 
 }  // namespace attnx::cpu

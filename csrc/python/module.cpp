@@ -10,6 +10,7 @@
 #include "attnx/environment.h"
 #include "cpu/attention.h"
 #include "torch/cuda_hooks.h"
+#include "torch/staircase_hooks.h"
 
 namespace py = pybind11;
 
@@ -90,6 +91,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_instruction_set", attnx::cpu::instruction_set, "The one in use.");
   m.def("set_cpu_instruction_set", attnx::cpu::use_instruction_set, py::arg("name"),
         "Use this one from now on, in the whole process. For tests and comparisons.");
+  m.def("interrupt_staircase_append", attnx::ops::interrupt_staircase_append, py::arg("units"),
+        "For tests: appends write so many heads' keys or values from now on and then throw; -1: all of them.");
   m.attr("cuda_on_host") = attnx::kCudaOnHost;
   m.def("cuda_emulated", cuda_emulated, "Whether there are CUDA kernels, on a runtime that is the emulator.");
   if constexpr (kWithCuda) {

@@ -114,6 +114,10 @@ void run(const LinearBackwardParams& params) { cpu::linear_backward(params, exec
 void run(const SelectParams& params) { cpu::select(params, executor()); }
 void run(const NearestParams& params) { cpu::nearest(params, executor()); }
 void run(const CentroidSumsParams& params) { cpu::centroid_sums(params, executor()); }
+void run(const StaircaseAppendParams& params) { cpu::staircase_append(params, executor()); }
+void run(const StaircaseCropParams& params) { cpu::staircase_crop(params, executor()); }
+void run(const StaircaseReadParams& params) { cpu::staircase_read(params, executor()); }
+void run_on_host(const ForwardParams& params) { cpu::forward(params, executor()); }
 
 ScalarType sum_type(const StableTensor& query) {
   return query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

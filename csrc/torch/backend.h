@@ -20,6 +20,10 @@ void run(const LinearBackwardParams& params);
 void run(const SelectParams& params);
 void run(const NearestParams& params);
 void run(const CentroidSumsParams& params);
+void run(const StaircaseAppendParams& params);
+void run(const StaircaseCropParams& params);
+void run(const StaircaseReadParams& params);
+void run_on_host(const ForwardParams& params);
 
 // (heads,) in the type of sums, from the kernel's sums for each sequence, (batch, heads) in double; zeros from none.
 StableTensor sum_over_batch(const std::optional<StableTensor>& per_sequence, const StableTensor& query);

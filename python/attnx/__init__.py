@@ -2,13 +2,14 @@
 
 import torch as _torch  # noqa: F401  (before _C: it loads the libraries that libattnx links)
 
-from attnx import _C, _block_sparse, _operators, _probabilistic, _routing, _sparse_linear
+from attnx import _C, _block_sparse, _operators, _probabilistic, _routing, _sparse_linear, _staircase
 
 _operators.register()
 _block_sparse.register()
 _probabilistic.register()
 _routing.register()
 _sparse_linear.register()
+_staircase.register()
 
 from attnx import nn, reference  # noqa: E402  (they use the registered operators)
 from attnx.block_mask import BlockMask  # noqa: E402
@@ -40,6 +41,7 @@ from attnx.sparse_linear import (  # noqa: E402
     sparse_linear_block_map,
     sparse_linear_block_map_varlen,
 )
+from attnx.staircase import StaircaseCache, staircase_attention  # noqa: E402
 
 __version__: str = _C.version
 
@@ -47,6 +49,7 @@ __all__ = [
     "BlockMask",
     "Routes",
     "SparseLinearMap",
+    "StaircaseCache",
     "block_sparse_attention",
     "commitment_loss",
     "explain",
@@ -66,5 +69,6 @@ __all__ = [
     "sparse_linear_attention_varlen",
     "sparse_linear_block_map",
     "sparse_linear_block_map_varlen",
+    "staircase_attention",
     "update_centroids_",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnx import _C, _capability, functional, probabilistic, routing, sparse_linear
+from attnx import _C, _capability, functional, probabilistic, routing, sparse_linear, staircase
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,15 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         TypeError: the arguments do not fit its signature.
     """
     name = getattr(function, "__name__", str(function))
-    modules = (functional, probabilistic, routing, sparse_linear)
+    modules = (functional, probabilistic, routing, sparse_linear, staircase)
     operators = {row.operator for row in _capability.table()}
     if name.removesuffix("_varlen") not in operators or all(getattr(m, name, None) is not function for m in modules):
         raise ValueError(f"function: expected an operator of attnx, such as attnx.sigmoid_attention, got {function!r}")
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     arguments = dict(bound.arguments)
+    if "cache" in arguments:
+        arguments["key"] = arguments["value"] = arguments["cache"]._memory.tail[:, :, 0, 0]
     arguments["window_left"], arguments["window_right"] = arguments.pop("window", (-1, -1))
     if not isinstance(arguments.get("bias"), Tensor):
         arguments["bias"] = None  # a rule or a number, which every kernel adds

@@ -1,4 +1,4 @@
-"""Pictures of block maps and masks. Needs matplotlib: ``pip install 'attnx[demo]'``."""
+"""Pictures of block maps and masks, and of a cache. Needs matplotlib: ``pip install 'attnx[demo]'``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from attnx.block_mask import BlockMask
 from attnx.sparse_linear import CRITICAL, MARGINAL, NEGLIGIBLE, SparseLinearMap
+from attnx.staircase import StaircaseCache
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["block_map"]
+__all__ = ["block_map", "staircase"]
 
 # Dark, light and nearly white: they differ in lightness, so that print and colour-blind readers tell them apart.
 _LABELS = (
@@ -53,15 +54,9 @@ def block_map(
         ModuleNotFoundError: matplotlib is not installed.
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "attnx.plot: needs matplotlib: pip install 'attnx[demo]'", name="matplotlib"
-        ) from error
-    if ax is None:
-        ax = Figure(figsize=(5.6, 5.2), dpi=150, layout="constrained").subplots()
+    ax = _axes(ax, (5.6, 5.2))
+    from matplotlib.ticker import MaxNLocator
+
     if isinstance(blocks, SparseLinearMap):
         _draw_labels(ax, _one(blocks.labels, batch, head))
         block_size = blocks.block_size
@@ -78,6 +73,61 @@ def block_map(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     ax.spines[:].set_color("#c3c8ce")
+    return _saved(ax, path)
+
+
+def staircase(
+    cache: StaircaseCache, *, sequence: int = 0, ax: Axes | None = None, path: str | Path | None = None
+) -> Axes:
+    """Draws how many bits the tokens of a cache have by their age: the newest are on the right.
+
+    Args:
+        cache: what to draw.
+        sequence: of the batch.
+        ax: where to draw; a figure of its own by default.
+        path: where to save the picture, in the format of its suffix.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        RuntimeError: the cache has no such sequence.
+    """
+    bits = cache.bits(sequence)
+    ax = _axes(ax, (7.2, 3.0))
+    edges = torch.arange(len(bits) + 1)
+    ax.stairs(bits.numpy(), edges.numpy(), fill=True, color=_LABELS[1][2])
+    ax.stairs(bits.numpy(), edges.numpy(), color=_LABELS[0][2], linewidth=1.2)
+    quantised = len(bits) // cache.window * cache.window
+    for window in range(0, quantised + 1, cache.window):
+        ax.axvline(window, color="#ffffff", linewidth=0.6)
+    widths = sorted(set(bits.tolist()))
+    ax.set_yscale("log", base=2)
+    ax.set_ylim(0.7, 1.25 * max(widths, default=16))
+    ax.set_yticks(widths, [str(width) for width in widths])
+    ax.minorticks_off()
+    ax.set_ylabel("bits of a number")
+    ax.set_xlabel(f"tokens, in windows of {cache.window}; the newest at the right")
+    mean = f"{bits.double().mean():.2f} bits on average" if len(bits) else "empty"
+    ax.set_title(f"{len(bits)} tokens, {mean}", fontsize=10)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("#c3c8ce")
+    return _saved(ax, path)
+
+
+def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """The given axes, or those of a figure of their own."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "attnx.plot: needs matplotlib: pip install 'attnx[demo]'", name="matplotlib"
+        ) from error
+    return Figure(figsize=size, dpi=150, layout="constrained").subplots() if ax is None else ax
+
+
+def _saved(ax: Axes, path: str | Path | None) -> Axes:
     if path is not None:
         figure = ax.get_figure(root=True)
         assert figure is not None

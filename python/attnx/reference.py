@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -34,6 +34,8 @@ __all__ = [
     "sparse_linear_attention",
     "sparse_linear_attention_varlen",
     "sparse_linear_block_map",
+    "staircase_attention",
+    "staircase_dequantize",
     "update_centroids",
 ]
 
@@ -367,6 +369,55 @@ def sparse_linear_attention(
     total = weights.sum(-1, keepdim=True)
     weights = weights / total.where(total != 0, math.inf)
     return sparse, weights @ value.double().repeat_interleave(heads // value.shape[1], dim=1)
+
+
+def _float16(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    """x rounded, by floor or ceil, to the grid of float16."""
+    unit = torch.ldexp(torch.ones_like(x), x.frexp().exponent.clamp(min=-13) - 11)
+    return rounding(x / unit) * unit
+
+
+def _quantised(x: Tensor, bits: int, group: int) -> Tensor:
+    """x through codes of some bits, groups of the last dimension sharing a range."""
+    x = x.unflatten(-1, (-1, group))
+    minimum = _float16(x.amin(-1, True), torch.floor)
+    step = _float16((x.amax(-1, True) - minimum) / 256, torch.ceil)
+    code = ((x - minimum) / step.where(step > 0, math.inf)).floor().clamp(0, 255)
+    cell = 2 ** (8 - bits)
+    return (minimum + ((code / cell).floor() + 0.5) * cell * step).flatten(-2)
+
+
+def staircase_dequantize(
+    key: Tensor, value: Tensor, *, levels: Sequence[int] = (16, 8, 4, 2), window: int = 128, group: int = 32
+) -> tuple[Tensor, Tensor]:
+    """What :class:`attnx.StaircaseCache` reads once these tokens were appended: (batch, heads, length, head_dim)."""
+    key, value = key.double().clone(), value.double().clone()
+    full = key.shape[2] // window
+    for w in range(full):
+        tokens, bits = slice(w * window, (w + 1) * window), levels[min(full - w, len(levels) - 1)]
+        key[:, :, tokens] = _quantised(key[:, :, tokens].mT, bits, group).mT
+        value[:, :, tokens] = _quantised(value[:, :, tokens], bits, group)
+    return key, value
+
+
+def staircase_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    score: Literal["softmax", "sigmoid"] = "softmax",
+    is_causal: bool = True,
+    scale: float | None = None,
+    bias: SigmoidBias = None,
+    **layout: Any,
+) -> Tensor:
+    """Attention over a cache to which key and value were appended."""
+    key, value = staircase_dequantize(key, value, **layout)
+    if score == "sigmoid":
+        return sigmoid_attention(query, key, value, is_causal=is_causal, scale=scale, bias=bias)
+    output = softmax_attention(query, key, value, is_causal=is_causal, scale=scale)
+    assert isinstance(output, Tensor)
+    return output
 
 
 def _each_sequence(

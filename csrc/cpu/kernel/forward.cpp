@@ -1,8 +1,11 @@
 // Compiled once per instruction set; picks the policies.
 #include "forward.h"
 
+#include "lanes/keys.h"
+#include "lanes/queries.h"
 #include "score/sigmoid.h"
 #include "score/softmax.h"
+#include "storage/staircase.h"
 #include "storage/strided.h"
 #include "tiles/listed.h"
 
@@ -10,19 +13,30 @@ namespace attnx::cpu::ATTNX_ISA {
 
 template <class Use>
 static auto with_forward(const ForwardParams& p, const Executor& executor, Use use) {
-  const auto with_input = [&]<class Input>() {
-    const auto with_tiles = [&]<class Tiles>() {
-      if (p.score == Score::kSigmoid) return use(Forward<Input, Sigmoid, Tiles, StridedStorage>(p, executor));
-      return use(Forward<Input, Softmax, Tiles, StridedStorage>(p, executor));
-    };
-    return p.key_blocks.counts ? with_tiles.template operator()<ListedTiles>()
-                               : with_tiles.template operator()<BandTiles>();
+  const auto with_score =
+      [&]<class Input, class Tiles, template <class, class> class Storage, template <class, class> class Lanes>() {
+        if (p.score == Score::kSigmoid) return use(Forward<Input, Sigmoid, Tiles, Storage, Lanes>(p, executor));
+        return use(Forward<Input, Softmax, Tiles, Storage, Lanes>(p, executor));
+      };
+  const auto with_lanes = [&]<class Input, template <class, class> class Storage>() {
+    using Keys = KeysOnLanes<Arithmetic<Input>, Softmax>;
+    if (p.length_q * (p.heads_q / p.heads_k) <= Keys::kMostRows)
+      return with_score.template operator()<Input, BandTiles, Storage, KeysOnLanes>();
+    return with_score.template operator()<Input, BandTiles, Storage, QueriesOnLanes>();
+  };
+  const auto with_storage = [&]<class Input>() {
+    if constexpr (!__is_same(Input, double)) {
+      if (p.cache.state) return with_lanes.template operator()<Input, StaircaseStorage>();
+    }
+    if (p.key_blocks.counts)
+      return with_score.template operator()<Input, ListedTiles, StridedStorage, QueriesOnLanes>();
+    return with_lanes.template operator()<Input, StridedStorage>();
   };
   switch (p.dtype) {
-    case DType::kBFloat16: return with_input.template operator()<BFloat16>();
-    case DType::kFloat16: return with_input.template operator()<Float16>();
-    case DType::kFloat64: return with_input.template operator()<double>();
-    default: return with_input.template operator()<float>();
+    case DType::kBFloat16: return with_storage.template operator()<BFloat16>();
+    case DType::kFloat16: return with_storage.template operator()<Float16>();
+    case DType::kFloat64: return with_storage.template operator()<double>();
+    default: return with_storage.template operator()<float>();
   }
 }
 

@@ -32,34 +32,33 @@ struct GemmOperands {
   std::int64_t c_row;
 };
 
-template <class A, int kVectors>
+template <class A, int kVectors, int kRows = kBlockRows[kVectors]>
 inline void gemm_columns(GemmOperands<A> g, std::int64_t rows, std::int64_t steps, bool accumulate) {
   using Sum = typename A::Sum;
-  constexpr int kRows = kBlockRows[kVectors];
   constexpr int kWidth = kLanes<Sum>;
   for (std::int64_t row = 0; row < rows; row += kRows, g.a += kRows * g.a_row, g.c += kRows * g.c_row) {
     Vec<Sum> sum[kRows][kVectors];
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<Sum>{};
     const auto* a = g.a;
     const auto* b = g.b;
     for (std::int64_t s = 0; s < steps; ++s, a += g.a_step, b += g.b_step) {
       typename A::Operand column[kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) column[v] = A::operand(b + v * kWidth * A::kStep);
 #pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) {
         const auto x = A::broadcast(a + r * g.a_row);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sum[r][v] = A::multiply_add(x, column[v], sum[r][v]);
       }
     }
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       if (row + r >= rows) break;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         Sum* const c = g.c + r * g.c_row + v * kWidth;
         store(c, accumulate ? load(c) + sum[r][v] : sum[r][v]);
@@ -94,6 +93,41 @@ inline void gemm(GemmOperands<A> g, std::int64_t rows, std::int64_t vectors, std
     g.b += n * kLanes<typename A::Sum> * A::kStep;
     g.c += n * kLanes<typename A::Sum>;
   }
+}
+
+// For a handful of rows and many vectors: where the rows of a decode step are A, and keys or features the lanes. As
+// many accumulators as hide the latency of a multiplication; A is padded to kFewRowMultiple.
+inline constexpr int kFewRowMultiple = 4;
+
+template <class A, int kRows>
+inline void gemm_row_block(GemmOperands<A> g, std::int64_t rows, std::int64_t vectors, std::int64_t steps,
+                           bool accumulate) {
+  const auto columns = [&](auto count) {
+    constexpr int kVectors = decltype(count)::kValue;
+    for (; vectors >= kVectors; vectors -= kVectors) {
+      gemm_columns<A, kVectors, kRows>(g, rows, steps, accumulate);
+      g.b += kVectors * kLanes<typename A::Sum> * A::kStep;
+      g.c += kVectors * kLanes<typename A::Sum>;
+    }
+  };
+  if constexpr (kRows * 8 <= 4 * kMaxVectors) columns(Constant<8>{});
+  if constexpr (kRows * 4 <= 4 * kMaxVectors) columns(Constant<4>{});
+  if constexpr (kRows * 4 > 4 * kMaxVectors) columns(Constant<3>{});
+  columns(Constant<2>{});
+  columns(Constant<1>{});
+}
+
+template <class A>
+inline void gemm_few_rows(GemmOperands<A> g, std::int64_t rows, std::int64_t vectors, std::int64_t steps,
+                          bool accumulate) {
+  for (; steps > kMaxSteps; steps -= kMaxSteps, accumulate = true) {
+    gemm_few_rows(g, rows, vectors, kMaxSteps, accumulate);
+    g.a += kMaxSteps * g.a_step;
+    g.b += kMaxSteps * g.b_step;
+  }
+  if (rows == 1) return gemm_row_block<A, 1>(g, rows, vectors, steps, accumulate);
+  if (rows == 2) return gemm_row_block<A, 2>(g, rows, vectors, steps, accumulate);
+  gemm_row_block<A, 4>(g, rows, vectors, steps, accumulate);
 }
 
 // The same product over the pairs that visible(row, lane, i) admits, i counting single products: for tiles that

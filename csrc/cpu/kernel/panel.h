@@ -23,6 +23,8 @@ struct Sequence {
       : batch(b), first_q(0), first_k(0), length_q(p.length_q), length_k(p.length_k) {
     if (p.cu_seqlens_q) first_q = p.cu_seqlens_q[b], length_q = p.cu_seqlens_q[b + 1] - first_q;
     if (p.cu_seqlens_k) first_k = p.cu_seqlens_k[b], length_k = p.cu_seqlens_k[b + 1] - first_k;
+    if (p.cache.state) length_k = p.cache.of(b).length();
+    if (p.query_lengths) length_q = p.query_lengths[b];
   }
 
   // The row of a query in the tensors of the user, and where results of the loop go.
@@ -82,6 +84,18 @@ struct Panel {
       if (p.bias_rule == BiasRule::kLength) bias[lane] -= log(s.length_k);
       if (p.bias_rule == BiasRule::kRow) bias[lane] -= log(tiles.keys_in_band(position[lane]));
       slope[lane] = per_head(p.alibi_slopes, head[lane]);
+    }
+  }
+
+  // Drops what lies outside of a part of the keys from what the rows see.
+  void clip(KeyRange part) {
+    any = {part.end, part.first}, all = part;
+    for (int lane = 0; lane < kCount; ++lane) {
+      KeyRange& seen = visible[lane];
+      seen.first = smaller(larger(seen.first, part.first), part.end);
+      seen.end = larger(seen.first, smaller(seen.end, part.end));
+      any = {smaller(any.first, seen.first), larger(any.end, seen.end)};
+      all = {larger(all.first, seen.first), smaller(all.end, seen.end)};
     }
   }
 
@@ -165,6 +179,33 @@ ATTNX_INLINE void for_each_logit(const typename A::Sum* s, std::int64_t keys, ty
           const auto n = MaskInt<Sum>(key + k);
           visible[k] = (first <= n) & (end > n);
         }
+      }
+      body(key, x, visible, masked);
+    }
+  };
+  if (on_tile.masked) {
+    panel.alibi ? loop(Flag<true>{}, Flag<true>{}) : loop(Flag<false>{}, Flag<true>{});
+  } else {
+    panel.alibi ? loop(Flag<true>{}, Flag<false>{}) : loop(Flag<false>{}, Flag<false>{});
+  }
+}
+
+// The same for one row whose keys lie on the lanes, s[keys]: calls body(key, x, visible, masked) for every vector of
+// them. keys is a whole number of vectors.
+template <class A, class Body>
+ATTNX_INLINE void for_each_logit_of_row(const typename A::Sum* s, std::int64_t keys, typename A::Sum scale,
+                                        const Panel<typename A::Sum>& panel,
+                                        const PanelOnTile<typename A::Sum>& on_tile, int row, Body body) {
+  using Sum = typename A::Sum;
+  const Sum bias = panel.bias[row] + on_tile.bias, slope = panel.slope[row];
+  const auto loop = [&](auto alibi, auto masked) __attribute__((always_inline)) {
+    for (std::int64_t key = 0; key < keys; key += kLanes<Sum>) {
+      Vec<Sum> x = load(s + key) * scale + bias;
+      if constexpr (alibi.kValue) x -= slope * absolute(on_tile.position[row] - Sum(key) - lane_numbers<Sum>());
+      Mask<Sum> visible = {};
+      if constexpr (masked.kValue) {
+        const Mask<Sum> n = lane_numbers<MaskInt<Sum>>() + MaskInt<Sum>(key);
+        visible = (on_tile.first[row] <= n) & (on_tile.end[row] > n);
       }
       body(key, x, visible, masked);
     }

@@ -115,9 +115,59 @@ ATTNX_INLINE unsigned bits(M mask) {
   return all;
 }
 
+// table[index % 4] in each group of four lanes, which all hold the same table; the other bits of index have no part.
+#if defined(__AVX512F__)
+inline constexpr bool kHasLookup = true;
+ATTNX_INLINE Vec<float> lookup(Vec<float> table, Vec<std::uint32_t> index) {
+  return (Vec<float>)_mm512_permutevar_ps((__m512)table, (__m512i)index);
+}
+#elif defined(__AVX__)
+inline constexpr bool kHasLookup = true;
+ATTNX_INLINE Vec<float> lookup(Vec<float> table, Vec<std::uint32_t> index) {
+  return (Vec<float>)_mm256_permutevar_ps((__m256)table, (__m256i)index);
+}
+#else
+inline constexpr bool kHasLookup = false;
+ATTNX_INLINE Vec<float> lookup(Vec<float> table, Vec<std::uint32_t>) { return table; }
+#endif
+
+// Eight words, over and over.
+ATTNX_INLINE Vec<std::uint32_t> load_eight(const std::uint32_t* p) {
+#if defined(__AVX512F__)
+  return (Vec<std::uint32_t>)_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p));
+#else
+  return load(p);  // or as many as there are lanes
+#endif
+}
+
+// Of all lanes; for what happens once a tile.
+template <class T>
+ATTNX_INLINE T sum_of_lanes(Vec<T> x) {
+  T sum = x[0];
+  for (int i = 1; i < kLanes<T>; ++i) sum += x[i];
+  return sum;
+}
+template <class T>
+ATTNX_INLINE T largest_lane(Vec<T> x) {
+  T largest = x[0];
+  for (int i = 1; i < kLanes<T>; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+// 0, 1, 2, ...
+template <class T>
+ATTNX_INLINE Vec<T> lane_numbers() {
+  Vec<T> x;
+  for (int i = 0; i < kLanes<T>; ++i) x[i] = T(i);
+  return x;
+}
+
 constexpr std::int64_t round_up(std::int64_t x, std::int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
+template <int value>
+struct Constant {
+  static constexpr int kValue = value;
+};
 template <class T>
 constexpr T smaller(T a, T b) {
   return b < a ? b : a;

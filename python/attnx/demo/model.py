@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnx.demo.attentions import Attention
+from attnx.demo.attentions import Attention, CausalAttention
+
+if TYPE_CHECKING:
+    from attnx.demo.caches import Cache
 
 VOCABULARY = 256
 
@@ -35,9 +40,10 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (batch, length, heads, head_dim)."""
-        cos, sin = self.cos[: x.shape[1], None], self.sin[: x.shape[1], None]
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        """x: (batch, length, heads, head_dim), at the positions from ``first`` on."""
+        positions = slice(first, first + x.shape[1])
+        cos, sin = self.cos[positions, None], self.sin[positions, None]
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
@@ -66,11 +72,23 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._with(self.attention, x, 0)
+
+    def decode(self, x: Tensor, first: int, cache: Cache) -> Tensor:
+        """The same for positions from ``first`` on, with the keys and values of those before them in ``cache``."""
+
+        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            cache.append(key, value)
+            return cache.attend(query)
+
+        return self._with(attention, x, first)
+
+    def _with(self, attention: CausalAttention, x: Tensor, first: int) -> Tensor:
         qkv = self.qkv(self.attention_norm(x)).unflatten(2, (3, -1, self.head_dim))
         query, key, value = qkv.unbind(2)
-        query, key = self.rotary(self.query_norm(query)), self.rotary(self.key_norm(key))
+        query, key = self.rotary(self.query_norm(query), first), self.rotary(self.key_norm(key), first)
         # (batch, length, heads, head_dim) storage, read as (batch, heads, length, head_dim) without a copy.
-        output = self.attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        output = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         x = x + self.output(self.output_norm(output.transpose(1, 2)).flatten(2))
         return x + self.mlp(x)
 
@@ -88,3 +106,12 @@ class Transformer(nn.Module):
         logits = self.head(self.norm(self.blocks(self.embedding(tokens[:, :-1]))))
         nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
         return nats / math.log(2)
+
+    def decode(self, tokens: Tensor, first: int, caches: Sequence[Cache]) -> Tensor:
+        """tokens: (batch, length) at the positions from ``first`` on, one cache a layer. Returns the logits of every
+        next byte."""
+        x = self.embedding(tokens)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            assert isinstance(block, Block)
+            x = block.decode(x, first, cache)
+        return self.head(self.norm(x))

@@ -19,7 +19,7 @@ INK, MUTED, RULE, GRID = "#2b2f36", "#6b7280", "#c3c8ce", "#e6e8eb"
 
 def save_plot(results: Results, path: Path) -> None:
     figure = Figure(figsize=(11, 5.2), dpi=150, layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=(1.7, 1))
+    grid = figure.add_gridspec(3 if results.caches else 2, 2, width_ratios=(1.7, 1))
     _draw_losses(figure.add_subplot(grid[:, 0]), results.attentions)
     _draw_times(
         figure.add_subplot(grid[0, 1]),
@@ -33,6 +33,8 @@ def save_plot(results: Results, path: Path) -> None:
         results.attentions,
         [result.forward_ms for result in results.attentions],
     )
+    if results.caches:
+        _draw_caches(figure.add_subplot(grid[2, 1]), results)
     figure.suptitle(_settings(results), fontsize=9, color=MUTED, x=0.01, ha="left")
     figure.savefig(path)
 
@@ -86,6 +88,20 @@ def _draw_times(axes: Axes, title: str, results: list[AttentionResult], times: l
     axes.invert_yaxis()
     axes.set_xlim(0, 1.18 * max(lengths) or 1)
     _style(axes, title, grid="x")
+    axes.tick_params(axis="y", length=0)
+
+
+def _draw_caches(axes: Axes, results: Results) -> None:
+    """What a cached token takes, and how well the model then predicts."""
+    caches = results.caches
+    colours = [MUTED, ATTENTIONS["softmax"].colour, GRID]
+    sizes = [cache.bytes_per_token for cache in caches]
+    bars = axes.barh([cache.label for cache in caches], sizes, color=colours[: len(caches)], height=0.62)
+    texts = [f"{cache.bytes_per_token:.0f}: {cache.bits_per_byte:.3f} bits/byte" for cache in caches]
+    axes.bar_label(bars, texts, padding=4, fontsize=9, color=INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.75 * max(sizes))
+    _style(axes, "Bytes a cached token, held-out text", grid="x")
     axes.tick_params(axis="y", length=0)
 
 

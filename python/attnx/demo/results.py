@@ -31,11 +31,24 @@ class AttentionResult:
 
 
 @dataclass
+class CacheResult:
+    """Of decoding with one cache."""
+
+    name: str
+    label: str
+    bits_per_byte: float
+    bits: float  # of a number, on average over what the queries read
+    bytes_per_token: float  # of all layers, with the ranges
+    text: str  # generated
+
+
+@dataclass
 class Results:
     config: dict[str, Any]
     environment: dict[str, Any]
     attentions: list[AttentionResult]
     baseline_forward_seconds: list[float] = field(default_factory=list)
+    caches: list[CacheResult] = field(default_factory=list)  # none where no softmax was trained
     interrupted: bool = False
     seconds: float = 0.0
 

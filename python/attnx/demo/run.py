@@ -12,14 +12,15 @@ from rich.console import Console
 from attnx import info
 from attnx.demo import DemoError
 from attnx.demo.attentions import ATTENTIONS, BASELINE
+from attnx.demo.caches import compare_caches, steps
 from attnx.demo.corpus import load_corpus
 from attnx.demo.interrupt import stop_on_interrupt
 from attnx.demo.measure import ROUNDS, forward_seconds, largest_error, require_kernels
 from attnx.demo.model import ModelConfig
 from attnx.demo.plot import save_plot
 from attnx.demo.progress import DemoProgress
-from attnx.demo.results import AttentionResult, Results
-from attnx.demo.table import results_table
+from attnx.demo.results import AttentionResult, CacheResult, Results
+from attnx.demo.table import caches_table, results_table
 from attnx.demo.training import Learner, TrainingConfig, train, validate
 
 
@@ -71,6 +72,13 @@ def run(config: DemoConfig, console: Console) -> Results:
         validation = validate(learners, corpus, context)
         timing = progress.add("forward, 4096 tokens", ROUNDS + 1)
         forward = forward_seconds(attentions, device, on_round=lambda: progress.advance(timing), stop=stop)
+        caches: list[CacheResult] = []
+        softmax = next((learner for learner in learners if learner.attention.name in ("softmax", "sdpa")), None)
+        if softmax and device.type == "cpu" and not stop():  # where the staircase has a kernel
+            decoding = progress.add("decoding with caches", steps(model))
+            caches = compare_caches(
+                softmax.model, model, corpus, config.training.seed, on_step=lambda: progress.advance(decoding)
+            )
         interrupted = stop()
 
     results = Results(
@@ -89,10 +97,16 @@ def run(config: DemoConfig, console: Console) -> Results:
             for learner, error, bits in zip(learners, errors, validation, strict=True)
         ],
         baseline_forward_seconds=forward[BASELINE.name],
+        caches=caches,
         interrupted=interrupted,
         seconds=time.perf_counter() - started,
     )
     console.print(results_table(results))
+    if caches:
+        console.print(caches_table(results))
+        for cache in caches:
+            text = cache.text.encode("unicode_escape").decode()
+            console.print(f"{cache.label} writes: {text}", markup=False, highlight=False)
     json_path, plot_path = config.output / "report.json", config.output / "report.png"
     results.save(json_path)
     save_plot(results, plot_path)

@@ -32,5 +32,26 @@ def results_table(results: Results) -> Table:
     return table
 
 
+def caches_table(results: Results) -> Table:
+    table = Table(
+        header_style="bold",
+        caption_justify="left",
+        caption="the trained softmax model, decoding the second halves of held-out windows byte by byte; bits of a "
+        "number, and bytes with ranges over all layers, on average over the tokens that the queries read",
+    )
+    table.add_column("cache", no_wrap=True)
+    for header in ("held-out\nbits/byte", "over\nfull", "bits of\na number", "bytes\na token"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for result in results.caches:
+        table.add_row(
+            result.label,
+            f"{result.bits_per_byte:.4f}",
+            f"{result.bits_per_byte / results.caches[0].bits_per_byte - 1:+.2%}",
+            f"{result.bits:.2f}",
+            f"{result.bytes_per_token:.0f}",
+        )
+    return table
+
+
 def _format(value: float | None, spec: str, unit: str = "") -> str:
     return ABSENT if value is None else f"{value:{spec}}{unit}"

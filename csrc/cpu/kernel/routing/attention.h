@@ -5,6 +5,7 @@
 
 #include "../backward.h"
 #include "../forward.h"
+#include "../lanes/queries.h"
 #include "../tiles/clustered.h"
 #include "places.h"
 
@@ -29,7 +30,7 @@ inline std::int64_t row_units(std::int64_t rows) { return (rows + kRowsOfUnit - 
 template <class Input, class Score>
 class RoutedForward {
   using Sum = typename Arithmetic<Input>::Sum;
-  using Loop = Forward<Input, Score, ClusteredTiles, GatheredStorage>;
+  using Loop = Forward<Input, Score, ClusteredTiles, GatheredStorage, QueriesOnLanes>;
 
  public:
   RoutedForward(const ForwardParams& p, const Executor& executor)

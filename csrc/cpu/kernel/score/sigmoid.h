@@ -39,6 +39,16 @@ class SigmoidForward {
     }
   }
 
+  // The same for one row, s[keys]: the weights are an A operand.
+  void weigh_row(Sum* s, std::int64_t keys, Sum scale, const Panel<Sum>& panel, const PanelOnTile<Sum>& on_tile,
+                 int row, typename A::Element* weights, Sum* /*output*/, std::int64_t /*value_dim*/) {
+    for_each_logit_of_row<A>(s, keys, scale, panel, on_tile, row, [&](auto key, auto x, auto visible, auto masked) {
+      Vec<Sum> p = reciprocal(exp_minus(x) * on_tile.divisor + on_tile.divisor);
+      if constexpr (masked.kValue) p = visible ? p : Vec<Sum>{};
+      A::store_row(weights + key, p);
+    });
+  }
+
   Sum output_factor(const Panel<Sum>&, int) const { return 1; }
 };
 

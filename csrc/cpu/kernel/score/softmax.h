@@ -55,6 +55,35 @@ class SoftmaxForward {
     }
   }
 
+  // The same for one row, s[keys], and its output[value_dim]: the weights are an A operand.
+  void weigh_row(Sum* s, std::int64_t keys, Sum scale, const Panel<Sum>& panel, const PanelOnTile<Sum>& on_tile,
+                 int row, typename A::Element* weights, Sum* output, std::int64_t value_dim) {
+    Vec<Sum> highest = splat(maximum_[row]);
+    for_each_logit_of_row<A>(s, keys, scale, panel, on_tile, row, [&](auto key, auto x, auto visible, auto masked) {
+      if constexpr (masked.kValue) x = visible ? x : splat(-kInfinity);
+      highest = maximum(highest, x);
+      store(s + key, x);
+    });
+    const Sum before = maximum_[row];
+    maximum_[row] = largest_lane<Sum>(highest);
+    // A row that has seen no key yet: any finite maximum will do.
+    const Sum shift = maximum_[row] == -kInfinity ? 0 : maximum_[row];
+    Vec<Sum> sum = {};
+    for (std::int64_t key = 0; key < keys; key += kLanes<Sum>) {
+      const Vec<Sum> x = load(s + key);
+      Vec<Sum> p = exp(x - shift);
+      if (on_tile.masked) p = x == -kInfinity ? Vec<Sum>{} : p;
+      sum += p;
+      A::store_row(weights + key, p);
+    }
+    if (__builtin_memcmp(&before, &maximum_[row], sizeof before) != 0) {
+      const Sum factor = exp(splat(before - shift))[0];
+      sum_[row] *= factor;
+      for (std::int64_t d = 0; d < value_dim; ++d) output[d] *= factor;
+    }
+    sum_[row] += sum_of_lanes<Sum>(sum);
+  }
+
   Sum output_factor(const Panel<Sum>& panel, int lane) const { return sees_nothing(panel, lane) ? 0 : 1 / sum_[lane]; }
   Sum logsumexp(const Panel<Sum>& panel, int lane) const {
     return sees_nothing(panel, lane) ? -kInfinity : maximum_[lane] + Sum(__builtin_log(sum_[lane]));

@@ -51,7 +51,7 @@ class GatheredStorage {
   using Element = typename A::Element;
   using Sequence = GatheredSequence;
   using Result = typename A::Sum;  // to be added up over clusters
-  static constexpr bool kGathered = true;
+  static constexpr bool kGathered = true, kSteps = false;
 
   static std::int64_t sequences(const AttentionParams& p) { return p.gather.heads * p.gather.clusters; }
 

@@ -10,8 +10,10 @@ class StridedStorage {
  public:
   using Element = typename A::Element;
   using Sequence = ATTNX_ISA::Sequence;
+  using Number = Input;
   using Result = Input;  // what rows of results are stored as
   static constexpr bool kGathered = false;
+  static constexpr bool kSteps = false;  // rows are loaded as rows
 
   static std::int64_t sequences(const AttentionParams& p) { return p.batch; }
 
@@ -23,12 +25,15 @@ class StridedStorage {
         head_dim_(p.head_dim),
         value_dim_(p.value_dim) {}
 
+  const Input* key(std::int64_t i) const { return key_ + i * key_stride_; }
+  const Input* value(std::int64_t i) const { return value_ + i * value_stride_; }
+  std::int64_t value_stride() const { return value_stride_; }
   // Both load count rows from the given one as [rows][stride].
   void load_keys(std::int64_t first, std::int64_t count, Element* to, std::int64_t stride) const {
-    load_rows<A>([&](std::int64_t i) { return key_ + (first + i) * key_stride_; }, count, head_dim_, to, stride);
+    load_rows<A>([&](std::int64_t i) { return key(first + i); }, count, head_dim_, to, stride);
   }
   void load_values(std::int64_t first, std::int64_t count, Element* to, std::int64_t stride) const {
-    load_rows<A>([&](std::int64_t i) { return value_ + (first + i) * value_stride_; }, count, value_dim_, to, stride);
+    load_rows<A>([&](std::int64_t i) { return value(first + i); }, count, value_dim_, to, stride);
   }
   // Rows that will be loaded soon; where they end beyond the sequence, nothing happens.
   void prefetch(std::int64_t first, std::int64_t count) const {

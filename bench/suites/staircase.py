@@ -1,0 +1,94 @@
+"""Decoding over a staircase cache beside the same decoding over keys and values in full, over the context length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attnx
+import attnx.reference
+from suite import Attention, Case, Contender, Formula, Inputs, Prepare, Suite
+from suites import dense
+
+
+def _case(length: int, quick: bool = False, **options: Any) -> Case:
+    sizes: dict[str, Any] = {"heads": 32, "kv_heads": 8, "length_q": 1, "head_dim": 128} | options
+    name = "-".join([str(length), *(f"{k.replace('_', '')}{n}" for k, n in options.items())])
+    return Case(name, length_k=length, directions=("forward",), quick=quick, **sizes)
+
+
+CASES = (
+    _case(2048, quick=True),
+    _case(8192, quick=True),
+    _case(32768),
+    _case(65536),
+    _case(8192, batch=4),
+    _case(32768, heads=8),
+    _case(32768, length_q=8),
+    _case(8192, heads=8, head_dim=64),
+)
+
+
+def _cache(inputs: Inputs, **layout: Any) -> attnx.StaircaseCache:
+    batch, heads, length, head_dim = inputs.key.shape
+    cache = attnx.StaircaseCache(batch, heads, head_dim, length, dtype=inputs.key.dtype, **layout)
+    cache.append(inputs.key, inputs.value)
+    return cache
+
+
+def _staircase(**layout: Any) -> Prepare:
+    def prepare(case: Case, inputs: Inputs) -> Attention:
+        cache = _cache(inputs, **layout)
+
+        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            output = cache.attend(query, is_causal=False)
+            assert isinstance(output, Tensor)
+            return output
+
+        return attention
+
+    return prepare
+
+
+def _formula(**layout: Any) -> Formula:
+    def reference(case: Case, exact: Inputs) -> Attention:
+        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attnx.reference.staircase_attention(query, key, value, is_causal=False, **layout)
+
+        return attention
+
+    def eager(case: Case, inputs: Inputs) -> Attention:
+        plain = dense.SOFTMAX.eager(case, inputs)
+        read = _cache(inputs, **layout).dequantize()
+        return lambda query, key, value: plain(query, *read)
+
+    return Formula(reference, eager)
+
+
+def _math(case: Case, inputs: Inputs) -> Attention:
+    """Two matrix products with the heads of a group as rows: each key read once, as scaled_dot_product_attention on
+    the CPU does not."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows = query.reshape(*key.shape[:2], -1, query.shape[-1])
+        weights = torch.softmax(rows @ key.mT * query.shape[-1] ** -0.5, -1)
+        return (weights @ value).reshape(query.shape)
+
+    return attention
+
+
+SUITE = Suite(
+    name="staircase",
+    cases=CASES,
+    contenders=(
+        Contender("attnx-staircase", _formula(), _staircase()),
+        Contender("attnx-4-bits", _formula(levels=(16, 4)), _staircase(levels=(16, 4))),
+        Contender("attnx-softmax", dense.SOFTMAX, dense.softmax),
+        Contender("sdpa", dense.SOFTMAX, dense.sdpa),
+        Contender("grouped-matmul", dense.SOFTMAX, _math),
+    ),
+    baseline="sdpa",
+    memory_case=_case(32768),
+)
