@@ -44,7 +44,7 @@ def test_a_short_run_ends_with_the_table_and_the_report(tmp_path: Path) -> None:
     assert report["config"]["training"]["seed"] == 3
     assert report["environment"]["machine"]["threads"] == 2
     names = [result["name"] for result in report["attentions"]]
-    assert names == ["sdpa", "softmax", "sigmoid", "sparse-linear", "probabilistic"]
+    assert names == ["sdpa", "softmax", "sigmoid", "sparse-linear", "probabilistic", "routing"]
     for result in report["attentions"]:
         assert result["label"] in run.stdout
         assert len(result["training_bits_per_byte"]) == len(result["step_seconds"]) == 2

@@ -47,6 +47,23 @@ def test_staircase(tmp_path: Path) -> None:
         attnx.plot.staircase(cache, sequence=1)
 
 
+def test_clusters(tmp_path: Path) -> None:
+    # Of 6 tokens: cluster 0 holds the last two, cluster 1 the first and the last, cluster 2 none.
+    indices = torch.tensor([4, 5, 0, 5, 0, 0], dtype=torch.int32)[None, None]
+    offsets = torch.tensor([0, 2, 4, 4], dtype=torch.int32)[None, None]
+    routes = attnx.Routes(indices, offsets, indices, offsets, 6, 6)
+    axes = attnx.plot.clusters(routes, path=tmp_path / "clusters.png")
+    assert (tmp_path / "clusters.png").read_bytes().startswith(b"\x89PNG")
+    assert [list(events.get_positions()) for events in axes.collections] == [[0, 5], [4, 5], []]
+    assert axes.get_title() == "tokens in no cluster 50%, in one 33%, in several 17%"
+    with pytest.raises(RuntimeError, match=r"^of: expected \"query\" or \"key\", got 'value'"):
+        attnx.plot.clusters(routes, of="value")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"^head: expected from 0 to 0, got 2"):
+        attnx.plot.clusters(attnx.Routes(indices.expand(1, 1, 6), offsets, indices, offsets, 6, 6), head=2)
+    with pytest.raises(RuntimeError, match=r"^routes: expected attnx.Routes, got 3"):
+        attnx.plot.clusters(3)  # type: ignore[arg-type]
+
+
 def test_bad_input() -> None:
     with pytest.raises(RuntimeError, match=r"^blocks: expected a SparseLinearMap, a BlockMask or a sequence"):
         attnx.plot.block_map([])

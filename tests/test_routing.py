@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import attnx
 from attnx import reference
@@ -475,3 +476,101 @@ def test_bad_update_changes_nothing(change: dict[str, Any], message: str, device
         attnx.update_centroids_(**arguments)
     assert str(error.value).startswith(message)
     assert all(torch.equal(arguments[name], x) for name, x in before.items())
+
+
+# In PyTorch ----------------------------------------------------------------------------------------------------------
+
+
+def test_opcheck(dtype: torch.dtype, device: torch.device) -> None:
+    inputs, grad_output, options = prepare(CALLS["memory_apart"], SHAPE, dtype)
+    routes = options["routes"]
+    memory = inputs.pop("memory_key"), inputs.pop("memory_value")
+    query, key, value = (x.requires_grad_() for x in inputs.values())
+    arguments = (*routes[:4], *memory, "softmax", "none", 0.0, None, False)
+    ops = torch.ops.attnx
+    torch.library.opcheck(ops.routing_attention.default, (query, key, value, *arguments))
+    output, logsumexp = (x.detach() for x in ops.routing_attention(query, key, value, *arguments))
+    tensors = (grad_output, torch.zeros_like(logsumexp), *(x.detach() for x in (query, key, value)), output, logsumexp)
+    torch.library.opcheck(ops.routing_attention_backward.default, (*tensors, *arguments, False))
+    for routing, shared in (("topk", False), ("argmax", False), ("topk", True)):
+        torch.library.opcheck(ops.route.default, (query.detach(), key.detach(), CENTROIDS, 7, 9, routing, shared))
+    torch.library.opcheck(ops.nearest_centroids.default, (query.detach(), CENTROIDS))
+    torch.library.opcheck(ops.centroid_sums.default, (query.detach(), key.detach(), CENTROIDS))
+    centroids, counts, sums = CENTROIDS.clone(), torch.ones(4, 6), torch.ones(4, 6, 16)
+    torch.library.opcheck(ops.update_centroids_.default, (centroids, counts, sums, torch.ones(4, 6), 0.9))
+
+
+def test_grad_of_logsumexp(device: torch.device) -> None:
+    inputs, _, options = prepare(CALLS["causal"], Shape(length_q=12, length_k=12, head_dim=5), torch.float64)
+    leaves = tuple(x.requires_grad_() for x in inputs.values())
+    arguments = (*options["routes"][:4], None, None, "softmax", "none", 0.0, None, True)
+    assert torch.autograd.gradcheck(lambda *x: torch.ops.attnx.routing_attention(*x, *arguments), leaves)
+
+
+@pytest.mark.parametrize("routing", ["topk", "argmax"])
+def test_compile_once_for_all_lengths(routing: Any, dtype: torch.dtype, device: torch.device) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attnx.routing_attention(query, key, value, CENTROIDS, routing=routing, is_causal=True).sin()
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for length in (60, 96, 120):
+        shape = Shape(length_q=length, length_k=length, heads=4, kv_heads=2)
+        inputs, grad_output = random_inputs(shape, dtype, device)
+        expected = forward_backward(function, inputs, grad_output)
+        for name, x in forward_backward(compiled, inputs, grad_output).items():
+            torch.testing.assert_close(x, expected[name])
+    assert counter.frame_count == 1
+
+
+def test_vmap_and_autocast(device: torch.device) -> None:
+    inputs, _ = random_inputs(SHAPE, torch.float32, device)
+    routes = routes_of(inputs)
+    several = {name: torch.stack((x, x.flip(0))) for name, x in inputs.items()}
+    mapped = torch.vmap(lambda q, k, v: attnx.routing_attention(q, k, v, routes))(*several.values())
+    each = [attnx.routing_attention(*(x[i] for x in several.values()), routes) for i in (0, 1)]
+    assert torch.equal(mapped, torch.stack(each))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = attnx.routing_attention(**inputs, routes=routes)
+    assert torch.equal(output, attnx.routing_attention(*(x.bfloat16() for x in inputs.values()), routes))
+
+
+def test_no_second_derivative(device: torch.device) -> None:
+    inputs, _, options = prepare({}, SHAPE, torch.float32)
+    inputs["query"].requires_grad_()
+    output = attnx.routing_attention(**inputs, **options)
+    (gradient,) = torch.autograd.grad(output.sum(), inputs["query"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="routing_attention: no second derivative"):
+        gradient.sum().backward()
+
+
+def test_other_backends_are_refused_by_the_table(device: torch.device) -> None:
+    """CUDA among them, until its kernels exist: whatever the dispatcher finds no kernel for ends here."""
+    inputs, _, options = prepare({}, SHAPE, torch.float32)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    ops, arguments = torch.ops.attnx, (*options["routes"][:4], None, None, "softmax", "none", 0.0, None, False)
+    refusal = r"(?s)^routing_attention: no kernel for this call.*required: .*supported: backend cpu.*missing:"
+    with pytest.raises(NotImplementedError, match=refusal):
+        ops.routing_attention.default.redispatch(keys, *inputs.values(), *arguments)
+    with pytest.raises(NotImplementedError, match=refusal):
+        ops.route.default.redispatch(keys, inputs["query"], inputs["key"], CENTROIDS, 7, 9, "topk", False)
+    meta = {name: torch.empty_like(x, device="meta") for name, x in inputs.items()}
+    explanation = attnx.explain(attnx.routing_attention, **meta, routes=CENTROIDS)
+    assert not explanation.supported
+    assert "missing: backend meta" in str(explanation)
+
+
+@pytest.mark.backends("emulated", "cuda")
+def test_cuda_is_refused_by_the_table(dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _ = random_inputs(SHAPE, dtype, device)
+    with pytest.raises(NotImplementedError, match="missing:   backend cuda"):
+        attnx.routing_attention(**inputs, routes=CENTROIDS.to(device))
+
+
+def test_explain(device: torch.device) -> None:
+    inputs, _ = random_inputs(SHAPE, torch.float32, device)
+    explanation = attnx.explain(attnx.routing_attention, **inputs, routes=CENTROIDS, memory_kv=(CENTROIDS, CENTROIDS))
+    assert explanation.supported
+    assert str(explanation).startswith("routing_attention: routing_attention [")

@@ -37,8 +37,12 @@ LENGTHS = tuple(_case(n) for n in (2048, 4096, 8192, 16384, 32768, 65536))
 
 
 def clusters(length: int) -> int:
-    """The power of two that is nearest to the root of the length: 128 at 16384."""
-    return 2 ** round(math.log2(length) / 2)
+    """128 at 16384."""
+    return round(math.sqrt(length))
+
+
+def cluster_size(length: int) -> int:
+    return -(-length // clusters(length))
 
 
 def _centroids(case: Case) -> Tensor:
@@ -46,14 +50,15 @@ def _centroids(case: Case) -> Tensor:
     return torch.randn(case.heads, clusters(case.length_k), case.head_dim, generator=generator)
 
 
-def _options(case: Case) -> dict[str, Any]:
-    return {"is_causal": case.is_causal, "shared_qk": case.is_causal}
+def _options(routing: Any, case: Case) -> dict[str, Any]:
+    options = {"routing": routing, "is_causal": case.is_causal, "shared_qk": case.is_causal}
+    return options | ({"cluster_size": cluster_size(case.length_k)} if routing == "topk" else {})
 
 
 def _ours(routing: Any) -> Prepare:
     def prepare(case: Case, inputs: Inputs) -> Attention:
         centroids = _centroids(case)
-        return lambda q, k, v: attnx.routing_attention(q, k, v, centroids, routing=routing, **_options(case))
+        return lambda q, k, v: attnx.routing_attention(q, k, v, centroids, **_options(routing, case))
 
     return prepare
 
@@ -61,7 +66,7 @@ def _ours(routing: Any) -> Prepare:
 def _routes(routing: Any, case: Case, inputs: Inputs) -> attnx.Routes:
     """Of the inputs in float32, which holds them and their float64 copies alike, so that both have the same."""
     query, key = inputs.query.float(), inputs.key.float()
-    return attnx.route(query, key, _centroids(case), routing=routing, **_options(case))
+    return attnx.route(query, key, _centroids(case), **_options(routing, case))
 
 
 def _given(case: Case, inputs: Inputs) -> Attention:
@@ -107,10 +112,8 @@ _BALANCED, _NEAREST = _formula("topk"), _formula("argmax")
 def _package(case: Case, inputs: Inputs) -> Attention:
     """KmeansAttention as in evaluation, without the update of its centroids, which ours leaves out here as well."""
     module = importlib.import_module("routing_transformer.routing_transformer")
-    number = clusters(case.length_k)
-    attention = module.KmeansAttention(
-        number, case.length_k // number, case.heads, case.head_dim, causal=case.is_causal, shared_qk=case.is_causal
-    )
+    sizes = clusters(case.length_k), cluster_size(case.length_k), case.heads, case.head_dim
+    attention = module.KmeansAttention(*sizes, causal=case.is_causal, shared_qk=case.is_causal)
     attention.kmeans.means.copy_(F.normalize(_centroids(case), dim=-1))
     attention.kmeans.initted.fill_(True)
     attention = attention.to(inputs.query.dtype).requires_grad_(False).eval()

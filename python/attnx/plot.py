@@ -1,22 +1,25 @@
-"""Pictures of block maps and masks, and of a cache. Needs matplotlib: ``pip install 'attnx[demo]'``."""
+"""Pictures of block maps, masks and clusters, and of a cache. Needs matplotlib: ``pip install 'attnx[demo]'``."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from attnx.block_mask import BlockMask
+from attnx.routing import Routes
 from attnx.sparse_linear import CRITICAL, MARGINAL, NEGLIGIBLE, SparseLinearMap
 from attnx.staircase import StaircaseCache
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["block_map", "staircase"]
+__all__ = ["block_map", "clusters", "staircase"]
 
 # Dark, light and nearly white: they differ in lightness, so that print and colour-blind readers tell them apart.
 _LABELS = (
@@ -71,6 +74,58 @@ def block_map(
     ax.set_xlabel(f"blocks of {block_size[1]} keys")
     ax.set_ylabel(f"blocks of {block_size[0]} queries")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    ax.spines[:].set_color("#c3c8ce")
+    return _saved(ax, path)
+
+
+def clusters(
+    routes: Routes,
+    *,
+    of: Literal["query", "key"] = "query",
+    batch: int = 0,
+    head: int = 0,
+    ax: Axes | None = None,
+    path: str | Path | None = None,
+) -> Axes:
+    """Draws which tokens share a cluster over time: a line for each cluster, a tick for each token in it.
+
+    Args:
+        routes: of :func:`attnx.route`.
+        of: the clusters of queries or of keys.
+        batch: the sequence.
+        head: the query head.
+        ax: where to draw; a figure of its own by default.
+        path: where to save the picture, in the format of its suffix.
+
+    Returns:
+        The axes; clusters run upwards in the order of their mean time, empty ones last.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        RuntimeError: an argument does not fit; the message names it, what was expected and what came.
+    """
+    ax = _axes(ax, (7.2, 4.2))
+    from matplotlib.ticker import MaxNLocator
+
+    if not isinstance(routes, Routes):
+        raise RuntimeError(f"routes: expected attnx.Routes, got {routes!r}")
+    if of not in ("query", "key"):
+        raise RuntimeError(f'of: expected "query" or "key", got {of!r}')
+    indices, offsets = routes[:2] if of == "query" else routes[2:4]
+    ends, row = _one(offsets, batch, head, False).tolist(), _one(indices, batch, head, False)
+    times = sorted((row[a:b].tolist() for a, b in pairwise(ends)), key=lambda t: sum(t) / len(t) if t else math.inf)
+    colours = [(_LABELS[0][2], "#1d9a6c", "#c0447a", "#c98b3a")[i % 4] for i in range(len(times))]
+    ax.eventplot(times, lineoffsets=range(len(times)), linelengths=0.8, linewidths=0.8, colors=colours)
+    length = routes.length_q if of == "query" else routes.length_k
+    held = torch.zeros(length, dtype=torch.int64).index_add_(0, row[: ends[-1]].long(), torch.ones(ends[-1]).long())
+    shares = [(held == n).double().mean().item() if length else 0.0 for n in (0, 1)]
+    ax.set_title(f"tokens in no cluster {shares[0]:.0%}, in one {shares[1]:.0%}, in several {1 - sum(shares):.0%}")
+    ax.title.set_fontsize(10)
+    ax.set_xlim(-0.5, length - 0.5)
+    ax.set_ylim(-0.7, len(times) - 0.3)
+    ax.set_xlabel("token")
+    ax.set_ylabel("cluster, by mean time")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     ax.spines[:].set_color("#c3c8ce")
     return _saved(ax, path)
@@ -135,10 +190,10 @@ def _saved(ax: Axes, path: str | Path | None) -> Axes:
     return ax
 
 
-def _one(x: Tensor, batch: int, head: int) -> Tensor:
-    """(query_blocks, key_blocks) of one sequence and head."""
+def _one(x: Tensor, batch: int, head: int, one_serves_all: bool = True) -> Tensor:
+    """Of one sequence and head."""
     for name, n, size in (("batch", batch, x.shape[0]), ("head", head, x.shape[1])):
-        if not 0 <= n < size and size != 1:  # one map may serve all
+        if not 0 <= n < size and not (one_serves_all and size == 1):
             raise RuntimeError(f"{name}: expected from 0 to {size - 1}, got {n}")
     return x[min(batch, x.shape[0] - 1), min(head, x.shape[1] - 1)].cpu()
 

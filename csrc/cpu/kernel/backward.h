@@ -99,15 +99,15 @@ class Backward {
     Buffers(const Backward& f, char* block) {
       constexpr bool kPlain = A::kStep == 1;  // an operand reads the same by row and by step
       Arena arena(block);
-      keys = arena.take<Element>(kBackwardKeys * f.head_stride_);
-      keys_by_step = kPlain ? keys : arena.take<Element>(kBackwardKeys * f.head_stride_);
-      values = arena.take<Element>(kBackwardKeys * f.value_stride_);
+      keys = arena.take<Element>(f.tile_keys() * f.head_stride_);
+      keys_by_step = kPlain ? keys : arena.take<Element>(f.tile_keys() * f.head_stride_);
+      values = arena.take<Element>(f.tile_keys() * f.value_stride_);
       rows = arena.take<Element>(kWidth * larger(f.head_stride_, f.value_stride_));
-      products = arena.take<Sum>(kBackwardKeys * kWidth);
-      grad_weights = arena.take<Sum>(kBackwardKeys * kWidth);
-      weights = arena.take<Element>(kBackwardKeys * kWidth);
-      grads = arena.take<Element>(kBackwardKeys * kWidth);
-      grads_by_step = kPlain ? grads : arena.take<Element>(kBackwardKeys * kWidth);
+      products = arena.take<Sum>(f.tile_keys() * kWidth);
+      grad_weights = arena.take<Sum>(f.tile_keys() * kWidth);
+      weights = arena.take<Element>(f.tile_keys() * kWidth);
+      grads = arena.take<Element>(f.tile_keys() * kWidth);
+      grads_by_step = kPlain ? grads : arena.take<Element>(f.tile_keys() * kWidth);
       for (int i = 0; i < f.rows_.panels; ++i) {
         panel[i].panel = arena.take<Panel<Sum>>(1);
         panel[i].score = arena.take<ScoreState>(1);
@@ -144,6 +144,13 @@ class Backward {
   static std::int64_t row_stride(std::int64_t dim) {
     return larger(round_up(dim, kRowMultiple), round_up(dim, kLanes<Sum>));
   }
+  // Of a tile. Clusters that are not long have all of theirs in one.
+  std::int64_t tile_keys() const {
+    constexpr std::int64_t kMostAtOnce = 2 * kBackwardKeys;
+    if (!Source::kGathered || p_.length_k > kMostAtOnce) return kBackwardKeys;
+    return round_up(larger<std::int64_t>(p_.length_k, 1), kRowMultiple);
+  }
+  bool needs_output_of_cluster() const { return Source::kGathered && Score::kNormalised && !p_.output.data; }
   std::int64_t worker_bytes() const { return Buffers(*this, nullptr).bytes; }
   std::int64_t sums_bytes() const { return Sums(*this, nullptr).bytes; }
   // Key heads of a sequence, and query heads of one of them; a cluster is about one head.
@@ -185,10 +192,10 @@ class Backward {
       begin(sequence, r, b.rows);
     }
     const auto for_each_tile = [&](auto visit) {
-      tiles.for_each(any, kBackwardKeys, [&](const KeyTile& tile) {
+      tiles.for_each(any, tile_keys(), [&](const KeyTile& tile) {
         storage.load_keys(tile.first, tile.count, b.keys, head_stride_);
         storage.load_values(tile.first, tile.count, b.values, value_stride_);
-        storage.prefetch(tile.next, kBackwardKeys);
+        storage.prefetch(tile.next, tile_keys());
         if constexpr (A::kStep > 1) interleave_rows<A>(b.keys, tile.count, head_stride_, b.keys_by_step, head_stride_);
         for (int i = 0; i < panels; ++i) {
           const KeyRange seen = b.panel[i].panel->any;
@@ -196,10 +203,17 @@ class Backward {
         }
       });
     };
-    // The output of one cluster alone is not kept: what its rows need of it takes two products more.
-    if constexpr (Source::kGathered && Score::kNormalised)
-      if (!p_.output.data) for_each_tile([&](Rows& r, const KeyTile& tile) { add_products(b, r, tile); });
-    for_each_tile([&](Rows& r, const KeyTile& tile) { visit(sums, b, r, tile); });
+    // The output of one cluster alone is not kept. What its rows need of it comes from the products of one tile, or
+    // else from those of all, which are then made twice.
+    const bool needs_output = needs_output_of_cluster(), at_once = any.end <= tile_keys();
+    if (needs_output && !at_once) {
+      for_each_tile([&](Rows& r, const KeyTile& tile) {
+        const std::int64_t padded = round_up(tile.count, A::kStep);
+        multiply(b, r, padded);
+        add_products(b, r, PanelOnTile<Sum>(*r.panel, tile, padded), padded);
+      });
+    }
+    for_each_tile([&](Rows& r, const KeyTile& tile) { visit(sums, b, r, tile, needs_output && at_once); });
     for (int i = 0; i < panels; ++i) store_rows(sequence, sums, b.panel[i]);
   }
 
@@ -236,36 +250,36 @@ class Backward {
             (p_.value_dim + kStep - 1) / kStep, false);
   }
 
-  void add_products(Buffers& b, Rows& r, const KeyTile& tile) const {
-    const std::int64_t padded = round_up(tile.count, A::kStep);
-    const PanelOnTile<Sum> on_tile(*r.panel, tile, padded);
-    multiply(b, r, padded);
-    for (int v = 0; v < r.panel->vectors; ++v) {
-      const int lane = v * kLanes<Sum>;
-      Vec<Sum> sum = {};
-      for_each_logit<A>(b.products, padded, Sum(p_.scale), *r.panel, on_tile, v,
-                        [&](auto key, auto& x, auto& visible, auto masked) {
-                          for (int k = 0; k < A::kStep; ++k) {
-                            const Vec<Sum> dp = load(b.grad_weights + (key + k) * kWidth + lane);
-                            const Vec<Sum> product = r.score->weight(x[k], lane) * dp;
-                            if constexpr (masked.kValue) {
-                              sum += visible[k] ? product : Vec<Sum>{};
-                            } else {
-                              sum += product;
+  void add_products(Buffers& b, Rows& r, const PanelOnTile<Sum>& on_tile, std::int64_t keys) const {
+    if constexpr (Source::kGathered && Score::kNormalised) {
+      for (int v = 0; v < r.panel->vectors; ++v) {
+        const int lane = v * kLanes<Sum>;
+        Vec<Sum> sum = {};
+        for_each_logit<A>(b.products, keys, Sum(p_.scale), *r.panel, on_tile, v,
+                          [&](auto key, auto& x, auto& visible, auto masked) {
+                            for (int k = 0; k < A::kStep; ++k) {
+                              const Vec<Sum> dp = load(b.grad_weights + (key + k) * kWidth + lane);
+                              const Vec<Sum> product = r.score->weight(x[k], lane) * dp;
+                              if constexpr (masked.kValue) {
+                                sum += visible[k] ? product : Vec<Sum>{};
+                              } else {
+                                sum += product;
+                              }
                             }
-                          }
-                        });
-      r.score->add_products(lane, sum);
+                          });
+        r.score->add_products(lane, sum);
+      }
     }
   }
 
-  void visit(const Sums& sums, Buffers& b, Rows& r, const KeyTile& tile) const {
+  void visit(const Sums& sums, Buffers& b, Rows& r, const KeyTile& tile, bool needs_output) const {
     constexpr int kStep = A::kStep;
     const std::int64_t key0 = tile.first, keys = tile.count;
     const Panel<Sum>& panel = *r.panel;
     const std::int64_t padded = round_up(keys, kStep);
     const PanelOnTile<Sum> on_tile(panel, tile, padded);
     multiply(b, r, padded);
+    if (needs_output) add_products(b, r, on_tile, padded);
     for (int v = 0; v < panel.vectors; ++v) weigh(b, r, on_tile, padded, v);
 
     // Hidden pairs have weights of zero, which is enough unless they would meet a NaN or an infinity.

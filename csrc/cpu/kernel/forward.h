@@ -162,7 +162,8 @@ class Forward {
       }
       if constexpr (Score::kNormalised) {
         for (std::int64_t d = 0; d < p_.value_dim; ++d) output[d] = total == 0 ? 0 : output[d] / total;
-        *row_of<Sum>(p_.logsumexp, sequence.batch, head, row) = total == 0 ? highest : highest + Sum(__builtin_log(total));
+        *row_of<Sum>(p_.logsumexp, sequence.batch, head, row) =
+            total == 0 ? highest : highest + Sum(__builtin_log(total));
       }
       convert_row(row_of<Result>(p_.output, sequence.batch, head, row), output, p_.value_dim);
     }

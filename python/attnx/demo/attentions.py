@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnx
 from attnx import reference
+from attnx.routing import move_centroids_in_backward
 
 CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -65,6 +67,50 @@ class _Probabilistic(nn.Module):
         return function(query, key, value, density=_DENSITY, is_causal=True, training=self.training)
 
 
+# Of the 22 that are the root of the context, somewhat fewer: clusters of the nearest centroids are uneven.
+_CLUSTERS, _WINDOW = 16, 64
+_ROUTED: dict[str, Any] = {"routing": "argmax", "is_causal": True}  # under "topk" early bytes would know of later ones
+
+
+def _centroids(heads: int, head_dim: int) -> Tensor:
+    return torch.randn(heads, _CLUSTERS, head_dim, generator=torch.Generator().manual_seed(0))
+
+
+class _Routing(nn.Module):
+    """Half of the heads within a window, the others within clusters around centroids that follow them."""
+
+    centroids: Tensor
+    counts: Tensor
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("centroids", torch.empty(0, _CLUSTERS, head_dim))
+        self.register_buffer("counts", torch.empty(0, _CLUSTERS))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        local = query.shape[1] // 2
+        if not len(self.centroids):  # the number of heads is known now
+            self.centroids = _centroids(query.shape[1] - local, query.shape[3]).to(query.device)
+            self.counts = torch.ones_like(self.centroids[..., 0])
+        near = attnx.softmax_attention(
+            query[:, :local], key[:, :local], value[:, :local], is_causal=True, window=(_WINDOW, -1)
+        )
+        query, key, value = (x[:, local:] for x in (query, key, value))
+        if self.training:
+            options: dict[str, Any] = {"decay": 0.99, "group": None}
+            query = move_centroids_in_backward(query, key, self.centroids, self.counts, **options)
+        return torch.cat((near, attnx.routing_attention(query, key, value, self.centroids, **_ROUTED)), dim=1)
+
+
+def _routed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return attnx.routing_attention(query, key, value, _centroids(query.shape[1], query.shape[3]), **_ROUTED)
+
+
+def _routed_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    routes = attnx.route(query, key, _centroids(query.shape[1], query.shape[3]), **_ROUTED)
+    return reference.routing_attention(query, key, value, routes, is_causal=True)
+
+
 def _sparse_plus_linear(function: Callable[..., tuple[Tensor, Tensor]]) -> CausalAttention:
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         sparse, linear = function(query, key, value, **_SPARSE_LINEAR)
@@ -114,6 +160,14 @@ ATTENTIONS = {
             function=partial(attnx.probabilistic_attention, density=_DENSITY, is_causal=True, seed=0, offset=0),
             reference=partial(reference.probabilistic_attention, density=_DENSITY, is_causal=True, seed=0, offset=0),
             module=_Probabilistic,
+        ),
+        Attention(
+            name="routing",
+            label="attnx routing",
+            colour="#c0447a",
+            function=_routed,
+            reference=_routed_reference,
+            module=_Routing,
         ),
     )
 }
