@@ -119,6 +119,15 @@ def test_the_kernel_is_named(dtype: torch.dtype, device: torch.device) -> None:
     assert any("sm80 was asked for" in reason for reason in explanation.reasons)
 
 
+def test_lists_are_served(dtype: torch.dtype, device: torch.device) -> None:
+    """Few rows as well; what they compute is in test_block_sparse."""
+    inputs, _ = random_inputs(Shape(33, 100, 128), dtype, device)
+    mask = attnx.BlockMask.from_dense(torch.ones(1, 2, 1, 2, dtype=torch.bool, device=device))
+    explanation = attnx.explain(attnx.block_sparse_attention, **inputs, block_mask=mask)
+    assert explanation.kernel == "block_sparse_attention [sm90]"
+    assert any("64 rows x 64 keys" in reason for reason in explanation.reasons)
+
+
 def _few_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return inputs | {"query": inputs["query"][:, :, :16]}
 

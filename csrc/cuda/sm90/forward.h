@@ -118,10 +118,10 @@ __device__ __forceinline__ void produce(const TmaForwardArguments& launch, const
     const int next = gridDim.x + atomicAdd(launch.taken, 1);  // well before it is needed
     const ForwardPlace place = ForwardPlace::of(args, launch.in_order(tile), Tile());
     if (place.row_begin < place.row_end) {
-      const auto key_tiles_ = key_tiles<kListed, Tile>(args, place);
-      const int count = key_tiles_.end() - key_tiles_.begin();
+      const auto tiles = key_tiles<kListed, Tile>(args, place);
+      const int count = tiles.end() - tiles.begin();
       const int batch = args.call.cu_seqlens_q ? 0 : place.batch, head = args.key_head(place.head);
-      const auto first_key = [&](int i) { return key_tiles_.key(key_tiles_.end() - 1 - i); };
+      const auto first_key = [&](int i) { return tiles.key(tiles.end() - 1 - i); };
       int ahead = count > 0 ? first_key(0) : 0;  // of a list, read one step before it is needed
       int behind = 0;
 
@@ -131,7 +131,7 @@ __device__ __forceinline__ void produce(const TmaForwardArguments& launch, const
         wait(shared.key_empty(keys.stage), keys.phase ^ 1);
         if constexpr (kListed) {
           store_shared(shared.first_key(keys.stage), std::uint32_t(key));
-          store_shared(shared.first_key(keys.stage) + 4, __float_as_uint(key_tiles_.bias(key_tiles_.end() - 1 - i)));
+          store_shared(shared.first_key(keys.stage) + 4, __float_as_uint(tiles.bias(tiles.end() - 1 - i)));
         }
         arrive_expecting(shared.key_full(keys.stage), Memory::KeyTile::kBytes);
         int at[5] = {0, 0, int(place.sequence.first_k) + key, head, batch};
