@@ -89,7 +89,7 @@ struct AttentionParams {
   // Rows of sequence b are [cu_seqlens[b], cu_seqlens[b + 1]). Null: every sequence has the full length.
   const std::int32_t* cu_seqlens_q = nullptr;
   const std::int32_t* cu_seqlens_k = nullptr;
-  std::int64_t packed_rows_q = 0;  // of all sequences, with cu_seqlens
+  std::int64_t packed_rows_q = 0, packed_rows_k = 0;  // of all sequences, with cu_seqlens
 
   double scale = 1;
   // Query i sees key j where -left <= j - (i + length_k - length_q) <= right; negative means no bound.

@@ -5,10 +5,15 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 #include "cuda/arguments.h"
 #include "cuda/launch/launch.h"
+#include "cuda/mainloop.h"
 #include "cuda/sm80/tile_sizes.h"
+#include "cuda/sm90/forward_arguments.h"
+#include "cuda/sm90/tensor_map.h"
+#include "cuda/sm90/tile_sizes.h"
 
 namespace attnx::cuda {
 
@@ -26,9 +31,10 @@ const char* range_name(Score score, bool forward) {
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-int padded_head_dim(const AttentionParams& p) {
+template <std::size_t kCount>
+int padded_head_dim(const AttentionParams& p, const int (&head_dims)[kCount]) {
   const auto wanted = std::max(p.head_dim, p.value_dim);
-  return *std::find_if(std::begin(kHeadDims), std::end(kHeadDims), [&](int d) { return d >= wanted; });
+  return *std::find_if(std::begin(head_dims), std::end(head_dims), [&](int d) { return d >= wanted; });
 }
 
 // Whether every row starts on 16 bytes and fills whole ones, as copies of 16 bytes need.
@@ -47,12 +53,14 @@ bool are_aligned(const AttentionParams& p, std::initializer_list<Tensor> of_quer
          all(of_value, p.heads_k, p.value_dim);
 }
 
+// Query heads whose rows share a tile: all that share a key head, but with lists, which each query head has of its own.
+std::int64_t heads_in_tile(const AttentionParams& p) { return p.key_blocks.counts ? 1 : p.heads_q / p.heads_k; }
+
 template <class Params>
-Arguments<Params> common_arguments(const Params& p, int rows_of_tile) {
+Arguments<Params> common_arguments(const Params& p, int rows_of_tile, std::int64_t group) {
   Arguments<Params> args{};
   args.call = p;
   const bool listed = p.key_blocks.counts;
-  const std::int64_t group = listed ? 1 : p.heads_q / p.heads_k;
   // With lists up to the end of the last block, whose tiles the backward visits all.
   const std::int64_t rows = listed ? ceil_div(p.length_q, p.block_q) * p.block_q : group * p.length_q;
   const auto check_length = [](const char* name, std::int64_t length) {
@@ -63,7 +71,7 @@ Arguments<Params> common_arguments(const Params& p, int rows_of_tile) {
   check_length("query", rows);
   check_length("key", p.length_k);
   args.group = Divisor(std::uint32_t(group));
-  args.heads = Divisor(std::uint32_t(listed ? p.heads_q : p.heads_k));
+  args.heads = Divisor(std::uint32_t(p.heads_q / group));
   args.query_blocks = Divisor(std::uint32_t(std::max<std::int64_t>(ceil_div(rows, rows_of_tile), 1)));
   const auto bound = [](std::int64_t side) {
     return int(side < 0 ? kUnbounded : std::min<std::int64_t>(side, kUnbounded));
@@ -75,18 +83,14 @@ Arguments<Params> common_arguments(const Params& p, int rows_of_tile) {
   return args;
 }
 
-// Calls action.template operator()<Score, DType, head_dim>() for the call's own.
-template <class Action>
+// Calls action.template operator()<Score, DType, head_dim>() for the call's own, the head dimension of this table.
+template <const auto& kTable, class Action>
 void with_instance(const AttentionParams& p, const Action& action) {
   const auto with_head_dim = [&]<Score kScore, DType kDType>() {
-    switch (padded_head_dim(p)) {
-      case 32: return action.template operator()<kScore, kDType, 32>();
-      case 64: return action.template operator()<kScore, kDType, 64>();
-      case 96: return action.template operator()<kScore, kDType, 96>();
-      case 128: return action.template operator()<kScore, kDType, 128>();
-      case 192: return action.template operator()<kScore, kDType, 192>();
-      default: return action.template operator()<kScore, kDType, 256>();
-    }
+    const int head_dim = padded_head_dim(p, kTable);
+    [&]<std::size_t... kAt>(std::index_sequence<kAt...>) {
+      (void)((head_dim == kTable[kAt] && (action.template operator()<kScore, kDType, kTable[kAt]>(), true)) || ...);
+    }(std::make_index_sequence<std::size(kTable)>());
   };
   const auto with_dtype = [&]<Score kScore>() {
     if (p.dtype == DType::kBFloat16) return with_head_dim.template operator()<kScore, DType::kBFloat16>();
@@ -107,6 +111,8 @@ TileSizes sizes_of(Tile) {
 }
 
 struct ForwardPlan {
+  Mainloop mainloop;
+  std::string why_not_sm90;  // on a device for it
   int head_dim;
   TileSizes tile;
   Variant variant;
@@ -132,26 +138,83 @@ int choose_splits(std::int64_t tiles, std::int64_t key_tiles, int slots) {
   return int(splits);
 }
 
-ForwardPlan plan(const ForwardParams& p) {
-  const Device& device = current_device();
-  ForwardPlan plan{};
-  plan.head_dim = padded_head_dim(p);
-  plan.variant.listed = p.key_blocks.counts;
-  plan.variant.aligned =
-      are_aligned(p, {p.query}, {p.key}, {p.value}) && is_aligned(p, p.output, p.heads_q, p.value_dim);
+// The tensors of a forward as TMA sees them.
+struct TmaTensors {
+  TmaTensor query, key, value, output;
+};
+
+TmaTensors tma_tensors(const ForwardParams& p, std::int64_t group) {
+  const auto see = [&](const Tensor& x, std::int64_t features, std::int64_t group, std::int64_t rows,
+                       std::int64_t packed_rows, std::int64_t heads) {
+    return TmaTensor{
+        p.dtype, x, features, group, p.cu_seqlens_q ? packed_rows : rows, heads, p.cu_seqlens_q ? 1 : p.batch};
+  };
+  return {see(p.query, p.head_dim, group, p.length_q, p.packed_rows_q, p.heads_q),
+          see(p.key, p.head_dim, 1, p.length_k, p.packed_rows_k, p.heads_k),
+          see(p.value, p.value_dim, 1, p.length_k, p.packed_rows_k, p.heads_k),
+          see(p.output, p.value_dim, group, p.length_q, p.packed_rows_q, p.heads_q)};
+}
+
+// Sets what depends on the mainloop, but for the splits.
+void plan_sm80(const ForwardParams& p, const Device& device, ForwardPlan& plan) {
+  plan.mainloop = Mainloop::kSm80;
+  plan.head_dim = padded_head_dim(p, kHeadDims);
   const std::int64_t rows = p.heads_q / p.heads_k * p.length_q;
-  with_instance(p, [&]<Score, DType, int kHeadDim>() {
+  with_instance<kHeadDims>(p, [&]<Score, DType, int kHeadDim>() {
     const auto wide = sizes_of(typename ForwardTiles<kHeadDim>::Wide());
     const auto narrow = sizes_of(typename ForwardTiles<kHeadDim>::Narrow());
     plan.variant.wide =
         !plan.variant.listed && plan.variant.aligned && wide.shared_bytes <= device.shared_bytes && rows > narrow.rows;
     plan.tile = plan.variant.wide ? wide : narrow;
   });
-  plan.args = common_arguments(p, plan.tile.rows);
+  plan.args = common_arguments(p, plan.tile.rows, heads_in_tile(p));
+}
+
+void plan_sm90(const ForwardParams& p, ForwardPlan& plan) {
+  plan.mainloop = Mainloop::kSm90;
+  plan.head_dim = padded_head_dim(p, kTmaHeadDims);
+  with_instance<kTmaHeadDims>(p, [&]<Score, DType, int kHeadDim>() {
+    using Tiles = TmaForwardTiles<kHeadDim>;
+    plan.tile = plan.variant.listed ? sizes_of(typename Tiles::Listed()) : sizes_of(typename Tiles::Dense());
+  });
+  // Boxes hold whole groups.
+  const std::int64_t group = heads_in_tile(p);
+  plan.args = common_arguments(p, plan.tile.rows, plan.tile.rows % group == 0 ? group : 1);
+  plan.why_not_sm90 = [&]() -> std::string {
+    if (!ATTNX_CUDA_SM90) return "attnx was built without it";
+    const std::int64_t rows = p.length_q * plan.args.group.divisor();
+    if (!plan.variant.listed && rows <= 64)
+      return "at most 64 rows of query share their keys, got " + std::to_string(rows);
+    const TmaTensors tensors = tma_tensors(p, plan.args.group.divisor());
+    for (const auto& [name, x] :
+         {std::pair("query", tensors.query), std::pair("key", tensors.key), std::pair("value", tensors.value)})
+      if (!fits_tma(x))
+        return std::string(name) + " does not start, or has strides that are not positive, on multiples of 16 bytes";
+    if (!is_aligned(p, p.output, p.heads_q, p.value_dim)) return "the rows of output are not multiples of 16 bytes";
+    return {};
+  }();
+}
+
+ForwardPlan plan(const ForwardParams& p) {
+  const Device& device = current_device();
+  ForwardPlan plan{};
+  plan.variant.listed = p.key_blocks.counts;
+  plan.variant.aligned =
+      are_aligned(p, {p.query}, {p.key}, {p.value}) && is_aligned(p, p.output, p.heads_q, p.value_dim);
+  const auto asked = asked_mainloop();
+  if (asked == Mainloop::kSm90 || (device.major == 9 && asked != Mainloop::kSm80)) {
+    plan_sm90(p, plan);
+    if (device.major != 9) plan.why_not_sm90 = "it runs on compute capability 9.0 alone";
+    if (asked && !plan.why_not_sm90.empty())
+      throw std::runtime_error("ATTNX_CUDA_MAINLOOP: expected a call that sm90 serves, got one that it does not: " +
+                               plan.why_not_sm90);
+  }
+  if (plan.mainloop != Mainloop::kSm90 || !plan.why_not_sm90.empty()) plan_sm80(p, device, plan);
   plan.tiles = p.batch * plan.args.heads.divisor() * plan.args.query_blocks.divisor();
 
   int splits = 1;
   if (!plan.variant.listed) {
+    const std::int64_t rows = p.length_q * plan.args.group.divisor();
     const std::int64_t seen = std::min<std::int64_t>(
         p.length_k, std::int64_t(plan.args.left) + plan.args.right + std::min<std::int64_t>(rows, plan.tile.rows));
     splits = choose_splits(plan.tiles, ceil_div(seen, plan.tile.keys), device.sm_count * plan.tile.blocks_per_sm);
@@ -163,7 +226,44 @@ ForwardPlan plan(const ForwardParams& p) {
     plan.workspace =
         std::size_t(plan.partial_bytes) + (p.score == Score::kSoftmax ? std::size_t(partial_rows) * sizeof(float) : 0);
   }
+  if (plan.mainloop == Mainloop::kSm90) plan.workspace += sizeof(int);  // the counter, at the end
   return plan;
+}
+
+// As many of the heads, a divisor of their number, as leave their keys and values in most of an L2 of 50 MB.
+std::int64_t heads_in_section(const ForwardParams& p, std::int64_t heads, std::int64_t heads_on_key_head) {
+  constexpr std::int64_t kBytes = 32 << 20;
+  const std::int64_t bytes = std::max<std::int64_t>(p.length_k * (p.head_dim + p.value_dim) * 2, 1);
+  std::int64_t most = std::clamp<std::int64_t>(kBytes / bytes * heads_on_key_head, 1, heads);
+  while (heads % most) --most;
+  return most;
+}
+
+void launch_sm90(const ForwardParams& p, const ForwardPlan& plan, const Launch& launch) {
+  const Device& device = current_device();
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  const std::int64_t group = plan.args.group.divisor(), tiles = plan.tiles * plan.args.splits.divisor();
+  if (tiles > INT32_MAX)
+    throw std::runtime_error("query: expected at most 2^31 - 1 tiles of rows, got " + std::to_string(tiles));
+  const TmaTensors tensors = tma_tensors(p, group);
+  constexpr int kWarpRows = 16;
+  TmaForwardArguments args{};
+  args.query = make_tensor_map(tensors.query, plan.tile.rows);
+  args.key = make_tensor_map(tensors.key, plan.tile.keys);
+  args.value = make_tensor_map(tensors.value, plan.tile.keys);
+  args.stores_boxes = !p.cu_seqlens_q && kWarpRows % group == 0 && fits_tma(tensors.output);
+  if (args.stores_boxes) args.output = make_tensor_map(tensors.output, kWarpRows);
+  args.args = plan.args;
+  args.row_tiles = int(tiles);
+  const std::int64_t heads = p.batch * plan.args.heads.divisor();
+  args.section = Divisor(std::uint32_t(heads_in_section(p, heads, p.heads_q / group / p.heads_k)));
+  args.taken = reinterpret_cast<int*>(static_cast<char*>(launch.workspace) + plan.workspace - sizeof(int));
+  check(cudaMemsetAsync(args.taken, 0, sizeof(int), stream), "cudaMemsetAsync");
+  const std::int64_t blocks = std::min<std::int64_t>(tiles, std::int64_t(device.sm_count) * plan.tile.blocks_per_sm);
+  if constexpr (ATTNX_CUDA_SM90)
+    with_instance<kTmaHeadDims>(p, [&]<Score kScore, DType kDType, int kHeadDim>() {
+      launch_forward_sm90<kScore, kDType, kHeadDim>(args, plan.variant, blocks, stream);
+    });
 }
 
 // Consecutive arrays in the workspace, each on 256 bytes.
@@ -197,7 +297,7 @@ BackwardPlan plan(const BackwardParams& p, void* workspace) {
   plan.variant.aligned = are_aligned(p, {p.query, p.grad_query}, {p.key, p.grad_key}, {p.value, p.grad_value}) &&
                          is_aligned(p, p.grad_output, p.heads_q, p.value_dim);
   std::int64_t features = 0, keys_of_tile = 0;
-  with_instance(p, [&]<Score, DType, int kHeadDim>() {
+  with_instance<kHeadDims>(p, [&]<Score, DType, int kHeadDim>() {
     using Tiles = BackwardTiles<kHeadDim>;
     plan.variant.wide =
         !plan.variant.listed && plan.variant.aligned && Tiles::Wide::kSharedBytes <= device.shared_bytes;
@@ -209,7 +309,7 @@ BackwardPlan plan(const BackwardParams& p, void* workspace) {
     plan.variant.wide ? take(typename Tiles::Wide()) : take(typename Tiles::Narrow());
     features = kHeadDim;
   });
-  auto& args = plan.args = common_arguments(p, plan.rows_of_tile);
+  auto& args = plan.args = common_arguments(p, plan.rows_of_tile, heads_in_tile(p));
   args.key_heads = Divisor(std::uint32_t(p.heads_k));
   args.key_blocks = Divisor(std::uint32_t(std::max<std::int64_t>(ceil_div(p.length_k, keys_of_tile), 1)));
   args.row_tiles = p.cu_seqlens_q ? p.packed_rows_q * args.group.divisor() / plan.rows_of_tile + p.batch
@@ -242,9 +342,13 @@ void forward(const ForwardParams& params, const Launch& launch) {
     plan.args.partial_output = static_cast<float*>(launch.workspace);
     plan.args.partial_logsumexp = reinterpret_cast<float*>(static_cast<char*>(launch.workspace) + plan.partial_bytes);
   }
-  with_instance(params, [&]<Score kScore, DType kDType, int kHeadDim>() {
-    launch_forward<kScore, kDType, kHeadDim>(plan.args, plan.variant, plan.tiles * splits, stream);
-  });
+  if (plan.mainloop == Mainloop::kSm90) {
+    launch_sm90(params, plan, launch);
+  } else {
+    with_instance<kHeadDims>(params, [&]<Score kScore, DType kDType, int kHeadDim>() {
+      launch_forward<kScore, kDType, kHeadDim>(plan.args, plan.variant, plan.tiles * splits, stream);
+    });
+  }
   if (splits > 1) launch_combine(plan.args, plan.args.query_blocks.divisor() * plan.tile.rows, plan.head_dim, stream);
 }
 
@@ -258,7 +362,7 @@ void backward(const BackwardParams& params, const Launch& launch) {
   check(cudaMemsetAsync(plan.sums, 0, plan.sums_bytes, stream), "cudaMemsetAsync");
   const bool aligned = plan.variant.aligned && is_aligned(params, params.output, params.heads_q, params.value_dim);
   launch_row_terms(plan.args, plan.rows_of_tile, aligned, stream);
-  with_instance(params, [&]<Score kScore, DType kDType, int kHeadDim>() {
+  with_instance<kHeadDims>(params, [&]<Score kScore, DType kDType, int kHeadDim>() {
     launch_backward<kScore, kDType, kHeadDim>(plan.args, plan.variant,
                                               params.batch * params.heads_k * plan.args.key_blocks.divisor(), stream);
   });
@@ -267,10 +371,12 @@ void backward(const BackwardParams& params, const Launch& launch) {
 
 std::string forward_kernel(const ForwardParams& params) {
   const ForwardPlan plan = cuda::plan(params);
-  return "attnx_forward_sm80, " + std::to_string(plan.tile.rows) + " rows x " + std::to_string(plan.tile.keys) +
-         " keys, head_dim padded to " + std::to_string(plan.head_dim) +
+  const bool sm90 = plan.mainloop == Mainloop::kSm90;
+  return (sm90 ? "attnx_forward_sm90, " : "attnx_forward_sm80, ") + std::to_string(plan.tile.rows) + " rows x " +
+         std::to_string(plan.tile.keys) + " keys, head_dim padded to " + std::to_string(plan.head_dim) +
          (plan.variant.aligned ? "" : ", rows not on 16 bytes") +
-         (plan.args.splits.divisor() > 1 ? ", keys in " + std::to_string(plan.args.splits.divisor()) + " shares" : "");
+         (plan.args.splits.divisor() > 1 ? ", keys in " + std::to_string(plan.args.splits.divisor()) + " shares" : "") +
+         (plan.why_not_sm90.empty() ? "" : "; not sm90: " + plan.why_not_sm90);
 }
 
 }  // namespace attnx::cuda

@@ -48,6 +48,11 @@ __device__ __forceinline__ void store_shared(std::uint32_t to, std::uint32_t x) 
 __device__ __forceinline__ void store_shared(std::uint32_t to, uint4 x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
+__device__ __forceinline__ std::uint32_t load_shared_word(std::uint32_t from) {
+  std::uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+  return x;
+}
 __device__ __forceinline__ uint4 load_shared(std::uint32_t from) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -96,6 +101,18 @@ __device__ __forceinline__ std::uint32_t pack(float low, float high, __half) {
 __device__ __forceinline__ std::uint32_t pack(float low, float high, __nv_bfloat16) {
   std::uint32_t x;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  return x;
+}
+
+// As above, with 0 for what is below it. NaN stays NaN.
+__device__ __forceinline__ std::uint32_t pack_nonnegative(float low, float high, __half) {
+  std::uint32_t x;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  return x;
+}
+__device__ __forceinline__ std::uint32_t pack_nonnegative(float low, float high, __nv_bfloat16) {
+  std::uint32_t x;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
   return x;
 }
 

@@ -125,6 +125,7 @@ void read_arguments(const Arguments& args, AttentionParams& p) {
     check_shape("cu_seqlens_k", packing->cu_seqlens_k, {packing->cu_seqlens_q.size(0)});
     p.batch = packing->cu_seqlens_q.size(0) - 1;
     p.packed_rows_q = args.query.size(0);
+    p.packed_rows_k = args.key.size(0);
     p.cu_seqlens_q = static_cast<const std::int32_t*>(packing->cu_seqlens_q.data_ptr());
     p.cu_seqlens_k = static_cast<const std::int32_t*>(packing->cu_seqlens_k.data_ptr());
   }

@@ -21,6 +21,7 @@ from attnx.functional import (  # noqa: E402
     softmax_attention,
     softmax_attention_varlen,
 )
+from attnx.mainloop import cuda_mainloop  # noqa: E402
 from attnx.probabilistic import (  # noqa: E402
     keep_probabilities,
     probabilistic_attention,
@@ -52,6 +53,7 @@ __all__ = [
     "StaircaseCache",
     "block_sparse_attention",
     "commitment_loss",
+    "cuda_mainloop",
     "explain",
     "keep_probabilities",
     "nearest_centroids",

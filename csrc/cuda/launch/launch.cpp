@@ -37,7 +37,7 @@ const Device& current_device() {
       throw std::runtime_error("query: expected a device of compute capability 8.0 or newer, got device " +
                                std::to_string(index) + " of " + std::to_string(major) + "." + std::to_string(minor));
     device = std::make_unique<Device>(
-        Device{attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)});
+        Device{major, attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)});
   }
   return *device;
 }

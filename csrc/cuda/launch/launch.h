@@ -13,6 +13,7 @@ namespace attnx::cuda {
 
 // Of the current device.
 struct Device {
+  int major;  // of the compute capability
   int sm_count;
   int shared_bytes;  // that a block can have
 };
@@ -40,8 +41,12 @@ struct Variant {
   bool wide, listed, aligned;
 };
 
+struct TmaForwardArguments;
+
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_forward(const Arguments<ForwardParams>& args, Variant variant, std::int64_t blocks, cudaStream_t stream);
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_forward_sm90(const TmaForwardArguments& args, Variant variant, std::int64_t blocks, cudaStream_t stream);
 // The main kernel, and the pass that makes grad_query of its sums.
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_backward(const Arguments<BackwardParams>& args, Variant variant, std::int64_t blocks, cudaStream_t stream);

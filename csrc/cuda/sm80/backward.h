@@ -13,9 +13,9 @@
 // The sigmoid has no delta, and no pass over dO and O.
 #pragma once
 
+#include "cuda/logits.h"
 #include "cuda/score/sigmoid.h"
 #include "cuda/score/softmax.h"
-#include "cuda/sm80/logits.h"
 #include "cuda/sm80/tile_sizes.h"
 #include "cuda/storage/strided.h"
 #include "cuda/tiles/band.h"

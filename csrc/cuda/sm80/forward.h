@@ -10,61 +10,16 @@
 // registers of S, and the special functions of one chunk run beside the products of the one before.
 #pragma once
 
+#include "cuda/forward_rows.h"
+#include "cuda/logits.h"
 #include "cuda/score/sigmoid.h"
 #include "cuda/score/softmax.h"
-#include "cuda/sm80/logits.h"
 #include "cuda/sm80/tile_sizes.h"
 #include "cuda/storage/strided.h"
 #include "cuda/tiles/band.h"
 #include "cuda/tiles/listed.h"
 
 namespace attnx::cuda {
-
-// Which tile of rows a block owns.
-struct ForwardPlace {
-  int split, query_block, head, batch;
-  Sequence sequence;
-  int row_begin, row_end;  // of the tile; of the sequence
-
-  // Neighbouring blocks share keys. Where the window ends at the query the longest rows go first.
-  template <class Tile>
-  static __device__ __forceinline__ ForwardPlace of(const ForwardArguments& args, int block, Tile) {
-    ForwardPlace place;
-    place.split = args.splits.split(block);
-    place.query_block = args.query_blocks.split(block);
-    place.head = args.heads.split(block);
-    place.batch = block;
-    if (args.right != kUnbounded) place.query_block = args.query_blocks.divisor() - 1 - place.query_block;
-    place.sequence = args.sequence(place.batch);
-    place.row_begin = place.query_block * Tile::kM;
-    place.row_end = place.sequence.length_q * args.group.divisor();
-    return place;
-  }
-
-  // Row 0 of the sequence in a tensor of query heads.
-  template <class Element>
-  __device__ __forceinline__ GroupedRows<Element> rows(const ForwardArguments& args, const Tensor& x) const {
-    return {rows_of<Element>(x, batch, args.query_head(head), sequence.first_q), x.row_stride, x.head_stride,
-            args.group};
-  }
-};
-
-// P as operand A: the accumulators of S hold the elements where the operand wants them, in pairs.
-template <class ScorePolicy, int kM, int kN>
-struct Weights {
-  float (&s)[kM][kN][4];
-  ScorePolicy& score;
-
-  __device__ __forceinline__ void load(std::uint32_t (&x)[4], int m, int k) const {
-    m /= 16, k /= 8;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float (&pair)[4] = s[m][k + i / 2];
-      x[i] = pack(score.weight(pair[i % 2 * 2], m * 2 + i % 2), score.weight(pair[i % 2 * 2 + 1], m * 2 + i % 2),
-                  typename ScorePolicy::Input());
-    }
-  }
-};
 
 // The sigmoid's formula: with few features to multiply, special functions would take as long as the tensor cores.
 template <Score kScore, class Input, int kHeadDim, int kRows>
@@ -210,19 +165,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   const ForwardPlace own = ForwardPlace::of(args, fresh(blockIdx.x), Tile());
   const int thread_row = own.row_begin + warp_row + lane / 4;
   if (args.splits.divisor() > 1) {
-    const std::int64_t rows = std::int64_t(args.query_blocks.divisor()) * Tile::kM;  // of a head
-    const std::int64_t first = (own.batch * std::int64_t(args.heads.divisor()) + own.head) * rows + thread_row;
-    const std::int64_t rows_of_split = call.batch * args.heads.divisor() * rows;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (kScore == Score::kSoftmax && lane % 4 == 0)
-        args.partial_logsumexp[(first + row_of(r)) * args.splits.divisor() + own.split] = logsumexp[r];
-      const std::int64_t row = own.split * rows_of_split + first + row_of(r);
-#pragma unroll
-      for (int d = 0; d < kHeadDim / 8; ++d)
-        *reinterpret_cast<float2*>(args.partial_output + row * kHeadDim + d * 8 + lane % 4 * 2) =
-            make_float2(output[r / 2][d][r % 2 * 2], output[r / 2][d][r % 2 * 2 + 1]);
-    }
+    store_partial<kScore, Tile::kM>(output, logsumexp, args, own, thread_row, lane);
     return;
   }
 

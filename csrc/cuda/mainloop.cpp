@@ -1,0 +1,39 @@
+#include "mainloop.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace attnx::cuda {
+
+namespace {
+
+using Asked = std::optional<Mainloop>;
+
+Asked parse(const std::string& what, const std::string& name) {
+  if (name == "auto") return std::nullopt;
+  if (name == "sm80") return Mainloop::kSm80;
+  if (name == "sm90") return Mainloop::kSm90;
+  throw std::invalid_argument(what + ": expected auto, sm80 or sm90, got " + name);
+}
+
+std::atomic<Asked>& asked() {
+  static std::atomic<Asked> value = [] {
+    const char* name = std::getenv("ATTNX_CUDA_MAINLOOP");
+    return parse("ATTNX_CUDA_MAINLOOP", name ? name : "auto");
+  }();
+  return value;
+}
+
+}  // namespace
+
+std::optional<Mainloop> asked_mainloop() { return asked(); }
+
+std::string asked_mainloop_name() {
+  const Asked value = asked();
+  return !value ? "auto" : *value == Mainloop::kSm80 ? "sm80" : "sm90";
+}
+
+void use_mainloop(const std::string& name) { asked() = parse("mainloop", name); }
+
+}  // namespace attnx::cuda
