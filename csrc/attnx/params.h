@@ -82,8 +82,8 @@ struct AttentionParams {
   std::int64_t block_q = 0, block_k = 0;  // rows and keys of a block
   BlockList key_blocks;                   // of each block of queries; null counts: every block takes part
 
-  // A quantised cache in the place of key and value; forward only. length_k is its longest sequence.
-  Staircase cache;
+  // A quantised cache in the place of key and value, or null; forward only. length_k is its longest sequence.
+  const Staircase* cache = nullptr;
   const std::int64_t* query_lengths = nullptr;  // [batch], queries of each sequence; null: length_q of all
 };
 
