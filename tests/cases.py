@@ -126,13 +126,22 @@ LENGTHS = [
     Shape(length_q=300, length_k=65),
 ]
 GROUPS = [Shape(length_k=40, batch=2, heads=h, kv_heads=g) for h, g in ((1, 1), (2, 1), (6, 2), (8, 1), (3, 3))]
-SHAPES = HEAD_DIMS + LENGTHS + GROUPS
+# Few rows a key head, as in decoding.
+DECODING = [
+    Shape(length_q=1, length_k=150, head_dim=40, value_dim=24, heads=3),
+    Shape(length_q=2, length_k=150, head_dim=64, heads=8, kv_heads=2),
+    Shape(length_q=1, length_k=70, head_dim=3, value_dim=130),
+    Shape(length_q=1, length_k=200, head_dim=256, heads=3, kv_heads=1),
+    Shape(length_q=5, length_k=65, head_dim=128, value_dim=16),
+]
+SHAPES = HEAD_DIMS + LENGTHS + GROUPS + DECODING
 
 # A few shapes that together take every branch, for what is repeated many times.
 FEW_SHAPES = [
     Shape(length_q=65, length_k=65, heads=4, kv_heads=2),
     Shape(length_q=40, length_k=130, head_dim=40, value_dim=24),
     Shape(length_q=130, length_k=37, head_dim=3),
+    Shape(length_q=2, length_k=150, head_dim=64, heads=4, kv_heads=2),
 ]
 
 MASKS: dict[str, dict[str, Any]] = {

@@ -409,6 +409,8 @@ def test_bad_calls_change_nothing() -> None:
 
 
 def test_other_devices_are_refused_by_the_table() -> None:
+    here = attnx.explain(attnx.staircase_attention, torch.zeros(1, 4, 1, 64), attnx.StaircaseCache(1, 2, 64, 200))
+    assert here.supported
     cache = attnx.StaircaseCache(1, 2, 64, 200, device="meta")
     query = torch.zeros(1, 2, 1, 64, device="meta")
     assert cache.attend(query).shape == query.shape  # shapes alone

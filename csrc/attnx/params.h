@@ -107,8 +107,8 @@ struct AttentionParams {
 
   Gather gather;  // length_q and length_k are then those of the longest clusters, memory included
 
-  // A quantised cache in the place of key and value; forward only. length_k is its longest sequence.
-  Staircase cache;
+  // A quantised cache in the place of key and value, or null; forward only. length_k is its longest sequence.
+  const Staircase* cache = nullptr;
   const std::int64_t* query_lengths = nullptr;  // [batch], queries of each sequence; null: length_q of all
 };
 

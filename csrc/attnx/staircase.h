@@ -16,9 +16,9 @@ enum StaircaseMatrix : int { kKeyMatrix, kValueMatrix };
 
 // Codes come in blocks of 32 rows x 32 columns, 32 words for each bit of a plane. Row 8f + 2t + e and column 8j + g
 // stand in word [kb / 16][t][g] at bit 16e + kb % 16, where k = j + 4f and b the bits of the plane. On the CPU eight
-// neighbouring words hold eight neighbouring columns of a row. On the GPU the thread with groupID g and thread in
-// group t finds in its words what it holds of the fragment of mma.m16n8k16, with columns on M and rows on K (PTX ISA,
-// 9.7.14.5.8): halves of a word are neighbours in K.
+// neighbouring words hold eight neighbouring columns of a row. On the GPU the thread with groupID g and
+// threadID_in_group t finds in its words what it holds of the A fragment of mma.m16n8k16 (PTX ISA, its matrix
+// fragments), with columns on M and rows on K: halves of a word are neighbours in K.
 inline constexpr std::int64_t kCodeBlock = 32;
 
 struct StaircasePlane {
@@ -102,7 +102,7 @@ struct StaircaseState {
 struct Staircase {
   StaircaseLayout layout;
   std::int64_t heads = 0;
-  std::int64_t* state = nullptr;    // [batch][state_size]; null where there is no cache
+  std::int64_t* state = nullptr;    // [batch][state_size]
   std::uint32_t* codes = nullptr;   // [words]
   std::uint16_t* ranges = nullptr;  // [matrix_ranges][2]
   void* tail = nullptr;             // [kTailSlots][window][head_dim] in the dtype of the call

@@ -286,7 +286,7 @@ Pair staircase_attention(const StableTensor& query, const StableTensor& state, c
   p.scale = scale ? *scale : 1 / std::sqrt(double(p.head_dim));
   check(std::isfinite(p.scale), "scale: expected a finite number, got ", p.scale);
   p.window_right = is_causal ? 0 : -1;
-  p.cache = cache.memory;
+  p.cache = &cache.memory;
   read_bias(bias, bias_rule, bias_value, query, p);
   const std::vector<std::int64_t> lengths = read_numbers("query_lengths", query_lengths, cache, p.length_q);
   for (std::int64_t b = 0; b < cache.batch; ++b)

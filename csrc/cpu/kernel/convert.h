@@ -40,6 +40,19 @@ ATTNX_INLINE T from_float(double x) {
   return x;
 }
 
+// A vector of float16, from its bits.
+ATTNX_INLINE Vec<float> load_halves(const std::uint16_t* bits) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)bits));
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)bits));
+#else
+  Vec<float> x;
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = to_float(Float16{bits[i]});
+  return x;
+#endif
+}
+
 // One row of n numbers. The compiler vectorises all of these but float16, whose instructions it needs told.
 template <class To, class From>
 inline void convert_row(To* __restrict to, const From* __restrict from, std::int64_t n) {
@@ -48,11 +61,8 @@ inline void convert_row(To* __restrict to, const From* __restrict from, std::int
     __builtin_memcpy(to, from, std::size_t(n) * sizeof(To));
     return;
   } else if constexpr (__is_same(From, Float16) && __is_same(To, float)) {
-#if defined(__AVX512F__)
-    for (; i + 16 <= n; i += 16)
-      _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + i))));
-#elif defined(__F16C__)
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+#if defined(__F16C__) || defined(__AVX512F__)
+    for (; i + kLanes<float> <= n; i += kLanes<float>) store(to + i, load_halves(&from[i].bits));
 #endif
   } else if constexpr (__is_same(From, float) && __is_same(To, Float16)) {
 #if defined(__AVX512F__)

@@ -26,7 +26,7 @@ static auto with_forward(const ForwardParams& p, const Executor& executor, Use u
   };
   const auto with_storage = [&]<class Input>() {
     if constexpr (!__is_same(Input, double)) {
-      if (p.cache.state) return with_lanes.template operator()<Input, StaircaseStorage>();
+      if (p.cache) return with_lanes.template operator()<Input, StaircaseStorage>();
     }
     if (p.key_blocks.counts)
       return with_score.template operator()<Input, ListedTiles, StridedStorage, QueriesOnLanes>();

@@ -130,7 +130,29 @@ inline void gemm_few_rows(GemmOperands<A> g, std::int64_t rows, std::int64_t vec
   gemm_row_block<A, 4>(g, rows, vectors, steps, accumulate);
 }
 
-// The same product over the pairs that visible(row, lane, i) admits, i counting single products: for tiles that
+// C[rows][keys] = A[rows][features] B[keys]^T with the features on the lanes: for keys that lie as rows, and few rows,
+// as each costs a sum across lanes. Rows of B by pointer; steps is a whole number of vectors, keys as well.
+template <class A>
+inline void gemm_dots(const typename A::Element* a, std::int64_t a_row, const typename A::Element* const* b,
+                      typename A::Sum* c, std::int64_t c_row, std::int64_t rows, std::int64_t keys,
+                      std::int64_t steps) {
+  constexpr int kKeys = kLanes<typename A::Sum>;
+  for (std::int64_t key = 0; key < keys; key += kKeys, b += kKeys) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      Vec<typename A::Sum> sum[kKeys];
+#pragma GCC unroll 16
+      for (int i = 0; i < kKeys; ++i) sum[i] = Vec<typename A::Sum>{};
+      for (std::int64_t d = 0; d < steps * A::kStep; d += kKeys * A::kStep) {
+        const auto x = A::operand(a + r * a_row + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kKeys; ++i) sum[i] = A::multiply_add(A::operand(b[i] + d), x, sum[i]);
+      }
+      store(c + r * c_row + key, sums_of_lanes<typename A::Sum>(sum));
+    }
+  }
+}
+
+// A gemm over the pairs that visible(row, lane, i) admits, i counting single products: for tiles that
 // hide some pairs and hold a NaN or an infinity, which a weight of zero would not keep out.
 template <class A, class Visible>
 inline void gemm_where(GemmOperands<A> g, std::int64_t rows, std::int64_t lanes, std::int64_t products,

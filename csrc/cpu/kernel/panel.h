@@ -23,7 +23,7 @@ struct Sequence {
       : batch(b), first_q(0), first_k(0), length_q(p.length_q), length_k(p.length_k) {
     if (p.cu_seqlens_q) first_q = p.cu_seqlens_q[b], length_q = p.cu_seqlens_q[b + 1] - first_q;
     if (p.cu_seqlens_k) first_k = p.cu_seqlens_k[b], length_k = p.cu_seqlens_k[b + 1] - first_k;
-    if (p.cache.state) length_k = p.cache.of(b).length();
+    if (p.cache) length_k = p.cache->of(b).length();
     if (p.query_lengths) length_q = p.query_lengths[b];
   }
 

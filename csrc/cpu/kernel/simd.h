@@ -153,6 +153,23 @@ ATTNX_INLINE T largest_lane(Vec<T> x) {
   for (int i = 1; i < kLanes<T>; ++i) largest = x[i] > largest ? x[i] : largest;
   return largest;
 }
+// Lane i is the sum of the lanes of vector i: in log2(lanes) rounds, each of which folds two vectors into one.
+template <class T>
+ATTNX_INLINE Vec<T> sums_of_lanes(Vec<T> (&x)[kLanes<T>]) {
+  constexpr int n = kLanes<T>;
+  Mask<T> low{}, high{};  // lanes of two vectors side by side: a0 b0 a1 b1 ...
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    low[i] = MaskInt<T>(i / 2 + i % 2 * n);
+    high[i] = MaskInt<T>((n + i) / 2 + i % 2 * n);
+  }
+#pragma GCC unroll 4
+  for (int half = n / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i)
+      x[i] = __builtin_shuffle(x[i], x[i + half], low) + __builtin_shuffle(x[i], x[i + half], high);
+  return x[0];
+}
 // 0, 1, 2, ...
 template <class T>
 ATTNX_INLINE Vec<T> lane_numbers() {

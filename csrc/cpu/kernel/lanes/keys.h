@@ -2,6 +2,8 @@
 // would leave most lanes empty.
 //
 //     S[rows][keys] = Q K^T      weights = Score(S)      O[rows][features] += weights V
+//
+// Where keys lie as rows, S is made of sums over features on the lanes instead: to transpose the keys would cost more.
 #pragma once
 
 #include "../arena.h"
@@ -23,12 +25,12 @@ class KeysOnLanes {
 
   KeysOnLanes(const AttentionParams& p, std::int64_t /*panels*/, Arena& arena)
       : p_(p),
-        head_stride_(round_up(p.head_dim, larger<std::int64_t>(kLanes<Sum> * A::kStep, kRowMultiple))),
+        head_stride_(round_up(p.head_dim, kLanes<Sum> * A::kStep)),
         value_stride_(round_up(p.value_dim, kLanes<Sum>)) {
     constexpr std::int64_t kRows = round_up(kMostRows, kFewRowMultiple);
     keys_ = arena.take<Element>(kKeys * head_stride_);
     values_ = arena.take<Element>(kKeys * value_stride_);
-    rows_ = arena.take<Element>(larger<std::int64_t>(kLanes<Sum> * head_stride_, kKeys * value_stride_));
+    rows_ = A::kStep == 1 ? values_ : arena.take<Element>(kKeys * value_stride_);
     query_ = arena.take<Element>(kRows * head_stride_);
     products_ = arena.take<Sum>(kRows * kKeys);
     weights_ = A::kStep == 1 ? reinterpret_cast<Element*>(products_) : arena.take<Element>(kRows * kKeys);
@@ -51,20 +53,18 @@ class KeysOnLanes {
 
   template <class Storage>
   void load(const Storage& storage, const KeyTile& tile) {
+    by_steps_ = Storage::kSteps;
     value_rows_ = values_, value_step_ = value_stride_ * A::kStep;
     if constexpr (Storage::kSteps) {
       storage.load_key_steps(tile.first, tile.count, keys_, kKeys);
       storage.load_value_steps(tile.first, tile.count, values_, value_stride_);
     } else {
-      using Number = typename Storage::Number;
-      load_rows_transposed<A, Number>([&](std::int64_t i) { return storage.key(tile.first + i); }, tile.count,
-                                      p_.head_dim, rows_, head_stride_, keys_, kKeys);
+      load_key_rows(storage, tile);
       if constexpr (A::kStep > 1) {
         storage.load_values(tile.first, tile.count, rows_, value_stride_);
         interleave_rows<A>(rows_, tile.count, value_stride_, values_, value_stride_);
       } else {
-        // Read where they lie, where that is possible: each is used only once for a row.
-        if constexpr (__is_same(Number, Element)) {
+        if constexpr (__is_same(typename Storage::Number, Element)) {
           if (p_.value_dim == value_stride_) {
             value_rows_ = storage.value(tile.first), value_step_ = storage.value_stride();
             return;
@@ -78,8 +78,13 @@ class KeysOnLanes {
   void visit(int, const Panel<Sum>& panel, const KeyTile& tile) {
     const std::int64_t key0 = tile.first, steps = (tile.count + A::kStep - 1) / A::kStep,
                        padded = round_up(tile.count, kLanes<Sum>);
-    gemm_few_rows<A>({query_, head_stride_, A::kStep, keys_, kKeys * A::kStep, products_, kKeys}, panel.rows,
-                     padded / kLanes<Sum>, (p_.head_dim + A::kStep - 1) / A::kStep, false);
+    const std::int64_t features = (p_.head_dim + A::kStep - 1) / A::kStep;
+    if (by_steps_) {
+      gemm_few_rows<A>({query_, head_stride_, A::kStep, keys_, kKeys * A::kStep, products_, kKeys}, panel.rows,
+                       padded / kLanes<Sum>, features, false);
+    } else {
+      gemm_dots<A>(query_, head_stride_, key_rows_, products_, kKeys, panel.rows, padded, features);
+    }
     const PanelOnTile<Sum> on_tile(panel, tile, padded);
     for (int row = 0; row < panel.rows; ++row)
       scores_[0].weigh_row(products_ + row * kKeys, padded, Sum(p_.scale), panel, on_tile, row, weights_ + row * kKeys,
@@ -104,6 +109,21 @@ class KeysOnLanes {
   }
 
  private:
+  // Rows are read where they lie, where that is possible: each is used only a few times.
+  template <class Storage>
+  void load_key_rows(const Storage& storage, const KeyTile& tile) {
+    const std::int64_t padded = round_up(tile.count, kLanes<Sum>);
+    if constexpr (__is_same(typename Storage::Number, Element)) {
+      if (p_.head_dim % (kLanes<Sum> * A::kStep) == 0) {
+        for (std::int64_t i = 0; i < padded; ++i)  // the last one stands for those that there are not
+          key_rows_[i] = storage.key(tile.first + smaller(i, tile.count - 1));
+        return;
+      }
+    }
+    storage.load_keys(tile.first, tile.count, keys_, head_stride_);
+    for (std::int64_t i = 0; i < padded; ++i) key_rows_[i] = keys_ + smaller(i, tile.count - 1) * head_stride_;
+  }
+
   bool values_finite(std::int64_t steps) const {
     bool finite = true;
     for (std::int64_t i = 0; i < steps; ++i)
@@ -113,6 +133,8 @@ class KeysOnLanes {
 
   const AttentionParams& p_;
   std::int64_t head_stride_, value_stride_;
+  bool by_steps_ = false;  // keys_ is a B operand; else key_rows_ are the keys
+  const Element* key_rows_[kKeys];
   const Element* value_rows_ = nullptr;  // as a B operand
   std::int64_t value_step_ = 0;
   Element *keys_, *values_, *rows_, *query_, *weights_;

@@ -54,7 +54,7 @@ inline void unpack_block(const CodeBlock& b, typename A::Element* to, std::int64
   constexpr int kBits = kBase << (kPlanes - 1), kStep = A::kStep, kLanesOf = Octets::kLanesOf;
   constexpr bool kLookup = kHasLookup && kBits <= 2;
   float range[2 * kCodeBlock];
-  convert_row(range, reinterpret_cast<const Float16*>(b.ranges), 2 * kCodeBlock);
+  for (int i = 0; i < 2 * kCodeBlock; i += kLanesOf) store(range + i, load_halves(b.ranges + i));
   Vec<float> cell;  // the table of lookup: in units of a step
   for (int i = 0; i < kLanesOf; ++i) cell[i] = float(i % (1 << kBits)) + 0.5f;
   for (int t = 0; t < 4; ++t) {
@@ -118,7 +118,7 @@ class StaircaseStorage {
   static std::int64_t sequences(const AttentionParams& p) { return p.batch; }
 
   StaircaseStorage(const AttentionParams& p, const Sequence& s, std::int64_t key_head)
-      : StaircaseStorage(p.cache, s.batch, key_head) {}
+      : StaircaseStorage(*p.cache, s.batch, key_head) {}
 
   StaircaseStorage(const Staircase& cache, std::int64_t batch, std::int64_t head)
       : layout_(cache.layout), state_(cache.of(batch)), tail_first_(state_.length() / layout_.window * layout_.window) {
