@@ -59,7 +59,7 @@ struct Clusters {
 // Gathered rows: a query attends, in each cluster of queries that holds it, to the keys of the cluster of the same
 // number; its output is the mean over these clusters, 0 without any.
 struct Gather {
-  std::int64_t clusters = 0;  // of a head; 0: rows are not gathered
+  std::int64_t clusters = 0;  // of a head
   Clusters queries, keys;
   // Learned keys and values, [heads_k, memory, dim], which every cluster sees before its own.
   std::int64_t memory = 0;
@@ -105,7 +105,8 @@ struct AttentionParams {
   std::int64_t block_q = 0, block_k = 0;  // rows and keys of a block
   BlockList key_blocks;                   // of each block of queries; null counts: every block takes part
 
-  Gather gather;  // length_q and length_k are then those of the longest clusters, memory included
+  // Rows that are gathered, or null. length_q and length_k are then those of the longest clusters, memory included.
+  const Gather* gather = nullptr;
 
   // A quantised cache in the place of key and value, or null; forward only. length_k is its longest sequence.
   const Staircase* cache = nullptr;

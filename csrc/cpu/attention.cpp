@@ -84,8 +84,8 @@ Executor enough_for(double operations, Executor executor) {
 }
 
 double operations(const AttentionParams& p) {
-  if (p.gather.clusters)
-    return 2.0 * double(p.batch * p.heads_q) * double(p.gather.queries.slots) * double(p.length_k) *
+  if (p.gather)
+    return 2.0 * double(p.batch * p.heads_q) * double(p.gather->queries.slots) * double(p.length_k) *
            double(p.head_dim + p.value_dim);
   return 2.0 * double(p.batch * p.heads_q) * double(p.length_q) * double(p.length_k) * double(p.head_dim + p.value_dim);
 }
@@ -136,7 +136,7 @@ std::string instruction_set() { return chosen().load()->name; }
 void use_instruction_set(const std::string& name) { chosen() = find("name", name); }
 
 void forward(const ForwardParams& params, const Executor& executor) {
-  if (params.gather.clusters) {
+  if (params.gather) {
     run(&Kernels::routed_forward_workspace, &Kernels::routed_forward, params, executor);
   } else {
     run(&Kernels::forward_workspace, &Kernels::forward, params, executor);
@@ -144,7 +144,7 @@ void forward(const ForwardParams& params, const Executor& executor) {
 }
 
 void backward(const BackwardParams& params, const Executor& executor) {
-  if (params.gather.clusters) {
+  if (params.gather) {
     run(&Kernels::routed_backward_workspace, &Kernels::routed_backward, params, executor);
   } else {
     run(&Kernels::backward_workspace, &Kernels::backward, params, executor);

@@ -94,13 +94,13 @@ void read_memory(const char* name, const std::optional<StableTensor>& x, std::in
 }
 
 // All that forward and backward share. Returns whether no query is in two clusters.
-bool read(const Arguments& args, const Options& options, AttentionParams& p) {
+bool read(const Arguments& args, const Options& options, AttentionParams& p, Gather& g) {
   check(options.score == "sigmoid" || options.score == "softmax", "score: expected sigmoid or softmax, got ",
         options.score);
   p.score = options.score == "sigmoid" ? Score::kSigmoid : Score::kSoftmax;
   read_arguments(args, p);
   read_bias({}, options.bias_rule, options.bias_value, args.query, p);
-  Gather& g = p.gather;
+  p.gather = &g;
   const auto queries = read_clusters(options.queries, p, p.length_q, "query", args.query, g.queries);
   const auto keys = read_clusters(options.keys, p, p.length_k, "key", args.query, g.keys);
   g.clusters = options.queries.offsets.size(2) - 1;
@@ -132,6 +132,7 @@ Outputs routing_attention(const StableTensor& query, const StableTensor& key, co
                           const std::string& bias_rule, double bias_value, std::optional<double> scale,
                           bool is_causal) {
   ForwardParams p;
+  Gather gather;
   const std::optional<StableTensor> none;
   const Arguments args{query, key, value, nullptr, none, scale, is_causal, -1, -1, kOperator};
   read(args,
@@ -142,7 +143,7 @@ Outputs routing_attention(const StableTensor& query, const StableTensor& key, co
         score,
         bias_rule,
         bias_value},
-       p);
+       p, gather);
   StableTensor output = empty_rows(query, p.value_dim);
   // What of a head's slots is not in use holds 0.
   StableTensor logsumexp = torch::stable::new_zeros(query, query_indices.sizes(), sum_type(query));
@@ -164,6 +165,7 @@ Gradients routing_attention_backward(const StableTensor& grad_output, const Stab
                                      const std::string& bias_rule, double bias_value, std::optional<double> scale,
                                      bool is_causal, bool deterministic) {
   BackwardParams p;
+  Gather gather;
   const std::optional<StableTensor> none;
   const Arguments args{query, key, value, nullptr, none, scale, is_causal, -1, -1, kOperator};
   const bool once = read(args,
@@ -174,7 +176,7 @@ Gradients routing_attention_backward(const StableTensor& grad_output, const Stab
                           score,
                           bias_rule,
                           bias_value},
-                         p);
+                         p, gather);
   p.grad_output = read_output("grad_output", grad_output, args);
   const Tensor whole_output = read_output("output", output, args);
   if (once) p.output = whole_output;
@@ -193,9 +195,8 @@ Gradients routing_attention_backward(const StableTensor& grad_output, const Stab
   p.grad_query = view_rows(grad_query);
   p.grad_key = view_rows(grad_key);
   p.grad_value = view_rows(grad_value);
-  StableTensor grad_memory_key = torch::stable::new_empty(query, std::vector{p.heads_k, p.gather.memory, p.head_dim});
-  StableTensor grad_memory_value =
-      torch::stable::new_empty(query, std::vector{p.heads_k, p.gather.memory, p.value_dim});
+  StableTensor grad_memory_key = torch::stable::new_empty(query, std::vector{p.heads_k, gather.memory, p.head_dim});
+  StableTensor grad_memory_value = torch::stable::new_empty(query, std::vector{p.heads_k, gather.memory, p.value_dim});
   p.grad_memory_key = view_memory(grad_memory_key);
   p.grad_memory_value = view_memory(grad_memory_value);
   run(p, query, deterministic);

@@ -14,7 +14,7 @@ namespace attnx::cpu::ATTNX_ISA {
 // The heads of one run of the loop: whole groups that share a key head, enough of them to keep all threads busy.
 inline std::int64_t heads_of_run(const AttentionParams& p, const Executor& executor) {
   constexpr std::int64_t kClustersOfThread = 16;
-  const std::int64_t enough = (kClustersOfThread * executor.threads + p.gather.clusters - 1) / p.gather.clusters;
+  const std::int64_t enough = (kClustersOfThread * executor.threads + p.gather->clusters - 1) / p.gather->clusters;
   return smaller(round_up(enough, p.heads_q / p.heads_k), p.batch * p.heads_q);
 }
 
@@ -41,11 +41,12 @@ class RoutedForward {
   void run(char* workspace) const {
     const Memory m(*this, workspace);
     for_each_run(p_, heads_, [&](std::int64_t first, std::int64_t heads) {
-      const ForwardParams part = of_heads(m, first, heads);
+      Gather gather;
+      const ForwardParams part = of_heads(m, first, heads, gather);
       for_each_unit(executor_, heads, nullptr, 0,
                     [&](std::int64_t head, char*) { m.places.fill(head, first + head, 0); });
       Loop(part, executor_).run(m.loop);
-      const std::int64_t units = row_units(p_.gather.queries.rows);
+      const std::int64_t units = row_units(p_.gather->queries.rows);
       for_each_unit(executor_, heads * units, nullptr, 0,
                     [&](std::int64_t unit, char*) { store_means(m, first, unit / units, unit % units * kRowsOfUnit); });
     });
@@ -60,28 +61,31 @@ class RoutedForward {
 
     Memory(const RoutedForward& f, char* block) : Memory(f, Arena(block)) {}
     Memory(const RoutedForward& f, Arena arena)
-        : outputs(arena.take<Sum>(f.heads_ * f.p_.gather.queries.slots * f.p_.value_dim)),
-          places(arena, f.p_.gather.queries, f.p_.gather.clusters, f.heads_) {
-      const std::int64_t size = Loop(f.of_heads(*this, 0, f.heads_), f.executor_).workspace_bytes();
+        : outputs(arena.take<Sum>(f.heads_ * f.p_.gather->queries.slots * f.p_.value_dim)),
+          places(arena, f.p_.gather->queries, f.p_.gather->clusters, f.heads_) {
+      Gather gather;
+      const std::int64_t size = Loop(f.of_heads(*this, 0, f.heads_, gather), f.executor_).workspace_bytes();
       loop = arena.take<char>(size);
       bytes = arena.used();
     }
   };
 
-  ForwardParams of_heads(const Memory& m, std::int64_t first, std::int64_t heads) const {
+  ForwardParams of_heads(const Memory& m, std::int64_t first, std::int64_t heads, Gather& gather) const {
+    gather = *p_.gather;
+    gather.first_head = first;
+    gather.heads = heads;
     ForwardParams part = p_;
-    part.gather.first_head = first;
-    part.gather.heads = heads;
+    part.gather = &gather;
     part.output = {m.outputs, 0, 0, p_.value_dim};
     if (part.logsumexp.data)
-      part.logsumexp = {row_of<Sum>(p_.logsumexp, 0, 0, first * p_.gather.queries.slots), 0, 0, 1};
+      part.logsumexp = {row_of<Sum>(p_.logsumexp, 0, 0, first * p_.gather->queries.slots), 0, 0, 1};
     return part;
   }
 
   void store_means(const Memory& m, std::int64_t first, std::int64_t head, std::int64_t row0) const {
-    const std::int64_t all = first + head, slots = p_.gather.queries.slots;
+    const std::int64_t all = first + head, slots = p_.gather->queries.slots;
     const Sum* outputs = m.outputs + head * slots * p_.value_dim;
-    for (std::int64_t row = row0; row < smaller(row0 + kRowsOfUnit, p_.gather.queries.rows); ++row) {
+    for (std::int64_t row = row0; row < smaller(row0 + kRowsOfUnit, p_.gather->queries.rows); ++row) {
       Sum sum[kMaxHeadDim] = {};
       const std::int64_t count = m.places.add(head, row, outputs, p_.value_dim, p_.value_dim, sum);
       for (std::int64_t d = 0; d < p_.value_dim && count > 1; ++d) sum[d] /= Sum(count);
@@ -112,11 +116,12 @@ class RoutedBackward {
 
   void run(char* workspace) const {
     const Memory m(*this, workspace);
-    const Gather& g = p_.gather;
+    const Gather& g = *p_.gather;
     __builtin_memset(m.memory_key, 0, std::size_t(p_.heads_k * g.memory * p_.head_dim) * sizeof(Sum));
     __builtin_memset(m.memory_value, 0, std::size_t(p_.heads_k * g.memory * p_.value_dim) * sizeof(Sum));
     for_each_run(p_, heads_, [&](std::int64_t first, std::int64_t heads) {
-      const BackwardParams part = of_heads(m, first, heads);
+      Gather gather;
+      const BackwardParams part = of_heads(m, first, heads, gather);
       for_each_unit(executor_, 2 * heads, nullptr, 0, [&](std::int64_t unit, char*) {
         const std::int64_t head = unit / 2;
         unit % 2 ? m.keys.fill(head, first + head, g.memory) : m.queries.fill(head, first + head, 0);
@@ -146,31 +151,34 @@ class RoutedBackward {
 
     Memory(const RoutedBackward& f, char* block) : Memory(f, Arena(block)) {}
     Memory(const RoutedBackward& f, Arena arena)
-        : grad_queries(arena.take<Sum>(f.heads_ * f.p_.gather.queries.slots * f.p_.head_dim)),
+        : grad_queries(arena.take<Sum>(f.heads_ * f.p_.gather->queries.slots * f.p_.head_dim)),
           grad_keys(arena.take<Sum>(f.heads_ * f.key_sums() * f.head_lanes_)),
           grad_values(arena.take<Sum>(f.heads_ * f.key_sums() * f.value_lanes_)),
-          memory_key(arena.take<Sum>(f.p_.heads_k * f.p_.gather.memory * f.p_.head_dim)),
-          memory_value(arena.take<Sum>(f.p_.heads_k * f.p_.gather.memory * f.p_.value_dim)),
-          queries(arena, f.p_.gather.queries, f.p_.gather.clusters, f.heads_),
-          keys(arena, f.p_.gather.keys, f.p_.gather.clusters, f.heads_) {
-      const std::int64_t size = Loop(f.of_heads(*this, 0, f.heads_), f.executor_).workspace_bytes();
+          memory_key(arena.take<Sum>(f.p_.heads_k * f.p_.gather->memory * f.p_.head_dim)),
+          memory_value(arena.take<Sum>(f.p_.heads_k * f.p_.gather->memory * f.p_.value_dim)),
+          queries(arena, f.p_.gather->queries, f.p_.gather->clusters, f.heads_),
+          keys(arena, f.p_.gather->keys, f.p_.gather->clusters, f.heads_) {
+      Gather gather;
+      const std::int64_t size = Loop(f.of_heads(*this, 0, f.heads_, gather), f.executor_).workspace_bytes();
       loop = arena.take<char>(size);
       bytes = arena.used();
     }
   };
 
   // Of a head.
-  std::int64_t key_sums() const { return p_.gather.keys.slots + p_.gather.clusters * p_.gather.memory; }
+  std::int64_t key_sums() const { return p_.gather->keys.slots + p_.gather->clusters * p_.gather->memory; }
 
-  BackwardParams of_heads(const Memory& m, std::int64_t first, std::int64_t heads) const {
+  BackwardParams of_heads(const Memory& m, std::int64_t first, std::int64_t heads, Gather& gather) const {
+    gather = *p_.gather;
+    gather.first_head = first;
+    gather.heads = heads;
+    gather.query_starts = m.queries.starts;
     BackwardParams part = p_;
-    part.gather.first_head = first;
-    part.gather.heads = heads;
-    part.gather.query_starts = m.queries.starts;
+    part.gather = &gather;
     part.grad_query = {m.grad_queries, 0, 0, p_.head_dim};
     part.key_sums = m.grad_keys;
     part.value_sums = m.grad_values;
-    const std::int64_t slot = first * p_.gather.queries.slots;
+    const std::int64_t slot = first * p_.gather->queries.slots;
     if (part.logsumexp.data) {
       part.logsumexp = {row_of<Sum>(p_.logsumexp, 0, 0, slot), 0, 0, 1};
       part.grad_logsumexp = {row_of<Sum>(p_.grad_logsumexp, 0, 0, slot), 0, 0, 1};
@@ -181,8 +189,8 @@ class RoutedBackward {
 
   void store_queries(const Memory& m, std::int64_t first, std::int64_t head, std::int64_t row0) const {
     const std::int64_t all = first + head;
-    const Sum* from = m.grad_queries + head * p_.gather.queries.slots * p_.head_dim;
-    for (std::int64_t row = row0; row < smaller(row0 + kRowsOfUnit, p_.gather.queries.rows); ++row) {
+    const Sum* from = m.grad_queries + head * p_.gather->queries.slots * p_.head_dim;
+    for (std::int64_t row = row0; row < smaller(row0 + kRowsOfUnit, p_.gather->queries.rows); ++row) {
       Sum sum[kMaxHeadDim] = {};
       m.queries.add(head, row, from, p_.head_dim, p_.head_dim, sum);
       convert_row(row_of<Input>(p_.grad_query, all / p_.heads_q, all % p_.heads_q, row), sum, p_.head_dim);
@@ -192,7 +200,7 @@ class RoutedBackward {
   // Of the key head whose first query head is `head`.
   void store_keys(const Memory& m, std::int64_t first, std::int64_t head, std::int64_t row0) const {
     const std::int64_t batch = (first + head) / p_.heads_q, key_head = (first + head) % p_.heads_q / group_;
-    for (std::int64_t row = row0; row < smaller(row0 + kRowsOfUnit, p_.gather.keys.rows); ++row) {
+    for (std::int64_t row = row0; row < smaller(row0 + kRowsOfUnit, p_.gather->keys.rows); ++row) {
       Sum key[kMaxHeadDim] = {}, value[kMaxHeadDim] = {};
       for (std::int64_t h = head; h < head + group_; ++h) {
         m.keys.add(h, row, m.grad_keys + h * key_sums() * head_lanes_, head_lanes_, p_.head_dim, key);
@@ -205,7 +213,7 @@ class RoutedBackward {
   }
 
   void add_memory(const Memory& m, std::int64_t first, std::int64_t head) const {
-    const Gather& g = p_.gather;
+    const Gather& g = *p_.gather;
     const std::int64_t key_head = (first + head) % p_.heads_q / group_;
     const std::int32_t* offsets = g.keys.offsets + (first + head) * (g.clusters + 1);
     const auto add = [&](const Sum* sums, std::int64_t lanes, std::int64_t dim, Sum* to) {
@@ -221,10 +229,10 @@ class RoutedBackward {
   }
 
   void store_memory(const Sum* from, std::int64_t dim, Sum factor, const Tensor& to) const {
-    for (std::int64_t i = 0; i < p_.heads_k * p_.gather.memory; ++i) {
+    for (std::int64_t i = 0; i < p_.heads_k * p_.gather->memory; ++i) {
       Sum row[kMaxHeadDim];
       for (std::int64_t d = 0; d < dim; ++d) row[d] = from[i * dim + d] * factor;
-      convert_row(row_of<Input>(to, 0, i / p_.gather.memory, i % p_.gather.memory), row, dim);
+      convert_row(row_of<Input>(to, 0, i / p_.gather->memory, i % p_.gather->memory), row, dim);
     }
   }
 

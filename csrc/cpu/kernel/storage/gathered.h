@@ -12,8 +12,8 @@ struct GatheredSequence {
   std::int64_t batch, first_head, length_q, length_k, memory;
   std::int64_t first_result, first_key_sum;
 
-  GatheredSequence(const AttentionParams& p, std::int64_t index) : memory(p.gather.memory) {
-    const Gather& g = p.gather;
+  GatheredSequence(const AttentionParams& p, std::int64_t index) : memory(p.gather->memory) {
+    const Gather& g = *p.gather;
     const std::int64_t head = index / g.clusters, cluster = index % g.clusters, all = g.first_head + head;
     const std::int32_t* q = g.queries.offsets + all * (g.clusters + 1) + cluster;
     const std::int32_t* k = g.keys.offsets + all * (g.clusters + 1) + cluster;
@@ -53,15 +53,15 @@ class GatheredStorage {
   using Result = typename A::Sum;  // to be added up over clusters
   static constexpr bool kGathered = true, kSteps = false;
 
-  static std::int64_t sequences(const AttentionParams& p) { return p.gather.heads * p.gather.clusters; }
+  static std::int64_t sequences(const AttentionParams& p) { return p.gather->heads * p.gather->clusters; }
 
   GatheredStorage(const AttentionParams& p, const Sequence& s, std::int64_t key_head)
       : sequence_(s),
         key_{row_of<const Input>(p.key, s.batch, key_head, 0), p.key.row_stride, p.head_dim},
         value_{row_of<const Input>(p.value, s.batch, key_head, 0), p.value.row_stride, p.value_dim},
-        memory_key_{row_of<const Input>(p.gather.memory_key, 0, key_head, 0), p.gather.memory_key.row_stride,
+        memory_key_{row_of<const Input>(p.gather->memory_key, 0, key_head, 0), p.gather->memory_key.row_stride,
                     p.head_dim},
-        memory_value_{row_of<const Input>(p.gather.memory_value, 0, key_head, 0), p.gather.memory_value.row_stride,
+        memory_value_{row_of<const Input>(p.gather->memory_value, 0, key_head, 0), p.gather->memory_value.row_stride,
                       p.value_dim} {}
 
   // Both load count rows from the given one as [rows][stride].

@@ -91,8 +91,10 @@ inline void unpack_block(const CodeBlock& b, typename A::Element* to, std::int64
   }
 }
 
+// Not inlined: the ten of them would stand in every loop over a cache.
 template <class A>
-inline void unpack_block(int base, int planes, const CodeBlock& b, typename A::Element* to, std::int64_t width) {
+__attribute__((noinline)) void unpack_block(int base, int planes, const CodeBlock& b, typename A::Element* to,
+                                            std::int64_t width) {
   switch (base * 8 + planes) {
     case 1 * 8 + 1: return unpack_block<A, 1, 1>(b, to, width);
     case 1 * 8 + 2: return unpack_block<A, 1, 2>(b, to, width);

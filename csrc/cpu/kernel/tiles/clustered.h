@@ -12,7 +12,7 @@ class ClusteredTiles {
 
   ClusteredTiles(const AttentionParams& p, const GatheredSequence& s, std::int64_t head, std::int64_t query)
       : all_(p, s, head, query), sequence_(s), is_causal_(p.window_right == 0) {
-    lead_ = p.gather.keys.rows - p.gather.queries.rows;
+    lead_ = p.gather->keys.rows - p.gather->queries.rows;
   }
 
   // Where queries have the indices of keys this is a triangle.
