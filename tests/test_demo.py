@@ -36,7 +36,9 @@ def load_report(folder: Path) -> dict[str, Any]:
 
 @trains
 def test_a_short_run_ends_with_the_table_and_the_report(tmp_path: Path) -> None:
-    run = attnx("--steps", "2", "--threads", "2", "--seed", "3", folder=tmp_path)
+    # Few windows to validate on: decoding them byte by byte is what takes longest.
+    (tmp_path / "own.txt").write_text("to be or not to be, " * 600)
+    run = attnx("--steps", "2", "--threads", "2", "--seed", "3", "--text", "own.txt", folder=tmp_path)
     assert run.returncode == 0, run.stderr
     report = load_report(tmp_path / "attnx-report")
     assert (tmp_path / "attnx-report" / "report.png").read_bytes().startswith(PNG_SIGNATURE)

@@ -117,6 +117,8 @@ def compare_caches(
     """Bits per byte of held-out text, decoded byte by byte after a first half that is taken in at once, and text
     generated after the beginning of it. ``on_step`` is called ``steps(config)`` times."""
     windows = consecutive_windows(corpus.validation, config.context)[:LARGEST_BATCH]
+    letters = (windows[:, :PROMPT] >= ord("a")) & (windows[:, :PROMPT] <= ord("z"))
+    prompt = windows[letters.sum(1).argmax(), None, :PROMPT]  # of plain text
     model.eval()
     results = []
     for kind in KINDS:
@@ -125,7 +127,7 @@ def compare_caches(
             return [build(batch, config.heads, config.width // config.heads, config.context) for _ in model.blocks]
 
         bits_per_byte, kept, ranges = _decode(model, caches(len(windows)), windows, on_step)
-        text = _generate(model, caches(1), windows[:1, :PROMPT], seed, on_step)
+        text = _generate(model, caches(1), prompt, seed, on_step)
         numbers = 2 * config.layers * config.width
         bytes_per_token = numbers * (kept / 8 + (0 if kind.name == "full" else ranges))
         results.append(CacheResult(kind.name, kind.label, bits_per_byte, kept, bytes_per_token, text))

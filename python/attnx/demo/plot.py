@@ -100,7 +100,7 @@ def _draw_caches(axes: Axes, results: Results) -> None:
     texts = [f"{cache.bytes_per_token:.0f}: {cache.bits_per_byte:.3f} bits/byte" for cache in caches]
     axes.bar_label(bars, texts, padding=4, fontsize=9, color=INK)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.75 * max(sizes))
+    axes.set_xlim(0, 2.1 * max(sizes))
     _style(axes, "Bytes a cached token, held-out text", grid="x")
     axes.tick_params(axis="y", length=0)
 
