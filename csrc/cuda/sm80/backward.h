@@ -20,22 +20,6 @@
 
 namespace attnx::cuda {
 
-// Stores a warp's accumulators, rounded, as rows of a tile from (row, column) on; lane is the warp's.
-template <class Tile, class Input, int kStride = 1, int kM, int kN>
-__device__ __forceinline__ void store_accumulators(std::uint32_t tile, int row, int column, int lane,
-                                                   const float (&x)[kM][kN][4], float factor) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        const int chunk = column / 8 + n / 2 * 2 * kStride + n % 2;
-        store_shared(tile + Tile::offset(row + m * 16 + half * 8 + lane / 4, chunk) + lane % 4 * 4,
-                     pack(x[m][n][half * 2] * factor, x[m][n][half * 2 + 1] * factor, Input()));
-      }
-}
-
 // Tells the next block of keys that this one has added to a tile of rows.
 __device__ __forceinline__ void end_turn(int* turns) {
   __threadfence();
