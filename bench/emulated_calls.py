@@ -52,12 +52,33 @@ class Call:
 
 def _tile(score: Score, dtype: str, head_dim: int, rows: int) -> tuple[int, int]:
     """The keys of the forward's tile and the head dimension that it is padded to."""
-    sizes = {"length_q": rows, "length_k": 1, "head_dim": head_dim, "value_dim": head_dim}
-    kernel = attnx._C.cuda_forward_kernel(f"{score}_attention", dtype, batch=1, heads_q=1, heads_k=1, **sizes)
+    kernel = attnx._C.cuda_forward_kernel(
+        f"{score}_attention",
+        dtype,
+        batch=1,
+        heads_q=1,
+        heads_k=1,
+        length_q=rows,
+        length_k=_BLOCK,
+        head_dim=head_dim,
+        value_dim=head_dim,
+    )
     match = re.search(r"(\d+) keys, head_dim padded to (\d+)", kernel)
     if match is None:
         raise RuntimeError(f"expected a kernel with its keys and head_dim, got {kernel}")
     return int(match[1]), int(match[2])
+
+
+def hopper_calls() -> Iterator[Call]:
+    """As below, of the forward kernels for sm_90a."""
+    for score in get_args(Score):
+        for dtype in ("bfloat16", "float16"):
+            for head_dim in (64, 128, 256):
+                keys, _ = _tile(score, dtype, head_dim, 192)
+                yield Call(score, dtype, head_dim, 384, 2 * keys)
+                yield Call(score, dtype, head_dim, 384, 4 * keys)
+                for keys in (128, 256):
+                    yield Call(score, dtype, head_dim, 128, keys, listed=True)
 
 
 def calls() -> Iterator[Call]:
@@ -85,7 +106,7 @@ def main() -> None:
     path = Path(os.environ["CUDAEMU_PROFILE"])
     path.touch()
     with path.open() as profile:
-        for call in calls():
+        for call in hopper_calls() if attnx._C.cuda_mainloop() == "sm90" else calls():
             call.run()
             own = {"rows": call.rows, "keys": call.keys, "backward": call.backward}
             for line in profile:

@@ -22,7 +22,7 @@ import budget
 import emulation
 import machine_code
 from emulation import Excess, Profile
-from kernels import in_bfloat16, is_float16, order
+from kernels import in_bfloat16, is_float16, mainloop, order
 from machine_code import MachineCode
 
 # Headings and counters.
@@ -63,11 +63,11 @@ def _parser() -> argparse.ArgumentParser:
         help="libraries or object files with the machine code (default: libattnx.so of the attnx that Python finds)",
     )
     parser.add_argument(
-        "--budget",
+        "--budgets",
         type=Path,
-        default=Path(__file__).with_name("budgets") / "sm80.json",
-        metavar="FILE",
-        help="(default: %(default)s)",
+        default=Path(__file__).with_name("budgets"),
+        metavar="FOLDER",
+        help="with sm80.json and sm90.json (default: %(default)s)",
     )
     parser.add_argument("--check", action="store_true", help="exit 1 where a kernel exceeds its budget")
     parser.add_argument("--write", action="store_true", help="make what is measured the budget")
@@ -149,11 +149,15 @@ def main() -> int:
     _print_excesses(console, profiles)
     console.print("Kernels on float16 that are not in these tables cost what they cost on bfloat16.")
 
+    by_file: dict[Path, dict[str, dict[str, float]]] = defaultdict(dict)
+    for name, of_kernel in counters.items():
+        by_file[arguments.budgets / f"{mainloop(name)}.json"][name] = of_kernel
     if arguments.write:
-        budget.write(arguments.budget, counters)
+        for file, of_file in by_file.items():
+            budget.write(file, of_file)
     if not arguments.check:
         return 0
-    complaints = list(budget.complaints(arguments.budget, counters))
+    complaints = [text for file, of_file in by_file.items() for text in budget.complaints(file, of_file)]
     for complaint in complaints:
         console.print(f"[bold red]over budget[/] {complaint}", soft_wrap=True)
     console.print(f"{len(counters)} kernels, {len(complaints)} complaints")

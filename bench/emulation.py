@@ -19,7 +19,7 @@ from typing import Any
 from kernels import label
 
 # Devices of 8.6 have less shared memory for a block than those of 8.0, and take narrow tiles for it.
-_COMPUTE_CAPABILITIES = ("80", "86")
+_DEVICES = ({"CUDAEMU_CC": "80"}, {"CUDAEMU_CC": "86"}, {"CUDAEMU_CC": "90", "ATTNX_CUDA_MAINLOOP": "sm90"})
 _WARP = 32
 
 Launch = Mapping[str, Any]
@@ -44,13 +44,13 @@ class Profile:
 
 def _launches(cudaemu: Path) -> Iterator[Launch]:
     calls = Path(__file__).with_name("emulated_calls.py")
-    for capability in _COMPUTE_CAPABILITIES:
+    for device in _DEVICES:
         with tempfile.TemporaryDirectory() as folder:
             environment = os.environ | {
                 "LD_LIBRARY_PATH": f"{cudaemu}:{os.environ.get('LD_LIBRARY_PATH', '')}",
                 "ATTNX_CUDA_ON_HOST": "1",
-                "CUDAEMU_CC": capability,
                 "CUDAEMU_PROFILE": str(Path(folder, "profile.json")),
+                **device,
             }
             result = subprocess.run(
                 [sys.executable, calls], env=environment, capture_output=True, text=True, check=False

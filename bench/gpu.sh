@@ -40,10 +40,12 @@ sanitize() {
     --report-api-errors no --error-exitcode 1 "$python" -m pytest -q -p no:cacheprovider -m smoke -k cuda
 }
 
+# A build has the kernels for sm_90a, too, where the GPU runs them.
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .) || exit
 part build 140 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$work/site" \
   --config-settings=build-dir="$work/build" --config-settings=cmake.define.ATTNX_CUDA=ON \
-  --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES="$capability-real" .
+  --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES="$capability-real" \
+  --config-settings=cmake.define.ATTNX_CUDA_SM90="$([[ $capability == 90 ]] && echo ON || echo OFF)" .
 part compile 10 "$python" bench/compile_time.py "$work/build"
 export PYTHONPATH=$work/site PYTHONDONTWRITEBYTECODE=1
 

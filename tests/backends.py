@@ -34,10 +34,19 @@ class Backend:
         return [getattr(torch, name) for name in self.rows()[0].dtypes]
 
     def missing(self, need: str) -> str | None:
-        """Why a test that needs a feature or dtype of the table has nothing to run; None where it has."""
+        """Why a test that needs a feature or dtype of the table, or sm90, has nothing to run; None where it has."""
+        if need == "sm90":
+            return None if self._has_sm90() else "needs compute capability 9.0"
         if all(need in row.features or need in row.dtypes for row in self.rows()):
             return None
         return f"capability table: no {need} on {self.kernels}"
+
+    def _has_sm90(self) -> bool:
+        if self.kernels != "cuda":
+            return False
+        x = torch.empty(1, 1, 128, 64, dtype=torch.bfloat16, device=self.device)
+        with attnx.cuda_mainloop("auto"):
+            return "[sm90]" in str(attnx.explain(attnx.softmax_attention, x, x, x))
 
 
 def _available() -> list[Backend]:

@@ -1,7 +1,7 @@
 """Every CUDA kernel at small shapes, forward and backward: what test_emulated runs in a process of its own.
 
 ``python emulated_worker.py FILE`` saves the results there, by call and name. How the emulator is to schedule, and what
-it is to check, stands in the environment.
+it is to check, stands in the environment; and where that asks for the mainloop sm90, the calls are those it serves.
 """
 
 from __future__ import annotations
@@ -24,6 +24,55 @@ DTYPES = [torch.bfloat16, torch.float16]
 PADDED_HEAD_DIMS = [32, 64, 96, 128, 192, 256]
 
 Results = dict[str, Tensor]
+
+
+def hopper_calls() -> Iterator[tuple[str, Results]]:
+    """Forward only; float16 shares all with bfloat16 but the arithmetic."""
+    for score, head_dim in product(SCORES, [64, 128, 256]):
+        yield f"{score} {head_dim} float16", _hopper_dense(score, torch.float16, head_dim)
+        for kind in (_hopper_dense, _hopper_causal, _hopper_varlen, _hopper_shares, _hopper_many, _hopper_lists):
+            yield f"{score} {head_dim}{kind.__name__[7:]}", kind(score, torch.bfloat16, head_dim)
+
+
+def _hopper_dense(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Every addition to the logits; several heads in a tile of rows."""
+    shape = Shape(length_q=130, length_k=150, head_dim=head_dim, heads=2, kv_heads=1)
+    inputs, _ = random_inputs(shape, dtype, CPU)
+    inputs["alibi_slopes"] = random_parameter((shape.heads,), dtype, CPU)
+    if score == "sigmoid":
+        inputs["bias"] = random_parameter((shape.heads,), dtype, CPU) - 4
+    return _forward(f"{score}_attention", inputs)
+
+
+def _hopper_causal(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Masked tiles and whole ones; a padded head dimension; heads that do not fit a tile together."""
+    shape = Shape(length_q=200, length_k=400, head_dim=head_dim - 24, heads=5, kv_heads=1)
+    return _forward(f"{score}_attention", random_inputs(shape, dtype, CPU)[0], is_causal=True)
+
+
+def _hopper_varlen(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    lengths = ([70, 0, 9, 130], [80, 7, 130, 200])
+    inputs, _, sizes = pack(lengths, dtype, CPU, head_dim=head_dim, value_dim=head_dim)
+    return _forward(f"{score}_attention_varlen", inputs, is_causal=True, **sizes)
+
+
+def _hopper_shares(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    shape = Shape(length_q=70, length_k=900, head_dim=head_dim, heads=1)
+    return _forward(f"{score}_attention", random_inputs(shape, dtype, CPU)[0])
+
+
+def _hopper_many(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """More tiles of rows than blocks."""
+    shape = Shape(length_q=65, length_k=65, head_dim=head_dim, heads=140)
+    return _forward(f"{score}_attention", random_inputs(shape, dtype, CPU)[0])
+
+
+def _hopper_lists(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    return _block_sparse(score, dtype, head_dim, backward=False)
+
+
+def _forward(operator: str, inputs: dict[str, Tensor], **options: Any) -> Results:
+    return {"output": getattr(attnx, operator)(**inputs, **options)}
 
 
 def calls() -> Iterator[tuple[str, Results]]:
@@ -66,11 +115,14 @@ def _decode(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     return _run(f"{score}_attention", *random_inputs(shape, dtype, CPU))
 
 
-def _block_sparse(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+def _block_sparse(score: str, dtype: torch.dtype, head_dim: int, backward: bool = True) -> Results:
     shape = Shape(length_q=150, length_k=200, head_dim=head_dim, heads=2)
     visited = torch.tensor([[[1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 1]], [[0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]])
     mask = attnx.BlockMask.from_dense(visited[None].bool(), (64, 64))
-    return _run("block_sparse_attention", *random_inputs(shape, dtype, CPU), block_mask=mask, score=score)
+    inputs, grad_output = random_inputs(shape, dtype, CPU)
+    if not backward:
+        return _forward("block_sparse_attention", inputs, block_mask=mask, score=score)
+    return _run("block_sparse_attention", inputs, grad_output, block_mask=mask, score=score)
 
 
 def _run(operator: str, inputs: dict[str, Tensor], grad_output: Tensor, **options: Any) -> Results:
@@ -84,4 +136,4 @@ def _run(operator: str, inputs: dict[str, Tensor], grad_output: Tensor, **option
 
 
 if __name__ == "__main__":
-    torch.save(dict(calls()), sys.argv[1])
+    torch.save(dict(hopper_calls() if attnx._C.cuda_mainloop() == "sm90" else calls()), sys.argv[1])

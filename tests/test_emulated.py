@@ -17,6 +17,12 @@ pytestmark = [pytest.mark.backends("emulated"), pytest.mark.usefixtures("backend
 
 Calls = dict[str, dict[str, Tensor]]
 
+# The devices whose mainloops are tried.
+MAINLOOPS = {
+    "sm80": {"CUDAEMU_CC": "80"},
+    "sm90": {"CUDAEMU_CC": "90", "ATTNX_CUDA_MAINLOOP": "sm90"},
+}
+
 
 def run_calls(folder: Path, **environment: str) -> Calls:
     """The results of all calls of emulated_worker.py, in a process with this environment."""
@@ -30,17 +36,23 @@ def run_calls(folder: Path, **environment: str) -> Calls:
 def run_emulated(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
-        env=os.environ | {"CUDAEMU_CC": "80"} | environment,
+        env=os.environ | MAINLOOPS["sm80"] | environment,
         capture_output=True,
         text=True,
         timeout=600,
     )
 
 
+@pytest.fixture(scope="module", params=MAINLOOPS)
+def mainloop(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The environment of a process on a device that has this mainloop."""
+    return MAINLOOPS[request.param]
+
+
 @pytest.fixture(scope="module")
-def lazy(tmp_path_factory: pytest.TempPathFactory) -> Calls:
+def lazy(mainloop: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Calls:
     """What every other run is compared with: copies complete as late as the program allows, and warps take turns."""
-    return run_calls(tmp_path_factory.mktemp("lazy"), CUDAEMU_ASYNC="lazy")
+    return run_calls(tmp_path_factory.mktemp("lazy"), CUDAEMU_ASYNC="lazy", **mainloop)
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +79,22 @@ def assert_same(actual: Calls, expected: Calls, *, bitwise: bool = True) -> None
 
 
 @pytest.mark.parametrize("seed", [None, "1", "2", "3"], ids=["eager", "random-1", "random-2", "random-3"])
-def test_schedule_changes_nothing(seed: str | None, lazy: Calls, tmp_path: Path) -> None:
+def test_schedule_changes_nothing(seed: str | None, lazy: Calls, mainloop: dict[str, str], tmp_path: Path) -> None:
     """Copies that complete at once or at any time, and warps that run in any order: where that shows, a wait lacks."""
     environment = {"CUDAEMU_ASYNC": "random", "CUDAEMU_SEED": seed} if seed else {"CUDAEMU_ASYNC": "eager"}
-    assert_same(run_calls(tmp_path, **environment), lazy)
+    assert_same(run_calls(tmp_path, **environment, **mainloop), lazy)
 
 
 @pytest.mark.parametrize("checker", ["race", "init"])
-def test_checker_is_content(checker: str, lazy: Calls, tmp_path: Path) -> None:
-    assert_same(run_calls(tmp_path, CUDAEMU_CHECK=checker), lazy)
+def test_checker_is_content(checker: str, lazy: Calls, mainloop: dict[str, str], tmp_path: Path) -> None:
+    assert_same(run_calls(tmp_path, CUDAEMU_CHECK=checker, **mainloop), lazy)
 
 
-def test_bounds_checker_is_content(registered_memory: dict[str, str], lazy: Calls, tmp_path: Path) -> None:
+def test_bounds_checker_is_content(
+    registered_memory: dict[str, str], lazy: Calls, mainloop: dict[str, str], tmp_path: Path
+) -> None:
     """Inputs, results and workspaces are read and written within their bounds."""
-    assert_same(run_calls(tmp_path, **registered_memory), lazy)
+    assert_same(run_calls(tmp_path, **registered_memory, **mainloop), lazy)
 
 
 def test_bounds_checker_sees_memory_of_others(registered_memory: dict[str, str]) -> None:
@@ -101,6 +115,7 @@ def test_bounds_checker_sees_memory_of_others(registered_memory: dict[str, str])
 
 
 @pytest.mark.parametrize("compute_capability", ["86", "90"])
+@pytest.mark.parametrize("mainloop", ["sm80"], indirect=True)
 def test_other_devices(compute_capability: str, lazy: Calls, tmp_path: Path) -> None:
-    """Less shared memory, or more, makes other tiles."""
+    """Less shared memory, or more, makes other tiles, and 9.0 has a mainloop of its own."""
     assert_same(run_calls(tmp_path, CUDAEMU_CC=compute_capability), lazy, bitwise=False)

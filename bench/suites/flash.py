@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+import attnx
 from suite import Attention, Case, Contender, Inputs, Prepare, Suite
 from suites import dense, peers
 
@@ -64,6 +66,25 @@ def _sdpa(backend: SDPBackend) -> Prepare:
     return prepare
 
 
+def _on_sm80(ours: Contender) -> Contender:
+    """The mainloop of every device, on one that has another."""
+
+    def prepare(case: Case, inputs: Inputs) -> Attention:
+        function = ours.prepare(case, inputs)
+
+        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with attnx.cuda_mainloop("sm80"):
+                return function(query, key, value)
+
+        return attention
+
+    return Contender(f"{ours.name}-sm80", ours.formula, prepare)
+
+
+def _is_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
 _OURS = tuple(contender for contender in dense.SUITE.contenders if contender.ours)
 _FLASH = Contender("sdpa-flash", dense.SOFTMAX, _sdpa(SDPBackend.FLASH_ATTENTION))  # FlashAttention-2
 
@@ -72,6 +93,7 @@ SUITE = Suite(
     cases=CASES,
     contenders=(
         *_OURS,
+        *(map(_on_sm80, _OURS) if _is_hopper() else ()),
         _FLASH,
         Contender("sdpa-cudnn", dense.SOFTMAX, _sdpa(SDPBackend.CUDNN_ATTENTION)),
         *peers.installed(),

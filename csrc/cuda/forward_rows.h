@@ -47,8 +47,8 @@ struct Weights {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float (&pair)[4] = s[m][k + i / 2];
-      x[i] = pack(score.weight(pair[i % 2 * 2], m * 2 + i % 2), score.weight(pair[i % 2 * 2 + 1], m * 2 + i % 2),
-                  typename ScorePolicy::Input());
+      x[i] = pack_nonnegative(score.weight(pair[i % 2 * 2], m * 2 + i % 2),
+                              score.weight(pair[i % 2 * 2 + 1], m * 2 + i % 2), typename ScorePolicy::Input());
     }
   }
 };

@@ -104,6 +104,18 @@ __device__ __forceinline__ std::uint32_t pack(float low, float high, __nv_bfloat
   return x;
 }
 
+// As above, with 0 for what is below it. NaN stays NaN.
+__device__ __forceinline__ std::uint32_t pack_nonnegative(float low, float high, __half) {
+  std::uint32_t x;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  return x;
+}
+__device__ __forceinline__ std::uint32_t pack_nonnegative(float low, float high, __nv_bfloat16) {
+  std::uint32_t x;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+  return x;
+}
+
 // Special functions, relative error 2^-22 and 2^-23; subnormals are flushed to zero.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

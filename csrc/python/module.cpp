@@ -2,9 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "attnx/capability.h"
 #include "attnx/environment.h"
@@ -49,9 +53,23 @@ attnx::DType sixteen_bits(const std::string& dtype) {
   throw std::invalid_argument("dtype: expected bfloat16 or float16, got " + dtype);
 }
 
+// Where a tensor lies: its address, and its strides over batch, heads and rows.
+using Layout = std::array<std::int64_t, 4>;
+
+attnx::Tensor tensor_of(const std::optional<Layout>& layout, std::int64_t heads, std::int64_t rows,
+                        std::int64_t features) {
+  if (!layout) return {nullptr, heads * rows * features, rows * features, features};
+  return {reinterpret_cast<void*>((*layout)[0]), (*layout)[1], (*layout)[2], (*layout)[3]};
+}
+
 std::string cuda_forward_kernel(const std::string& op, const std::string& dtype, std::int64_t batch,
                                 std::int64_t heads_q, std::int64_t heads_k, std::int64_t length_q,
-                                std::int64_t length_k, std::int64_t head_dim, std::int64_t value_dim) {
+                                std::int64_t length_k, std::int64_t head_dim, std::int64_t value_dim,
+                                std::pair<std::int64_t, std::int64_t> window,
+                                std::pair<std::int64_t, std::int64_t> packed_rows,
+                                std::pair<std::int64_t, std::int64_t> block_size, const std::optional<Layout>& query,
+                                const std::optional<Layout>& key, const std::optional<Layout>& value) {
+  static constexpr std::int32_t kPresent = 0;  // only whether there is one is looked at
   attnx::ForwardParams p;
   p.score = op == "sigmoid_attention" ? attnx::Score::kSigmoid : attnx::Score::kSoftmax;
   p.dtype = sixteen_bits(dtype);
@@ -62,6 +80,15 @@ std::string cuda_forward_kernel(const std::string& op, const std::string& dtype,
   p.length_k = length_k;
   p.head_dim = head_dim;
   p.value_dim = value_dim;
+  std::tie(p.window_left, p.window_right) = window;
+  std::tie(p.packed_rows_q, p.packed_rows_k) = packed_rows;
+  if (p.packed_rows_q > 0) p.cu_seqlens_q = p.cu_seqlens_k = &kPresent;
+  std::tie(p.block_q, p.block_k) = block_size;
+  if (p.block_q > 0) p.key_blocks.counts = &kPresent;
+  p.query = tensor_of(query, heads_q, length_q, head_dim);
+  p.key = tensor_of(key, heads_k, length_k, head_dim);
+  p.value = tensor_of(value, heads_k, length_k, value_dim);
+  p.output = tensor_of(std::nullopt, heads_q, length_q, value_dim);
   return attnx::ops::cuda_forward_kernel(p);
 }
 
@@ -95,7 +122,12 @@ PYBIND11_MODULE(_C, m) {
   if constexpr (kWithCuda) {
     m.def("cuda_forward_kernel", cuda_forward_kernel, py::arg("operator"), py::arg("dtype"), py::arg("batch"),
           py::arg("heads_q"), py::arg("heads_k"), py::arg("length_q"), py::arg("length_k"), py::arg("head_dim"),
-          py::arg("value_dim"), "The kernel that the current device would run, as profilers show it.");
+          py::arg("value_dim"), py::arg("window") = std::pair(-1, -1), py::arg("packed_rows") = std::pair(0, 0),
+          py::arg("block_size") = std::pair(0, 0), py::arg("query") = py::none(), py::arg("key") = py::none(),
+          py::arg("value") = py::none(), "The kernel that the current device would run, as profilers show it.");
+    m.def("cuda_mainloop", attnx::ops::cuda_mainloop, "Which one is asked for: auto, sm80 or sm90.");
+    m.def("set_cuda_mainloop", attnx::ops::set_cuda_mainloop, py::arg("name"),
+          "Ask for this one from now on, in the whole process.");
     m.def("cuda_sigmoid_weights", cuda_sigmoid_weights, py::arg("logits"), py::arg("weights"), py::arg("n"),
           py::arg("dtype"), py::arg("exact"),
           "For tests: the sigmoid of n float32 in device memory as the kernels compute it, or by the exact formula.");

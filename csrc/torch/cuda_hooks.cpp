@@ -1,10 +1,16 @@
 #include "cuda_hooks.h"
 
+#include "cuda/mainloop.h"
+
 namespace attnx::ops {
 
 bool cuda_emulated() { return cuda::emulated(); }
 
 std::string cuda_forward_kernel(const ForwardParams& params) { return cuda::forward_kernel(params); }
+
+std::string cuda_mainloop() { return cuda::asked_mainloop_name(); }
+
+void set_cuda_mainloop(const std::string& name) { cuda::use_mainloop(name); }
 
 void cuda_sigmoid_weights(const float* logits, float* weights, std::int64_t n, DType dtype, bool exact) {
   cuda::sigmoid_weights(logits, weights, n, dtype, exact, {});

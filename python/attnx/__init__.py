@@ -19,6 +19,7 @@ from attnx.functional import (  # noqa: E402
     softmax_attention,
     softmax_attention_varlen,
 )
+from attnx.mainloop import cuda_mainloop  # noqa: E402
 from attnx.probabilistic import (  # noqa: E402
     keep_probabilities,
     probabilistic_attention,
@@ -38,6 +39,7 @@ __all__ = [
     "BlockMask",
     "SparseLinearMap",
     "block_sparse_attention",
+    "cuda_mainloop",
     "explain",
     "keep_probabilities",
     "nn",

@@ -103,6 +103,12 @@ def _cuda_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]
             length_k=arguments["max_seqlen_k"] if packed else key.shape[2],
             head_dim=query.shape[-1],
             value_dim=value.shape[-1],
+            window=(arguments["window_left"], 0 if arguments.get("is_causal") else arguments["window_right"]),
+            packed_rows=(query.shape[0], key.shape[0]) if packed else (0, 0),
+            block_size=mask.block_size if (mask := arguments.get("block_mask")) is not None else (0, 0),
+            query=_layout(query),
+            key=_layout(key),
+            value=_layout(value),
         )
     if query.is_cuda:
         major, minor = torch.cuda.get_device_capability(query.device)
@@ -110,6 +116,19 @@ def _cuda_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]
         reasons = [f"the tensors are on {query.device}, {device}"]
     else:
         reasons = [f"the tensors are on {query.device}, and ATTNX_CUDA_ON_HOST=1 sends their calls to the emulator"]
+    kernel, _, obstacle = kernel.partition("; not ")
     reasons.append(f"the forward is {kernel}")
+    if obstacle:
+        reasons.append(f"it is not {obstacle}")
+    if (asked := _C.cuda_mainloop()) != "auto":
+        reasons.append(f"{asked} was asked for, by attnx.cuda_mainloop or ATTNX_CUDA_MAINLOOP")
     mainloop = re.search(r"sm\d+a?", kernel)
     return f"{requirement.operator} [{mainloop.group() if mainloop else kernel}]", reasons
+
+
+def _layout(x: Tensor) -> tuple[int, int, int, int] | None:
+    """Its address and strides over batch, heads and rows; None where the operator would copy it first."""
+    if x.stride(-1) != 1:
+        return None
+    batch, heads, rows = (0, x.stride(1), x.stride(0)) if x.dim() == 3 else x.stride()[:3]
+    return x.data_ptr(), batch, heads, rows

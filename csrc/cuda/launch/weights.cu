@@ -19,8 +19,9 @@ struct WeightsArguments {
 template <class Input, class Formula>
 __global__ void __launch_bounds__(256) attnx_sigmoid_weights(const __grid_constant__ WeightsArguments args) {
   const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < args.n)
-    args.weights[i] = Formula::template weight<Input>(args.logits[i] * -kLog2E) * (1 / kWeightScale<Input>);
+  if (i >= args.n) return;
+  const float weight = Formula::template weight<Input>(args.logits[i] * -kLog2E);
+  args.weights[i] = (weight < 0 ? 0 : weight) * (1 / Formula::template kScale<Input>);  // as pack_nonnegative does
 }
 
 }  // namespace

@@ -48,7 +48,7 @@ class SigmoidForward {
   }
 
   // What the row's sums are multiplied with in the end.
-  __device__ __forceinline__ float finish(int) { return 1 / kWeightScale<Input>; }
+  __device__ __forceinline__ float finish(int) { return 1 / Formula::template kScale<Input>; }
   __device__ __forceinline__ float logsumexp(int) const { return 0; }
 };
 

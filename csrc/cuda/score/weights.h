@@ -21,15 +21,11 @@ __device__ __forceinline__ float min_keeping_nan(float x, float y) {
   return z;
 }
 
-// A product whose subnormal factors count as 0.
-__device__ __forceinline__ float multiply_flushing(float x, float y) {
-  float z;
-  asm("mul.ftz.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
-}
-
 // 1 / (1 + 2^y) with two special functions; relative error 2^-19.
 struct ExactSigmoid {
+  template <class Input>
+  static constexpr float kScale = kWeightScale<Input>;  // of weight()
+
   template <class Input>
   static __device__ __forceinline__ float weight(float y) {
     constexpr float kUnit = 1 / kWeightScale<Input>;
@@ -47,18 +43,26 @@ struct ExactSigmoid {
 // One special function. The reciprocal starts from the bits of d, which are a piecewise linear logarithm, and takes one
 // step of Newton's method with constants fitted to the relative error over one period (kernels' notes: docs/notes).
 // Rounded to bfloat16 the weight is within 2^-7.6 of the truth; for float16 a quadratic step brings 2^-16.
+//
+// Nothing bounds the power: the scale keeps d below 2^126 as long as the power is finite, where the bits of r are those
+// of a positive number. An infinite one, of a masked key, makes the weight -inf, which pack_nonnegative turns into 0.
 struct NewtonSigmoid {
   template <class Input>
+  static constexpr float kScale = std::is_same_v<Input, __half> ? kWeightScale<Input> : 4;
+
+  template <class Input>
   static __device__ __forceinline__ float weight(float y) {
-    constexpr float kUnit = 1 / kWeightScale<Input>;
-    // At 2^126, where the bits run out of exponents, r is subnormal and the weight 0: that of a masked key.
-    const float d = fmaf(exp2_approx(min_keeping_nan(y, 126)), kUnit, kUnit);
+    constexpr float kUnit = 1 / kScale<Input>;
+    const float d = fmaf(exp2_approx(y), kUnit, kUnit);
+    // A difference would run on the integer pipe, which has the packing to do: the launch is one block high, which the
+    // assembler does not know, so that this is a multiplication and an addition.
+    const int negative = __float_as_int(d) * -int(gridDim.y);
     if constexpr (std::is_same_v<Input, __half>) {
-      const float r = __int_as_float(0x7EE00000 - __float_as_int(d)), e = d * r;
-      return multiply_flushing(r, fmaf(e, fmaf(e, 1.32781686f, -3.62556308f), 3.29859858f));
+      const float r = __int_as_float(0x7EE00000 + negative), e = d * r;
+      return r * fmaf(e, fmaf(e, 1.32781686f, -3.62556308f), 3.29859858f);
     } else {
-      const float r = __int_as_float(0x7EF34080 - __float_as_int(d));
-      return multiply_flushing(r, fmaf(-d, r, 2.0013f));
+      const float r = __int_as_float(0x7EF34080 + negative);
+      return r * fmaf(-d, r, 2.0013f);
     }
   }
 };

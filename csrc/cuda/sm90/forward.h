@@ -118,10 +118,10 @@ __device__ __forceinline__ void produce(const TmaForwardArguments& launch, const
     const int next = gridDim.x + atomicAdd(launch.taken, 1);  // well before it is needed
     const ForwardPlace place = ForwardPlace::of(args, launch.in_order(tile), Tile());
     if (place.row_begin < place.row_end) {
-      const auto key_tiles_ = key_tiles<kListed, Tile>(args, place);
-      const int count = key_tiles_.end() - key_tiles_.begin();
+      const auto tiles = key_tiles<kListed, Tile>(args, place);
+      const int count = tiles.end() - tiles.begin();
       const int batch = args.call.cu_seqlens_q ? 0 : place.batch, head = args.key_head(place.head);
-      const auto first_key = [&](int i) { return key_tiles_.key(key_tiles_.end() - 1 - i); };
+      const auto first_key = [&](int i) { return tiles.key(tiles.end() - 1 - i); };
       int ahead = count > 0 ? first_key(0) : 0;  // of a list, read one step before it is needed
       int behind = 0;
 
@@ -131,7 +131,7 @@ __device__ __forceinline__ void produce(const TmaForwardArguments& launch, const
         wait(shared.key_empty(keys.stage), keys.phase ^ 1);
         if constexpr (kListed) {
           store_shared(shared.first_key(keys.stage), std::uint32_t(key));
-          store_shared(shared.first_key(keys.stage) + 4, __float_as_uint(key_tiles_.bias(key_tiles_.end() - 1 - i)));
+          store_shared(shared.first_key(keys.stage) + 4, __float_as_uint(tiles.bias(tiles.end() - 1 - i)));
         }
         arrive_expecting(shared.key_full(keys.stage), Memory::KeyTile::kBytes);
         int at[5] = {0, 0, int(place.sequence.first_k) + key, head, batch};
@@ -167,11 +167,53 @@ __device__ __forceinline__ void produce(const TmaForwardArguments& launch, const
   publish(-1, 0);
 }
 
-// The sigmoid's formula: with up to 128 features two special functions would take as long as the tensor cores.
-template <Score kScore, class Input, int kHeadDim>
+// Of the formulas of the sigmoid the one with fewer special functions: with 64 features they take as long as the tensor
+// cores, and nothing is gained by more of them with others.
+template <Score kScore, class Input>
 using TmaForwardScore =
-    std::conditional_t<kScore == Score::kSoftmax, SoftmaxForward<Input, 2>,
-                       SigmoidForward<Input, std::conditional_t<kHeadDim <= 128, NewtonSigmoid, ExactSigmoid>, 2>>;
+    std::conditional_t<kScore == Score::kSoftmax, SoftmaxForward<Input, 2>, SigmoidForward<Input, NewtonSigmoid, 2>>;
+
+// A warp's 16 rows, from this one of the tile on, through its own part of shared memory.
+template <class Input, class Tile>
+__device__ __forceinline__ void store_output(const Accumulators<16, Tile::kHeadDim>& output,
+                                             const float (&logsumexp)[2], const TmaForwardArguments& launch,
+                                             const ForwardMemory<Tile>& shared, const ForwardPlace& place, int warp_row,
+                                             int lane) {
+  using OutputTile = typename ForwardMemory<Tile>::QueryTile;
+  const ForwardArguments& args = launch.args;
+  const auto& call = args.call;
+  const int row = place.row_begin + warp_row;
+  if (lane == 0) wait_stores_read();  // the last rows have left
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int d = 0; d < Tile::kHeadDim / 8; ++d)
+      store_shared(shared.output() + OutputTile::offset(warp_row + lane / 4 + row_of(r), d) + lane % 4 * 4,
+                   pack(output[0][d][r * 2], output[0][d][r * 2 + 1], Input()));
+  }
+  if (launch.stores_boxes) {
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) {
+#pragma unroll
+      for (int p = 0; p < OutputTile::kPanels; ++p)
+        store_box(launch.output, {p * OutputTile::kPanelFeatures, 0, args.group.divide(row), place.head, place.batch},
+                  shared.output() + p * OutputTile::kPanelBytes + warp_row * 128);
+      commit_stores();
+    }
+  } else {
+    __syncwarp();
+    store_tile<true, OutputTile, 16, 32>(shared.output(), warp_row, place.rows<Input>(args, call.output), row,
+                                         place.row_end, int(call.value_dim), lane);
+  }
+  if (call.logsumexp.data && lane % 4 == 0) {
+    const auto rows = place.rows<float>(args, call.logsumexp);
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (row + lane / 4 + row_of(r) < place.row_end) *rows.at(row + lane / 4 + row_of(r)) = logsumexp[r];
+  }
+}
 
 // A consumer warpgroup, numbered from 0.
 template <Score kScore, class Input, bool kListed, class Tile>
@@ -195,7 +237,7 @@ __device__ __forceinline__ void consume(const TmaForwardArguments& launch, const
 
   Ring<Tile::kStages> keys, values;
   std::uint32_t query_phase = 0;
-  TmaForwardScore<kScore, Input, kHeadDim> score;
+  TmaForwardScore<kScore, Input> score;
 
   while (true) {
     wait(shared.query_full(), query_phase);
@@ -235,8 +277,10 @@ __device__ __forceinline__ void consume(const TmaForwardArguments& launch, const
     Accumulators<16, kHeadDim> output;
     clear(output);
 
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
+    // Tile i. Whether it must be masked is known of a band's tiles beforehand, of listed ones only once they are here.
+    const auto first_key = [&](int i) { return tiles.key(tiles.end() - 1 - i); };
+    const auto is_plain = [&](int key) { return key >= plain.first && key + kN <= plain.end; };
+    const auto step = [&]<bool kPlain>(std::bool_constant<kPlain>, int i) {
       // S = Q K^T, behind the products of the last tile's weights.
       wait(shared.key_full(keys.stage), keys.phase);
       Scores s;
@@ -246,11 +290,13 @@ __device__ __forceinline__ void consume(const TmaForwardArguments& launch, const
         multiply_shared<false, false>(s[0], query + QueryTile::step(0, k),
                                       key + (keys.stage * KeyTile::kBytes >> 4) + KeyTile::step(0, k), k > 0, Input());
       commit_products();
-      int first_key = tiles.key(tiles.end() - 1 - i);
+      int first = 0;
       float bias = 0;
       if constexpr (kListed) {
-        first_key = int(load_shared_word(shared.first_key(keys.stage)));
+        first = int(load_shared_word(shared.first_key(keys.stage)));
         bias = __uint_as_float(load_shared_word(shared.first_key(keys.stage) + 4)) * kLog2E;
+      } else if constexpr (!kPlain) {
+        first = first_key(i);
       }
       wait_products<0>();
       pin(s);
@@ -263,8 +309,10 @@ __device__ __forceinline__ void consume(const TmaForwardArguments& launch, const
       }
 
       float multiplier = args.scale_log2;
-      if (first_key < plain.first || first_key + kN > plain.end) {
-        place_logits(s, args, band, args.query_head(place.head), row, first_key + lane % 4 * 2);
+      if (!kPlain && !is_plain(first)) {
+        const ForwardPlace own = ForwardPlace::of(args, launch.in_order(fresh(tile)), Tile());
+        place_logits(s, args, own.sequence.band, args.query_head(own.head), own.row_begin + warp_row + lane / 4,
+                     first + lane % 4 * 2);
         multiplier = 1;
       }
       score.template begin<kListed>(s, output, multiplier, bias);
@@ -281,6 +329,12 @@ __device__ __forceinline__ void consume(const TmaForwardArguments& launch, const
                                  true, Input());
         commit_products();
       }
+    };
+    for (int i = 0; i < count; ++i) {
+      if constexpr (!kListed)
+#pragma unroll 1
+        for (; i < count && is_plain(first_key(i)); ++i) step(std::true_type(), i);
+      if (i < count) step(std::false_type(), i);
     }
     if (!Tile::kOutputOverQuery) release(shared.query_empty());
     wait_products<0>();
@@ -302,46 +356,13 @@ __device__ __forceinline__ void consume(const TmaForwardArguments& launch, const
       }
     }
 
+    // The place is found again, rather than kept in registers through the loop.
+    const ForwardPlace again = ForwardPlace::of(args, launch.in_order(fresh(tile)), Tile());
     if (args.splits.divisor() > 1) {
-      store_partial<kScore, Tile::kM>(output, logsumexp, args, place, row, lane);
+      store_partial<kScore, Tile::kM>(output, logsumexp, args, again, again.row_begin + warp_row + lane / 4, lane);
     } else {
-      // Through the warp's own rows in shared memory, once the last ones have left it.
-      if constexpr (Tile::kOutputOverQuery) {
-        meet(2 + warpgroup, 128);  // no warp's product reads the query any more
-      } else {
-        if (lane == 0) wait_stores_read();
-        __syncwarp();
-      }
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (int d = 0; d < kHeadDim / 8; ++d)
-          store_shared(shared.output() + QueryTile::offset(warp_row + lane / 4 + row_of(r), d) + lane % 4 * 4,
-                       pack(output[0][d][r * 2], output[0][d][r * 2 + 1], Input()));
-      }
-      if (launch.stores_boxes) {
-        fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) {
-#pragma unroll
-          for (int p = 0; p < QueryTile::kPanels; ++p)
-            store_box(launch.output,
-                      {p * QueryTile::kPanelFeatures, 0, args.group.divide(place.row_begin + warp_row), place.head,
-                       place.batch},
-                      shared.output() + p * QueryTile::kPanelBytes + warp_row * 128);
-          commit_stores();
-        }
-      } else {
-        __syncwarp();
-        store_tile<true, QueryTile, 16, 32>(shared.output(), warp_row, place.rows<Input>(args, call.output),
-                                            place.row_begin + warp_row, place.row_end, int(call.value_dim), lane);
-      }
-      if (call.logsumexp.data && lane % 4 == 0) {
-        const auto rows = place.rows<float>(args, call.logsumexp);
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          if (row + row_of(r) < place.row_end) *rows.at(row + row_of(r)) = logsumexp[r];
-      }
+      if constexpr (Tile::kOutputOverQuery) meet(2 + warpgroup, 128);  // no warp's product reads the query any more
+      store_output<Input>(output, logsumexp, launch, shared, again, warp_row, lane);
     }
     if constexpr (Tile::kOutputOverQuery) {
       if (lane == 0) wait_stores_read();

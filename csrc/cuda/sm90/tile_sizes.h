@@ -11,10 +11,10 @@ inline constexpr int kTmaHeadDims[] = {64, 128, 256};  // what others are padded
 inline constexpr int kMostSharedBytes = 227 * 1024;    // that a block can have on sm_90
 
 // kOutputOverQuery: output leaves through the query's shared memory, where there is no room for both.
-template <int kHeadDim_, int kWarpgroups_, int kN_, bool kOutputOverQuery_, int kBlocksPerSm_>
+template <int kHeadDim_, int kM_, int kN_, bool kOutputOverQuery_, int kBlocksPerSm_>
 struct TmaForwardTile {
-  static constexpr int kHeadDim = kHeadDim_, kM = kWarpgroups_ * 64, kN = kN_;  // features, rows, keys
-  static constexpr int kWarpgroups = kWarpgroups_, kThreads = (1 + kWarpgroups) * 128;
+  static constexpr int kHeadDim = kHeadDim_, kM = kM_, kN = kN_;  // features, rows, keys
+  static constexpr int kWarpgroups = kM / 64, kThreads = (1 + kWarpgroups) * 128;
   static constexpr bool kOutputOverQuery = kOutputOverQuery_;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kStages = 2;  // copies of keys and of values in shared memory
@@ -33,18 +33,18 @@ template <int kHeadDim>
 struct TmaForwardTiles;
 template <>
 struct TmaForwardTiles<64> {
-  using Dense = TmaForwardTile<64, 3, 128, false, 1>;
-  using Listed = TmaForwardTile<64, 1, 64, false, 2>;
+  using Dense = TmaForwardTile<64, 192, 128, false, 1>;
+  using Listed = TmaForwardTile<64, 64, 64, false, 2>;
 };
 template <>
 struct TmaForwardTiles<128> {
-  using Dense = TmaForwardTile<128, 2, 128, false, 1>;
-  using Listed = TmaForwardTile<128, 1, 64, false, 2>;
+  using Dense = TmaForwardTile<128, 128, 128, false, 1>;
+  using Listed = TmaForwardTile<128, 64, 64, false, 2>;
 };
 template <>
 struct TmaForwardTiles<256> {
-  using Dense = TmaForwardTile<256, 2, 64, true, 1>;
-  using Listed = TmaForwardTile<256, 1, 64, true, 1>;
+  using Dense = TmaForwardTile<256, 128, 64, true, 1>;
+  using Listed = TmaForwardTile<256, 64, 64, true, 1>;
 };
 
 }  // namespace attnx::cuda
