@@ -262,6 +262,7 @@ __device__ __forceinline__ void consume_tiles(const BackwardArguments& args, con
   // be no numbers.
   const auto clear_rows = [&](auto tile, std::uint32_t first, std::uint32_t second, int begin) {
     using Rows = decltype(tile);
+#pragma unroll 1
     for (int i = threadIdx.x - 128; i < (Rows::kRows - begin) * Rows::kChunks; i += Tile::kConsumers) {
       const int at = Rows::offset(begin + i / Rows::kChunks, i % Rows::kChunks);
       store_shared(first + at, make_uint4(0, 0, 0, 0));

@@ -19,7 +19,7 @@ struct TmaBackwardTile {
   static constexpr int kStages = 2;  // copies of queries and output gradients in shared memory
   static constexpr int kLogitStages = kWarpgroups == 1 ? 1 : 2;  // and of dS, which warpgroups read of each other
   static constexpr int kGradQueryParts = (kM / 64) * (kHeadDim / 64) / kWarpgroups;  // of a warpgroup
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 24 : 40;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 24 : kBlocksPerSm == 1 ? 64 : 40;
   static constexpr int kConsumerRegisters = kWarpgroups == 2    ? 240
                                             : kBlocksPerSm == 1 ? 256
                                                                 : 512 / kBlocksPerSm - kProducerRegisters;
