@@ -467,4 +467,13 @@ std::string forward_kernel(const ForwardParams& params) {
          (plan.why_not_sm90.empty() ? "" : "; not sm90: " + plan.why_not_sm90);
 }
 
+std::string backward_kernel(const BackwardParams& params) {
+  const BackwardPlan plan = cuda::plan(params, nullptr);
+  const bool sm90 = plan.mainloop == Mainloop::kSm90;
+  return (sm90 ? "attnx_backward_sm90, " : "attnx_backward_sm80, ") + std::to_string(plan.rows_of_tile) + " rows x " +
+         std::to_string(plan.keys_of_tile) + " keys, head_dim padded to " + std::to_string(plan.head_dim) +
+         (plan.variant.aligned ? "" : ", rows not on 16 bytes") +
+         (plan.why_not_sm90.empty() ? "" : "; not sm90: " + plan.why_not_sm90);
+}
+
 }  // namespace attnx::cuda

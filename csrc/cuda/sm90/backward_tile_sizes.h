@@ -11,10 +11,10 @@ namespace attnx::cuda {
 
 inline constexpr int kTmaBackwardHeadDims[] = {64, 128};
 
-template <int kHeadDim_, int kM_, int kWarpgroups_, int kBlocksPerSm_>
+template <int kHeadDim_, int kM_, int kN_, int kBlocksPerSm_>
 struct TmaBackwardTile {
-  static constexpr int kHeadDim = kHeadDim_, kM = kM_, kN = kWarpgroups_ * 64;  // features, rows, keys
-  static constexpr int kWarpgroups = kWarpgroups_, kConsumers = kWarpgroups * 128, kThreads = 128 + kConsumers;
+  static constexpr int kHeadDim = kHeadDim_, kM = kM_, kN = kN_;  // features, rows, keys
+  static constexpr int kWarpgroups = kN / 64, kConsumers = kWarpgroups * 128, kThreads = 128 + kConsumers;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kStages = 2;  // copies of queries and output gradients in shared memory
   static constexpr int kLogitStages = kWarpgroups == 1 ? 1 : 2;  // and of dS, which warpgroups read of each other
@@ -33,13 +33,13 @@ template <int kHeadDim>
 struct TmaBackwardTiles;
 template <>
 struct TmaBackwardTiles<64> {
-  using Dense = TmaBackwardTile<64, 128, 2, 1>;
-  using Listed = TmaBackwardTile<64, 64, 1, 2>;
+  using Dense = TmaBackwardTile<64, 128, 128, 1>;
+  using Listed = TmaBackwardTile<64, 64, 64, 2>;
 };
 template <>
 struct TmaBackwardTiles<128> {
-  using Dense = TmaBackwardTile<128, 64, 2, 1>;
-  using Listed = TmaBackwardTile<128, 64, 1, 1>;
+  using Dense = TmaBackwardTile<128, 64, 128, 1>;
+  using Listed = TmaBackwardTile<128, 64, 64, 1>;
 };
 
 }  // namespace attnx::cuda
