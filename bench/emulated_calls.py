@@ -70,7 +70,7 @@ def _tile(score: Score, dtype: str, head_dim: int, rows: int) -> tuple[int, int]
 
 
 def hopper_calls() -> Iterator[Call]:
-    """As below, of the forward kernels for sm_90a."""
+    """As below, of the kernels for sm_90a."""
     for score in get_args(Score):
         for dtype in ("bfloat16", "float16"):
             for head_dim in (64, 128, 256):
@@ -79,6 +79,11 @@ def hopper_calls() -> Iterator[Call]:
                 yield Call(score, dtype, head_dim, 384, 4 * keys)
                 for keys in (128, 256):
                     yield Call(score, dtype, head_dim, 128, keys, listed=True)
+            for head_dim in (64, 128):
+                for rows in (128, 256):
+                    for listed in (False, True):
+                        yield Call(score, dtype, head_dim, rows, 128, backward=True, listed=listed)
+    yield Call("sigmoid", "bfloat16", 64, 128, 128, backward=True, parameters=("bias", "alibi_slopes"))
 
 
 def calls() -> Iterator[Call]:

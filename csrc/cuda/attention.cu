@@ -11,6 +11,8 @@
 #include "cuda/launch/launch.h"
 #include "cuda/mainloop.h"
 #include "cuda/sm80/tile_sizes.h"
+#include "cuda/sm90/backward_arguments.h"
+#include "cuda/sm90/backward_tile_sizes.h"
 #include "cuda/sm90/forward_arguments.h"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/sm90/tile_sizes.h"
@@ -282,7 +284,10 @@ class Layout {
 };
 
 struct BackwardPlan {
-  int rows_of_tile, score_warps;
+  Mainloop mainloop;
+  std::string why_not_sm90;  // on a device for it
+  int head_dim, rows_of_tile, keys_of_tile;
+  int score_warps;  // that have sums of a row each, for the gradients of bias and slopes
   Variant variant;
   BackwardArguments args;
   std::size_t workspace;
@@ -290,28 +295,93 @@ struct BackwardPlan {
   std::size_t sums_bytes;
 };
 
-BackwardPlan plan(const BackwardParams& p, void* workspace) {
-  const Device& device = current_device();
-  BackwardPlan plan{};
-  plan.variant.listed = p.key_blocks.counts;
-  plan.variant.aligned = are_aligned(p, {p.query, p.grad_query}, {p.key, p.grad_key}, {p.value, p.grad_value}) &&
-                         is_aligned(p, p.grad_output, p.heads_q, p.value_dim);
-  std::int64_t features = 0, keys_of_tile = 0;
+// The tensors of a backward as TMA sees them.
+struct TmaGradTensors {
+  TmaTensor query, key, value, grad_output;
+};
+
+TmaGradTensors tma_tensors(const BackwardParams& p, std::int64_t group) {
+  const auto of_query = [&](const Tensor& x, std::int64_t features) {
+    return p.cu_seqlens_q ? TmaTensor{p.dtype, x, features, group, p.packed_rows_q, p.heads_q, 1}
+                          : TmaTensor{p.dtype, x, features, group, p.length_q, p.heads_q, p.batch};
+  };
+  const auto of_key = [&](const Tensor& x, std::int64_t features) {
+    return p.cu_seqlens_k ? TmaTensor{p.dtype, x, features, 1, p.packed_rows_k, p.heads_k, 1}
+                          : TmaTensor{p.dtype, x, features, 1, p.length_k, p.heads_k, p.batch};
+  };
+  return {of_query(p.query, p.head_dim), of_key(p.key, p.head_dim), of_key(p.value, p.value_dim),
+          of_query(p.grad_output, p.value_dim)};
+}
+
+void plan_sm80(const BackwardParams& p, const Device& device, BackwardPlan& plan) {
+  plan.mainloop = Mainloop::kSm80;
+  plan.head_dim = padded_head_dim(p, kHeadDims);
   with_instance<kHeadDims>(p, [&]<Score, DType, int kHeadDim>() {
     using Tiles = BackwardTiles<kHeadDim>;
     plan.variant.wide =
         !plan.variant.listed && plan.variant.aligned && Tiles::Wide::kSharedBytes <= device.shared_bytes;
     const auto take = [&]<class Tile>(Tile) {
       plan.rows_of_tile = Tile::kM;
+      plan.keys_of_tile = Tile::kN;
       plan.score_warps = Tile::kScoreWarpsN;
-      keys_of_tile = Tile::kN;
     };
     plan.variant.wide ? take(typename Tiles::Wide()) : take(typename Tiles::Narrow());
-    features = kHeadDim;
   });
-  auto& args = plan.args = common_arguments(p, plan.rows_of_tile, heads_in_tile(p));
+  plan.args = common_arguments(p, plan.rows_of_tile, heads_in_tile(p));
+}
+
+void plan_sm90(const BackwardParams& p, BackwardPlan& plan) {
+  plan.mainloop = Mainloop::kSm90;
+  const std::int64_t features = std::max(p.head_dim, p.value_dim);
+  if (features > kTmaBackwardHeadDims[std::size(kTmaBackwardHeadDims) - 1]) {
+    plan.why_not_sm90 = "its backward has no tile for more than 128 features, got " + std::to_string(features);
+    return;
+  }
+  plan.head_dim = padded_head_dim(p, kTmaBackwardHeadDims);
+  with_instance<kTmaBackwardHeadDims>(p, [&]<Score, DType, int kHeadDim>() {
+    using Tiles = TmaBackwardTiles<kHeadDim>;
+    const auto take = [&]<class Tile>(Tile) {
+      plan.rows_of_tile = Tile::kM;
+      plan.keys_of_tile = Tile::kN;
+      plan.score_warps = Tile::kWarpgroups * 4;
+    };
+    plan.variant.listed ? take(typename Tiles::Listed()) : take(typename Tiles::Dense());
+  });
+  // Boxes hold whole groups.
+  const std::int64_t group = heads_in_tile(p);
+  plan.args = common_arguments(p, plan.rows_of_tile, plan.rows_of_tile % group == 0 ? group : 1);
+  plan.why_not_sm90 = [&]() -> std::string {
+    if (!ATTNX_CUDA_SM90) return "attnx was built without it";
+    const TmaGradTensors tensors = tma_tensors(p, plan.args.group.divisor());
+    for (const auto& [name, x] : {std::pair("query", tensors.query), std::pair("key", tensors.key),
+                                  std::pair("value", tensors.value), std::pair("grad_output", tensors.grad_output)})
+      if (!fits_tma(x))
+        return std::string(name) + " does not start, or has strides that are not positive, on multiples of 16 bytes";
+    if (!are_aligned(p, {p.grad_query}, {p.grad_key}, {p.grad_value}))
+      return "the rows of the gradients are not multiples of 16 bytes";
+    return {};
+  }();
+}
+
+BackwardPlan plan(const BackwardParams& p, void* workspace) {
+  const Device& device = current_device();
+  BackwardPlan plan{};
+  plan.variant.listed = p.key_blocks.counts;
+  plan.variant.aligned = are_aligned(p, {p.query, p.grad_query}, {p.key, p.grad_key}, {p.value, p.grad_value}) &&
+                         is_aligned(p, p.grad_output, p.heads_q, p.value_dim);
+  const auto asked = asked_mainloop();
+  if (asked == Mainloop::kSm90 || (device.major == 9 && asked != Mainloop::kSm80)) {
+    plan_sm90(p, plan);
+    if (device.major != 9) plan.why_not_sm90 = "it runs on compute capability 9.0 alone";
+    if (asked && !plan.why_not_sm90.empty())
+      throw std::runtime_error("ATTNX_CUDA_MAINLOOP: expected a backward that sm90 serves, got one that it does not: " +
+                               plan.why_not_sm90);
+  }
+  if (plan.mainloop != Mainloop::kSm90 || !plan.why_not_sm90.empty()) plan_sm80(p, device, plan);
+
+  auto& args = plan.args;
   args.key_heads = Divisor(std::uint32_t(p.heads_k));
-  args.key_blocks = Divisor(std::uint32_t(std::max<std::int64_t>(ceil_div(p.length_k, keys_of_tile), 1)));
+  args.key_blocks = Divisor(std::uint32_t(std::max<std::int64_t>(ceil_div(p.length_k, plan.keys_of_tile), 1)));
   args.row_tiles = p.cu_seqlens_q ? p.packed_rows_q * args.group.divisor() / plan.rows_of_tile + p.batch
                                   : p.batch * args.query_blocks.divisor();
 
@@ -320,13 +390,27 @@ BackwardPlan plan(const BackwardParams& p, void* workspace) {
   args.offset = layout.place<float>(workspace, rows);
   if (p.score == Score::kSoftmax) args.delta = layout.place<float>(workspace, rows);
   const std::size_t zeros_begin = layout.bytes();
-  plan.sums = args.grad_query_sum = layout.place<float>(workspace, rows * features);
+  plan.sums = args.grad_query_sum = layout.place<float>(workspace, rows * plan.head_dim);
   if (p.grad_bias) args.bias_sum = layout.place<float>(workspace, rows * plan.score_warps);
   if (p.grad_alibi_slopes) args.slope_sum = layout.place<float>(workspace, rows * plan.score_warps);
   args.turns = layout.place<int>(workspace, tiles);
   plan.workspace = layout.bytes();
   plan.sums_bytes = layout.bytes() - zeros_begin;
   return plan;
+}
+
+void launch_sm90(const BackwardParams& p, const BackwardPlan& plan, std::int64_t blocks, cudaStream_t stream) {
+  const TmaGradTensors tensors = tma_tensors(p, plan.args.group.divisor());
+  TmaBackwardArguments args{};
+  args.query = make_tensor_map(tensors.query, plan.rows_of_tile);
+  args.key = make_tensor_map(tensors.key, plan.keys_of_tile);
+  args.value = make_tensor_map(tensors.value, plan.keys_of_tile);
+  args.grad_output = make_tensor_map(tensors.grad_output, plan.rows_of_tile);
+  args.args = plan.args;
+  if constexpr (ATTNX_CUDA_SM90)
+    with_instance<kTmaBackwardHeadDims>(p, [&]<Score kScore, DType kDType, int kHeadDim>() {
+      launch_backward_sm90<kScore, kDType, kHeadDim>(args, plan.variant, blocks, stream);
+    });
 }
 
 }  // namespace
@@ -362,10 +446,14 @@ void backward(const BackwardParams& params, const Launch& launch) {
   check(cudaMemsetAsync(plan.sums, 0, plan.sums_bytes, stream), "cudaMemsetAsync");
   const bool aligned = plan.variant.aligned && is_aligned(params, params.output, params.heads_q, params.value_dim);
   launch_row_terms(plan.args, plan.rows_of_tile, aligned, stream);
-  with_instance<kHeadDims>(params, [&]<Score kScore, DType kDType, int kHeadDim>() {
-    launch_backward<kScore, kDType, kHeadDim>(plan.args, plan.variant,
-                                              params.batch * params.heads_k * plan.args.key_blocks.divisor(), stream);
-  });
+  const std::int64_t blocks = params.batch * params.heads_k * plan.args.key_blocks.divisor();
+  if (plan.mainloop == Mainloop::kSm90) {
+    launch_sm90(params, plan, blocks, stream);
+  } else {
+    with_instance<kHeadDims>(params, [&]<Score kScore, DType kDType, int kHeadDim>() {
+      launch_backward<kScore, kDType, kHeadDim>(plan.args, plan.variant, blocks, stream);
+    });
+  }
   launch_parameter_sums(plan.args, plan.rows_of_tile, plan.score_warps, stream);
 }
 
@@ -376,6 +464,15 @@ std::string forward_kernel(const ForwardParams& params) {
          std::to_string(plan.tile.keys) + " keys, head_dim padded to " + std::to_string(plan.head_dim) +
          (plan.variant.aligned ? "" : ", rows not on 16 bytes") +
          (plan.args.splits.divisor() > 1 ? ", keys in " + std::to_string(plan.args.splits.divisor()) + " shares" : "") +
+         (plan.why_not_sm90.empty() ? "" : "; not sm90: " + plan.why_not_sm90);
+}
+
+std::string backward_kernel(const BackwardParams& params) {
+  const BackwardPlan plan = cuda::plan(params, nullptr);
+  const bool sm90 = plan.mainloop == Mainloop::kSm90;
+  return (sm90 ? "attnx_backward_sm90, " : "attnx_backward_sm80, ") + std::to_string(plan.rows_of_tile) + " rows x " +
+         std::to_string(plan.keys_of_tile) + " keys, head_dim padded to " + std::to_string(plan.head_dim) +
+         (plan.variant.aligned ? "" : ", rows not on 16 bytes") +
          (plan.why_not_sm90.empty() ? "" : "; not sm90: " + plan.why_not_sm90);
 }
 

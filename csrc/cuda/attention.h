@@ -40,6 +40,7 @@ void sampled_blocks(const BlockGrid& grid, const SamplingRound& round, const flo
 
 // The kernel that would run, as profilers show it, and its tiles: "attnx_forward_sm80, 128 rows x 64 keys, ...".
 std::string forward_kernel(const ForwardParams& params);
+std::string backward_kernel(const BackwardParams& params);
 
 // Whether the CUDA runtime underneath is the emulator, whose device memory is host memory.
 bool emulated();

@@ -36,4 +36,29 @@ __device__ __forceinline__ void place_logits(float (&s)[kM][kN][4], const Args& 
   }
 }
 
+// The same where s is transposed: its rows are keys, `key` the thread's first, and its columns (query, head) rows.
+template <class Args, int kM, int kN>
+__device__ __forceinline__ void place_transposed_logits(float (&s)[kM][kN][4], const Args& args, const Band& band,
+                                                        int first_head, int key, int row) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int own = row + n * 8 + e, query = args.group.divide(own);
+      const int query_head = first_head + own - query * args.group.divisor();
+      const float slope = args.call.alibi_slopes.data && query_head < args.call.heads_q
+                              ? of_head(args.call.alibi_slopes, query_head) * kLog2E
+                              : 0;
+      const Visible visible = band.visible(query);
+      const int first = visible.first - key, end = visible.end - key;
+      const float distance = float(query + band.offset - key);
+#pragma unroll
+      for (int r = 0; r < kM * 2; ++r) {
+        float& x = s[r / 2][n][r % 2 * 2 + e];
+        x = fmaf(-slope, fabsf(distance - float(row_of(r))), x * args.scale_log2);
+        if (row_of(r) < first || row_of(r) >= end) x = -INFINITY;
+      }
+    }
+}
+
 }  // namespace attnx::cuda

@@ -63,34 +63,48 @@ attnx::Tensor tensor_of(const std::optional<Layout>& layout, std::int64_t heads,
   return {reinterpret_cast<void*>((*layout)[0]), (*layout)[1], (*layout)[2], (*layout)[3]};
 }
 
-std::string cuda_forward_kernel(const std::string& op, const std::string& dtype, std::int64_t batch,
-                                std::int64_t heads_q, std::int64_t heads_k, std::int64_t length_q,
-                                std::int64_t length_k, std::int64_t head_dim, std::int64_t value_dim,
-                                std::pair<std::int64_t, std::int64_t> window,
-                                std::pair<std::int64_t, std::int64_t> packed_rows,
-                                std::pair<std::int64_t, std::int64_t> block_size, const std::optional<Layout>& query,
-                                const std::optional<Layout>& key, const std::optional<Layout>& value) {
+// The kernel that a call of these sizes, and of these tensors where they are given, would run.
+template <bool kBackward>
+std::string cuda_kernel(const std::string& op, const std::string& dtype, std::int64_t batch, std::int64_t heads_q,
+                        std::int64_t heads_k, std::int64_t length_q, std::int64_t length_k, std::int64_t head_dim,
+                        std::int64_t value_dim, std::pair<std::int64_t, std::int64_t> window,
+                        std::pair<std::int64_t, std::int64_t> packed_rows,
+                        std::pair<std::int64_t, std::int64_t> block_size, const std::optional<Layout>& query,
+                        const std::optional<Layout>& key, const std::optional<Layout>& value) {
   static constexpr std::int32_t kPresent = 0;  // only whether there is one is looked at
-  attnx::ForwardParams p;
-  p.score = op == "sigmoid_attention" ? attnx::Score::kSigmoid : attnx::Score::kSoftmax;
-  p.dtype = sixteen_bits(dtype);
-  p.batch = batch;
-  p.heads_q = heads_q;
-  p.heads_k = heads_k;
-  p.length_q = length_q;
-  p.length_k = length_k;
-  p.head_dim = head_dim;
-  p.value_dim = value_dim;
-  std::tie(p.window_left, p.window_right) = window;
-  std::tie(p.packed_rows_q, p.packed_rows_k) = packed_rows;
-  if (p.packed_rows_q > 0) p.cu_seqlens_q = p.cu_seqlens_k = &kPresent;
-  std::tie(p.block_q, p.block_k) = block_size;
-  if (p.block_q > 0) p.key_blocks.counts = &kPresent;
-  p.query = tensor_of(query, heads_q, length_q, head_dim);
-  p.key = tensor_of(key, heads_k, length_k, head_dim);
-  p.value = tensor_of(value, heads_k, length_k, value_dim);
-  p.output = tensor_of(std::nullopt, heads_q, length_q, value_dim);
-  return attnx::ops::cuda_forward_kernel(p);
+  const auto describe = [&](attnx::AttentionParams& p) {
+    p.score = op == "sigmoid_attention" ? attnx::Score::kSigmoid : attnx::Score::kSoftmax;
+    p.dtype = sixteen_bits(dtype);
+    p.batch = batch;
+    p.heads_q = heads_q;
+    p.heads_k = heads_k;
+    p.length_q = length_q;
+    p.length_k = length_k;
+    p.head_dim = head_dim;
+    p.value_dim = value_dim;
+    std::tie(p.window_left, p.window_right) = window;
+    std::tie(p.packed_rows_q, p.packed_rows_k) = packed_rows;
+    if (p.packed_rows_q > 0) p.cu_seqlens_q = p.cu_seqlens_k = &kPresent;
+    std::tie(p.block_q, p.block_k) = block_size;
+    if (p.block_q > 0) p.key_blocks.counts = &kPresent;
+    p.query = tensor_of(query, heads_q, length_q, head_dim);
+    p.key = tensor_of(key, heads_k, length_k, head_dim);
+    p.value = tensor_of(value, heads_k, length_k, value_dim);
+  };
+  if constexpr (!kBackward) {
+    attnx::ForwardParams p;
+    describe(p);
+    p.output = tensor_of(std::nullopt, heads_q, length_q, value_dim);
+    return attnx::ops::cuda_forward_kernel(p);
+  } else {
+    attnx::BackwardParams p;
+    describe(p);
+    p.output = p.grad_output = tensor_of(std::nullopt, heads_q, length_q, value_dim);
+    p.grad_query = tensor_of(std::nullopt, heads_q, length_q, head_dim);
+    p.grad_key = tensor_of(std::nullopt, heads_k, length_k, head_dim);
+    p.grad_value = tensor_of(std::nullopt, heads_k, length_k, value_dim);
+    return attnx::ops::cuda_backward_kernel(p);
+  }
 }
 
 void cuda_sigmoid_weights(std::uintptr_t logits, std::uintptr_t weights, std::int64_t n, const std::string& dtype,
@@ -123,11 +137,15 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_on_host") = attnx::kCudaOnHost;
   m.def("cuda_emulated", cuda_emulated, "Whether there are CUDA kernels, on a runtime that is the emulator.");
   if constexpr (kWithCuda) {
-    m.def("cuda_forward_kernel", cuda_forward_kernel, py::arg("operator"), py::arg("dtype"), py::arg("batch"),
-          py::arg("heads_q"), py::arg("heads_k"), py::arg("length_q"), py::arg("length_k"), py::arg("head_dim"),
-          py::arg("value_dim"), py::arg("window") = std::pair(-1, -1), py::arg("packed_rows") = std::pair(0, 0),
-          py::arg("block_size") = std::pair(0, 0), py::arg("query") = py::none(), py::arg("key") = py::none(),
-          py::arg("value") = py::none(), "The kernel that the current device would run, as profilers show it.");
+    const auto def_kernel = [&](const char* name, auto function) {
+      m.def(name, function, py::arg("operator"), py::arg("dtype"), py::arg("batch"), py::arg("heads_q"),
+            py::arg("heads_k"), py::arg("length_q"), py::arg("length_k"), py::arg("head_dim"), py::arg("value_dim"),
+            py::arg("window") = std::pair(-1, -1), py::arg("packed_rows") = std::pair(0, 0),
+            py::arg("block_size") = std::pair(0, 0), py::arg("query") = py::none(), py::arg("key") = py::none(),
+            py::arg("value") = py::none(), "The kernel that the current device would run, as profilers show it.");
+    };
+    def_kernel("cuda_forward_kernel", cuda_kernel<false>);
+    def_kernel("cuda_backward_kernel", cuda_kernel<true>);
     m.def("cuda_mainloop", attnx::ops::cuda_mainloop, "Which one is asked for: auto, sm80 or sm90.");
     m.def("set_cuda_mainloop", attnx::ops::set_cuda_mainloop, py::arg("name"),
           "Ask for this one from now on, in the whole process.");

@@ -8,6 +8,8 @@ bool cuda_emulated() { return cuda::emulated(); }
 
 std::string cuda_forward_kernel(const ForwardParams& params) { return cuda::forward_kernel(params); }
 
+std::string cuda_backward_kernel(const BackwardParams& params) { return cuda::backward_kernel(params); }
+
 std::string cuda_mainloop() { return cuda::asked_mainloop_name(); }
 
 void set_cuda_mainloop(const std::string& name) { cuda::use_mainloop(name); }

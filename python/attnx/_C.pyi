@@ -31,6 +31,23 @@ def cuda_forward_kernel(
     key: tuple[int, int, int, int] | None = None,
     value: tuple[int, int, int, int] | None = None,
 ) -> str: ...
+def cuda_backward_kernel(
+    operator: str,
+    dtype: str,
+    batch: int,
+    heads_q: int,
+    heads_k: int,
+    length_q: int,
+    length_k: int,
+    head_dim: int,
+    value_dim: int,
+    window: tuple[int, int] = (-1, -1),
+    packed_rows: tuple[int, int] = (0, 0),
+    block_size: tuple[int, int] = (0, 0),
+    query: tuple[int, int, int, int] | None = None,
+    key: tuple[int, int, int, int] | None = None,
+    value: tuple[int, int, int, int] | None = None,
+) -> str: ...
 def cuda_mainloop() -> str: ...
 def set_cuda_mainloop(name: str) -> None: ...
 def cuda_sigmoid_weights(logits: int, weights: int, n: int, dtype: str, exact: bool) -> None: ...

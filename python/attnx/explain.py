@@ -94,24 +94,24 @@ def _cpu_kernel(requirement: _capability.Requirement) -> tuple[str, list[str]]:
 def _cuda_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]) -> tuple[str, list[str]]:
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
     packed = "cu_seqlens_q" in arguments
+    sizes = {
+        "batch": len(arguments["cu_seqlens_q"]) - 1 if packed else query.shape[0],
+        "heads_q": query.shape[1],
+        "heads_k": key.shape[1],
+        "length_q": arguments["max_seqlen_q"] if packed else query.shape[2],
+        "length_k": arguments["max_seqlen_k"] if packed else key.shape[2],
+        "head_dim": query.shape[-1],
+        "value_dim": value.shape[-1],
+        "window": (arguments["window_left"], 0 if arguments.get("is_causal") else arguments["window_right"]),
+        "packed_rows": (query.shape[0], key.shape[0]) if packed else (0, 0),
+        "block_size": mask.block_size if (mask := arguments.get("block_mask")) is not None else (0, 0),
+        "query": _layout(query),
+        "key": _layout(key),
+        "value": _layout(value),
+    }
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
-        kernel = _C.cuda_forward_kernel(
-            requirement.operator,
-            requirement.dtype,
-            batch=len(arguments["cu_seqlens_q"]) - 1 if packed else query.shape[0],
-            heads_q=query.shape[1],
-            heads_k=key.shape[1],
-            length_q=arguments["max_seqlen_q"] if packed else query.shape[2],
-            length_k=arguments["max_seqlen_k"] if packed else key.shape[2],
-            head_dim=query.shape[-1],
-            value_dim=value.shape[-1],
-            window=(arguments["window_left"], 0 if arguments.get("is_causal") else arguments["window_right"]),
-            packed_rows=(query.shape[0], key.shape[0]) if packed else (0, 0),
-            block_size=mask.block_size if (mask := arguments.get("block_mask")) is not None else (0, 0),
-            query=_layout(query),
-            key=_layout(key),
-            value=_layout(value),
-        )
+        kernel = _C.cuda_forward_kernel(requirement.operator, requirement.dtype, **sizes)
+        backward = _backward_kernel(requirement, sizes)
     if query.is_cuda:
         major, minor = torch.cuda.get_device_capability(query.device)
         device = f"{torch.cuda.get_device_name(query.device)}, compute capability {major}.{minor}"
@@ -122,10 +122,20 @@ def _cuda_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]
     reasons.append(f"the forward is {kernel}")
     if obstacle:
         reasons.append(f"it is not {obstacle}")
+    reasons += backward
     if (asked := _C.cuda_mainloop()) != "auto":
         reasons.append(f"{asked} was asked for, by attnx.cuda_mainloop or ATTNX_CUDA_MAINLOOP")
     mainloop = re.search(r"sm\d+a?", kernel)
     return f"{requirement.operator} [{mainloop.group() if mainloop else kernel}]", reasons
+
+
+def _backward_kernel(requirement: _capability.Requirement, sizes: dict[str, Any]) -> list[str]:
+    try:
+        kernel = _C.cuda_backward_kernel(requirement.operator, requirement.dtype, **sizes)
+    except RuntimeError as error:  # the mainloop that was asked for has none
+        return [f"the backward is refused: {error}"]
+    kernel, _, obstacle = kernel.partition("; not ")
+    return [f"the backward is {kernel}"] + ([f"the backward is not {obstacle}"] if obstacle else [])
 
 
 def _layout(x: Tensor) -> tuple[int, int, int, int] | None:

@@ -42,6 +42,7 @@ struct Variant {
 };
 
 struct TmaForwardArguments;
+struct TmaBackwardArguments;
 
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_forward(const Arguments<ForwardParams>& args, Variant variant, std::int64_t blocks, cudaStream_t stream);
@@ -50,6 +51,8 @@ void launch_forward_sm90(const TmaForwardArguments& args, Variant variant, std::
 // The main kernel, and the pass that makes grad_query of its sums.
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_backward(const Arguments<BackwardParams>& args, Variant variant, std::int64_t blocks, cudaStream_t stream);
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_backward_sm90(const TmaBackwardArguments& args, Variant variant, std::int64_t blocks, cudaStream_t stream);
 
 // The passes after the one and around the other.
 void launch_combine(const Arguments<ForwardParams>& args, int padded_rows, int features, cudaStream_t stream);

@@ -13,64 +13,14 @@
 // The sigmoid has no delta, and no pass over dO and O.
 #pragma once
 
+#include "cuda/backward_rows.h"
 #include "cuda/logits.h"
-#include "cuda/score/sigmoid.h"
-#include "cuda/score/softmax.h"
 #include "cuda/sm80/tile_sizes.h"
 #include "cuda/storage/strided.h"
-#include "cuda/tiles/band.h"
-#include "cuda/tiles/listed.h"
 
 namespace attnx::cuda {
 
-template <Score kScore, class Input>
-using BackwardScore = std::conditional_t<kScore == Score::kSoftmax, SoftmaxBackward, SigmoidBackward<Input>>;
-
-// Stores a warp's accumulators, rounded, as rows of a tile from (row, column) on; lane is the warp's.
-template <class Tile, class Input, int kStride = 1, int kM, int kN>
-__device__ __forceinline__ void store_accumulators(std::uint32_t tile, int row, int column, int lane,
-                                                   const float (&x)[kM][kN][4], float factor) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        const int chunk = column / 8 + n / 2 * 2 * kStride + n % 2;
-        store_shared(tile + Tile::offset(row + m * 16 + half * 8 + lane / 4, chunk) + lane % 4 * 4,
-                     pack(x[m][n][half * 2] * factor, x[m][n][half * 2 + 1] * factor, Input()));
-      }
-}
-
-// The tiles of rows that see a tile of keys.
-template <int kRows>
-class BandRowTiles {
-  int begin_, end_;
-
- public:
-  static constexpr bool kHasBias = false;
-
-  __device__ __forceinline__ BandRowTiles(const Band& band, int first_key, int keys, int length_q, int group) {
-    const Visible queries = band.seen_by(first_key, first_key + keys, length_q);
-    begin_ = queries.first * group / kRows;
-    end_ = max((queries.end * group + kRows - 1) / kRows, begin_);
-  }
-  __device__ __forceinline__ int begin() const { return begin_; }
-  __device__ __forceinline__ int end() const { return end_; }
-  __device__ __forceinline__ int row(int tile) const { return tile * kRows; }
-  __device__ __forceinline__ float bias(int) const { return 0; }
-};
-
-// Waits for the blocks of keys before this one to have added to a tile of rows, and tells the next ones.
-__device__ __forceinline__ void wait_for_turn(const int* turns, int rank) {
-  if (threadIdx.x == 0) {
-    int seen;
-    do {
-      asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(turns) : "memory");
-    } while (seen != rank);
-  }
-  __syncthreads();
-}
+// Tells the next block of keys that this one has added to a tile of rows.
 __device__ __forceinline__ void end_turn(int* turns) {
   __threadfence();
   __syncthreads();
@@ -226,21 +176,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
       int* turn_of_rows = args.turns + row_tile;
       if (args.deterministic) {
-        wait_for_turn(turn_of_rows, [&] {
-          if constexpr (kListed) {
-            // As many of this query's keys as come before these.
-            const List list(call.key_blocks, batch, query_head, row_begin / int(call.block_q));
-            const int per_block = int(call.block_k) / kN, own = key_begin / int(call.block_k);
-            int before = 0;
-            for (int i = 0; i < list.count(); ++i) before += list.index(i) < own;
-            return before * per_block + key_begin / kN % per_block;
-          } else {
-            return (key_begin - band.visible(args.group.divide(row_begin)).first / kN * kN) / kN;
-          }
-        }());
-      } else {
-        __syncthreads();
+        if (threadIdx.x == 0)
+          wait_for_turn(turn_of_rows, tiles_before<kListed, kN>(args, band, batch, query_head, row_begin, key_begin));
       }
+      __syncthreads();
 
       if (args.bias_sum || args.slope_sum) {
         // A row's sum over the warp's keys; one warp of a column of them adds to one place.

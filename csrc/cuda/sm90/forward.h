@@ -167,11 +167,11 @@ __device__ __forceinline__ void produce(const TmaForwardArguments& launch, const
   publish(-1, 0);
 }
 
-// The sigmoid's formula: with up to 128 features two special functions would take as long as the tensor cores.
-template <Score kScore, class Input, int kHeadDim>
+// Of the formulas of the sigmoid the one with fewer special functions: with 64 features they take as long as the tensor
+// cores, and nothing is gained by more of them with others.
+template <Score kScore, class Input>
 using TmaForwardScore =
-    std::conditional_t<kScore == Score::kSoftmax, SoftmaxForward<Input, 2>,
-                       SigmoidForward<Input, std::conditional_t<kHeadDim <= 128, NewtonSigmoid, ExactSigmoid>, 2>>;
+    std::conditional_t<kScore == Score::kSoftmax, SoftmaxForward<Input, 2>, SigmoidForward<Input, NewtonSigmoid, 2>>;
 
 // A warp's 16 rows, from this one of the tile on, through its own part of shared memory.
 template <class Input, class Tile>
@@ -237,7 +237,7 @@ __device__ __forceinline__ void consume(const TmaForwardArguments& launch, const
 
   Ring<Tile::kStages> keys, values;
   std::uint32_t query_phase = 0;
-  TmaForwardScore<kScore, Input, kHeadDim> score;
+  TmaForwardScore<kScore, Input> score;
 
   while (true) {
     wait(shared.query_full(), query_phase);
