@@ -1,6 +1,5 @@
 #include "mainloop.h"
 
-#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -17,8 +16,9 @@ Asked parse(const std::string& what, const std::string& name) {
   throw std::invalid_argument(what + ": expected auto, sm80 or sm90, got " + name);
 }
 
-std::atomic<Asked>& asked() {
-  static std::atomic<Asked> value = [] {
+// Of the thread: a call asks twice, for its workspace and for its launch, and gets the same answer.
+Asked& asked() {
+  thread_local Asked value = [] {
     const char* name = std::getenv("ATTNX_CUDA_MAINLOOP");
     return parse("ATTNX_CUDA_MAINLOOP", name ? name : "auto");
   }();
@@ -34,6 +34,6 @@ std::string asked_mainloop_name() {
   return !value ? "auto" : *value == Mainloop::kSm80 ? "sm80" : "sm90";
 }
 
-void use_mainloop(const std::string& name) { asked() = parse("mainloop", name); }
+void use_mainloop(const std::string& name) { asked() = parse("cuda_mainloop", name); }
 
 }  // namespace attnx::cuda

@@ -32,14 +32,15 @@ __device__ __forceinline__ void pin(float (&sums)[kM][kN][4]) {
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
 #define ATTNX_REGISTERS_32 ATTNX_10() ATTNX_10(1) ATTNX_10(2) "%30, %31"
 #define ATTNX_REGISTERS_64 ATTNX_10() ATTNX_10(1) ATTNX_10(2) ATTNX_10(3) ATTNX_10(4) ATTNX_10(5) "%60, %61, %62, %63"
-#define ATTNX_REGISTERS_128                                                \
-  ATTNX_10()                                                               \
-  ATTNX_10(1)                                                              \
-  ATTNX_10(2)                                                              \
-  ATTNX_10(3)                                                              \
-  ATTNX_10(4)                                                              \
-  ATTNX_10(5) ATTNX_10(6) ATTNX_10(7) ATTNX_10(8) ATTNX_10(9) ATTNX_10(10) \
-      ATTNX_10(11) "%120, %121, %122, %123, %124, %125, %126, %127"
+#define ATTNX_REGISTERS_128 \
+  ATTNX_10()                \
+  ATTNX_10(1)               \
+  ATTNX_10(2)               \
+  ATTNX_10(3)               \
+  ATTNX_10(4)               \
+  ATTNX_10(5)               \
+  ATTNX_10(6)               \
+  ATTNX_10(7) ATTNX_10(8) ATTNX_10(9) ATTNX_10(10) ATTNX_10(11) "%120, %121, %122, %123, %124, %125, %126, %127"
 #define ATTNX_SUMS_4(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define ATTNX_SUMS_16(i) ATTNX_SUMS_4(i), ATTNX_SUMS_4(i + 1), ATTNX_SUMS_4(i + 2), ATTNX_SUMS_4(i + 3)
 #define ATTNX_SUMS_32(i) ATTNX_SUMS_16(i), ATTNX_SUMS_16(i + 4)
