@@ -227,7 +227,7 @@ __device__ __forceinline__ void produce_tiles(const TmaBackwardArguments& launch
       load_bytes(shared.delta(stage), args.delta + first_term, kTermBytes, shared.grad_output_full(stage));
   });
   wait(shared.query_empty(step.stage()), step.parity() ^ 1);
-  store_shared(shared.tile(step.stage()), std::uint32_t(-1));
+  PublishedTile{-1, 0, 0, 0, 0, 0}.store(shared.tile(step.stage()));
   arrive(shared.query_full(step.stage()));
 }
 
