@@ -374,7 +374,7 @@ BackwardPlan plan(const BackwardParams& p, void* workspace) {
     plan_sm90(p, plan);
     if (device.major != 9) plan.why_not_sm90 = "it runs on compute capability 9.0 alone";
     if (asked && !plan.why_not_sm90.empty())
-      throw std::runtime_error("ATTNX_CUDA_MAINLOOP: expected a backward that sm90 serves, got one that it does not: " +
+      throw std::runtime_error("cuda_mainloop: expected a backward that sm90 serves, got one that it does not: " +
                                plan.why_not_sm90);
   }
   if (plan.mainloop != Mainloop::kSm90 || !plan.why_not_sm90.empty()) plan_sm80(p, device, plan);
