@@ -83,7 +83,7 @@ def hopper_calls() -> Iterator[Call]:
                 for rows in (128, 256):
                     for listed in (False, True):
                         yield Call(score, dtype, head_dim, rows, 128, backward=True, listed=listed)
-    yield Call("sigmoid", "bfloat16", 64, 128, 128, backward=True, parameters=("bias", "alibi_slopes"))
+    yield Call("sigmoid", "bfloat16", 64, 128, 64, backward=True, parameters=("bias", "alibi_slopes"))
 
 
 def calls() -> Iterator[Call]:

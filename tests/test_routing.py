@@ -341,44 +341,48 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "routes_type": ("centroids", {}, "routes: expected centroids, a tensor, or attnx.Routes, got <class 'str'>"),
     "other_length": (
-        _bad_routes(length_q=lambda n: 100),
+        lambda: _bad_routes(length_q=lambda n: 100),
         {},
         "routes: expected those of 96 queries and 96 keys, got those of 100 and 96",
     ),
     "routes_and_size": (
-        _bad_routes(),
+        _bad_routes,
         {"cluster_size": 4},
         "cluster_size: expected None where routes are given, got 4",
     ),
     "index_too_large": (
-        _bad_routes(query_indices=_with(15, 96)),
+        lambda: _bad_routes(query_indices=_with(15, 96)),
         {},
         "query_indices: expected indices of query from 0 to 95, got 96",
     ),
-    "index_negative": (_bad_routes(key_indices=_with(0, -1)), {}, "key_indices: expected indices of key from 0 to 95"),
+    "index_negative": (
+        lambda: _bad_routes(key_indices=_with(0, -1)),
+        {},
+        "key_indices: expected indices of key from 0 to 95",
+    ),
     "not_ascending": (
-        _bad_routes(query_indices=_with(1, 0)),
+        lambda: _bad_routes(query_indices=_with(1, 0)),
         {},
         "query_indices: expected ascending indices in each cluster, got 0 after",
     ),
     "offsets_falling": (
-        _bad_routes(key_offsets=_with(1, 50)),
+        lambda: _bad_routes(key_offsets=_with(1, 50)),
         {},
         "key_offsets: expected rising offsets, got 32 after 50",
     ),
     "offsets_end": (
-        _bad_routes(query_offsets=_with(6, 97)),
+        lambda: _bad_routes(query_offsets=_with(6, 97)),
         {},
         "query_offsets: expected offsets from 0 to at most the",
     ),
-    "offsets_dtype": (_bad_routes(query_offsets=Tensor.long), {}, "query_offsets: expected int32, got int64"),
+    "offsets_dtype": (lambda: _bad_routes(query_offsets=Tensor.long), {}, "query_offsets: expected int32, got int64"),
     "fewer_heads": (
-        _bad_routes(query_indices=lambda x: x[:, :2].contiguous()),
+        lambda: _bad_routes(query_indices=lambda x: x[:, :2].contiguous()),
         {},
         "query_indices: expected shape (2, 4, slots), got (2, 2, 96)",
     ),
     "fewer_clusters": (
-        _bad_routes(key_offsets=lambda x: x[..., :-1].contiguous()),
+        lambda: _bad_routes(key_offsets=lambda x: x[..., :-1].contiguous()),
         {},
         "key_offsets: expected shape (2, 4, 7), got (2, 4, 6)",
     ),
@@ -389,7 +393,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
 def test_bad_input(routes: Any, options: dict[str, Any], message: str, device: torch.device) -> None:
     inputs, _ = random_inputs(SHAPE, torch.float32, device)
     with pytest.raises(RuntimeError) as error:
-        attnx.routing_attention(**inputs, routes=routes, **options)
+        attnx.routing_attention(**inputs, routes=routes() if callable(routes) else routes, **options)
     assert str(error.value).startswith(message)
 
 

@@ -197,13 +197,12 @@ void plan_sm90(const ForwardParams& p, ForwardPlan& plan) {
   }();
 }
 
-ForwardPlan plan(const ForwardParams& p) {
+ForwardPlan plan(const ForwardParams& p, std::optional<Mainloop> asked) {
   const Device& device = current_device();
   ForwardPlan plan{};
   plan.variant.listed = p.key_blocks.counts;
   plan.variant.aligned =
       are_aligned(p, {p.query}, {p.key}, {p.value}) && is_aligned(p, p.output, p.heads_q, p.value_dim);
-  const auto asked = asked_mainloop();
   if (asked == Mainloop::kSm90 || (device.major == 9 && asked != Mainloop::kSm80)) {
     plan_sm90(p, plan);
     if (device.major != 9) plan.why_not_sm90 = "it runs on compute capability 9.0 alone";
@@ -363,18 +362,17 @@ void plan_sm90(const BackwardParams& p, BackwardPlan& plan) {
   }();
 }
 
-BackwardPlan plan(const BackwardParams& p, void* workspace) {
+BackwardPlan plan(const BackwardParams& p, std::optional<Mainloop> asked, void* workspace) {
   const Device& device = current_device();
   BackwardPlan plan{};
   plan.variant.listed = p.key_blocks.counts;
   plan.variant.aligned = are_aligned(p, {p.query, p.grad_query}, {p.key, p.grad_key}, {p.value, p.grad_value}) &&
                          is_aligned(p, p.grad_output, p.heads_q, p.value_dim);
-  const auto asked = asked_mainloop();
   if (asked == Mainloop::kSm90 || (device.major == 9 && asked != Mainloop::kSm80)) {
     plan_sm90(p, plan);
     if (device.major != 9) plan.why_not_sm90 = "it runs on compute capability 9.0 alone";
     if (asked && !plan.why_not_sm90.empty())
-      throw std::runtime_error("ATTNX_CUDA_MAINLOOP: expected a backward that sm90 serves, got one that it does not: " +
+      throw std::runtime_error("cuda_mainloop: expected a backward that sm90 serves, got one that it does not: " +
                                plan.why_not_sm90);
   }
   if (plan.mainloop != Mainloop::kSm90 || !plan.why_not_sm90.empty()) plan_sm80(p, device, plan);
@@ -415,11 +413,13 @@ void launch_sm90(const BackwardParams& p, const BackwardPlan& plan, std::int64_t
 
 }  // namespace
 
-std::size_t forward_workspace(const ForwardParams& params) { return plan(params).workspace; }
+std::size_t forward_workspace(const ForwardParams& params, const Launch& launch) {
+  return plan(params, launch.mainloop).workspace;
+}
 
 void forward(const ForwardParams& params, const Launch& launch) {
   const Range range(range_name(params.score, true));
-  ForwardPlan plan = cuda::plan(params);
+  ForwardPlan plan = cuda::plan(params, launch.mainloop);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   const int splits = plan.args.splits.divisor();
   if (splits > 1) {
@@ -436,11 +436,13 @@ void forward(const ForwardParams& params, const Launch& launch) {
   if (splits > 1) launch_combine(plan.args, plan.args.query_blocks.divisor() * plan.tile.rows, plan.head_dim, stream);
 }
 
-std::size_t backward_workspace(const BackwardParams& params) { return plan(params, nullptr).workspace; }
+std::size_t backward_workspace(const BackwardParams& params, const Launch& launch) {
+  return plan(params, launch.mainloop, nullptr).workspace;
+}
 
 void backward(const BackwardParams& params, const Launch& launch) {
   const Range range(range_name(params.score, false));
-  BackwardPlan plan = cuda::plan(params, launch.workspace);
+  BackwardPlan plan = cuda::plan(params, launch.mainloop, launch.workspace);
   plan.args.deterministic = launch.deterministic;
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   check(cudaMemsetAsync(plan.sums, 0, plan.sums_bytes, stream), "cudaMemsetAsync");
@@ -458,7 +460,7 @@ void backward(const BackwardParams& params, const Launch& launch) {
 }
 
 std::string forward_kernel(const ForwardParams& params) {
-  const ForwardPlan plan = cuda::plan(params);
+  const ForwardPlan plan = cuda::plan(params, asked_mainloop());
   const bool sm90 = plan.mainloop == Mainloop::kSm90;
   return (sm90 ? "attnx_forward_sm90, " : "attnx_forward_sm80, ") + std::to_string(plan.tile.rows) + " rows x " +
          std::to_string(plan.tile.keys) + " keys, head_dim padded to " + std::to_string(plan.head_dim) +
@@ -468,7 +470,7 @@ std::string forward_kernel(const ForwardParams& params) {
 }
 
 std::string backward_kernel(const BackwardParams& params) {
-  const BackwardPlan plan = cuda::plan(params, nullptr);
+  const BackwardPlan plan = cuda::plan(params, asked_mainloop(), nullptr);
   const bool sm90 = plan.mainloop == Mainloop::kSm90;
   return (sm90 ? "attnx_backward_sm90, " : "attnx_backward_sm80, ") + std::to_string(plan.rows_of_tile) + " rows x " +
          std::to_string(plan.keys_of_tile) + " keys, head_dim padded to " + std::to_string(plan.head_dim) +

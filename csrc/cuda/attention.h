@@ -7,6 +7,7 @@
 
 #include "attnx/block_sampling.h"
 #include "attnx/params.h"
+#include "mainloop.h"
 
 namespace attnx::cuda {
 
@@ -14,11 +15,12 @@ struct Launch {
   void* stream = nullptr;      // a cudaStream_t of the current device
   void* workspace = nullptr;   // device memory of *_workspace() bytes, 256-byte aligned; null where that is 0
   bool deterministic = false;  // backward: sums in a fixed order
+  std::optional<Mainloop> mainloop = asked_mainloop();  // looked up once: workspace and kernel agree
 };
 
 // What forward and backward need of device memory besides their tensors, in bytes, on the current device.
-std::size_t forward_workspace(const ForwardParams& params);
-std::size_t backward_workspace(const BackwardParams& params);
+std::size_t forward_workspace(const ForwardParams& params, const Launch& launch);
+std::size_t backward_workspace(const BackwardParams& params, const Launch& launch);
 
 // Throw std::runtime_error with the kernel's name where the device has no kernel or the runtime reports an error.
 void forward(const ForwardParams& params, const Launch& launch);

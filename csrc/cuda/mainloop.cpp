@@ -1,5 +1,6 @@
 #include "mainloop.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -16,9 +17,9 @@ Asked parse(const std::string& what, const std::string& name) {
   throw std::invalid_argument(what + ": expected auto, sm80 or sm90, got " + name);
 }
 
-// Of the thread: a call asks twice, for its workspace and for its launch, and gets the same answer.
-Asked& asked() {
-  thread_local Asked value = [] {
+// Of the process, as autograd runs backwards in threads of its own.
+std::atomic<Asked>& asked() {
+  static std::atomic<Asked> value = [] {
     const char* name = std::getenv("ATTNX_CUDA_MAINLOOP");
     return parse("ATTNX_CUDA_MAINLOOP", name ? name : "auto");
   }();

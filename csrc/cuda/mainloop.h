@@ -13,7 +13,7 @@ enum class Mainloop { kSm80, kSm90 };
 std::optional<Mainloop> asked_mainloop();
 std::string asked_mainloop_name();
 
-// From now on, in this thread. Throws std::invalid_argument on another name.
+// From now on, in all threads. Throws std::invalid_argument on another name.
 void use_mainloop(const std::string& name);
 
 }  // namespace attnx::cuda

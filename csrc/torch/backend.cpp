@@ -93,7 +93,7 @@ void run(const ForwardParams& params, const StableTensor& query) {
     cpu::forward(params, executor());
   } else if constexpr (kWithCuda) {
     CudaContext context(query);
-    context.reserve(cuda::forward_workspace(params));
+    context.reserve(cuda::forward_workspace(params, context.launch));
     cuda::forward(params, context.launch);
   }
 }
@@ -104,7 +104,7 @@ void run(const BackwardParams& params, const StableTensor& query, bool determini
   } else if constexpr (kWithCuda) {
     CudaContext context(query);
     context.launch.deterministic = deterministic;
-    context.reserve(cuda::backward_workspace(params));
+    context.reserve(cuda::backward_workspace(params, context.launch));
     cuda::backward(params, context.launch);
   }
 }

@@ -11,10 +11,10 @@ from attnx import _C
 
 @contextmanager
 def cuda_mainloop(name: Literal["auto", "sm80", "sm90"]) -> Iterator[None]:
-    """Calls of this thread inside the block run on this CUDA mainloop.
+    """Calls inside the block run on this CUDA mainloop, in all threads of the process, backwards included.
 
-    The environment variable ``ATTNX_CUDA_MAINLOOP`` asks for one outside such blocks, in all threads. Only the forward
-    has a choice: the backward is that of sm_80 everywhere.
+    The environment variable ``ATTNX_CUDA_MAINLOOP`` asks for one outside such blocks. The forward has a choice, and so
+    has the backward with up to 128 features.
 
     Args:
         name: ``"auto"``, the fastest that the device and the call allow (:func:`attnx.explain` names it); ``"sm80"``,

@@ -227,7 +227,7 @@ __device__ __forceinline__ void produce_tiles(const TmaBackwardArguments& launch
       load_bytes(shared.delta(stage), args.delta + first_term, kTermBytes, shared.grad_output_full(stage));
   });
   wait(shared.query_empty(step.stage()), step.parity() ^ 1);
-  store_shared(shared.tile(step.stage()), std::uint32_t(-1));
+  PublishedTile{-1, 0, 0, 0, 0, 0}.store(shared.tile(step.stage()));
   arrive(shared.query_full(step.stage()));
 }
 
@@ -487,9 +487,14 @@ __device__ __forceinline__ void consume_tiles(const BackwardArguments& args, con
   store_accumulators<KeyTile, Input>(shared.value(), row, 0, lane, grad_values, 1 / ScorePolicy::kWeightScale);
   __syncwarp();
   const auto store = [&](std::uint32_t tile, const Tensor& to, std::int64_t features) {
-    const StridedRows<Input> rows{rows_of<Input>(to, place.batch, place.head, place.sequence.first_k), to.row_stride};
-    store_tile<true, KeyTile, 16, 32>(tile, row, rows, place.key_begin + row, place.sequence.band.length_k,
-                                      int(features), lane);
+    Input* const rows = rows_of<Input>(to, place.batch, place.head, place.sequence.first_k);
+    const int end = place.sequence.band.length_k - place.key_begin;
+#pragma unroll
+    for (int r = row + lane / 8; r < row + 16; r += 4)
+#pragma unroll
+      for (int c = lane % 8; c < KeyTile::kChunks; c += 8)
+        if (r < end && c * 8 < features)
+          store_global(rows + (place.key_begin + r) * to.row_stride + c * 8, load_shared(tile + KeyTile::offset(r, c)));
   };
   store(shared.key, call.grad_key, call.head_dim);
   store(shared.value(), call.grad_value, call.value_dim);
