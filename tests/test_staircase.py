@@ -408,8 +408,9 @@ def test_bad_calls_change_nothing() -> None:
         attnx.StaircaseCache(2, 2, 64, 200).attend(query)
 
 
-def test_other_devices_are_refused_by_the_table() -> None:
-    here = attnx.explain(attnx.staircase_attention, torch.zeros(1, 4, 1, 64), attnx.StaircaseCache(1, 2, 64, 200))
+def test_other_devices_are_refused_by_the_table(device: torch.device) -> None:
+    query = torch.zeros(1, 4, 1, 64, device=device)
+    here = attnx.explain(attnx.staircase_attention, query, attnx.StaircaseCache(1, 2, 64, 200, device=device))
     assert here.supported
     cache = attnx.StaircaseCache(1, 2, 64, 200, device="meta")
     query = torch.zeros(1, 2, 1, 64, device="meta")
