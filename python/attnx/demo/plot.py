@@ -19,7 +19,7 @@ INK, MUTED, RULE, GRID = "#2b2f36", "#6b7280", "#c3c8ce", "#e6e8eb"
 
 def save_plot(results: Results, path: Path) -> None:
     figure = Figure(figsize=(11, 5.2), dpi=150, layout="constrained")
-    grid = figure.add_gridspec(3 if results.caches else 2, 2, width_ratios=(1.7, 1))
+    grid = figure.add_gridspec(3 if results.caches else 2, 2, width_ratios=(1.6, 1))
     _draw_losses(figure.add_subplot(grid[:, 0]), results.attentions)
     _draw_times(
         figure.add_subplot(grid[0, 1]),
@@ -101,7 +101,7 @@ def _draw_caches(axes: Axes, results: Results) -> None:
     axes.bar_label(bars, texts, padding=4, fontsize=9, color=INK)
     axes.invert_yaxis()
     axes.set_xlim(0, 2.1 * max(sizes))
-    _style(axes, "Bytes a cached token, held-out text", grid="x")
+    _style(axes, "Cached token, bytes", grid="x")
     axes.tick_params(axis="y", length=0)
 
 
