@@ -6,6 +6,7 @@ On a GPU of compute capability 9.0, or on the emulator under CUDAEMU_CC=90.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -169,3 +170,9 @@ def test_the_mainloop_is_as_before_afterwards() -> None:
         attnx.cuda_mainloop("sm70"),
     ):  # type: ignore[arg-type]
         pass
+
+
+def test_the_mainloop_is_that_of_all_threads() -> None:
+    """Autograd runs backwards on a GPU in threads of its own."""
+    with attnx.cuda_mainloop("sm80"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(attnx._C.cuda_mainloop).result() == "sm80"
