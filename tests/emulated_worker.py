@@ -27,11 +27,11 @@ Results = dict[str, Tensor]
 
 
 def hopper_calls() -> Iterator[tuple[str, Results]]:
-    """Backward with up to 128 features; float16 shares all with bfloat16 but the arithmetic."""
+    """float16 shares all with bfloat16 but the arithmetic."""
     for score, head_dim in product(SCORES, [64, 128, 256]):
         yield f"{score} {head_dim} float16", _hopper_dense(score, torch.float16, head_dim)
-        for kind in (_hopper_dense, _hopper_causal, _hopper_varlen, _hopper_shares, _hopper_many, _hopper_lists):
-            yield f"{score} {head_dim}{kind.__name__[7:]}", kind(score, torch.bfloat16, head_dim)
+        for kind in (_hopper_dense, _hopper_causal, _hopper_varlen, _hopper_shares, _hopper_many, _block_sparse):
+            yield f"{score} {head_dim} {kind.__name__[1:]}", kind(score, torch.bfloat16, head_dim)
 
 
 def _hopper_dense(score: str, dtype: torch.dtype, head_dim: int) -> Results:
@@ -41,19 +41,19 @@ def _hopper_dense(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     inputs["alibi_slopes"] = random_parameter((shape.heads,), dtype, CPU)
     if score == "sigmoid":
         inputs["bias"] = random_parameter((shape.heads,), dtype, CPU) - 4
-    return _hopper(f"{score}_attention", inputs, grad_output)
+    return _run(f"{score}_attention", inputs, grad_output)
 
 
 def _hopper_causal(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     """Masked tiles and whole ones; a padded head dimension; heads that do not fit a tile together."""
     shape = Shape(length_q=200, length_k=400, head_dim=head_dim - 24, heads=5, kv_heads=1)
-    return _hopper(f"{score}_attention", *random_inputs(shape, dtype, CPU), is_causal=True)
+    return _run(f"{score}_attention", *random_inputs(shape, dtype, CPU), is_causal=True)
 
 
 def _hopper_varlen(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     lengths = ([70, 0, 9, 130], [80, 7, 130, 200])
     inputs, grad_output, sizes = pack(lengths, dtype, CPU, head_dim=head_dim, value_dim=head_dim)
-    return _hopper(f"{score}_attention_varlen", inputs, grad_output, is_causal=True, **sizes)
+    return _run(f"{score}_attention_varlen", inputs, grad_output, is_causal=True, **sizes)
 
 
 def _hopper_shares(score: str, dtype: torch.dtype, head_dim: int) -> Results:
@@ -65,16 +65,6 @@ def _hopper_many(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     """More tiles of rows than blocks."""
     shape = Shape(length_q=65, length_k=65, head_dim=head_dim, heads=140)
     return _forward(f"{score}_attention", random_inputs(shape, dtype, CPU)[0])
-
-
-def _hopper_lists(score: str, dtype: torch.dtype, head_dim: int) -> Results:
-    return _block_sparse(score, dtype, head_dim, backward=head_dim <= 128)
-
-
-def _hopper(operator: str, inputs: dict[str, Tensor], grad_output: Tensor, **options: Any) -> Results:
-    if inputs["query"].shape[-1] <= 128:
-        return _run(operator, inputs, grad_output, **options)
-    return _forward(operator, inputs, **options)
 
 
 def _forward(operator: str, inputs: dict[str, Tensor], **options: Any) -> Results:
@@ -121,13 +111,11 @@ def _decode(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     return _run(f"{score}_attention", *random_inputs(shape, dtype, CPU))
 
 
-def _block_sparse(score: str, dtype: torch.dtype, head_dim: int, backward: bool = True) -> Results:
+def _block_sparse(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     shape = Shape(length_q=150, length_k=200, head_dim=head_dim, heads=2)
     visited = torch.tensor([[[1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 1]], [[0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]])
     mask = attnx.BlockMask.from_dense(visited[None].bool(), (64, 64))
     inputs, grad_output = random_inputs(shape, dtype, CPU)
-    if not backward:
-        return _forward("block_sparse_attention", inputs, block_mask=mask, score=score)
     return _run("block_sparse_attention", inputs, grad_output, block_mask=mask, score=score)
 
 

@@ -331,18 +331,13 @@ void plan_sm80(const BackwardParams& p, const Device& device, BackwardPlan& plan
 
 void plan_sm90(const BackwardParams& p, BackwardPlan& plan) {
   plan.mainloop = Mainloop::kSm90;
-  const std::int64_t features = std::max(p.head_dim, p.value_dim);
-  if (features > kTmaBackwardHeadDims[std::size(kTmaBackwardHeadDims) - 1]) {
-    plan.why_not_sm90 = "its backward has no tile for more than 128 features, got " + std::to_string(features);
-    return;
-  }
   plan.head_dim = padded_head_dim(p, kTmaBackwardHeadDims);
   with_instance<kTmaBackwardHeadDims>(p, [&]<Score, DType, int kHeadDim>() {
     using Tiles = TmaBackwardTiles<kHeadDim>;
     const auto take = [&]<class Tile>(Tile) {
       plan.rows_of_tile = Tile::kM;
       plan.keys_of_tile = Tile::kN;
-      plan.score_warps = Tile::kWarpgroups * 4;
+      plan.score_warps = Tile::kN / 16;
     };
     plan.variant.listed ? take(typename Tiles::Listed()) : take(typename Tiles::Dense());
   });

@@ -1,31 +1,36 @@
 // Tile sizes of the backward for sm_90a by head dimension: the table to tune. Plain C++, for the launchers' arithmetic
 // too.
 //
-// A warpgroup of consumers owns 64 keys, and has dK and dV of them in registers beside S and dP of kM rows.
-// dQ of the tile, in parts of 64 rows and 64 features, is shared out among the warpgroups.
+// A warpgroup of consumers owns 64 keys, and has dK and dV of them in registers beside S and dP of kM rows; or, by
+// product, two have the same 64 keys, one with dV and S, the other with dK and dP.
+// dQ of the tile, in parts of 64 rows and kGradQueryColumns features, is shared out among the warpgroups.
 #pragma once
 
 #include "cuda/sm90/tile_sizes.h"
 
 namespace attnx::cuda {
 
-inline constexpr int kTmaBackwardHeadDims[] = {64, 128};
+inline constexpr int kTmaBackwardHeadDims[] = {64, 128, 256};
 
-template <int kHeadDim_, int kM_, int kN_, int kBlocksPerSm_>
+template <int kHeadDim_, int kM_, int kN_, int kBlocksPerSm_, bool kByProduct_ = false>
 struct TmaBackwardTile {
   static constexpr int kHeadDim = kHeadDim_, kM = kM_, kN = kN_;  // features, rows, keys
-  static constexpr int kWarpgroups = kN / 64, kConsumers = kWarpgroups * 128, kThreads = 128 + kConsumers;
+  static constexpr bool kByProduct = kByProduct_;
+  static constexpr int kWarpgroups = kByProduct ? 2 : kN / 64, kConsumers = kWarpgroups * 128,
+                       kThreads = 128 + kConsumers;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kStages = 2;  // copies of queries and output gradients in shared memory
   static constexpr int kLogitStages = kWarpgroups == 1 ? 1 : 2;  // and of dS, which warpgroups read of each other
-  static constexpr int kGradQueryParts = (kM / 64) * (kHeadDim / 64) / kWarpgroups;  // of a warpgroup
+  static constexpr int kDerivativeBytes = kByProduct ? kM * kN * 4 : 0;
+  static constexpr int kGradQueryColumns = kByProduct ? 128 : 64;
+  static constexpr int kGradQueryParts = (kM / 64) * (kHeadDim / kGradQueryColumns) / kWarpgroups;  // of a warpgroup
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 24 : kBlocksPerSm == 1 ? 64 : 40;
   static constexpr int kConsumerRegisters = kWarpgroups == 2    ? 240
                                             : kBlocksPerSm == 1 ? 256
                                                                 : 512 / kBlocksPerSm - kProducerRegisters;
   static constexpr int kBarrierBytes = 256;
-  static constexpr int kSharedBytes =
-      (2 * kN + 2 * kStages * kM) * kHeadDim * 2 + kLogitStages * kM * kN * 2 + kStages * kM * 8 + kBarrierBytes;
+  static constexpr int kSharedBytes = (2 * kN + 2 * kStages * kM) * kHeadDim * 2 + kLogitStages * kM * kN * 2 +
+                                      kDerivativeBytes + kStages * kM * 8 + kBarrierBytes;
   static_assert(kSharedBytes * kBlocksPerSm + (kBlocksPerSm - 1) * 1024 <= kMostSharedBytes);
 };
 
@@ -40,6 +45,11 @@ template <>
 struct TmaBackwardTiles<128> {
   using Dense = TmaBackwardTile<128, 64, 128, 1>;
   using Listed = TmaBackwardTile<128, 64, 64, 1>;
+};
+template <>
+struct TmaBackwardTiles<256> {
+  using Dense = TmaBackwardTile<256, 64, 64, 1, true>;
+  using Listed = Dense;
 };
 
 }  // namespace attnx::cuda
