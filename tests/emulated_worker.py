@@ -35,8 +35,8 @@ def hopper_calls() -> Iterator[tuple[str, Results]]:
 
 
 def _hopper_dense(score: str, dtype: torch.dtype, head_dim: int) -> Results:
-    """Every addition to the logits; several heads in a tile of rows."""
-    shape = Shape(length_q=130, length_k=150, head_dim=head_dim, heads=2, kv_heads=1)
+    """Every addition to the logits; several heads in a tile of rows; sums of more than two tiles of keys."""
+    shape = Shape(length_q=130, length_k=290, head_dim=head_dim, heads=2, kv_heads=1)
     inputs, grad_output = random_inputs(shape, dtype, CPU)
     inputs["alibi_slopes"] = random_parameter((shape.heads,), dtype, CPU)
     if score == "sigmoid":

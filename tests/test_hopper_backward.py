@@ -92,7 +92,11 @@ def test_neighbouring_sequences(operator: str, head_dim: int, dtype: torch.dtype
 @pytest.mark.parametrize("mask", ["full", "window_causal"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_repeats_bitwise(operator: str, mask: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Also the gradients of bias and slopes, to which three tiles of keys and more add."""
     inputs, grad_output = random_inputs(Shape(260, 300, head_dim, batch=2, heads=2, kv_heads=1), dtype, device)
+    inputs["alibi_slopes"] = random_parameter((2,), dtype, device)
+    if operator == "sigmoid_attention":
+        inputs["bias"] = random_parameter((2,), dtype, device) - 4
     attention = getattr(attnx, operator)
     first = check(operator, inputs, grad_output, **MASKS[mask])
     for _ in range(3):
@@ -105,7 +109,7 @@ def test_repeats_bitwise(operator: str, mask: str, head_dim: int, dtype: torch.d
 def test_what_it_does_not_serve(operator: str, dtype: torch.dtype, device: torch.device) -> None:
     """Rows that are not on 16 bytes: an error where sm90 is asked for, and served by sm80 where nothing is."""
     inputs, grad_output = random_inputs(Shape(100, 100, 60), dtype, device)
-    with pytest.raises(RuntimeError, match="query does not start, or has strides .* on multiples of 16 bytes"):
+    with pytest.raises(RuntimeError, match=r"query does not start, or has strides .* on multiples of 16 bytes"):
         forward_backward(getattr(attnx, operator), inputs, grad_output)
     with attnx.cuda_mainloop("auto"):
         check(operator, inputs, grad_output)

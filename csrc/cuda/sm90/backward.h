@@ -75,7 +75,7 @@ __device__ __forceinline__ void consume_by_keys(const Warpgroup& own) {
       own.start_grad_keys(grad_values, weights, shared.grad_output(stage), c);
     }
 
-    if constexpr (Tile::kGradQueryParts > 1) {  // with the weights out of the way
+    if constexpr (Tile::kWaitForWeights) {
       wait_products<0>();
       pin(grad_values);
     }
@@ -101,9 +101,9 @@ __device__ __forceinline__ void consume_by_keys(const Warpgroup& own) {
     last_before = tile.before;
   }
 
-  if (last_tile >= 0) add_last_grad_query();
   wait_products<0>();
   pin(grad_keys);
+  if (last_tile >= 0) add_last_grad_query();
 
   // dK and dV, through the shared memory of K and V, once no product reads it any more.
   meet(1, Tile::kConsumers);
@@ -241,6 +241,23 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   }
 }
 
+// The same as store_accumulators() for the transposed: a warp's accumulators, rounded, as columns of a tile.
+template <class Tile, class Input, int kN>
+__device__ __forceinline__ void store_transposed(std::uint32_t tile, int row, int column, int lane,
+                                                 const float (&x)[1][kN][4], float factor) {
+#pragma unroll
+  for (int n = 0; n < kN; n += 2) {
+    std::uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float (&pairs)[4] = x[0][n + i / 2];
+      packed[i] = pack(pairs[i % 2 * 2] * factor, pairs[i % 2 * 2 + 1] * factor, Input());
+    }
+    store_matrices_transposed(tile + Tile::offset(row + n * 8 + lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2),
+                              packed);
+  }
+}
+
 // dQ from its sums: the registers of attnx_backward_sm90's threads, a block a tile of rows.
 template <class Input, class Tile>
 __global__ void __launch_bounds__(128) attnx_grad_query_sm90(const __grid_constant__ BackwardArguments args) {
@@ -265,8 +282,11 @@ __global__ void __launch_bounds__(128) attnx_grad_query_sm90(const __grid_consta
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n)
       *reinterpret_cast<float4*>(grad_query[0][n]) = from[(part * (kColumns / 8) + n) * 128];
-    store_accumulators<RowTile, Input>(shared_rows, part % (kM / 64) * 64 + warp * 16, part / (kM / 64) * kColumns,
-                                       lane, grad_query, args.scale);
+    const int row = Tile::first_row(part), feature = Tile::first_feature(part);
+    if constexpr (Tile::kSwapGradQuery)
+      store_transposed<RowTile, Input>(shared_rows, row, feature + warp * 16, lane, grad_query, args.scale);
+    else
+      store_accumulators<RowTile, Input>(shared_rows, row + warp * 16, feature, lane, grad_query, args.scale);
   }
   __syncthreads();
   const Tensor& to = args.call.grad_query;

@@ -18,7 +18,7 @@ template <class Tile>
 struct BackwardMemory {
   using KeyTile = SwizzledTile<Tile::kN, Tile::kHeadDim>;
   using RowTile = SwizzledTile<Tile::kM, Tile::kHeadDim>;
-  using LogitTile = SwizzledTile<Tile::kN, Tile::kM>;  // dS^T
+  using LogitTile = SwizzledTile<Tile::kN, Tile::kLogitColumns>;  // dS^T
   static constexpr int kStages = Tile::kStages, kLogitStages = Tile::kLogitStages;
 
   std::uint32_t key;

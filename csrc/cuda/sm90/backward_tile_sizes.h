@@ -3,7 +3,8 @@
 //
 // A warpgroup of consumers owns 64 keys, and has dK and dV of them in registers beside S and dP of kM rows; or, by
 // product, two have the same 64 keys, one with dV and S, the other with dK and dP.
-// dQ of the tile, in parts of 64 rows and kGradQueryColumns features, is shared out among the warpgroups.
+// dQ of the tile, in parts of kGradQueryRows rows and kGradQueryFeatures features, is shared out among the warpgroups.
+// It is computed transposed where the rows are no multiple of the 64 that wgmma makes.
 #pragma once
 
 #include "cuda/sm90/tile_sizes.h"
@@ -22,15 +23,24 @@ struct TmaBackwardTile {
   static constexpr int kStages = 2;  // copies of queries and output gradients in shared memory
   static constexpr int kLogitStages = kWarpgroups == 1 ? 1 : 2;  // and of dS, which warpgroups read of each other
   static constexpr int kDerivativeBytes = kByProduct ? kM * kN * 4 : 0;
-  static constexpr int kGradQueryColumns = kByProduct ? 128 : 64;
-  static constexpr int kGradQueryParts = (kM / 64) * (kHeadDim / kGradQueryColumns) / kWarpgroups;  // of a warpgroup
+  static constexpr int kLogitColumns = (kM + 63) / 64 * 64;  // of dS^T in shared memory, whose panels have 64
+  static constexpr bool kSwapGradQuery = kM % 64 != 0;
+  static constexpr int kGradQueryRows = kSwapGradQuery ? kM : 64, kGradQueryFeatures = kByProduct ? kHeadDim / 2 : 64;
+  static constexpr int kGradQueryColumns = kSwapGradQuery ? kGradQueryRows : kGradQueryFeatures;  // of its sums
+  static constexpr int kGradQueryParts =                                                          // of a warpgroup
+      (kM / kGradQueryRows) * (kHeadDim / kGradQueryFeatures) / kWarpgroups;
+  // Before dQ starts, where registers do not hold both.
+  static constexpr bool kWaitForWeights = kGradQueryParts > 1 || kM > 64 && kHeadDim > 64;
+  static constexpr int first_row(int part) { return part % (kM / kGradQueryRows) * kGradQueryRows; }
+  static constexpr int first_feature(int part) { return part / (kM / kGradQueryRows) * kGradQueryFeatures; }
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 24 : kBlocksPerSm == 1 ? 64 : 40;
   static constexpr int kConsumerRegisters = kWarpgroups == 2    ? 240
                                             : kBlocksPerSm == 1 ? 256
                                                                 : 512 / kBlocksPerSm - kProducerRegisters;
   static constexpr int kBarrierBytes = 256;
-  static constexpr int kSharedBytes = (2 * kN + 2 * kStages * kM) * kHeadDim * 2 + kLogitStages * kM * kN * 2 +
-                                      kDerivativeBytes + kStages * kM * 8 + kBarrierBytes;
+  static constexpr int kSharedBytes = (2 * kN + 2 * kStages * kM) * kHeadDim * 2 +
+                                      kLogitStages * kLogitColumns * kN * 2 + kDerivativeBytes + kStages * kM * 8 +
+                                      kBarrierBytes;
   static_assert(kSharedBytes * kBlocksPerSm + (kBlocksPerSm - 1) * 1024 <= kMostSharedBytes);
 };
 
@@ -43,8 +53,8 @@ struct TmaBackwardTiles<64> {
 };
 template <>
 struct TmaBackwardTiles<128> {
-  using Dense = TmaBackwardTile<128, 64, 128, 1>;
-  using Listed = TmaBackwardTile<128, 64, 64, 1>;
+  using Dense = TmaBackwardTile<128, 80, 128, 1>;
+  using Listed = TmaBackwardTile<128, 64, 64, 1, true>;
 };
 template <>
 struct TmaBackwardTiles<256> {

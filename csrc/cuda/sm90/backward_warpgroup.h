@@ -165,9 +165,18 @@ struct BackwardWarpgroup {
     }
   }
 
+  // In deterministic order each warpgroup takes its own turn at the sums of a tile of rows, and ends it with those of
+  // dQ.
+  __device__ __forceinline__ void begin_turn(int row_tile, int before) const {
+    if (!args.deterministic) return;
+    if (thread == 0) wait_for_turn(args.turns + row_tile, before * Tile::kWarpgroups);
+    meet(2 + number, 128);
+  }
+
   // Of the gradients of bias and slopes: a row's sums over the warp's keys.
   __device__ __forceinline__ void add_parameter_sums(const Logits& grad_logits, const PublishedTile& tile) const {
     if (!args.bias_sum && !args.slope_sum) return;
+    begin_turn(tile.row_tile, tile.before);
     const Place place = Place::again(args);
     const std::int64_t to = (std::int64_t(tile.row_tile) * kKeyWarps + own_key / 16 + warp) * kM + column;
 #pragma unroll
@@ -208,34 +217,31 @@ struct BackwardWarpgroup {
     release(shared.grad_logits_full(logit_stage));
   }
 
-  // The warpgroup's parts of dQ = dS K, of 64 rows and kGradQueryColumns features each, to the sums in global memory.
-  // Every product has ended then, but no accumulators are pinned.
+  // The warpgroup's parts of dQ = dS K to the sums in global memory. Every product has ended then, but no accumulators
+  // are pinned.
   __device__ __forceinline__ void add_grad_query(const Step<Tile::kLogitStages>& step, int row_tile, int before) const {
     wait(shared.grad_logits_full(step.stage()), step.parity());
 #pragma unroll
     for (int p = 0; p < Tile::kGradQueryParts; ++p) {
       const int part = p * Tile::kWarpgroups + number;
-      const int row = part % (kM / 64) * 64, feature = part / (kM / 64) * Tile::kGradQueryColumns;
       const std::uint64_t grad_logits =
-          LogitTile::transposed(shared.grad_logits(step.stage())) + LogitTile::step(0, row);
-      const std::uint64_t keys = KeyTile::transposed(shared.key) + KeyTile::step(0, feature);
+          LogitTile::transposed(shared.grad_logits(step.stage())) + LogitTile::step(0, Tile::first_row(part));
+      const std::uint64_t keys = KeyTile::transposed(shared.key) + KeyTile::step(0, Tile::first_feature(part));
       GradQuery sums;
       begin_products();
 #pragma unroll
-      for (int k = 0; k < kN; k += 16)
-        multiply_shared<true, true>(sums[0], grad_logits + LogitTile::step(k, 0), keys + KeyTile::step(k, 0), k > 0,
-                                    Input());
+      for (int k = 0; k < kN; k += 16) {
+        const std::uint64_t rows = grad_logits + LogitTile::step(k, 0), features = keys + KeyTile::step(k, 0);
+        multiply_shared<true, true>(sums[0], Tile::kSwapGradQuery ? features : rows,
+                                    Tile::kSwapGradQuery ? rows : features, k > 0, Input());
+      }
       commit_products();
       wait_products<0>();
       pin(sums);
-      // In deterministic order each warpgroup takes its own turn.
-      if (p == 0 && args.deterministic) {
-        if (thread == 0) wait_for_turn(args.turns + row_tile, before * Tile::kWarpgroups);
-        meet(2 + number, 128);
-      }
+      if (p == 0) begin_turn(row_tile, before);
       constexpr int kVectors = Tile::kGradQueryColumns / 8;  // of a thread
-      float* const to =
-          args.grad_query_sum + std::int64_t(row_tile) * (kM * kHeadDim) + (part * kVectors * 128 + thread) * 4;
+      float* const to = args.grad_query_sum + std::int64_t(row_tile) * (kM * kHeadDim) +
+                        (part * kVectors * 128 + fresh(thread)) * 4;  // else the address is kept through the loop
 #pragma unroll
       for (int n = 0; n < kVectors; ++n) add_to_global(to + n * 128 * 4, sums[0][n]);
     }

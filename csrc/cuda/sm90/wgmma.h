@@ -1,4 +1,4 @@
-// wgmma: the products of a warpgroup, 64 rows by 64, 128 or 256 columns by 16, asynchronous (PTX ISA 9.0, section
+// wgmma: the products of a warpgroup, 64 rows by 64, 80, 128 or 256 columns by 16, asynchronous (PTX ISA 9.0, section
 // 9.7.15). Operands lie in shared memory as SwizzledTile has them, or A in registers; sums are float32 in registers.
 //
 // Of a warp's 16 rows a lane holds those that Accumulators (tile.h) says, for the sums and for A in registers alike.
@@ -31,6 +31,7 @@ __device__ __forceinline__ void pin(float (&sums)[kM][kN][4]) {
 #define ATTNX_10(t) \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
 #define ATTNX_REGISTERS_32 ATTNX_10() ATTNX_10(1) ATTNX_10(2) "%30, %31"
+#define ATTNX_REGISTERS_40 ATTNX_10() ATTNX_10(1) ATTNX_10(2) "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39"
 #define ATTNX_REGISTERS_64 ATTNX_10() ATTNX_10(1) ATTNX_10(2) ATTNX_10(3) ATTNX_10(4) ATTNX_10(5) "%60, %61, %62, %63"
 #define ATTNX_REGISTERS_128 \
   ATTNX_10()                \
@@ -44,6 +45,7 @@ __device__ __forceinline__ void pin(float (&sums)[kM][kN][4]) {
 #define ATTNX_SUMS_4(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 #define ATTNX_SUMS_16(i) ATTNX_SUMS_4(i), ATTNX_SUMS_4(i + 1), ATTNX_SUMS_4(i + 2), ATTNX_SUMS_4(i + 3)
 #define ATTNX_SUMS_32(i) ATTNX_SUMS_16(i), ATTNX_SUMS_16(i + 4)
+#define ATTNX_SUMS_40(i) ATTNX_SUMS_32(i), ATTNX_SUMS_4(i + 8), ATTNX_SUMS_4(i + 9)
 #define ATTNX_SUMS_64(i) ATTNX_SUMS_32(i), ATTNX_SUMS_32(i + 8)
 #define ATTNX_SUMS_128(i) ATTNX_SUMS_64(i), ATTNX_SUMS_64(i + 16)
 
@@ -70,20 +72,24 @@ __device__ __forceinline__ void pin(float (&sums)[kM][kN][4]) {
   }
 
 ATTNX_PRODUCTS(64, 32, "bf16", __nv_bfloat16, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+ATTNX_PRODUCTS(80, 40, "bf16", __nv_bfloat16, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
 ATTNX_PRODUCTS(128, 64, "bf16", __nv_bfloat16, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 ATTNX_PRODUCTS(256, 128, "bf16", __nv_bfloat16, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 ATTNX_PRODUCTS(64, 32, "f16", __half, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+ATTNX_PRODUCTS(80, 40, "f16", __half, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
 ATTNX_PRODUCTS(128, 64, "f16", __half, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 ATTNX_PRODUCTS(256, 128, "f16", __half, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 #undef ATTNX_PRODUCTS
 #undef ATTNX_SUMS_128
 #undef ATTNX_SUMS_64
+#undef ATTNX_SUMS_40
 #undef ATTNX_SUMS_32
 #undef ATTNX_SUMS_16
 #undef ATTNX_SUMS_4
 #undef ATTNX_REGISTERS_128
 #undef ATTNX_REGISTERS_64
+#undef ATTNX_REGISTERS_40
 #undef ATTNX_REGISTERS_32
 #undef ATTNX_10
 
