@@ -9,14 +9,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import attnx
+from attnx.nn import SigmoidAttention
+from attnx.nn.projections import ProjectedAttention
 from cases import DTYPES, MASKS, OPERATORS, VARLEN_OPERATORS, Shape, pack, random_inputs, random_parameter
 from compare import check, forward_backward
 
@@ -24,6 +27,7 @@ pytestmark = [pytest.mark.backends("cuda", "emulated"), pytest.mark.needs("sm90"
 
 # Those that have tiles of their own, some that are padded, and some whose values are narrower.
 HEAD_DIMS = [(64, 64), (128, 128), (256, 256), (96, 96), (128, 40), (192, 160)]
+LENGTH = 150  # of what modules train on
 
 
 @pytest.fixture
@@ -115,12 +119,33 @@ def test_what_it_does_not_serve(operator: str, dtype: torch.dtype, device: torch
         check(operator, inputs, grad_output)
 
 
-def train(module: str, options: dict[str, Any]) -> list[float]:
-    """The losses of a few steps of a module of ``attnx.nn`` that learns to shift its input, in bfloat16."""
+class SoftmaxAttention(ProjectedAttention):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attnx.softmax_attention(query, key, value, is_causal=True, window=(100, -1))
+
+
+class BlockSparseAttention(ProjectedAttention):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        visited = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 1]]).bool().expand(1, self.num_heads, 3, 3)
+        mask = attnx.BlockMask.from_dense(visited, (64, 64))
+        return attnx.block_sparse_attention(query, key, value, mask, is_causal=True)
+
+
+# Of the modules of attnx.nn those whose operator has CUDA kernels, and modules around the other such operators.
+MODULES: dict[str, Callable[..., nn.Module]] = {
+    "sigmoid": partial(SigmoidAttention, num_kv_heads=1, is_causal=True, bias="trainable", bias_length=LENGTH),
+    "sigmoid_alibi": partial(SigmoidAttention, alibi="trainable", bias="row", is_causal=True, qk_norm=True),
+    "softmax": partial(SoftmaxAttention, num_kv_heads=1),
+    "block_sparse": BlockSparseAttention,
+}
+
+
+def train(name: str, head_dim: int) -> list[float]:
+    """The losses of a few steps of a module that learns to shift its input, in bfloat16."""
     torch.manual_seed(0)
-    attention = getattr(attnx.nn, module)(**options).to(torch.bfloat16)
+    attention = MODULES[name](2 * head_dim, 2).to(torch.bfloat16)
     optimizer = torch.optim.SGD(attention.parameters(), lr=0.5)
-    x = torch.randn(2, 150, options["embed_dim"]).to(torch.bfloat16)
+    x = torch.randn(2, LENGTH, 2 * head_dim).to(torch.bfloat16)
     losses = []
     for _ in range(4):
         loss = (attention(x) - x.roll(1, 1)).float().square().mean()
@@ -131,23 +156,13 @@ def train(module: str, options: dict[str, Any]) -> list[float]:
     return losses
 
 
-MODULES: dict[str, tuple[str, dict[str, Any]]] = {
-    "sigmoid": ("SigmoidAttention", {"num_heads": 2, "num_kv_heads": 1, "is_causal": True, "bias": "trainable"}),
-    "sigmoid_alibi": ("SigmoidAttention", {"num_heads": 2, "alibi": "trainable", "bias": "row", "is_causal": True}),
-}
-
-
 @pytest.mark.backends("emulated")
 @pytest.mark.usefixtures("sm90")
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("name", MODULES)
 def test_training_goes_as_on_the_cpu(name: str, head_dim: int) -> None:
-    module, options = MODULES[name]
-    options = options | {"embed_dim": 2 * head_dim, "head_dim": head_dim}
-    if options.get("bias") == "trainable":
-        options["bias_length"] = 150
-    losses = train(module, options)
-    code = f"import json, test_hopper_backward as t; print(json.dumps(t.train({module!r}, {options!r})))"
+    losses = train(name, head_dim)
+    code = f"import json, test_hopper_backward as t; print(json.dumps(t.train({name!r}, {head_dim})))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"ATTNX_CUDA_ON_HOST": "0"},
