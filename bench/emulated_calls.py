@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -50,9 +50,14 @@ class Call:
             torch.autograd.grad(output, [query, key, value, *parameters.values()], torch.ones_like(output))
 
 
-def _tile(score: Score, dtype: str, head_dim: int, rows: int) -> tuple[int, int]:
-    """The keys of the forward's tile and the head dimension that it is padded to."""
-    kernel = attnx._C.cuda_forward_kernel(
+class _Tile(NamedTuple):
+    rows: int
+    keys: int
+    head_dim: int  # what it is padded to
+
+
+def _tile(score: Score, dtype: str, head_dim: int, rows: int, direction: str = "forward") -> _Tile:
+    kernel = getattr(attnx._C, f"cuda_{direction}_kernel")(
         f"{score}_attention",
         dtype,
         batch=1,
@@ -63,10 +68,10 @@ def _tile(score: Score, dtype: str, head_dim: int, rows: int) -> tuple[int, int]
         head_dim=head_dim,
         value_dim=head_dim,
     )
-    match = re.search(r"(\d+) keys, head_dim padded to (\d+)", kernel)
+    match = re.search(r"(\d+) rows x (\d+) keys, head_dim padded to (\d+)", kernel)
     if match is None:
-        raise RuntimeError(f"expected a kernel with its keys and head_dim, got {kernel}")
-    return int(match[1]), int(match[2])
+        raise RuntimeError(f"expected a kernel with its tile and head_dim, got {kernel}")
+    return _Tile(*map(int, match.groups()))
 
 
 def hopper_calls() -> Iterator[Call]:
@@ -74,27 +79,27 @@ def hopper_calls() -> Iterator[Call]:
     for score in get_args(Score):
         for dtype in ("bfloat16", "float16"):
             for head_dim in (64, 128, 256):
-                keys, _ = _tile(score, dtype, head_dim, 192)
+                keys = _tile(score, dtype, head_dim, 192).keys
                 yield Call(score, dtype, head_dim, 384, 2 * keys)
                 yield Call(score, dtype, head_dim, 384, 4 * keys)
                 for keys in (128, 256):
                     yield Call(score, dtype, head_dim, 128, keys, listed=True)
-            for head_dim in (64, 128):
-                for rows in (128, 256):
-                    for listed in (False, True):
-                        yield Call(score, dtype, head_dim, rows, 128, backward=True, listed=listed)
+                rows = _tile(score, dtype, head_dim, 192, "backward").rows
+                for tiles in (2, 4):
+                    yield Call(score, dtype, head_dim, tiles * rows, 128, backward=True)
+                    yield Call(score, dtype, head_dim, tiles * _BLOCK, 128, backward=True, listed=True)
     yield Call("sigmoid", "bfloat16", 64, 128, 64, backward=True, parameters=("bias", "alibi_slopes"))
 
 
 def calls() -> Iterator[Call]:
     """In pairs of which the second runs the kernel's loop twice as often: over keys forward, over rows backward."""
-    head_dims = dict.fromkeys(_tile("softmax", "bfloat16", d, 64)[1] for d in range(32, 257, 32))
+    head_dims = dict.fromkeys(_tile("softmax", "bfloat16", d, 64).head_dim for d in range(32, 257, 32))
     for score in get_args(Score):
         for dtype in ("bfloat16", "float16"):
             # A head dimension less one is padded, and its rows do not lie on 16 bytes.
             for head_dim in (d - odd for odd in (0, 1) for d in head_dims):
                 for rows in (64, 128):  # up to 64 take narrow tiles
-                    keys, _ = _tile(score, dtype, head_dim, rows)
+                    keys = _tile(score, dtype, head_dim, rows).keys
                     yield Call(score, dtype, head_dim, rows, 2 * keys)
                     yield Call(score, dtype, head_dim, rows, 4 * keys)  # more would be split
                 for keys in (128, 256):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that is asked of a GPU, in one command, without network and in under 9 minutes: bench/gpu.sh OUT_DIR
+# All that is asked of a GPU, in one command, without network and in under 10 minutes: bench/gpu.sh OUT_DIR
 #
 # Builds for the GPU that is there, runs the tests on it, also under compute-sanitizer, and measures attnx beside the
 # peers that are installed. OUT_DIR gets <device>-<commit>.json, .md and two .png, log.txt, and status.txt with a line a
@@ -58,7 +58,9 @@ sanitize racecheck 40
 bench bfloat16 100 --suite flash --dtype bfloat16 --rounds 15
 bench float16 20 --suite flash --dtype float16 --rounds 15 --case d128-4096
 bench varlen 20 --suite varlen --dtype bfloat16 --rounds 15
-bench flex 60 --suite flex --dtype bfloat16 --rounds 15
+bench deterministic 20 --suite deterministic --dtype bfloat16 --rounds 15
+bench flex 40 --suite flex --dtype bfloat16 --rounds 15
+part drift 50 "$python" bench/drift.py --device cuda --output "$out"
 part summary 20 "$python" bench/summary.py --output "$out" "$work"/runs/*.json
 
 echo

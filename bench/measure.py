@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import textwrap
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -165,6 +167,26 @@ def _sampler(attention: Attention, inputs: Inputs, direction: Direction, device:
     return backward
 
 
+@contextlib.contextmanager
+def _mode(contender: Contender) -> Iterator[None]:
+    if not contender.deterministic:
+        yield
+        return
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help to find bugs, not part of the algorithms
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def _sample(sampler: Callable[[], float], contender: Contender) -> float:
+    with _mode(contender):
+        return sampler()
+
+
 def explain(error: BaseException) -> str:
     """The first line of the error at the root of the chain."""
     while error.__cause__ is not None:
@@ -190,8 +212,11 @@ def measure(
         row = Row(case, dtype, direction, contender.name, contender.ours, ceiling=ceiling)
         rows.append(row)
         try:
-            sampler = _sampler(contender.prepare(case, inputs), inputs, direction, device)
-            row.accuracy = accuracy(contender, case, dtype, direction, device)
+            sampler = functools.partial(
+                _sample, _sampler(contender.prepare(case, inputs), inputs, direction, device), contender
+            )
+            with _mode(contender):
+                row.accuracy = accuracy(contender, case, dtype, direction, device)
             sampler()  # warm-up; compiles where something is compiled
         except Exception as error:  # whatever stops a contender becomes its row's reason
             row.reason = explain(error)

@@ -106,6 +106,7 @@ class Contender:
     name: str
     formula: Formula
     prepare: Prepare
+    deterministic: bool = False  # runs under PyTorch's deterministic algorithms
 
     @property
     def ours(self) -> bool:

@@ -9,6 +9,7 @@ SUITES: dict[str, Suite] = {
         dense.SUITE,
         flash.SUITE,
         flash.FLEX_SUITE,
+        flash.DETERMINISTIC_SUITE,
         varlen.SUITE,
         sparse_linear.SUITE,
         sparse_linear.LENGTHS_SUITE,

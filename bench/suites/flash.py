@@ -4,6 +4,7 @@ decoding, one query against long caches."""
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -97,6 +98,19 @@ SUITE = Suite(
         _FLASH,
         Contender("sdpa-cudnn", dense.SOFTMAX, _sdpa(SDPBackend.CUDNN_ATTENTION)),
         *peers.installed(),
+    ),
+    baseline=_FLASH.name,
+    memory_case=_case(128, 16384, False),
+)
+
+# What the same sums in the same order every time cost, ours and FlashAttention-2's.
+DETERMINISTIC_SUITE = Suite(
+    name="deterministic",
+    cases=tuple(replace(case, directions=("backward",)) for case in CASES if case.length_q == 4096),
+    contenders=tuple(
+        contender
+        for plain in (*_OURS, _FLASH)
+        for contender in (plain, replace(plain, name=f"{plain.name}-deterministic", deterministic=True))
     ),
     baseline=_FLASH.name,
     memory_case=_case(128, 16384, False),

@@ -24,6 +24,7 @@ struct Arguments {
   Divisor heads;         // of tiles of rows: those of key, with lists those of query
   Divisor query_blocks;  // tiles along the longest sequence's rows (query, head of the group)
   Divisor key_heads, key_blocks;  // backward: heads, and tiles along the longest sequence's keys
+  int row_heads;                  // backward: of tiles of rows on a key head
   Divisor splits;                 // forward: shares of the keys
   int left, right;                // the window, at most kUnbounded
   float scale, scale_log2;

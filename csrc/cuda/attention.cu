@@ -374,6 +374,7 @@ BackwardPlan plan(const BackwardParams& p, std::optional<Mainloop> asked, void* 
 
   auto& args = plan.args;
   args.key_heads = Divisor(std::uint32_t(p.heads_k));
+  args.row_heads = int(args.heads.divisor() / p.heads_k);
   args.key_blocks = Divisor(std::uint32_t(std::max<std::int64_t>(ceil_div(p.length_k, plan.keys_of_tile), 1)));
   args.row_tiles = p.cu_seqlens_q ? p.packed_rows_q * args.group.divisor() / plan.rows_of_tile + p.batch
                                   : p.batch * args.query_blocks.divisor();

@@ -32,8 +32,8 @@ class BandRowTiles {
   __device__ __forceinline__ float bias(int) const { return 0; }
 };
 
-// How many tiles of kKeys keys add to the tile of rows from row_begin on before the tile from key_begin on does: all
-// that its first query sees, or its list names, up to there.
+// A warp: how many tiles of kKeys keys add to the tile of rows from row_begin on before the tile from key_begin on
+// does, all that its first query sees, or its list names, up to there.
 template <bool kListed, int kKeys>
 __device__ __forceinline__ int tiles_before(const BackwardArguments& args, const Band& band, int batch, int query_head,
                                             int row_begin, int key_begin) {
@@ -41,8 +41,9 @@ __device__ __forceinline__ int tiles_before(const BackwardArguments& args, const
     const List list(args.call.key_blocks, batch, query_head, row_begin / int(args.call.block_q));
     const int per_block = int(args.call.block_k) / kKeys, own = key_begin / int(args.call.block_k);
     int before = 0;
-    for (int i = 0; i < list.count(); ++i) before += list.index(i) < own;
-    return before * per_block + key_begin / kKeys % per_block;
+#pragma unroll 2  // more would not fit the registers of a producer
+    for (int i = threadIdx.x % 32; i < list.count(); i += 32) before += list.index(i) < own;
+    return __reduce_add_sync(~0u, before) * per_block + key_begin / kKeys % per_block;
   } else {
     return (key_begin - band.visible(args.group.divide(row_begin)).first / kKeys * kKeys) / kKeys;
   }

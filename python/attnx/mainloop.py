@@ -13,8 +13,8 @@ from attnx import _C
 def cuda_mainloop(name: Literal["auto", "sm80", "sm90"]) -> Iterator[None]:
     """Calls inside the block run on this CUDA mainloop, in all threads of the process, backwards included.
 
-    The environment variable ``ATTNX_CUDA_MAINLOOP`` asks for one outside such blocks. The forward has a choice, and so
-    has the backward with up to 128 features.
+    The environment variable ``ATTNX_CUDA_MAINLOOP`` asks for one outside such blocks. Forward and backward have a
+    choice.
 
     Args:
         name: ``"auto"``, the fastest that the device and the call allow (:func:`attnx.explain` names it); ``"sm80"``,

@@ -1,4 +1,4 @@
-// The producer of the backward: one thread, which has TMA bring the tiles.
+// The producer of the backward: one warp, which has TMA bring the tiles.
 #pragma once
 
 #include "cuda/backward_rows.h"
@@ -12,8 +12,8 @@ template <bool kListed, class Tile>
 struct BackwardPlace {
   int key_begin, head, batch;
   Sequence sequence;
-  int row_end;  // of the sequence
-  int turns;    // heads of tiles of rows on the key head
+  int row_end;    // of the sequence
+  int row_heads;  // of tiles of rows on the key head
 
   __device__ __forceinline__ BackwardPlace(const BackwardArguments& args, int block) {
     key_begin = args.key_blocks.split(block) * Tile::kN;
@@ -21,10 +21,10 @@ struct BackwardPlace {
     batch = block;
     sequence = args.sequence(batch);
     row_end = sequence.length_q * args.group.divisor();
-    turns = args.heads.divisor() / args.key_heads.divisor();
+    row_heads = args.row_heads;
   }
 
-  __device__ __forceinline__ int row_head(int turn) const { return head * turns + turn; }
+  __device__ __forceinline__ int row_head(int turn) const { return head * row_heads + turn; }
   __device__ __forceinline__ std::int64_t row_tile(const BackwardArguments& args, int turn, int row_begin) const {
     return row_head(turn) * args.row_tiles + args.row_tile(batch, sequence, row_begin / Tile::kM, Tile::kM);
   }
@@ -34,7 +34,7 @@ struct BackwardPlace {
   __device__ __forceinline__ void for_each(const BackwardArguments& args, const Step& step) const {
     if constexpr (kListed) {
 #pragma unroll 1
-      for (int turn = 0; turn < turns; ++turn) {
+      for (int turn = 0; turn < row_heads; ++turn) {
         const ListedTiles<Tile::kM> tiles(
             List(args.call.query_blocks, batch, row_head(turn), key_begin / int(args.call.block_k)),
             int(args.call.block_q));
@@ -44,7 +44,7 @@ struct BackwardPlace {
     } else {
       const BandRowTiles<Tile::kM> tiles(sequence.band, key_begin, Tile::kN, sequence.length_q, args.group.divisor());
 #pragma unroll 1
-      for (int turn = 0; turn < turns; ++turn)
+      for (int turn = 0; turn < row_heads; ++turn)
 #pragma unroll 1
         for (int tile = tiles.begin(); tile < tiles.end(); ++tile) step(turn, tiles.row(tile), 0);
     }
@@ -56,23 +56,25 @@ struct BackwardPlace {
   }
 };
 
-// The producer: one thread.
+// The producer: one warp, whose first lane has copies made.
 template <bool kHasDelta, bool kListed, class Tile>
 __device__ __forceinline__ void produce_tiles(const TmaBackwardArguments& launch, const BackwardMemory<Tile>& shared) {
   using Memory = BackwardMemory<Tile>;
   using Place = BackwardPlace<kListed, Tile>;
   const BackwardArguments& args = launch.args;
-  prefetch(launch.query);
-  prefetch(launch.key);
-  prefetch(launch.value);
-  prefetch(launch.grad_output);
-
   const Place own = Place::again(args);
   const auto batch_of = [&](const Place& place) { return args.call.cu_seqlens_q ? 0 : place.batch; };
-  arrive_expecting(shared.keys_full(), 2 * Memory::KeyTile::kBytes);
-  int keys[5] = {0, 0, int(own.sequence.first_k) + own.key_begin, own.head, batch_of(own)};
-  Memory::KeyTile::load(shared.key, launch.key, keys, shared.keys_full(), kEvictFirst);
-  Memory::KeyTile::load(shared.value(), launch.value, keys, shared.keys_full(), kEvictFirst);
+  const bool leads = threadIdx.x == 0;
+  if (leads) {
+    prefetch(launch.query);
+    prefetch(launch.key);
+    prefetch(launch.value);
+    prefetch(launch.grad_output);
+    arrive_expecting(shared.keys_full(), 2 * Memory::KeyTile::kBytes);
+    int keys[5] = {0, 0, int(own.sequence.first_k) + own.key_begin, own.head, batch_of(own)};
+    Memory::KeyTile::load(shared.key, launch.key, keys, shared.keys_full(), kEvictFirst);
+    Memory::KeyTile::load(shared.value(), launch.value, keys, shared.keys_full(), kEvictFirst);
+  }
 
   Step<Tile::kStages> step;
   own.for_each(args, [&](int turn, int row, float bias) {
@@ -97,24 +99,30 @@ __device__ __forceinline__ void produce_tiles(const TmaBackwardArguments& launch
       if (key < plain.first || key + 64 > plain.end || args.call.alibi_slopes.data) tile.masked |= 1u << w;
     }
     if (!kListed && args.call.cu_seqlens_q && row + Tile::kM > place.row_end) tile.masked |= PublishedTile::kRagged;
-    tile.store(shared.tile(stage));
 
     int at[5] = {0, 0, int(place.sequence.first_q) + args.group.divide(row), place.row_head(turn), batch_of(place)};
     const std::int64_t first_term = std::int64_t(row_tile) * Tile::kM;
-    arrive_expecting(shared.query_full(stage), Memory::RowTile::kBytes + kTermBytes);
-    Memory::RowTile::load(shared.query(stage), launch.query, at, shared.query_full(stage), kEvictLast);
-    load_bytes(shared.offset(stage), args.offset + first_term, kTermBytes, shared.query_full(stage));
+    if (leads) {
+      tile.store(shared.tile(stage));
+      arrive_expecting(shared.query_full(stage), Memory::RowTile::kBytes + kTermBytes);
+      Memory::RowTile::load(shared.query(stage), launch.query, at, shared.query_full(stage), kEvictLast);
+      load_bytes(shared.offset(stage), args.offset + first_term, kTermBytes, shared.query_full(stage));
+    }
 
     wait(shared.grad_output_empty(stage), before);
-    arrive_expecting(shared.grad_output_full(stage), Memory::RowTile::kBytes + kHasDelta * kTermBytes);
-    Memory::RowTile::load(shared.grad_output(stage), launch.grad_output, at, shared.grad_output_full(stage),
-                          kEvictLast);
-    if constexpr (kHasDelta)
-      load_bytes(shared.delta(stage), args.delta + first_term, kTermBytes, shared.grad_output_full(stage));
+    if (leads) {
+      arrive_expecting(shared.grad_output_full(stage), Memory::RowTile::kBytes + kHasDelta * kTermBytes);
+      Memory::RowTile::load(shared.grad_output(stage), launch.grad_output, at, shared.grad_output_full(stage),
+                            kEvictLast);
+      if constexpr (kHasDelta)
+        load_bytes(shared.delta(stage), args.delta + first_term, kTermBytes, shared.grad_output_full(stage));
+    }
   });
   wait(shared.query_empty(step.stage()), step.parity() ^ 1);
-  PublishedTile{-1, 0, 0, 0, 0, 0}.store(shared.tile(step.stage()));
-  arrive(shared.query_full(step.stage()));
+  if (leads) {
+    PublishedTile{-1, 0, 0, 0, 0, 0}.store(shared.tile(step.stage()));
+    arrive(shared.query_full(step.stage()));
+  }
 }
 
 }  // namespace attnx::cuda

@@ -33,10 +33,8 @@ struct TmaBackwardTile {
   static constexpr bool kWaitForWeights = kGradQueryParts > 1 || kM > 64 && kHeadDim > 64;
   static constexpr int first_row(int part) { return part % (kM / kGradQueryRows) * kGradQueryRows; }
   static constexpr int first_feature(int part) { return part / (kM / kGradQueryRows) * kGradQueryFeatures; }
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 24 : kBlocksPerSm == 1 ? 64 : 40;
-  static constexpr int kConsumerRegisters = kWarpgroups == 2    ? 240
-                                            : kBlocksPerSm == 1 ? 256
-                                                                : 512 / kBlocksPerSm - kProducerRegisters;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 24 : 40;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 512 / kBlocksPerSm - kProducerRegisters;
   static constexpr int kBarrierBytes = 256;
   static constexpr int kSharedBytes = (2 * kN + 2 * kStages * kM) * kHeadDim * 2 +
                                       kLogitStages * kLogitColumns * kN * 2 + kDerivativeBytes + kStages * kM * 8 +
