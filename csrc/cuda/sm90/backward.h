@@ -201,7 +201,6 @@ __device__ __forceinline__ void consume_derivatives(const Warpgroup& own) {
     const Step<Tile::kLogitStages> logit_step{step.number};
     own.publish_grad_logits(grad_logits, grad_keys, stage, logit_step.stage());
     own.add_grad_query(logit_step, tile.row_tile, tile.before);
-    wait_products<0>();
     pin(grad_keys);
     own.release(shared.query_empty(stage));
   }
