@@ -44,6 +44,7 @@ struct BlockList {
   const float* divisor = nullptr;  // of the block's weights; sigmoid only
   std::int64_t counts_batch_stride = 0, counts_head_stride = 0;
   std::int64_t indices_batch_stride = 0, indices_head_stride = 0, indices_row_stride = 0;
+  std::int64_t width = 0;  // no count is above it
   std::int64_t bias_batch_stride = 0, bias_head_stride = 0, bias_row_stride = 0;
 };
 

@@ -24,7 +24,6 @@ struct Arguments {
   Divisor heads;         // of tiles of rows: those of key, with lists those of query
   Divisor query_blocks;  // tiles along the longest sequence's rows (query, head of the group)
   Divisor key_heads, key_blocks;  // backward: heads, and tiles along the longest sequence's keys
-  int row_heads;                  // backward: of tiles of rows on a key head
   Divisor splits;                 // forward: shares of the keys
   int left, right;                // the window, at most kUnbounded
   float scale, scale_log2;
@@ -39,6 +38,11 @@ struct Arguments {
   float* grad_query_sum;  // [element of a thread][thread]: the tile's grad_query / scale, by threads of the main kernel
   float *bias_sum, *slope_sum;  // [warp][row]: sums of grad_logits, and of them times distance; null where not wanted
   int* turns;                   // deterministic: how many tiles of keys have added theirs to grad_query_sum
+  int row_heads;                // heads of tiles of rows on a key head
+  // Deterministic, with lists, of each entry of query_blocks, laid out as its indices: how many blocks the list of its
+  // block of queries has before the block of keys whose entry it is.
+  int* list_order;
+  int listed_keys;  // blocks of keys
 
   __device__ __forceinline__ Sequence sequence(int batch) const {
     const auto length = [&](const std::int32_t* ends, std::int64_t full) {

@@ -357,7 +357,7 @@ void plan_sm90(const BackwardParams& p, BackwardPlan& plan) {
   }();
 }
 
-BackwardPlan plan(const BackwardParams& p, std::optional<Mainloop> asked, void* workspace) {
+BackwardPlan plan(const BackwardParams& p, std::optional<Mainloop> asked, bool deterministic, void* workspace) {
   const Device& device = current_device();
   BackwardPlan plan{};
   plan.variant.listed = p.key_blocks.counts;
@@ -383,6 +383,14 @@ BackwardPlan plan(const BackwardParams& p, std::optional<Mainloop> asked, void* 
   Layout layout;
   args.offset = layout.place<float>(workspace, rows);
   if (p.score == Score::kSoftmax) args.delta = layout.place<float>(workspace, rows);
+  args.deterministic = deterministic;
+  if (deterministic && plan.variant.listed) {
+    args.listed_keys = int(ceil_div(p.length_k, p.block_k));
+    const BlockList& lists = p.query_blocks;
+    const std::int64_t last = (p.batch - 1) * lists.indices_batch_stride + (p.heads_q - 1) * lists.indices_head_stride +
+                              std::int64_t(args.listed_keys - 1) * lists.indices_row_stride;
+    args.list_order = layout.place<int>(workspace, std::max<std::int64_t>(last + lists.width, 0));
+  }
   const std::size_t zeros_begin = layout.bytes();
   plan.sums = args.grad_query_sum = layout.place<float>(workspace, rows * plan.head_dim);
   if (p.grad_bias) args.bias_sum = layout.place<float>(workspace, rows * plan.score_warps);
@@ -433,17 +441,17 @@ void forward(const ForwardParams& params, const Launch& launch) {
 }
 
 std::size_t backward_workspace(const BackwardParams& params, const Launch& launch) {
-  return plan(params, launch.mainloop, nullptr).workspace;
+  return plan(params, launch.mainloop, launch.deterministic, nullptr).workspace;
 }
 
 void backward(const BackwardParams& params, const Launch& launch) {
   const Range range(range_name(params.score, false));
-  BackwardPlan plan = cuda::plan(params, launch.mainloop, launch.workspace);
-  plan.args.deterministic = launch.deterministic;
+  const BackwardPlan plan = cuda::plan(params, launch.mainloop, launch.deterministic, launch.workspace);
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   check(cudaMemsetAsync(plan.sums, 0, plan.sums_bytes, stream), "cudaMemsetAsync");
   const bool aligned = plan.variant.aligned && is_aligned(params, params.output, params.heads_q, params.value_dim);
   launch_row_terms(plan.args, plan.rows_of_tile, aligned, stream);
+  if (plan.args.list_order) launch_list_order(plan.args, stream);
   const std::int64_t blocks = params.batch * params.heads_k * plan.args.key_blocks.divisor();
   if (plan.mainloop == Mainloop::kSm90) {
     launch_sm90(params, plan, blocks, stream);
@@ -466,7 +474,7 @@ std::string forward_kernel(const ForwardParams& params) {
 }
 
 std::string backward_kernel(const BackwardParams& params) {
-  const BackwardPlan plan = cuda::plan(params, asked_mainloop(), nullptr);
+  const BackwardPlan plan = cuda::plan(params, asked_mainloop(), false, nullptr);
   const bool sm90 = plan.mainloop == Mainloop::kSm90;
   return (sm90 ? "attnx_backward_sm90, " : "attnx_backward_sm80, ") + std::to_string(plan.rows_of_tile) + " rows x " +
          std::to_string(plan.keys_of_tile) + " keys, head_dim padded to " + std::to_string(plan.head_dim) +

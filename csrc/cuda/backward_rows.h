@@ -30,20 +30,17 @@ class BandRowTiles {
   __device__ __forceinline__ int end() const { return end_; }
   __device__ __forceinline__ int row(int tile) const { return tile * kRows; }
   __device__ __forceinline__ float bias(int) const { return 0; }
+  __device__ __forceinline__ const std::int32_t* entry(int) const { return nullptr; }
 };
 
-// A warp: how many tiles of kKeys keys add to the tile of rows from row_begin on before the tile from key_begin on
-// does, all that its first query sees, or its list names, up to there.
+// How many tiles of kKeys keys add to the tile of rows from row_begin on before the tile from key_begin on does: all
+// that its first query sees up to there, or its list names, which is this entry of the keys' own list.
 template <bool kListed, int kKeys>
-__device__ __forceinline__ int tiles_before(const BackwardArguments& args, const Band& band, int batch, int query_head,
-                                            int row_begin, int key_begin) {
+__device__ __forceinline__ int tiles_before(const BackwardArguments& args, const Band& band, int row_begin,
+                                            int key_begin, const std::int32_t* entry) {
   if constexpr (kListed) {
-    const List list(args.call.key_blocks, batch, query_head, row_begin / int(args.call.block_q));
-    const int per_block = int(args.call.block_k) / kKeys, own = key_begin / int(args.call.block_k);
-    int before = 0;
-#pragma unroll 2  // more would not fit the registers of a producer
-    for (int i = threadIdx.x % 32; i < list.count(); i += 32) before += list.index(i) < own;
-    return __reduce_add_sync(~0u, before) * per_block + key_begin / kKeys % per_block;
+    const int per_block = fresh(int(args.call.block_k)) / kKeys;  // not kept in a register through the loop
+    return args.list_order[entry - args.call.query_blocks.indices] * per_block + key_begin / kKeys % per_block;
   } else {
     return (key_begin - band.visible(args.group.divide(row_begin)).first / kKeys * kKeys) / kKeys;
   }

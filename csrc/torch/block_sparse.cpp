@@ -59,6 +59,7 @@ BlockList read_lists(const Lists& lists, const AttentionParams& p, const StableT
   list.indices_batch_stride = stride(lists.indices, 0);
   list.indices_head_stride = stride(lists.indices, 1);
   list.indices_row_stride = lists.indices.stride(2);
+  list.width = lists.indices.size(3);
   if (lists.bias) {
     check_list(lists.bias_name, *lists.bias, ScalarType::Float, 4);
     check(lists.bias->size(3) == lists.indices.size(3), lists.bias_name, ": expected the width of ", lists.indices_name,

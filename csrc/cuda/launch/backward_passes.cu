@@ -26,6 +26,11 @@ void launch_row_terms(const BackwardArguments& args, int rows_of_tile, bool alig
                 call.batch * args.heads.divisor() * args.query_blocks.divisor(), 256, 0, stream, args, rows_of_tile);
 }
 
+void launch_list_order(const BackwardArguments& args, cudaStream_t stream) {
+  launch_kernel("attnx_list_order", reinterpret_cast<const void*>(attnx_list_order),
+                args.call.batch * args.call.heads_q * args.listed_keys, 256, 0, stream, args);
+}
+
 void launch_parameter_sums(const BackwardArguments& args, int rows_of_tile, int score_warps, cudaStream_t stream) {
   if (args.bias_sum || args.slope_sum)
     launch_kernel("attnx_parameter_sums", reinterpret_cast<const void*>(attnx_parameter_sums),

@@ -57,6 +57,7 @@ void launch_backward_sm90(const TmaBackwardArguments& args, Variant variant, std
 // The passes after the one and around the other.
 void launch_combine(const Arguments<ForwardParams>& args, int padded_rows, int features, cudaStream_t stream);
 void launch_row_terms(const Arguments<BackwardParams>& args, int rows_of_tile, bool aligned, cudaStream_t stream);
+void launch_list_order(const Arguments<BackwardParams>& args, cudaStream_t stream);
 void launch_parameter_sums(const Arguments<BackwardParams>& args, int rows_of_tile, int score_warps,
                            cudaStream_t stream);
 

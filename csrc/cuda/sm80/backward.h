@@ -175,9 +175,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       store_accumulators<ScoreTile, Input>(shared_grad_logits, score_row, score_key, lane, grad_logits, 1);
 
       int* turn_of_rows = args.turns + row_tile;
-      if (args.deterministic && threadIdx.x < 32) {
-        const int before = tiles_before<kListed, kN>(args, band, batch, query_head, row_begin, key_begin);
-        if (threadIdx.x == 0) wait_for_turn(turn_of_rows, before);
+      if (args.deterministic) {
+        if (threadIdx.x == 0)
+          wait_for_turn(turn_of_rows, tiles_before<kListed, kN>(args, band, row_begin, key_begin, tiles.entry(tile)));
       }
       __syncthreads();
 

@@ -1,7 +1,8 @@
 // The passes around the backward's main kernel: what it adds to each row's logits and subtracts from the gradients of
-// its weights, and the gradients of bias and slopes from its sums.
+// its weights, the order of its sums over lists, and the gradients of bias and slopes from its sums.
 #pragma once
 
+#include "cuda/backward_rows.h"
 #include "cuda/score/sigmoid.h"
 #include "cuda/score/softmax.h"
 #include "cuda/storage/strided.h"
@@ -61,6 +62,21 @@ __global__ void __launch_bounds__(256)
       args.offset[row_tile * rows_of_tile + r] = offset;
       if (kScore == Score::kSoftmax) args.delta[row_tile * rows_of_tile + r] = delta;
     }
+  }
+}
+
+// args.list_order: a block the list of a block of keys and query head, a warp an entry of it.
+__global__ void __launch_bounds__(256) attnx_list_order(const __grid_constant__ BackwardArguments args) {
+  const auto& call = args.call;
+  const int key_block = blockIdx.x % args.listed_keys, query_head = blockIdx.x / args.listed_keys % int(call.heads_q);
+  const int batch = blockIdx.x / args.listed_keys / int(call.heads_q);
+  const List queries(call.query_blocks, batch, query_head, key_block);
+  for (int entry = threadIdx.x / 32; entry < queries.count(); entry += blockDim.x / 32) {
+    const List keys(call.key_blocks, batch, query_head, queries.index(entry));
+    int before = 0;
+    for (int i = threadIdx.x % 32; i < keys.count(); i += 32) before += keys.index(i) < key_block;
+    before = __reduce_add_sync(~0u, before);
+    if (threadIdx.x % 32 == 0) args.list_order[queries.entry(entry) - call.query_blocks.indices] = before;
   }
 }
 

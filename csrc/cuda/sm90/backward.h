@@ -1,7 +1,7 @@
 // The backward mainloop for sm_90a: dK and dV of a tile of keys, and its part of dQ, by wgmma on tiles that TMA brings
 // (FlashAttention-3, Shah et al. 2024).
 //
-// A block owns a tile of keys and walks over the tiles of rows (query, head of the group) that see it. One warp of
+// A block owns a tile of keys and walks over the tiles of rows (query, head of the group) that see it. One thread of
 // its first warpgroup, the producer, has copies made: K and V once, Q and dO in rings of two stages. The others are
 // consumers. They compute transposed: S^T and dP^T come out of the tensor cores as the next products want their operand
 // A, so that P never passes through shared memory. dQ sums over all keys of the tile, and is the only product whose
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same in all lanes, as the compiler can see
   if (warpgroup == 0) {
     release_registers_down_to<Tile::kProducerRegisters>();
-    if (threadIdx.x < 32) produce_tiles<BackwardScore<kScore, Input>::kHasDelta, kListed>(launch, shared);
+    if (threadIdx.x == 0) produce_tiles<BackwardScore<kScore, Input>::kHasDelta, kListed>(launch, shared);
   } else {
     claim_registers_up_to<Tile::kConsumerRegisters>();
     const BackwardWarpgroup<kScore, Input, kListed, Tile> own(launch.args, shared, warpgroup - 1);

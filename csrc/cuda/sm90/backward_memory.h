@@ -75,14 +75,14 @@ struct PublishedTile {
   int row;       // the first; -1 after the last tile
   int row_tile;  // where its sums lie
   int before;    // deterministic: how many tiles of keys add to its sums first
-  int turn;
+  int row_head;
   unsigned masked;  // a bit for each warpgroup: whether logits of its keys must be placed; and kRagged
   float bias;       // of a listed tile, times log2(e)
 
   static constexpr unsigned kRagged = 1u << 31;  // other sequences' rows are in the tile
 
   __device__ __forceinline__ void store(std::uint32_t to) const {
-    store_shared(to, make_uint4(row, row_tile, before, turn));
+    store_shared(to, make_uint4(row, row_tile, before, row_head));
     store_shared(to + 16, masked);
     store_shared(to + 20, __float_as_uint(bias));
   }

@@ -38,7 +38,7 @@ struct BackwardWarpgroup {
   const BackwardArguments& args;
   const Memory& shared;
   int number;               // of the warpgroup, from 0
-  int thread, lane, warp;   // in the warpgroup, the warp, the warpgroup
+  int lane, warp;           // in the warp, the warpgroup
   int own_key;              // the warpgroup's first key of the tile
   int key_in_tile, column;  // the thread's first key and row of the tile
   std::uint64_t own_keys, own_values;
@@ -47,7 +47,6 @@ struct BackwardWarpgroup {
       : args(args),
         shared(shared),
         number(number),
-        thread(threadIdx.x % 128),
         lane(threadIdx.x % 32),
         warp(threadIdx.x / 32 % 4),
         own_key(Tile::kByProduct ? 0 : number * 64),
@@ -55,6 +54,9 @@ struct BackwardWarpgroup {
         column(lane % 4 * 2),
         own_keys(KeyTile::by_rows(shared.key) + KeyTile::step(own_key, 0)),
         own_values(KeyTile::by_rows(shared.value()) + KeyTile::step(own_key, 0)) {}
+
+  // In the warpgroup; not kept in a register.
+  static __device__ __forceinline__ int thread() { return fresh(int(threadIdx.x)) % 128; }
 
   __device__ __forceinline__ void release(std::uint32_t barrier) const {
     if (lane == 0) arrive(barrier);
@@ -108,8 +110,8 @@ struct BackwardWarpgroup {
   __device__ __forceinline__ float place(Logits& s, const PublishedTile& tile) const {
     if (!(tile.masked >> (own_key / 64) & 1)) return args.scale_log2;
     const Place place = Place::again(args);
-    place_transposed_logits(s, args, place.sequence.band, args.query_head(place.row_head(tile.turn)),
-                            place.key_begin + key_in_tile, tile.row + column);
+    place_transposed_logits(s, args, place.sequence.band, args.query_head(tile.row_head), place.key_begin + key_in_tile,
+                            tile.row + column);
     return 1;
   }
 
@@ -138,14 +140,14 @@ struct BackwardWarpgroup {
     commit_products();
   }
 
-  // What 16 rows of S have become, to the warpgroup that has dP; and 8 rows of it there.
+  // What rows of S have become, to the warpgroup that has dP, and 8 rows of it there: in the order of their registers.
   __device__ __forceinline__ void store_derivatives(const Logits& s, int chunk) const {
 #pragma unroll
     for (int n = chunk * 2; n < chunk * 2 + 2; ++n)
-      store_shared(shared.derivative() + (n * 128 + thread) * 16, s[0][n]);
+      store_shared(shared.derivative() + (n * 128 + warp * 32 + lane) * 16, s[0][n]);
   }
   __device__ __forceinline__ void load_derivatives(float (&x)[4], int n) const {
-    load_shared(x, shared.derivative() + (n * 128 + thread) * 16);
+    load_shared(x, shared.derivative() + (n * 128 + warp * 32 + lane) * 16);
   }
 
   // dP becomes dS; `derivatives(x, n)` gives what 8 rows of it are multiplied with.
@@ -169,7 +171,7 @@ struct BackwardWarpgroup {
   // dQ.
   __device__ __forceinline__ void begin_turn(int row_tile, int before) const {
     if (!args.deterministic) return;
-    if (thread == 0) wait_for_turn(args.turns + row_tile, before * Tile::kWarpgroups);
+    if (thread() == 0) wait_for_turn(args.turns + row_tile, before * Tile::kWarpgroups);
     meet(2 + number, 128);
   }
 
@@ -223,7 +225,7 @@ struct BackwardWarpgroup {
     wait(shared.grad_logits_full(step.stage()), step.parity());
 #pragma unroll
     for (int p = 0; p < Tile::kGradQueryParts; ++p) {
-      const int part = p * Tile::kWarpgroups + number;
+      const int part = p * Tile::kWarpgroups + fresh(number);
       const std::uint64_t grad_logits =
           LogitTile::transposed(shared.grad_logits(step.stage())) + LogitTile::step(0, Tile::first_row(part));
       const std::uint64_t keys = KeyTile::transposed(shared.key) + KeyTile::step(0, Tile::first_feature(part));
@@ -240,15 +242,15 @@ struct BackwardWarpgroup {
       pin(sums);
       if (p == 0) begin_turn(row_tile, before);
       constexpr int kVectors = Tile::kGradQueryColumns / 8;  // of a thread
-      float* const to = args.grad_query_sum + std::int64_t(row_tile) * (kM * kHeadDim) +
-                        (part * kVectors * 128 + fresh(thread)) * 4;  // else the address is kept through the loop
+      float* const to =
+          args.grad_query_sum + std::int64_t(row_tile) * (kM * kHeadDim) + (part * kVectors * 128 + thread()) * 4;
 #pragma unroll
       for (int n = 0; n < kVectors; ++n) add_to_global(to + n * 128 * 4, sums[0][n]);
     }
     if (args.deterministic) {
       __threadfence();
       meet(2 + number, 128);
-      if (thread == 0) atomicAdd(args.turns + row_tile, 1);
+      if (thread() == 0) atomicAdd(args.turns + row_tile, 1);
     }
   }
 

@@ -21,6 +21,7 @@ class List {
         count_(__ldg(list.counts + batch * list.counts_batch_stride + head * list.counts_head_stride + block)) {}
 
   __device__ __forceinline__ int count() const { return count_; }
+  __device__ __forceinline__ const std::int32_t* entry(int i) const { return indices_ + i; }
   __device__ __forceinline__ int index(int entry) const { return __ldg(indices_ + entry); }
   __device__ __forceinline__ float bias(int entry) const { return bias_ ? __ldg(bias_ + entry) : 0; }
 };
@@ -43,6 +44,7 @@ class ListedTiles {
     return list_.index(tile >> shift_) * block_ + (tile & ((1 << shift_) - 1)) * kKeys;
   }
   __device__ __forceinline__ float bias(int tile) const { return list_.bias(tile >> shift_); }
+  __device__ __forceinline__ const std::int32_t* entry(int tile) const { return list_.entry(tile >> shift_); }
 };
 
 }  // namespace attnx::cuda
