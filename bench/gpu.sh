@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # All that is asked of a GPU, in one command, without network and in under 10 minutes: bench/gpu.sh OUT_DIR
 #
-# Builds for the GPU that is there, runs the tests on it, also under compute-sanitizer, and measures attnx beside the
-# peers that are installed. OUT_DIR gets <device>-<commit>.json, .md and two .png, log.txt, and status.txt with a line a
-# part. A part that fails or runs out of its time does not stop the others, but makes the exit status 1.
+# Builds for the GPU that is there, runs the tests on it, also under compute-sanitizer, measures attnx beside the peers
+# that are installed and in deterministic mode, and trains 3,000 steps beside the plain formula. OUT_DIR gets
+# <device>-<commit>.json, .md and two .png, drift-sigmoid-cuda.json, log.txt, and status.txt with a line a part. A part
+# that fails or runs out of its time does not stop the others, but makes the exit status 1.
 #
 # Needs Python (or $PYTHON) with torch, pybind11, scikit-build-core, ninja, pytest, hypothesis, psutil, numpy, matplotlib
 # and rich. Where the checkout has no .git, ATTNX_COMMIT names the commit.
