@@ -150,7 +150,6 @@ __device__ __forceinline__ void consume_weights(const Warpgroup& own) {
       own.start_grad_keys(grad_values, weights, shared.grad_output(stage), c);
       own.store_derivatives(s, c);
     }
-    __syncwarp();
     own.release(shared.query_empty(stage));
     own.release(shared.derivative_full());
 
@@ -171,7 +170,7 @@ __device__ __forceinline__ void consume_weights(const Warpgroup& own) {
 
 // The one that makes the gradients of logits, and dK.
 template <class Warpgroup>
-__device__ __forceinline__ void consume_derivatives(const Warpgroup& own) {
+__device__ __forceinline__ void consume_gradients(const Warpgroup& own) {
   using Tile = typename Warpgroup::Tile;
   const auto& args = own.args;
   const auto& shared = own.shared;
@@ -193,7 +192,6 @@ __device__ __forceinline__ void consume_derivatives(const Warpgroup& own) {
     pin(grad_logits);
     wait(shared.derivative_full(), step.number & 1);
     own.make_grad_logits(grad_logits, stage, [&](float (&x)[4], int n) { own.load_derivatives(x, n); });
-    __syncwarp();
     own.release(shared.derivative_empty());
     own.release(shared.grad_output_empty(stage));
 
@@ -235,7 +233,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     } else if (own.number == 0) {
       consume_weights(own);
     } else {
-      consume_derivatives(own);
+      consume_gradients(own);
     }
   }
 }

@@ -17,8 +17,8 @@ template <int kHeadDim_, int kM_, int kN_, int kBlocksPerSm_, bool kByProduct_ =
 struct TmaBackwardTile {
   static constexpr int kHeadDim = kHeadDim_, kM = kM_, kN = kN_;  // features, rows, keys
   static constexpr bool kByProduct = kByProduct_;
-  static constexpr int kWarpgroups = kByProduct ? 2 : kN / 64, kConsumers = kWarpgroups * 128,
-                       kThreads = 128 + kConsumers;
+  static constexpr int kWarpgroups = kByProduct ? 2 : kN / 64;
+  static constexpr int kConsumers = kWarpgroups * 128, kThreads = 128 + kConsumers;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kStages = 2;  // copies of queries and output gradients in shared memory
   static constexpr int kLogitStages = kWarpgroups == 1 ? 1 : 2;  // and of dS, which warpgroups read of each other
@@ -26,10 +26,10 @@ struct TmaBackwardTile {
   static constexpr int kLogitColumns = (kM + 63) / 64 * 64;  // of dS^T in shared memory, whose panels have 64
   static constexpr bool kSwapGradQuery = kM % 64 != 0;
   static constexpr int kGradQueryRows = kSwapGradQuery ? kM : 64, kGradQueryFeatures = kByProduct ? kHeadDim / 2 : 64;
-  static constexpr int kGradQueryColumns = kSwapGradQuery ? kGradQueryRows : kGradQueryFeatures;  // of its sums
-  static constexpr int kGradQueryParts =                                                          // of a warpgroup
-      (kM / kGradQueryRows) * (kHeadDim / kGradQueryFeatures) / kWarpgroups;
-  // Before dQ starts, where registers do not hold both.
+  // The columns of its accumulators, and how many parts a warpgroup has.
+  static constexpr int kGradQueryColumns = kSwapGradQuery ? kGradQueryRows : kGradQueryFeatures;
+  static constexpr int kGradQueryParts = (kM / kGradQueryRows) * (kHeadDim / kGradQueryFeatures) / kWarpgroups;
+  // To leave their registers before dQ starts, where these do not hold both.
   static constexpr bool kWaitForWeights = kGradQueryParts > 1 || kM > 64 && kHeadDim > 64;
   static constexpr int first_row(int part) { return part % (kM / kGradQueryRows) * kGradQueryRows; }
   static constexpr int first_feature(int part) { return part / (kM / kGradQueryRows) * kGradQueryFeatures; }

@@ -58,7 +58,9 @@ struct BackwardWarpgroup {
   // In the warpgroup; not kept in a register.
   static __device__ __forceinline__ int thread() { return fresh(int(threadIdx.x)) % 128; }
 
+  // What the warp has read or written comes before.
   __device__ __forceinline__ void release(std::uint32_t barrier) const {
+    __syncwarp();
     if (lane == 0) arrive(barrier);
   }
 
@@ -215,7 +217,6 @@ struct BackwardWarpgroup {
           packed);
     }
     fence_async_proxy();
-    __syncwarp();
     release(shared.grad_logits_full(logit_stage));
   }
 
