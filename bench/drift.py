@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,17 +26,19 @@ from attnx.demo.corpus import load_corpus
 from attnx.demo.model import ModelConfig
 from attnx.demo.training import Learner, TrainingConfig, train
 from machine import facts
+from suite import Case, Inputs
+from suites import dense
 
 WINDOWS = 10  # of the steps, over each of which losses are averaged
 
 
 def _formula(weights: Callable[[Tensor], Tensor], dtype: torch.dtype | None) -> CausalAttention:
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, length, head_dim = query.shape
+        case = Case("drift", heads, length, length, head_dim, batch, is_causal=True)
         with torch.autocast(query.device.type, enabled=False):
-            q, k, v = (x.to(dtype or value.dtype) for x in (query, key, value))
-            hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
-            logits = (q / math.sqrt(q.shape[3]) @ k.transpose(-1, -2)).masked_fill(hidden, -math.inf)
-            return (weights(logits) @ v).to(value.dtype)
+            inputs = Inputs(*(x.to(dtype or value.dtype) for x in (query, key, value)))
+            return dense.eager(weights)(case, inputs)(*inputs).to(value.dtype)
 
     return attention
 

@@ -108,6 +108,24 @@ def test_repeats_bitwise(operator: str, mask: str, head_dim: int, dtype: torch.d
         assert all(torch.equal(again[name], x) for name, x in first.items())
 
 
+@pytest.mark.usefixtures("sm90", "deterministic")
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_sums_of_many_tiles_repeat_bitwise(
+    operator: str, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """A tile or two of rows, to whose sums many tiles of keys add at about the same time."""
+    inputs, grad_output = random_inputs(Shape(66, 64 * 45, head_dim, heads=4), dtype, device)
+    inputs["alibi_slopes"] = random_parameter((4,), dtype, device)
+    if operator == "sigmoid_attention":
+        inputs["bias"] = random_parameter((4,), dtype, device) - 4
+    attention = getattr(attnx, operator)
+    first = forward_backward(attention, inputs, grad_output)
+    for _ in range(5):
+        again = forward_backward(attention, inputs, grad_output)
+        assert all(torch.equal(again[name], x) for name, x in first.items())
+
+
 @pytest.mark.usefixtures("sm90")
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_what_it_does_not_serve(operator: str, dtype: torch.dtype, device: torch.device) -> None:

@@ -38,7 +38,7 @@ def _called_with_causal(function: Callable[..., Any]) -> Prepare:
     return lambda case, inputs: functools.partial(function, is_causal=case.is_causal)
 
 
-def _eager(weights: Callable[[Tensor], Tensor]) -> Prepare:
+def eager(weights: Callable[[Tensor], Tensor]) -> Prepare:
     def prepare(case: Case, inputs: Inputs) -> Attention:
         query = inputs.query
         size = case.batch * case.heads * case.length_q * case.length_k * query.element_size()
@@ -89,11 +89,11 @@ def _flex(case: Case, inputs: Inputs) -> Attention:
 
 SIGMOID = Formula(
     reference=_called_with_causal(attnx.reference.sigmoid_attention),
-    eager=_eager(lambda logits: (logits - math.log(logits.shape[-1])).sigmoid()),
+    eager=eager(lambda logits: (logits - math.log(logits.shape[-1])).sigmoid()),
 )
 SOFTMAX = Formula(
     reference=_called_with_causal(attnx.reference.softmax_attention),
-    eager=_eager(lambda logits: logits.softmax(-1)),
+    eager=eager(lambda logits: logits.softmax(-1)),
 )
 
 softmax = _called_with_causal(attnx.softmax_attention)

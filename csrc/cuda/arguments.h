@@ -42,7 +42,6 @@ struct Arguments {
   // Deterministic, with lists, of each entry of query_blocks, laid out as its indices: how many blocks the list of its
   // block of queries has before the block of keys whose entry it is.
   int* list_order;
-  int listed_keys;  // blocks of keys
 
   __device__ __forceinline__ Sequence sequence(int batch) const {
     const auto length = [&](const std::int32_t* ends, std::int64_t full) {

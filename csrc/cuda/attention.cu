@@ -385,10 +385,9 @@ BackwardPlan plan(const BackwardParams& p, std::optional<Mainloop> asked, bool d
   if (p.score == Score::kSoftmax) args.delta = layout.place<float>(workspace, rows);
   args.deterministic = deterministic;
   if (deterministic && plan.variant.listed) {
-    args.listed_keys = int(ceil_div(p.length_k, p.block_k));
     const BlockList& lists = p.query_blocks;
     const std::int64_t last = (p.batch - 1) * lists.indices_batch_stride + (p.heads_q - 1) * lists.indices_head_stride +
-                              std::int64_t(args.listed_keys - 1) * lists.indices_row_stride;
+                              (ceil_div(p.length_k, p.block_k) - 1) * lists.indices_row_stride;
     args.list_order = layout.place<int>(workspace, std::max<std::int64_t>(last + lists.width, 0));
   }
   const std::size_t zeros_begin = layout.bytes();

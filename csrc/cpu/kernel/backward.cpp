@@ -1,6 +1,7 @@
 // Compiled once per instruction set; picks the policies.
 #include "backward.h"
 
+#include "dtype.h"
 #include "score/sigmoid.h"
 #include "score/softmax.h"
 #include "storage/strided.h"
@@ -10,7 +11,7 @@ namespace attnx::cpu::ATTNX_ISA {
 
 template <class Use>
 static auto with_backward(const BackwardParams& p, const Executor& executor, Use use) {
-  const auto with_input = [&]<class Input>() {
+  const auto with_policies = [&]<class Input>() {
     const auto with_tiles = [&]<class Tiles>() {
       if (p.score == Score::kSigmoid) return use(Backward<Input, Sigmoid, Tiles, StridedStorage>(p, executor));
       return use(Backward<Input, Softmax, Tiles, StridedStorage>(p, executor));
@@ -18,12 +19,7 @@ static auto with_backward(const BackwardParams& p, const Executor& executor, Use
     return p.key_blocks.counts ? with_tiles.template operator()<ListedTiles>()
                                : with_tiles.template operator()<BandTiles>();
   };
-  switch (p.dtype) {
-    case DType::kBFloat16: return with_input.template operator()<BFloat16>();
-    case DType::kFloat16: return with_input.template operator()<Float16>();
-    case DType::kFloat64: return with_input.template operator()<double>();
-    default: return with_input.template operator()<float>();
-  }
+  return with_input(p.dtype, with_policies);
 }
 
 std::size_t backward_workspace(const BackwardParams& p, const Executor& executor) {

@@ -1,6 +1,7 @@
 // Compiled once per instruction set; picks the policies.
 #include "forward.h"
 
+#include "dtype.h"
 #include "lanes/keys.h"
 #include "lanes/queries.h"
 #include "score/sigmoid.h"
@@ -32,12 +33,7 @@ static auto with_forward(const ForwardParams& p, const Executor& executor, Use u
       return with_score.template operator()<Input, ListedTiles, StridedStorage, QueriesOnLanes>();
     return with_lanes.template operator()<Input, StridedStorage>();
   };
-  switch (p.dtype) {
-    case DType::kBFloat16: return with_storage.template operator()<BFloat16>();
-    case DType::kFloat16: return with_storage.template operator()<Float16>();
-    case DType::kFloat64: return with_storage.template operator()<double>();
-    default: return with_storage.template operator()<float>();
-  }
+  return with_input(p.dtype, with_storage);
 }
 
 std::size_t forward_workspace(const ForwardParams& p, const Executor& executor) {

@@ -1,4 +1,5 @@
 // Compiled once per instruction set; picks the policies of the loops over clusters.
+#include "dtype.h"
 #include "routing/attention.h"
 #include "score/sigmoid.h"
 #include "score/softmax.h"
@@ -7,16 +8,11 @@ namespace attnx::cpu::ATTNX_ISA {
 
 template <template <class, class> class Kernel, class Params, class Use>
 static auto with_routed(const Params& p, const Executor& executor, Use use) {
-  const auto with_input = [&]<class Input>() {
+  const auto with_score = [&]<class Input>() {
     if (p.score == Score::kSigmoid) return use(Kernel<Input, Sigmoid>(p, executor));
     return use(Kernel<Input, Softmax>(p, executor));
   };
-  switch (p.dtype) {
-    case DType::kBFloat16: return with_input.template operator()<BFloat16>();
-    case DType::kFloat16: return with_input.template operator()<Float16>();
-    case DType::kFloat64: return with_input.template operator()<double>();
-    default: return with_input.template operator()<float>();
-  }
+  return with_input(p.dtype, with_score);
 }
 
 std::size_t routed_forward_workspace(const ForwardParams& p, const Executor& executor) {

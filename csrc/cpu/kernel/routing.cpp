@@ -1,18 +1,9 @@
 // Compiled once per instruction set; picks the types.
+#include "dtype.h"
 #include "routing/nearest.h"
 #include "routing/select.h"
 
 namespace attnx::cpu::ATTNX_ISA {
-
-template <template <class> class Kernel, class Params, class Use>
-static auto with_kernel(const Params& p, const Executor& executor, Use use) {
-  switch (p.dtype) {
-    case DType::kBFloat16: return use(Kernel<BFloat16>(p, executor));
-    case DType::kFloat16: return use(Kernel<Float16>(p, executor));
-    case DType::kFloat64: return use(Kernel<double>(p, executor));
-    default: return use(Kernel<float>(p, executor));
-  }
-}
 
 std::size_t select_workspace(const SelectParams& p, const Executor& executor) {
   return with_kernel<Select>(p, executor, [](const auto& f) { return std::size_t(f.workspace_bytes()); });

@@ -27,8 +27,9 @@ void launch_row_terms(const BackwardArguments& args, int rows_of_tile, bool alig
 }
 
 void launch_list_order(const BackwardArguments& args, cudaStream_t stream) {
+  const std::int64_t key_blocks = (args.call.length_k + args.call.block_k - 1) / args.call.block_k;
   launch_kernel("attnx_list_order", reinterpret_cast<const void*>(attnx_list_order),
-                args.call.batch * args.call.heads_q * args.listed_keys, 256, 0, stream, args);
+                args.call.batch * args.call.heads_q * key_blocks, 256, 0, stream, args, int(key_blocks));
 }
 
 void launch_parameter_sums(const BackwardArguments& args, int rows_of_tile, int score_warps, cudaStream_t stream) {

@@ -66,10 +66,11 @@ __global__ void __launch_bounds__(256)
 }
 
 // args.list_order: a block the list of a block of keys and query head, a warp an entry of it.
-__global__ void __launch_bounds__(256) attnx_list_order(const __grid_constant__ BackwardArguments args) {
+__global__ void __launch_bounds__(256)
+    attnx_list_order(const __grid_constant__ BackwardArguments args, int key_blocks) {
   const auto& call = args.call;
-  const int key_block = blockIdx.x % args.listed_keys, query_head = blockIdx.x / args.listed_keys % int(call.heads_q);
-  const int batch = blockIdx.x / args.listed_keys / int(call.heads_q);
+  const int key_block = blockIdx.x % key_blocks, query_head = blockIdx.x / key_blocks % int(call.heads_q);
+  const int batch = blockIdx.x / key_blocks / int(call.heads_q);
   const List queries(call.query_blocks, batch, query_head, key_block);
   for (int entry = threadIdx.x / 32; entry < queries.count(); entry += blockDim.x / 32) {
     const List keys(call.key_blocks, batch, query_head, queries.index(entry));
