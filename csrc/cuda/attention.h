@@ -7,7 +7,7 @@
 
 #include "attnx/block_sampling.h"
 #include "attnx/params.h"
-#include "mainloop.h"
+#include "cuda/dispatch/mainloop_choice.h"
 
 namespace attnx::cuda {
 
@@ -22,27 +22,36 @@ struct Launch {
 std::size_t forward_workspace(const ForwardParams& params, const Launch& launch);
 std::size_t backward_workspace(const BackwardParams& params, const Launch& launch);
 
-// Throw std::runtime_error with the kernel's name where the device has no kernel or the runtime reports an error.
+// They throw std::runtime_error with the kernel's name where the device has no kernel or the runtime reports an error.
 void forward(const ForwardParams& params, const Launch& launch);
 void backward(const BackwardParams& params, const Launch& launch);
 
-// to[h] = the sum over b of from[b][h], on device memory: the gradients of bias and slopes.
+// to[h] = the sum over b of from[b][h], on device memory: the gradients of numbers per head.
 void sum_over_batch(const double* from, float* to, std::int64_t batch, std::int64_t heads, const Launch& launch);
 
 // weights[i] = sigmoid(logits[i]) as the kernels compute it for the dtype, or by the exact formula; device memory.
-// A hook for tests: the exact formula is the oracle of the fast one.
+// It is a hook for tests: the exact formula is the oracle of the fast one.
 void sigmoid_weights(const float* logits, float* weights, std::int64_t n, DType dtype, bool exact,
                      const Launch& launch);
 
-// Of every block (head, i, j) of a round: whether it is kept on its own, and when it arrives in the race of a fixed
-// number (block_sampling.h), infinity where it may not take part; device memory. A hook for tests: the device draws
-// what the host does.
+// It tells of every block (head, i, j) of a round whether it is kept on its own, and when it arrives in the race of a
+// fixed number (block_sampling.h), infinity where it may not take part; device memory. It is a hook for tests: the
+// device draws what the host does.
 void sampled_blocks(const BlockGrid& grid, const SamplingRound& round, const float* keep, std::int64_t heads,
                     std::uint8_t* kept, double* arrival, const Launch& launch);
 
-// The kernel that would run, as profilers show it, and its tiles: "attnx_forward_sm80, 128 rows x 64 keys, ...".
-std::string forward_kernel(const ForwardParams& params);
-std::string backward_kernel(const BackwardParams& params);
+// The kernel that a call would run.
+struct KernelDescription {
+  std::string kernel;    // as profilers show it: "attnx_forward_sm80"
+  std::string mainloop;  // "sm80"
+  int rows = 0, keys = 0;  // of a tile
+  int head_dim = 0;        // what it is padded to
+  bool aligned = true;     // whether rows lie on 16 bytes
+  int splits = 1;          // shares of the keys
+  std::string why_not_sm90;  // on a device for it
+};
+KernelDescription describe(const ForwardParams& params);
+KernelDescription describe(const BackwardParams& params);
 
 // Whether the CUDA runtime underneath is the emulator, whose device memory is host memory.
 bool emulated();

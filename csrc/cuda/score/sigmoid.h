@@ -1,24 +1,14 @@
 // The sigmoid score: each weight on its own, without row maximum, row sum or rescaling.
 #pragma once
 
-#include "cuda/arguments.h"
-#include "cuda/score/weights.h"
+#include <type_traits>
+
+#include "cuda/common/sequence.h"
+#include "cuda/score/sigmoid_formulas.h"
 
 namespace attnx::cuda {
 
-// What a row adds to its logits, times log2(e).
-template <class Args>
-__device__ __forceinline__ float sigmoid_bias_log2(const Args& args, const Band& band, int head, int query) {
-  float bias = float(args.call.bias_value) + of_head(args.call.bias, head);
-  if (args.call.bias_rule == BiasRule::kLength) bias -= logf(float(max(band.length_k, 1)));
-  if (args.call.bias_rule == BiasRule::kRow) {
-    const Visible visible = band.visible(query);
-    bias -= logf(float(max(visible.end - visible.first, 1)));
-  }
-  return bias * kLog2E;
-}
-
-// Of a thread's kRows rows in the forward.
+// A thread's kRows rows in the forward.
 template <class Input_, class Formula, int kRows>
 class SigmoidForward {
   float negative_bias_[kRows];
@@ -28,10 +18,11 @@ class SigmoidForward {
  public:
   using Input = Input_;
 
-  // The thread's row of this number is this query of this query head.
-  template <class Args>
-  __device__ __forceinline__ void set_row(int row, const Args& args, const Band& band, int head, int query) {
-    negative_bias_[row] = -sigmoid_bias_log2(args, band, head, query);
+  // The thread's row of this number is this query of this query head, of which the block has this share of the keys.
+  template <class Parameters>
+  __device__ __forceinline__ void set_row(int row, const Parameters& parameters, const Band& band, int head,
+                                          int query, int) {
+    negative_bias_[row] = -parameters.row_bias_log2(band, head, query);
   }
 
   // Starts a tile: a logit is s * multiplier + bias, times log2(e).
@@ -52,16 +43,42 @@ class SigmoidForward {
   __device__ __forceinline__ float logsumexp(int) const { return 0; }
 };
 
-// In the backward, from a logit with its row's offset, times log2(e).
-template <class Input>
-struct SigmoidBackward {
-  static constexpr float kWeightScale = cuda::kWeightScale<Input>;
-  static constexpr bool kHasDelta = false;
+// The score policy.
+struct Sigmoid {
+  static constexpr bool kNormalised = false;
 
-  // The weight times kWeightScale, and what the gradient of the weight is multiplied with.
-  static __device__ __forceinline__ float weight(float logit, float& factor) {
-    return ExactSigmoid::weight_and_derivative(-logit, factor) * kWeightScale;
-  }
+  struct Parameters {
+    BiasRule rule;
+    float value;
+    PerHead bias;
+
+    // What a row adds to its logits, times log2(e).
+    __device__ __forceinline__ float row_bias_log2(const Band& band, int head, int query) const {
+      float x = value + of_head(bias, head);
+      if (rule == BiasRule::kLength) x -= logf(float(max(band.length_k, 1)));
+      if (rule == BiasRule::kRow) {
+        const Visible visible = band.visible(query);
+        x -= logf(float(max(visible.end - visible.first, 1)));
+      }
+      return x * kLog2E;
+    }
+  };
+  static Parameters parameters(const AttentionParams& p) { return {p.bias_rule, float(p.bias_value), p.bias}; }
+
+  template <class Input, class Tile, int kRows>
+  using Forward =
+      SigmoidForward<Input, std::conditional_t<Tile::kSparesSpecialFunctions, NewtonSigmoid, ExactSigmoid>, kRows>;
+
+  // It sees a logit with its row's offset, its bias, times log2(e).
+  template <class Input>
+  struct Backward {
+    static constexpr float kWeightScale = cuda::kWeightScale<Input>;
+
+    // The weight times kWeightScale, and what the gradient of the weight is multiplied with.
+    static __device__ __forceinline__ float weight(float logit, float& factor) {
+      return ExactSigmoid::weight_and_derivative(-logit, factor) * kWeightScale;
+    }
+  };
 };
 
 }  // namespace attnx::cuda

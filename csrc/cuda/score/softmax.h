@@ -1,12 +1,12 @@
 // The softmax score: the running maximum and sum of each row (Milakov and Gimelshein 2018; Dao et al. 2022).
 #pragma once
 
-#include "cuda/arguments.h"
-#include "cuda/ptx.h"
+#include "cuda/common/ptx.h"
+#include "cuda/common/sequence.h"
 
 namespace attnx::cuda {
 
-// Over the four lanes that share a row.
+// These reduce over the four lanes that share a row.
 __device__ __forceinline__ float max_of_quad(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -16,7 +16,7 @@ __device__ __forceinline__ float sum_of_quad(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Of a thread's kRows rows in the forward.
+// A thread's kRows rows in the forward.
 template <class Input_, int kRows>
 class SoftmaxForward {
   float max_[kRows], sum_[kRows];  // the maximum times log2(e), less the tile's bias; the thread's part of the sum
@@ -27,8 +27,9 @@ class SoftmaxForward {
  public:
   using Input = Input_;
 
-  template <class Args>
-  __device__ __forceinline__ void set_row(int row, const Args&, const Band&, int, int) {
+  // The thread's row of this number is this query of this query head, of which the block has this share of the keys.
+  template <class Parameters>
+  __device__ __forceinline__ void set_row(int row, const Parameters&, const Band&, int, int, int) {
     max_[row] = kLowest;
     sum_[row] = 0;
   }
@@ -83,16 +84,27 @@ class SoftmaxForward {
   }
 };
 
-// In the backward, from a logit with its row's offset, -logsumexp, times log2(e).
-struct SoftmaxBackward {
-  static constexpr float kWeightScale = 1;
-  static constexpr bool kHasDelta = true;
+// The score policy.
+struct Softmax {
+  // Rows have a logsumexp, which is an output and what the backward starts from, and a delta there.
+  static constexpr bool kNormalised = true;
 
-  // The weight, and what the gradient of the weight less the row's delta is multiplied with.
-  static __device__ __forceinline__ float weight(float logit, float& factor) {
-    factor = exp2_approx(logit);
-    return factor;
-  }
+  struct Parameters {};  // that rows read in the forward
+  static Parameters parameters(const AttentionParams&) { return {}; }
+
+  template <class Input, class Tile, int kRows>
+  using Forward = SoftmaxForward<Input, kRows>;
+
+  // It sees a logit with its row's offset, -logsumexp, times log2(e).
+  template <class Input>
+  struct Backward {
+    static constexpr float kWeightScale = 1;
+    // The weight, and what the gradient of the weight less the row's delta is multiplied with.
+    static __device__ __forceinline__ float weight(float logit, float& factor) {
+      factor = exp2_approx(logit);
+      return factor;
+    }
+  };
 };
 
 }  // namespace attnx::cuda

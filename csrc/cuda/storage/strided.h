@@ -1,8 +1,8 @@
 // Rows that lie at a fixed stride in global memory, to and from tiles in shared memory.
 #pragma once
 
-#include "cuda/divisor.h"
-#include "cuda/tile.h"
+#include "cuda/common/sequence.h"
+#include "cuda/common/tile.h"
 
 namespace attnx::cuda {
 
@@ -16,6 +16,11 @@ struct StridedRows {
   // The row `step` rows after `row`, which is at `from`.
   __device__ __forceinline__ Element* after(Element* from, int, int step) const { return from + step * row_stride; }
 };
+
+template <class Element>
+__device__ __forceinline__ StridedRows<Element> fresh(const StridedRows<Element>& rows) {
+  return {fresh(rows.first), rows.row_stride};
+}
 
 // The rows of the query heads that share a key head, in the order (query, head).
 template <class Element>
@@ -95,5 +100,44 @@ __device__ __forceinline__ void store_tile(std::uint32_t tile, int begin, const 
     }
   }
 }
+
+// The storage policy of mainloops whose threads all copy. Rows that are not kAligned need not lie on 16 bytes.
+template <class Input_, bool kAligned>
+struct Strided {
+  using Input = Input_;
+
+  struct ForwardTensors {
+    Tensor query, key, value, output;
+  };
+  struct BackwardTensors {
+    Tensor query, key, value, grad_output, grad_key, grad_value;
+  };
+  static ForwardTensors tensors(const ForwardParams& p) { return {p.query, p.key, p.value, p.output}; }
+  static BackwardTensors tensors(const BackwardParams& p) {
+    return {p.query, p.key, p.value, p.grad_output, p.grad_key, p.grad_value};
+  }
+
+  // Where the rows of a tensor lie: of all query heads in a tile, from this one on, or of one key head.
+  template <class Element, class Args>
+  static __device__ __forceinline__ GroupedRows<Element> query_rows(const Args& args, const Tensor& x, int batch,
+                                                                    int query_head, const Sequence& sequence) {
+    return {rows_of<Element>(x, batch, query_head, sequence.first_q), x.row_stride, x.head_stride, args.group};
+  }
+  template <class Element>
+  static __device__ __forceinline__ StridedRows<Element> key_rows(const Tensor& x, int batch, int key_head,
+                                                                  const Sequence& sequence) {
+    return {rows_of<Element>(x, batch, key_head, sequence.first_k), x.row_stride};
+  }
+
+  template <class Tile, int kThreads, class Rows>
+  static __device__ __forceinline__ void load(std::uint32_t tile, const Rows& rows, int row, int end, int features) {
+    load_tile<kAligned, Tile, kThreads>(tile, rows, row, end, features);
+  }
+  template <class Tile, int kRows, int kThreads, class Rows>
+  static __device__ __forceinline__ void store(std::uint32_t tile, int begin, const Rows& rows, int row, int end,
+                                               int features, int thread) {
+    store_tile<kAligned, Tile, kRows, kThreads>(tile, begin, rows, row, end, features, thread);
+  }
+};
 
 }  // namespace attnx::cuda

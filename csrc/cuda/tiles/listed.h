@@ -2,6 +2,8 @@
 #pragma once
 
 #include "attnx/params.h"
+#include "cuda/common/ptx.h"
+#include "cuda/tiles/band.h"
 
 namespace attnx::cuda {
 
@@ -26,25 +28,73 @@ class List {
   __device__ __forceinline__ float bias(int entry) const { return bias_ ? __ldg(bias_ + entry) : 0; }
 };
 
-// The tiles of kKeys keys in the listed blocks, one, two or four to a block.
-template <int kKeys>
+// The tiles of kSize keys, or rows, in the listed blocks: one, two or four to a block.
+template <int kSize>
 class ListedTiles {
   List list_;
   int block_, shift_;  // keys of a block; log2 of its tiles
 
  public:
-  static constexpr bool kHasBias = true;
-
   __device__ __forceinline__ ListedTiles(const List& list, int block)
-      : list_(list), block_(block), shift_((block > kKeys) + (block > 2 * kKeys)) {}
+      : list_(list), block_(block), shift_((block > kSize) + (block > 2 * kSize)) {}
 
   __device__ __forceinline__ int begin() const { return 0; }
   __device__ __forceinline__ int end() const { return list_.count() << shift_; }
-  __device__ __forceinline__ int key(int tile) const {
-    return list_.index(tile >> shift_) * block_ + (tile & ((1 << shift_) - 1)) * kKeys;
+  __device__ __forceinline__ int first(int tile) const {
+    return list_.index(tile >> shift_) * block_ + (tile & ((1 << shift_) - 1)) * kSize;
   }
   __device__ __forceinline__ float bias(int tile) const { return list_.bias(tile >> shift_); }
   __device__ __forceinline__ const std::int32_t* entry(int tile) const { return list_.entry(tile >> shift_); }
+};
+
+// The tiles policy.
+struct Listed {
+  // Each query head has lists, and so tiles of rows, of its own.
+  static constexpr bool kPerHead = true;
+  // Which keys a tile has is read from memory, ahead of its use.
+  static constexpr bool kFromMemory = true;
+  static constexpr bool kHasBias = true;
+  static constexpr bool kPacked = false;
+
+  struct ForwardParameters {
+    BlockList key_blocks;  // of each block of queries
+    int block_q, block_k;  // rows and keys of a block
+  };
+  struct BackwardParameters {
+    BlockList query_blocks;  // of each block of keys
+    int block_q, block_k;
+    // In deterministic order, of each entry of query_blocks, laid out as its indices: how many blocks the list of its
+    // block of queries has before the block of keys whose entry it is.
+    const int* order;
+  };
+  static ForwardParameters parameters(const ForwardParams& p) {
+    return {p.key_blocks, int(p.block_q), int(p.block_k)};
+  }
+  static BackwardParameters parameters(const BackwardParams& p, const int* order) {
+    return {p.query_blocks, int(p.block_q), int(p.block_k), order};
+  }
+
+  template <class Tile, class Args, class Place>
+  static __device__ __forceinline__ ListedTiles<Tile::kN> keys(const Args& args, const Place& place) {
+    const auto& lists = args.tiles;
+    return {List(lists.key_blocks, place.batch, place.head, place.row_begin / lists.block_q), lists.block_k};
+  }
+
+  template <class Tile, class Args, class Sequence>
+  static __device__ __forceinline__ ListedTiles<Tile::kM> rows(const Args& args, const Sequence&, int batch,
+                                                               int query_head, int key_begin) {
+    const auto& lists = args.tiles;
+    return {List(lists.query_blocks, batch, query_head, key_begin / lists.block_k), lists.block_q};
+  }
+
+  // As for a band, where the list of the block of rows names the blocks before.
+  template <int kKeys, class Args, int kRows>
+  static __device__ __forceinline__ int before(const Args& args, const Band&, int, int key_begin,
+                                               const ListedTiles<kRows>& tiles, int tile) {
+    const auto& lists = args.tiles;
+    const int per_block = fresh(lists.block_k) / kKeys;  // not kept in a register through the loop
+    return lists.order[tiles.entry(tile) - lists.query_blocks.indices] * per_block + key_begin / kKeys % per_block;
+  }
 };
 
 }  // namespace attnx::cuda

@@ -1,0 +1,52 @@
+// The device's view of a call's geometry: one sequence, its rows in tensors, and the numbers of its tiles.
+#pragma once
+
+#include "cuda/common/geometry.h"
+#include "cuda/tiles/band.h"
+
+namespace attnx::cuda {
+
+// One sequence, and which of its keys a query sees.
+struct Sequence {
+  int length_q;
+  std::int64_t first_q, first_k;  // rows before it in packed tensors
+  Band band;
+};
+
+__device__ __forceinline__ Sequence sequence_of(const Geometry& g, int batch) {
+  const auto length = [&](const std::int32_t* ends, std::int64_t full) {
+    return ends ? ends[batch + 1] - ends[batch] : int(full);
+  };
+  Sequence s;
+  s.length_q = length(g.cu_seqlens_q, g.length_q);
+  s.first_q = g.cu_seqlens_q ? g.cu_seqlens_q[batch] : 0;
+  s.first_k = g.cu_seqlens_k ? g.cu_seqlens_k[batch] : 0;
+  const int length_k = length(g.cu_seqlens_k, g.length_k);
+  s.band = {length_k, length_k - s.length_q, g.left, g.right};
+  return s;
+}
+
+// Where a tile of rows stands among those of its head.
+__device__ __forceinline__ std::int64_t row_tile_of(const Geometry& g, int batch, const Sequence& sequence,
+                                                    int query_block, int rows_of_tile) {
+  if (!g.cu_seqlens_q) return std::int64_t(batch) * g.query_blocks.divisor() + query_block;
+  return sequence.first_q * g.group.divisor() / rows_of_tile + batch + query_block;
+}
+
+// The first query head in the tiles of this head, and the key head that they see.
+__device__ __forceinline__ int query_head_of(const Geometry& g, int head) { return head * g.group.divisor(); }
+__device__ __forceinline__ int key_head_of(const Geometry& g, int head) {
+  return g.heads.divisor() == g.heads_k ? head : head / int(g.heads_q / g.heads_k);
+}
+
+// The first row of a sequence and head in a tensor.
+template <class Element>
+__device__ __forceinline__ Element* rows_of(const Tensor& x, int batch, int head, std::int64_t first) {
+  return static_cast<Element*>(x.data) + batch * x.batch_stride + head * x.head_stride + first * x.row_stride;
+}
+
+__device__ __forceinline__ float of_head(const PerHead& x, int head) {
+  return x.data ? static_cast<const float*>(x.data)[head * x.stride] : 0;
+}
+
+}  // namespace attnx::cuda

@@ -1,0 +1,32 @@
+// What explain is told.
+#include "cuda/attention.h"
+#include "cuda/dispatch/plan.h"
+
+namespace attnx::cuda {
+
+namespace {
+
+KernelDescription describe(const char* direction, const Plan& plan, int splits) {
+  const std::string mainloop = name_of(plan.mainloop);
+  return {"attnx_" + std::string(direction) + "_" + mainloop,
+          mainloop,
+          plan.tile.rows,
+          plan.tile.keys,
+          plan.head_dim,
+          plan.variant.aligned,
+          splits,
+          plan.why_not_sm90};
+}
+
+}  // namespace
+
+KernelDescription describe(const ForwardParams& params) {
+  const ForwardPlan plan = make_plan(params, asked_mainloop(), nullptr);
+  return describe("forward", plan, plan.geometry.splits.divisor());
+}
+
+KernelDescription describe(const BackwardParams& params) {
+  return describe("backward", make_plan(params, asked_mainloop(), false, nullptr), 1);
+}
+
+}  // namespace attnx::cuda

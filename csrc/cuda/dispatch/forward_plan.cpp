@@ -1,0 +1,88 @@
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/dispatch/plan.h"
+#include "cuda/dispatch/splits.h"
+#include "cuda/dispatch/tiling.h"
+#include "cuda/dispatch/workspace.h"
+#include "cuda/mainloop/sm80/tile_sizes.h"
+#include "cuda/mainloop/sm90/tile_sizes.h"
+#include "cuda/storage/tma_views.h"
+
+namespace attnx::cuda {
+
+namespace {
+
+template <class Tile>
+TileSizes sizes_of(Tile) {
+  return {Tile::kM, Tile::kN, Tile::kBlocksPerSm, Tile::kSharedBytes, 0};
+}
+
+void plan_sm80(const ForwardParams& p, ForwardPlan& plan) {
+  plan.head_dim = padded_head_dim<kHeadDims>(p);
+  const std::int64_t rows = p.heads_q / p.heads_k * p.length_q;
+  with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() {
+    const auto wide = sizes_of(typename ForwardTiles<kHeadDim>::Wide());
+    const auto narrow = sizes_of(typename ForwardTiles<kHeadDim>::Narrow());
+    plan.variant.wide = !plan.variant.listed && plan.variant.aligned &&
+                        wide.shared_bytes <= current_device().shared_bytes && rows > narrow.rows;
+    plan.tile = plan.variant.wide ? wide : narrow;
+  });
+  static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, heads_in_tile(p));
+}
+
+// It returns what speaks against sm_90's mainloop, or nothing.
+std::string plan_sm90(const ForwardParams& p, ForwardPlan& plan) {
+  plan.head_dim = padded_head_dim<kTmaHeadDims>(p);
+  with_head_dim<kTmaHeadDims>(p, [&]<int kHeadDim>() {
+    using Tiles = TmaForwardTiles<kHeadDim>;
+    plan.tile = plan.variant.listed ? sizes_of(typename Tiles::Listed()) : sizes_of(typename Tiles::Dense());
+  });
+  const std::int64_t group = whole_heads_in_tile(p, plan.tile.rows), rows = p.length_q * group;
+  static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, group);
+  if (!ATTNX_CUDA_SM90) return "attnx was built without it";
+  if (!plan.variant.listed && rows <= 64)
+    return "at most 64 rows of query share their keys, got " + std::to_string(rows);
+  const TmaForwardViews views = tma_views(p, group);
+  if (const std::string why = why_not_tma({{"query", views.query}, {"key", views.key}, {"value", views.value}});
+      !why.empty())
+    return why;
+  if (!is_aligned(p, p.output, p.heads_q, p.value_dim)) return "the rows of output are not multiples of 16 bytes";
+  return {};
+}
+
+int splits_of(const ForwardParams& p, const ForwardPlan& plan) {
+  if (plan.variant.listed) return 1;
+  const std::int64_t rows = p.length_q * plan.geometry.group.divisor();
+  const std::int64_t seen =
+      std::min<std::int64_t>(p.length_k, std::int64_t(plan.geometry.left) + plan.geometry.right +
+                                             std::min<std::int64_t>(rows, plan.tile.rows));
+  return choose_splits(plan.tiles, ceil_div(seen, plan.tile.keys),
+                       current_device().sm_count * plan.tile.blocks_per_sm);
+}
+
+}  // namespace
+
+ForwardPlan make_plan(const ForwardParams& p, std::optional<Mainloop> asked, void* workspace) {
+  ForwardPlan plan;
+  plan.variant.listed = p.key_blocks.counts;
+  plan.variant.aligned =
+      are_aligned(p, {p.query}, {p.key}, {p.value}) && is_aligned(p, p.output, p.heads_q, p.value_dim);
+  plan_mainloop(
+      "call", asked, plan, [&] { plan_sm80(p, plan); }, [&] { return plan_sm90(p, plan); });
+
+  plan.tiles = p.batch * plan.geometry.heads.divisor() * plan.geometry.query_blocks.divisor();
+  const int splits = splits_of(p, plan);
+  plan.geometry.splits = Divisor(splits);
+  WorkspaceLayout layout;
+  if (splits > 1) {
+    const std::int64_t partial_rows = splits * plan.tiles * plan.tile.rows;
+    plan.partial.output = layout.place<float>(workspace, partial_rows * plan.head_dim);
+    if (is_normalised(p.score)) plan.partial.logsumexp = layout.place<float>(workspace, partial_rows);
+  }
+  if (plan.mainloop == Mainloop::kSm90) plan.taken = layout.place<int>(workspace, 1);
+  plan.workspace = layout.bytes();
+  return plan;
+}
+
+}  // namespace attnx::cuda

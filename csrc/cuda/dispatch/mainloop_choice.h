@@ -1,0 +1,21 @@
+// Which mainloop serves calls, where the device has a choice.
+#pragma once
+
+#include <optional>
+#include <string>
+
+namespace attnx::cuda {
+
+enum class Mainloop { kSm80, kSm90 };
+std::string name_of(Mainloop mainloop);  // "sm80"
+
+// The one that is asked for, "sm80", "sm90" or "auto", by use_mainloop, else by ATTNX_CUDA_MAINLOOP; none where the fastest
+// may run.
+// Throws std::invalid_argument where the variable has another value.
+std::optional<Mainloop> asked_mainloop();
+std::string asked_mainloop_name();
+
+// From now on, in all threads. Throws std::invalid_argument on another name.
+void use_mainloop(const std::string& name);
+
+}  // namespace attnx::cuda

@@ -1,0 +1,69 @@
+// From a call to launches: which mainloop, in which tiles, how many blocks, and where partial results lie.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "cuda/common/device.h"
+#include "cuda/dispatch/mainloop_choice.h"
+#include "cuda/units/call.h"
+
+namespace attnx::cuda {
+
+// The numbers of a tile, of those that its table of sizes has.
+struct TileSizes {
+  int rows, keys;
+  int blocks_per_sm, shared_bytes;  // forward
+  int score_warps;                  // backward: that have sums of a row each, for the gradients of bias and slopes
+};
+
+struct Plan {
+  Mainloop mainloop = Mainloop::kSm80;
+  std::string why_not_sm90;  // on a device for it
+  int head_dim = 0;          // what it is padded to
+  TileSizes tile{};
+  Variant variant{};
+  std::size_t workspace = 0;
+};
+
+struct ForwardPlan : Plan {
+  ForwardGeometry geometry{};
+  PartialResults partial;
+  int* taken = nullptr;    // of sm_90's schedule
+  std::int64_t tiles = 0;  // of rows, without splits
+};
+
+struct BackwardPlan : Plan {
+  BackwardGeometry geometry{};
+  BackwardScratch scratch{};
+  int* list_order = nullptr;
+  void* sums = nullptr;  // the part of the workspace that starts at zero
+  std::size_t sums_bytes = 0;
+};
+
+// Addresses are in this workspace; in one at null they are offsets.
+ForwardPlan make_plan(const ForwardParams& params, std::optional<Mainloop> asked, void* workspace);
+BackwardPlan make_plan(const BackwardParams& params, std::optional<Mainloop> asked, bool deterministic,
+                       void* workspace);
+
+// Sets what depends on the mainloop: sm_90's where the device has it and nothing speaks against it, else sm_80's.
+// `plan_sm90` returns what speaks against it, or nothing. It throws std::runtime_error where sm_90's is asked for in
+// vain; `what` is the direction.
+template <class Plan, class PlanSm80, class PlanSm90>
+void plan_mainloop(const char* what, std::optional<Mainloop> asked, Plan& plan, const PlanSm80& plan_sm80,
+                   const PlanSm90& plan_sm90) {
+  const bool has_sm90 = current_device().major == 9;
+  if (asked == Mainloop::kSm90 || (has_sm90 && asked != Mainloop::kSm80)) {
+    plan.mainloop = Mainloop::kSm90;
+    plan.why_not_sm90 = plan_sm90();
+    if (!has_sm90) plan.why_not_sm90 = "it runs on compute capability 9.0 alone";
+    if (plan.why_not_sm90.empty()) return;
+    if (asked)
+      throw std::runtime_error(std::string("cuda_mainloop: expected a ") + what +
+                               " that sm90 serves, got one that it does not: " + plan.why_not_sm90);
+  }
+  plan.mainloop = Mainloop::kSm80;
+  plan_sm80();
+}
+
+}  // namespace attnx::cuda

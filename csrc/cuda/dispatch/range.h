@@ -1,0 +1,23 @@
+// A call's range on the timeline of Nsight Systems.
+#pragma once
+
+#include <nvtx3/nvToolsExt.h>
+
+#include <string>
+
+#include "attnx/policies.h"
+
+namespace attnx::cuda {
+
+class Range {
+ public:
+  // "attnx::softmax_attention" and a suffix.
+  Range(Score score, const char* suffix) {
+    nvtxRangePushA(("attnx::" + std::string(score_name(score)) + "_attention" + suffix).c_str());
+  }
+  ~Range() { nvtxRangePop(); }
+  Range(const Range&) = delete;
+  Range& operator=(const Range&) = delete;
+};
+
+}  // namespace attnx::cuda

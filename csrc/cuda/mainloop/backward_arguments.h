@@ -1,0 +1,31 @@
+// What the backward kernels are passed.
+#pragma once
+
+#include "cuda/common/geometry.h"
+
+namespace attnx::cuda {
+
+struct BackwardGeometry : Geometry {
+  Divisor key_heads, key_blocks;  // heads, and tiles along the longest sequence's keys
+  int row_heads;                  // heads of tiles of rows on a key head
+  std::int64_t row_tiles;         // to a head
+};
+
+// Partial results by tile of rows, [head][row tile][...], in the workspace.
+struct BackwardScratch {
+  float* offset;  // [row]: what a row's logits get, times log2(e): the bias of a pointwise score, or -logsumexp
+  float* delta;   // [row]: a normalised score's rowsum(grad_output * output) - grad_logsumexp
+  // [element of a thread][thread]: the tile's grad_query / scale, by threads of the main kernel
+  float* grad_query_sum;
+  float *bias_sum, *slope_sum;  // [warp][row]: sums of grad_logits, and of them times distance; null: not wanted
+  int* turns;                   // in deterministic order: how many tiles of keys have added theirs to grad_query_sum
+  bool deterministic;
+};
+
+template <class Tiles, class Storage>
+struct BackwardArguments : BackwardGeometry, LogitScaling, BackwardScratch {
+  typename Storage::BackwardTensors tensors;
+  typename Tiles::BackwardParameters tiles;
+};
+
+}  // namespace attnx::cuda

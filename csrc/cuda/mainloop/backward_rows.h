@@ -1,0 +1,35 @@
+// What the backward mainloops share: the store of their results, and the turns in which tiles of keys add to a tile of
+// rows.
+#pragma once
+
+#include "cuda/common/sequence.h"
+#include "cuda/common/tile.h"
+#include "cuda/mainloop/backward_arguments.h"
+
+namespace attnx::cuda {
+
+// Stores a warp's accumulators, rounded, as rows of a tile from (row, column) on; lane is the warp's.
+template <class Tile, class Input, int kStride = 1, int kM, int kN>
+__device__ __forceinline__ void store_accumulators(std::uint32_t tile, int row, int column, int lane,
+                                                   const float (&x)[kM][kN][4], float factor) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const int chunk = column / 8 + n / 2 * 2 * kStride + n % 2;
+        store_shared(tile + Tile::offset(row + m * 16 + half * 8 + lane / 4, chunk) + lane % 4 * 4,
+                     pack(x[m][n][half * 2] * factor, x[m][n][half * 2 + 1] * factor, Input()));
+      }
+}
+
+// One thread waits until `before` turns at a tile of rows have been taken.
+__device__ __forceinline__ void wait_for_turn(const int* turns, int before) {
+  int seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(turns) : "memory");
+  } while (seen < before);
+}
+
+}  // namespace attnx::cuda

@@ -1,0 +1,27 @@
+// What the forward kernels are passed.
+#pragma once
+
+#include "cuda/common/geometry.h"
+
+namespace attnx::cuda {
+
+struct ForwardGeometry : Geometry {
+  Divisor splits;  // shares of the keys
+};
+
+// Results by split, where there are several: [split][tile][row][feature] and [tile][row][split].
+struct PartialResults {
+  float *output = nullptr, *logsumexp = nullptr;
+};
+
+// Every policy brings the parameters that its own code reads.
+template <class Score, class Tiles, class Storage>
+struct ForwardArguments : ForwardGeometry, LogitScaling {
+  typename Storage::ForwardTensors tensors;
+  Tensor logsumexp;  // of normalised scores; null where it is not wanted
+  typename Score::Parameters score;
+  typename Tiles::ForwardParameters tiles;
+  PartialResults partial;
+};
+
+}  // namespace attnx::cuda

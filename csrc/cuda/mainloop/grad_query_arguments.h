@@ -1,0 +1,14 @@
+// What the kernels that make dQ from its sums are passed.
+#pragma once
+
+#include "cuda/mainloop/backward_arguments.h"
+
+namespace attnx::cuda {
+
+struct GradQueryArguments : BackwardGeometry {
+  float scale;
+  const float* sums;  // BackwardScratch::grad_query_sum
+  Tensor grad_query;
+};
+
+}  // namespace attnx::cuda

@@ -1,0 +1,180 @@
+// The forward mainloop for sm_80: mma.sync on tiles that cp.async brings to shared memory (FlashAttention-2, Dao 2023).
+//
+// A block owns a tile of rows (query, head of the group) and walks over the tiles of keys. A step:
+//
+//   wait for K, all threads meet | copy the V of this step | S = Q K^T | wait for V, meet | copy the next K |
+//   place logits, if the tile is not whole | score | O += P V
+//
+// so that V's copy runs under the first product and the next K's under the score and the second. With two stages each
+// copy starts one step earlier. A thread's weights are made, packed and multiplied 16 keys at a time: P stays in the
+// registers of S, and the special functions of one chunk run beside the products of the one before.
+#pragma once
+
+#include "cuda/common/tile.h"
+#include "cuda/mainloop/forward_rows.h"
+
+namespace attnx::cuda {
+
+template <class Score, class Tiles, class Storage, class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
+    attnx_forward_sm80(const __grid_constant__ ForwardArguments<Score, Tiles, Storage> args) {
+  using Input = typename Storage::Input;
+  using QueryTile = SharedTile<Tile::kM, Tile::kHeadDim>;
+  using KeyTile = SharedTile<Tile::kN, Tile::kHeadDim>;
+  constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages, kN = Tile::kN, kHeadDim = Tile::kHeadDim;
+  constexpr int kRows = Tile::kWarpRows / 8;  // that a thread has a part of
+
+  extern __shared__ uint4 shared[];
+  const std::uint32_t shared_query = shared_address(shared);
+  const std::uint32_t shared_key = shared_query + QueryTile::kBytes;
+  const std::uint32_t shared_value = shared_key + kStages * KeyTile::kBytes;
+
+  const auto& tensors = args.tensors;
+  const ForwardPlace place = ForwardPlace::of(args, blockIdx.x, Tile());
+  const auto& [split, query_block, head, batch, sequence, row_begin, row_end] = place;
+  if (row_begin >= row_end) return;
+  const Band& band = sequence.band;
+  const int first_query = args.group.divide(row_begin);
+  const int last_query = args.group.divide(min(row_begin + Tile::kM, row_end) - 1);
+
+  const auto tiles = Tiles::template keys<Tile>(args, place);
+  const int begin = tiles.begin(), end = tiles.end();
+
+  const auto key_rows = [&](const Tensor& x) {
+    return fresh(Storage::template key_rows<const Input>(x, batch, key_head_of(args, head), sequence));
+  };
+  const auto keys = key_rows(tensors.key), values = key_rows(tensors.value);
+
+  // A copy past the last tile is an empty group, which keeps the count of groups the same in every step.
+  const auto copy_key = [&](int tile, int key) {
+    if (tile < end)
+      Storage::template load<KeyTile, kThreads>(shared_key + tile % kStages * KeyTile::kBytes, keys, key, band.length_k,
+                                                int(args.head_dim));
+    commit_copies();
+  };
+  const auto copy_value = [&](int tile, int key) {
+    if (tile < end)
+      Storage::template load<KeyTile, kThreads>(shared_value + tile % kStages * KeyTile::kBytes, values, key,
+                                                band.length_k, int(args.value_dim));
+    commit_copies();
+  };
+  // The first keys of this tile and the next ones. Those in memory are read well before they are needed.
+  int first_keys[kStages + 1] = {};
+  const auto key_of = [&](int tile) { return tile < end ? tiles.first(tile) : 0; };
+  const auto key_ahead = [&](int tile, int ahead) {
+    if constexpr (Tiles::kFromMemory) return first_keys[ahead];
+    return tiles.first(tile + ahead);
+  };
+  if constexpr (Tiles::kFromMemory) {
+#pragma unroll
+    for (int i = 0; i <= kStages; ++i) first_keys[i] = key_of(begin + i);
+  }
+
+  const auto query_rows = [&]<class Element>(const ForwardPlace& place, const Tensor& x, Element*) {
+    return Storage::template query_rows<Element>(args, x, place.batch, query_head_of(args, place.head), place.sequence);
+  };
+  Storage::template load<QueryTile, kThreads>(shared_query,
+                                              query_rows(place, tensors.query, static_cast<const Input*>(nullptr)),
+                                              row_begin, row_end, int(args.head_dim));
+  copy_key(begin, key_ahead(begin, 0));
+  if constexpr (kStages == 2) {
+    copy_value(begin, key_ahead(begin, 0));
+    copy_key(begin + 1, key_ahead(begin, 1));
+  }
+
+  const auto lane_now = [] { return fresh(threadIdx.x) % 32; };
+  const auto warp_row_now = [] { return fresh(threadIdx.x) / 32 * Tile::kWarpRows; };  // row within the tile
+  typename Score::template Forward<Input, Tile, kRows> score;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int row = min(row_begin + warp_row_now() + lane_now() / 4 + row_of(r), row_end - 1),
+              query = args.group.divide(row);
+    score.set_row(r, args.score, band, query_head_of(args, head) + row - query * args.group.divisor(), query, split);
+  }
+  // The keys whose logits are a positive multiple of the products, for all rows.
+  Visible plain = band.seen_by_all(first_query, last_query);
+  if (args.alibi_slopes.data || !(args.scale_log2 > 0)) plain.end = -1;
+
+  Accumulators<Tile::kWarpRows, kHeadDim> output;
+  clear(output);
+
+#pragma unroll 1
+  for (int tile = begin; tile < end; ++tile) {
+    const int stage = tile % kStages;
+    wait_copies<2 * (kStages - 1)>();
+    __syncthreads();
+    copy_value(tile + kStages - 1, key_ahead(tile, kStages - 1));
+
+    Accumulators<Tile::kWarpRows, kN> s;
+    clear(s);
+    multiply<Input, kHeadDim>(s, OperandA<QueryTile>(shared_query, lane_now(), warp_row_now()),
+                              OperandB<KeyTile>(shared_key + stage * KeyTile::kBytes, lane_now()));
+
+    wait_copies<2 * (kStages - 1)>();
+    __syncthreads();
+    copy_key(tile + kStages, key_ahead(tile, kStages));
+
+    float multiplier = args.scale_log2;
+    const int key = key_ahead(tile, 0);
+    if (key < plain.first || key + kN > plain.end) {
+      const ForwardPlace again = ForwardPlace::of(args, fresh(blockIdx.x), Tile());
+      place_logits(s, args, again.sequence.band, query_head_of(args, again.head),
+                   again.row_begin + warp_row_now() + lane_now() / 4, key + lane_now() % 4 * 2);
+      multiplier = 1;
+    }
+    score.template begin<Tiles::kHasBias>(s, output, multiplier, tiles.bias(tile) * kLog2E);
+    multiply<Input, kN>(output, Weights<decltype(score), kRows / 2, kN / 8>{s, score},
+                        TransposedB<KeyTile>(shared_value + stage * KeyTile::kBytes, lane_now()));
+
+    if constexpr (Tiles::kFromMemory) {
+#pragma unroll
+      for (int i = 0; i < kStages; ++i) first_keys[i] = first_keys[i + 1];
+      first_keys[kStages] = key_of(tile + kStages + 1);
+    }
+  }
+  wait_copies<0>();
+
+  const int lane = lane_now(), warp_row = warp_row_now();
+  float logsumexp[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const float factor = score.finish(r);
+    logsumexp[r] = score.logsumexp(r);
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 8; ++d) {
+      output[r / 2][d][r % 2 * 2] *= factor;
+      output[r / 2][d][r % 2 * 2 + 1] *= factor;
+    }
+  }
+
+  // The place is found again, rather than kept in registers through the loop.
+  const ForwardPlace own = ForwardPlace::of(args, fresh(blockIdx.x), Tile());
+  const int thread_row = own.row_begin + warp_row + lane / 4;
+  if (args.splits.divisor() > 1) {
+    store_partial<Score::kNormalised, Tile::kM>(output, logsumexp, args, args.partial, own, thread_row, lane);
+    return;
+  }
+
+  // Through the warp's own rows of the query's tile, which no one else reads any more, to 16-byte stores. Where there
+  // was no tile of keys, other threads' copies of the query have only now ended.
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 8; ++d)
+      store_shared(shared_query + QueryTile::offset(warp_row + lane / 4 + row_of(r), d) + lane % 4 * 4,
+                   pack(output[r / 2][d][r % 2 * 2], output[r / 2][d][r % 2 * 2 + 1], Input()));
+  }
+  __syncwarp();
+  Storage::template store<QueryTile, Tile::kWarpRows, 32>(
+      shared_query, warp_row, query_rows(own, tensors.output, static_cast<Input*>(nullptr)), own.row_begin + warp_row,
+      own.row_end, int(args.value_dim), lane);
+  if (args.logsumexp.data && lane % 4 == 0) {
+    const auto rows = query_rows(own, args.logsumexp, static_cast<float*>(nullptr));
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (thread_row + row_of(r) < own.row_end) *rows.at(thread_row + row_of(r)) = logsumexp[r];
+  }
+}
+
+}  // namespace attnx::cuda

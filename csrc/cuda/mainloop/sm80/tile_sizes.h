@@ -1,0 +1,102 @@
+// Tile sizes by head dimension: the table to tune. Plain C++, for the launchers' arithmetic too.
+//
+// Wide tiles serve long queries on devices that have the shared memory; narrow ones the rest: short queries, devices of
+// 99 KiB (sm_86, sm_89, sm_120), and lists, whose blocks of 64 they divide. With 32 rows a warp a product reads half
+// the shared memory that 16 rows need; above 128 features 32 rows exceed the registers.
+#pragma once
+
+namespace attnx::cuda {
+
+inline constexpr int kLeastSharedBytes = 99 * 1024;              // that a block can have on every device since sm_80
+inline constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};  // what others are padded to
+
+template <int kHeadDim_, int kM_, int kN_, int kWarps_, int kStages_, int kBlocksPerSm_>
+struct ForwardTile {
+  static constexpr int kHeadDim = kHeadDim_, kM = kM_, kN = kN_;  // features, rows, keys
+  static constexpr int kWarps = kWarps_, kThreads = kWarps * 32, kWarpRows = kM / kWarps;
+  static constexpr int kStages = kStages_;  // copies of keys and values in shared memory
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;
+  // With few features to multiply, special functions would take as long as the tensor cores.
+  static constexpr bool kSparesSpecialFunctions = kHeadDim <= 64;
+  static constexpr int kSharedBytes = (kM + 2 * kStages * kN) * kHeadDim * 2;
+};
+
+template <int kHeadDim>
+struct ForwardTiles;
+template <>
+struct ForwardTiles<32> {
+  using Wide = ForwardTile<32, 128, 64, 4, 2, 3>;
+  using Narrow = ForwardTile<32, 64, 64, 4, 2, 4>;
+};
+template <>
+struct ForwardTiles<64> {
+  using Wide = ForwardTile<64, 128, 96, 4, 1, 2>;
+  using Narrow = ForwardTile<64, 64, 64, 4, 2, 3>;
+};
+template <>
+struct ForwardTiles<96> {
+  using Wide = ForwardTile<96, 128, 64, 4, 1, 2>;
+  using Narrow = ForwardTile<96, 64, 64, 4, 2, 3>;
+};
+template <>
+struct ForwardTiles<128> {
+  using Wide = ForwardTile<128, 128, 64, 4, 1, 2>;
+  using Narrow = ForwardTile<128, 64, 64, 4, 1, 2>;
+};
+template <>
+struct ForwardTiles<192> {
+  using Narrow = ForwardTile<192, 64, 64, 4, 1, 2>;
+  using Wide = Narrow;
+};
+template <>
+struct ForwardTiles<256> {
+  using Narrow = ForwardTile<256, 64, 32, 4, 2, 2>;
+  using Wide = Narrow;
+};
+
+// S and dP are rows x keys, dK and dV keys x features, dQ rows x features; the warps stand along both.
+template <int kHeadDim_, int kM_, int kN_, int kWarps_, int kStages_, int kScoreWarps_, int kKeyWarps_, int kRowWarps_>
+struct BackwardTile {
+  static constexpr int kHeadDim = kHeadDim_, kM = kM_, kN = kN_;
+  static constexpr int kWarps = kWarps_, kThreads = kWarps * 32;
+  static constexpr int kStages = kStages_;  // copies of queries and output gradients in shared memory
+  static constexpr int kScoreWarps = kScoreWarps_, kScoreWarpsN = kWarps / kScoreWarps;  // of S: along rows, along keys
+  static constexpr int kKeyWarps = kKeyWarps_, kKeyWarpsD = kWarps / kKeyWarps;  // of dK: along keys, along features
+  static constexpr int kRowWarps = kRowWarps_, kRowWarpsD = kWarps / kRowWarps;  // of dQ: along rows, along features
+  static constexpr int kSharedBytes = (2 * kStages * kM + 2 * kN) * kHeadDim * 2 + 2 * kM * kN * 2;
+};
+
+template <int kHeadDim>
+struct BackwardTiles;
+template <>
+struct BackwardTiles<32> {
+  using Wide = BackwardTile<32, 128, 64, 8, 2, 4, 4, 8>;
+  using Narrow = BackwardTile<32, 64, 64, 4, 2, 2, 2, 4>;
+};
+template <>
+struct BackwardTiles<64> {
+  using Wide = BackwardTile<64, 128, 128, 8, 2, 4, 4, 4>;
+  using Narrow = BackwardTile<64, 64, 64, 8, 2, 4, 4, 4>;
+};
+template <>
+struct BackwardTiles<96> {
+  using Wide = BackwardTile<96, 64, 128, 8, 2, 2, 4, 4>;
+  using Narrow = BackwardTile<96, 64, 64, 8, 2, 4, 4, 4>;
+};
+template <>
+struct BackwardTiles<128> {
+  using Wide = BackwardTile<128, 64, 128, 8, 2, 2, 4, 2>;
+  using Narrow = BackwardTile<128, 64, 64, 8, 1, 4, 4, 2>;
+};
+template <>
+struct BackwardTiles<192> {
+  using Wide = BackwardTile<192, 64, 64, 8, 2, 4, 4, 2>;
+  using Narrow = BackwardTile<192, 32, 64, 8, 1, 2, 4, 2>;
+};
+template <>
+struct BackwardTiles<256> {
+  using Wide = BackwardTile<256, 64, 64, 8, 1, 4, 4, 4>;
+  using Narrow = BackwardTile<256, 32, 32, 4, 1, 2, 2, 2>;
+};
+
+}  // namespace attnx::cuda

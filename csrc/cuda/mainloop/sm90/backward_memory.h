@@ -1,0 +1,110 @@
+// The shared memory of a backward block, its barriers, and what passes from the producer to the consumers.
+//
+// Barriers, with who arrives: keys_full (producer, bytes of K and V), query_full and grad_output_full by stage
+// (producer, bytes), query_empty and grad_output_empty by stage (a lane of each consumer warp), grad_logits_full by
+// stage of dS (a lane of each warp that makes it), and by product derivative_full and derivative_empty (a lane of each
+// warp that writes and reads them). dS needs no barrier to be empty: who has seen the next one full knows that all have
+// read this one.
+#pragma once
+
+#include "cuda/mainloop/sm90/backward_ptx.h"
+#include "cuda/mainloop/sm90/backward_tile_sizes.h"
+#include "cuda/mainloop/sm90/swizzled_tile.h"
+
+namespace attnx::cuda {
+
+// The block's shared memory, by address.
+template <class Tile>
+struct BackwardMemory {
+  using KeyTile = SwizzledTile<Tile::kN, Tile::kHeadDim>;
+  using RowTile = SwizzledTile<Tile::kM, Tile::kHeadDim>;
+  using LogitTile = SwizzledTile<Tile::kN, Tile::kLogitColumns>;  // dS^T
+  static constexpr int kStages = Tile::kStages, kLogitStages = Tile::kLogitStages;
+
+  std::uint32_t key;
+
+  __device__ __forceinline__ std::uint32_t value() const { return key + KeyTile::kBytes; }
+  __device__ __forceinline__ std::uint32_t query(int stage) const {
+    return key + 2 * KeyTile::kBytes + stage * RowTile::kBytes;
+  }
+  __device__ __forceinline__ std::uint32_t grad_output(int stage) const { return query(kStages + stage); }
+  __device__ __forceinline__ std::uint32_t grad_logits(int stage) const {
+    return query(2 * kStages) + stage * LogitTile::kBytes;
+  }
+  // float32 of each logit, in the order of a warpgroup's registers: what the gradient of its weight is multiplied with.
+  __device__ __forceinline__ std::uint32_t derivative() const { return grad_logits(kLogitStages); }
+  // float32 of each row: what its logits get, times log2(e); what the gradients of its weights lose.
+  __device__ __forceinline__ std::uint32_t offset(int stage) const {
+    return derivative() + Tile::kDerivativeBytes + stage * Tile::kM * 4;
+  }
+  __device__ __forceinline__ std::uint32_t delta(int stage) const { return offset(kStages + stage); }
+  // What the producer says of a tile of rows (PublishedTile).
+  __device__ __forceinline__ std::uint32_t tile(int stage) const { return offset(2 * kStages) + stage * 32; }
+  __device__ __forceinline__ std::uint32_t keys_full() const { return tile(kStages); }
+  __device__ __forceinline__ std::uint32_t query_full(int stage) const { return keys_full() + 8 + stage * 8; }
+  __device__ __forceinline__ std::uint32_t query_empty(int stage) const { return query_full(kStages + stage); }
+  __device__ __forceinline__ std::uint32_t grad_output_full(int stage) const { return query_full(2 * kStages + stage); }
+  __device__ __forceinline__ std::uint32_t grad_output_empty(int stage) const {
+    return query_full(3 * kStages + stage);
+  }
+  __device__ __forceinline__ std::uint32_t grad_logits_full(int stage) const { return query_full(4 * kStages + stage); }
+  __device__ __forceinline__ std::uint32_t derivative_full() const { return grad_logits_full(kLogitStages); }
+  __device__ __forceinline__ std::uint32_t derivative_empty() const { return derivative_full() + 8; }
+  static_assert(kStages * 32 + 8 + (4 * kStages + kLogitStages + 2) * 8 <= Tile::kBarrierBytes);
+
+  template <int kProducers>
+  __device__ __forceinline__ void init_barriers() const {
+    constexpr int kConsumerWarps = Tile::kWarpgroups * 4;
+    init_barrier(keys_full(), kProducers);
+    for (int s = 0; s < kStages; ++s) {
+      init_barrier(query_full(s), kProducers);
+      init_barrier(query_empty(s), kConsumerWarps);
+      init_barrier(grad_output_full(s), kProducers);
+      init_barrier(grad_output_empty(s), kConsumerWarps);
+    }
+    for (int s = 0; s < kLogitStages; ++s) init_barrier(grad_logits_full(s), Tile::kN / 16);
+    if constexpr (Tile::kByProduct) {
+      init_barrier(derivative_full(), 4);
+      init_barrier(derivative_empty(), 4);
+    }
+  }
+};
+
+// What the producer tells the consumers of a tile of rows, so that they need no place in their registers for where
+// their own tile stands.
+struct PublishedTile {
+  int row;       // the first; -1 after the last tile
+  int row_tile;  // where its sums lie
+  int before;    // deterministic: how many tiles of keys add to its sums first
+  int row_head;
+  unsigned masked;  // a bit for each warpgroup: whether logits of its keys must be placed; and kRagged
+  float bias;       // of a listed tile, times log2(e)
+
+  static constexpr unsigned kRagged = 1u << 31;  // other sequences' rows are in the tile
+
+  __device__ __forceinline__ void store(std::uint32_t to) const {
+    store_shared(to, make_uint4(row, row_tile, before, row_head));
+    store_shared(to + 16, masked);
+    store_shared(to + 20, __float_as_uint(bias));
+  }
+  static __device__ __forceinline__ PublishedTile load(std::uint32_t from) {
+    const uint4 x = load_shared(from);
+    return {int(x.x),
+            int(x.y),
+            int(x.z),
+            int(x.w),
+            load_shared_word(from + 16),
+            __uint_as_float(load_shared_word(from + 20))};
+  }
+};
+
+// Where a role stands in the rings.
+template <int kStages>
+struct Step {
+  int number = 0;
+
+  __device__ __forceinline__ int stage() const { return number % kStages; }
+  __device__ __forceinline__ std::uint32_t parity() const { return number / kStages & 1; }
+};
+
+}  // namespace attnx::cuda

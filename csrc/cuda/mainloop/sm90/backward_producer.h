@@ -1,0 +1,118 @@
+// Which tiles a block of the backward walks over, and its producer: the threads that have them brought.
+#pragma once
+
+#include "cuda/mainloop/backward_rows.h"
+#include "cuda/mainloop/sm90/backward_memory.h"
+
+namespace attnx::cuda {
+
+// Which tile of keys a block owns, and the tiles of rows that see it.
+template <class Tiles, class Tile>
+struct BackwardPlace {
+  int key_begin, head, batch;
+  Sequence sequence;
+  int row_end;    // of the sequence
+  int row_heads;  // of tiles of rows on the key head
+
+  __device__ __forceinline__ BackwardPlace(const BackwardGeometry& args, int block) {
+    key_begin = args.key_blocks.split(block) * Tile::kN;
+    head = args.key_heads.split(block);
+    batch = block;
+    sequence = sequence_of(args, batch);
+    row_end = sequence.length_q * args.group.divisor();
+    row_heads = args.row_heads;
+  }
+
+  __device__ __forceinline__ int row_heads_end() const { return (head + 1) * row_heads; }
+  __device__ __forceinline__ std::int64_t row_tile(const BackwardGeometry& args, int row_head, int row_begin) const {
+    return row_head * args.row_tiles + row_tile_of(args, batch, sequence, row_begin / Tile::kM, Tile::kM);
+  }
+
+  // Calls step(row_head, tiles, tile, row) for each tile of rows in order, `row` its first.
+  template <class Args, class Step>
+  __device__ __forceinline__ void for_each(const Args& args, const Step& step) const {
+    if constexpr (Tiles::kPerHead) {
+#pragma unroll 1
+      for (int row_head = head * row_heads; row_head < again(args).row_heads_end(); ++row_head) {
+        const BackwardPlace place = again(args);
+        const auto tiles =
+            Tiles::template rows<Tile>(args, place.sequence, place.batch, row_head, place.key_begin);
+#pragma unroll 1
+        for (int tile = tiles.begin(); tile < tiles.end(); ++tile) step(row_head, tiles, tile, tiles.first(tile));
+      }
+    } else {
+      const auto tiles = Tiles::template rows<Tile>(args, sequence, batch, head, key_begin);
+#pragma unroll 1
+      for (int row_head = head * row_heads; row_head < again(args).row_heads_end(); ++row_head)
+#pragma unroll 1
+        for (int tile = tiles.begin(); tile < tiles.end(); ++tile) step(row_head, tiles, tile, tiles.first(tile));
+    }
+  }
+
+  // The same, computed anew: where it is needed in a loop, rather than kept in registers through it.
+  static __device__ __forceinline__ BackwardPlace again(const BackwardGeometry& args) {
+    return {args, fresh(int(blockIdx.x))};
+  }
+};
+
+template <bool kHasDelta, class Tiles, class Storage, class Tile, class Args>
+__device__ __forceinline__ void produce_tiles(const Args& args, const BackwardMemory<Tile>& shared) {
+  using KeyTile = typename BackwardMemory<Tile>::KeyTile;
+  using RowTile = typename BackwardMemory<Tile>::RowTile;
+  using Place = BackwardPlace<Tiles, Tile>;
+  const auto& tensors = args.tensors;
+  Storage::prepare(tensors);
+
+  const Place own = Place::again(args);
+  const auto batch_of = [&](const Place& place) { return args.cu_seqlens_q ? 0 : place.batch; };
+  arrive_expecting(shared.keys_full(), 2 * KeyTile::kBytes);
+  const int first_key = int(own.sequence.first_k) + own.key_begin;
+  Storage::template load<KeyTile>(shared.key, tensors.key, first_key, own.head, batch_of(own), shared.keys_full(),
+                                  kEvictFirst);
+  Storage::template load<KeyTile>(shared.value(), tensors.value, first_key, own.head, batch_of(own),
+                                  shared.keys_full(), kEvictFirst);
+
+  Step<Tile::kStages> step;
+  own.for_each(args, [&](int row_head, const auto& tiles, int at_tile, int row) {
+    constexpr int kTermBytes = Tile::kM * 4;
+    const int stage = step.stage();
+    const std::uint32_t before = step.parity() ^ 1;
+    ++step.number;
+    wait(shared.query_empty(stage), before);
+
+    const Place place = Place::again(args);
+    const Band& band = place.sequence.band;
+    const int row_tile = int(place.row_tile(args, row_head, row));
+    PublishedTile tile{row, row_tile, 0, row_head, 0, tiles.bias(at_tile) * kLog2E};
+    if (args.deterministic)
+      tile.before = Tiles::template before<Tile::kN>(args, band, row, place.key_begin, tiles, at_tile);
+    const Visible plain =
+        band.seen_by_all(args.group.divide(row), args.group.divide(min(row + Tile::kM, place.row_end) - 1));
+#pragma unroll
+    for (int w = 0; w < Tile::kN / 64; ++w) {
+      const int key = place.key_begin + w * 64;
+      if (key < plain.first || key + 64 > plain.end || args.alibi_slopes.data) tile.masked |= 1u << w;
+    }
+    if (Tiles::kPacked && args.cu_seqlens_q && row + Tile::kM > place.row_end) tile.masked |= PublishedTile::kRagged;
+    tile.store(shared.tile(stage));
+
+    const int first_query = int(place.sequence.first_q) + args.group.divide(row);
+    const std::int64_t first_term = std::int64_t(row_tile) * Tile::kM;
+    arrive_expecting(shared.query_full(stage), RowTile::kBytes + kTermBytes);
+    Storage::template load<RowTile>(shared.query(stage), tensors.query, first_query, row_head, batch_of(place),
+                                    shared.query_full(stage), kEvictLast);
+    load_bytes(shared.offset(stage), args.offset + first_term, kTermBytes, shared.query_full(stage));
+
+    wait(shared.grad_output_empty(stage), before);
+    arrive_expecting(shared.grad_output_full(stage), RowTile::kBytes + kHasDelta * kTermBytes);
+    Storage::template load<RowTile>(shared.grad_output(stage), tensors.grad_output, first_query, row_head,
+                                    batch_of(place), shared.grad_output_full(stage), kEvictLast);
+    if constexpr (kHasDelta)
+      load_bytes(shared.delta(stage), args.delta + first_term, kTermBytes, shared.grad_output_full(stage));
+  });
+  wait(shared.query_empty(step.stage()), step.parity() ^ 1);
+  PublishedTile{-1, 0, 0, 0, 0, 0}.store(shared.tile(step.stage()));
+  arrive(shared.query_full(step.stage()));
+}
+
+}  // namespace attnx::cuda

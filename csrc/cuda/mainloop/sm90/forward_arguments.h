@@ -1,0 +1,27 @@
+// What the forward kernel for sm_90a is passed.
+#pragma once
+
+#include "cuda/mainloop/forward_arguments.h"
+
+namespace attnx::cuda {
+
+// How blocks that stay take tiles of rows.
+struct ForwardSchedule {
+  int row_tiles;    // of all heads and splits
+  Divisor section;  // heads, of all sequences, whose keys and values stay in L2 together
+  int* taken;       // device memory, 0 at launch: tiles that blocks have taken besides their first ones
+};
+
+template <class Score, class Tiles, class Storage>
+struct PersistentForwardArguments : ForwardArguments<Score, Tiles, Storage>, ForwardSchedule {
+#ifdef __CUDACC__
+  // The number, as ForwardPlace counts, of the tile that is n-th in order: all of a section before the next, and in it
+  // the same rows of all heads, the longest first.
+  __device__ __forceinline__ int in_order(int n) const {
+    const int split = this->splits.split(n), head = section.split(n), block = this->query_blocks.split(n);
+    return ((n * section.divisor() + head) * this->query_blocks.divisor() + block) * this->splits.divisor() + split;
+  }
+#endif
+};
+
+}  // namespace attnx::cuda

@@ -1,0 +1,218 @@
+// A consumer warpgroup of the forward: 64 rows, which walk over the tiles of keys.
+#pragma once
+
+#include "cuda/common/tile.h"
+#include "cuda/mainloop/forward_rows.h"
+#include "cuda/mainloop/sm90/forward_arguments.h"
+#include "cuda/mainloop/sm90/forward_memory.h"
+#include "cuda/mainloop/sm90/wgmma.h"
+#include "cuda/storage/strided.h"
+
+namespace attnx::cuda {
+
+// Stores a warp's 16 rows, from this one of the tile on, through its own part of shared memory.
+template <class Storage, class Tile, class Args>
+__device__ __forceinline__ void store_output(const Accumulators<16, Tile::kHeadDim>& output,
+                                             const float (&logsumexp)[2], const Args& args,
+                                             const ForwardMemory<Tile>& shared, const ForwardPlace& place, int warp_row,
+                                             int lane) {
+  using Input = typename Storage::Input;
+  using OutputTile = typename ForwardMemory<Tile>::QueryTile;
+  const auto& tensors = args.tensors;
+  const auto rows_of_place = [&]<class Element>(const Tensor& x, Element*) {
+    return GroupedRows<Element>{rows_of<Element>(x, place.batch, query_head_of(args, place.head), place.sequence.first_q),
+                                x.row_stride, x.head_stride, args.group};
+  };
+  const int row = place.row_begin + warp_row;
+  if (lane == 0) wait_stores_read();  // the last rows have left
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int d = 0; d < Tile::kHeadDim / 8; ++d)
+      store_shared(shared.output() + OutputTile::offset(warp_row + lane / 4 + row_of(r), d) + lane % 4 * 4,
+                   pack(output[0][d][r * 2], output[0][d][r * 2 + 1], Input()));
+  }
+  if (tensors.stores_boxes) {
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) {
+#pragma unroll
+      for (int p = 0; p < OutputTile::kPanels; ++p)
+        store_box(tensors.output, {p * OutputTile::kPanelFeatures, 0, args.group.divide(row), place.head, place.batch},
+                  shared.output() + p * OutputTile::kPanelBytes + warp_row * 128);
+      commit_stores();
+    }
+  } else {
+    __syncwarp();
+    store_tile<true, OutputTile, 16, 32>(shared.output(), warp_row, rows_of_place(tensors.output_rows, static_cast<Input*>(nullptr)), row,
+                                         place.row_end, int(args.value_dim), lane);
+  }
+  if (args.logsumexp.data && lane % 4 == 0) {
+    const auto rows = rows_of_place(args.logsumexp, static_cast<float*>(nullptr));
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (row + lane / 4 + row_of(r) < place.row_end) *rows.at(row + lane / 4 + row_of(r)) = logsumexp[r];
+  }
+}
+
+// The warpgroup is numbered from 0.
+template <class Score, class Tiles, class Storage, class Tile, class Args>
+__device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Tile>& shared, int warpgroup) {
+  using Input = typename Storage::Input;
+  using Memory = ForwardMemory<Tile>;
+  using QueryTile = typename Memory::QueryTile;
+  using KeyTile = typename Memory::KeyTile;
+  constexpr int kN = Tile::kN, kHeadDim = Tile::kHeadDim;
+  using Scores = float[1][kN / 8][4];
+  const int lane = threadIdx.x % 32;
+  const int warp_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;  // the warp's first row of the tile
+
+  const std::uint64_t query = QueryTile::by_rows(shared.query) + QueryTile::step(warpgroup * 64, 0);
+  const std::uint64_t key = KeyTile::by_rows(shared.key(0)), value = KeyTile::transposed(shared.value(0));
+  const auto release = [&](std::uint32_t barrier) {
+    if (lane == 0) arrive(barrier);
+  };
+
+  Ring<Tile::kStages> keys, values;
+  std::uint32_t query_phase = 0;
+  typename Score::template Forward<Input, Tile, 2> score;
+
+  while (true) {
+    wait(shared.query_full(), query_phase);
+    query_phase ^= 1;
+    const int tile = int(load_shared_word(shared.row_tile()));
+    if (tile < 0) break;
+    const ForwardPlace place = ForwardPlace::of(args, args.in_order(tile), Tile());
+    const auto tiles = Tiles::template keys<Tile>(args, place);
+    const int count = tiles.end() - tiles.begin();
+    const Band& band = place.sequence.band;
+    const int row = place.row_begin + warp_row + lane / 4;  // the thread's first
+
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int own = min(row + row_of(r), place.row_end - 1), at = args.group.divide(own);
+      score.set_row(r, args.score, band, query_head_of(args, place.head) + own - at * args.group.divisor(), at,
+                    place.split);
+    }
+    // The keys whose logits are a positive multiple of the products, for all rows of the warpgroup.
+    const int first_row = min(place.row_begin + warpgroup * 64, place.row_end - 1);
+    Visible plain =
+        band.seen_by_all(args.group.divide(first_row), args.group.divide(min(first_row + 64, place.row_end) - 1));
+    if (args.alibi_slopes.data || !(args.scale_log2 > 0)) plain.end = -1;
+
+    // Where the next sequence follows in memory, its values must not meet weights of 0: they may be no numbers.
+    if (Tiles::kPacked && args.cu_seqlens_k && count > 0) {
+      const int rows = band.length_k - tiles.first(tiles.end() - 1);
+      if (rows < kN) {
+        wait(shared.value_full(values.stage), values.phase);
+        for (int i = threadIdx.x - 128; i < (kN - rows) * KeyTile::kChunks; i += Tile::kWarpgroups * 128)
+          store_shared(shared.value(values.stage) + KeyTile::offset(rows + i / KeyTile::kChunks, i % KeyTile::kChunks),
+                       make_uint4(0, 0, 0, 0));
+        fence_async_proxy();
+        meet(1, Tile::kWarpgroups * 128);
+      }
+    }
+
+    Accumulators<16, kHeadDim> output;
+    clear(output);
+
+    // Tile i. Whether it must be masked is known beforehand, but for tiles from memory, whose keys are known once they
+    // are here.
+    const auto first_key = [&](int i) { return tiles.first(tiles.end() - 1 - i); };
+    const auto is_plain = [&](int key) { return key >= plain.first && key + kN <= plain.end; };
+    const auto step = [&]<bool kPlain>(std::bool_constant<kPlain>, int i) {
+      // S = Q K^T, behind the products of the last tile's weights.
+      wait(shared.key_full(keys.stage), keys.phase);
+      Scores s;
+      begin_products();
+#pragma unroll
+      for (int k = 0; k < kHeadDim; k += 16)
+        multiply_shared<false, false>(s[0], query + QueryTile::step(0, k),
+                                      key + (keys.stage * KeyTile::kBytes >> 4) + KeyTile::step(0, k), k > 0, Input());
+      commit_products();
+      int first = 0;
+      float bias = 0;
+      if constexpr (Tiles::kFromMemory) {
+        first = int(load_shared_word(shared.first_key(keys.stage)));
+        bias = __uint_as_float(load_shared_word(shared.first_key(keys.stage) + 4)) * kLog2E;
+      } else if constexpr (!kPlain) {
+        first = first_key(i);
+      }
+      wait_products<0>();
+      pin(s);
+      pin(output);
+      release(shared.key_empty(keys.stage));
+      keys.advance();
+      if (i > 0) {
+        release(shared.value_empty(values.stage));
+        values.advance();
+      }
+
+      float multiplier = args.scale_log2;
+      if (!kPlain && !is_plain(first)) {
+        const ForwardPlace own = ForwardPlace::of(args, args.in_order(fresh(tile)), Tile());
+        place_logits(s, args, own.sequence.band, query_head_of(args, own.head), own.row_begin + warp_row + lane / 4,
+                     first + lane % 4 * 2);
+        multiplier = 1;
+      }
+      score.template begin<Tiles::kHasBias>(s, output, multiplier, bias);
+
+      // O += P V.
+      wait(shared.value_full(values.stage), values.phase);
+      const Weights<decltype(score), 1, kN / 8> weights{s, score};
+#pragma unroll
+      for (int k = 0; k < kN; k += 16) {
+        std::uint32_t p[4];
+        weights.load(p, 0, k);
+        begin_products();
+        multiply_registers<true>(output[0], p, value + (values.stage * KeyTile::kBytes >> 4) + KeyTile::step(k, 0),
+                                 true, Input());
+        commit_products();
+      }
+    };
+    for (int i = 0; i < count; ++i) {
+      if constexpr (!Tiles::kFromMemory)
+#pragma unroll 1
+        for (; i < count && is_plain(first_key(i)); ++i) step(std::true_type(), i);
+      if (i < count) step(std::false_type(), i);
+    }
+    if (!Tile::kOutputOverQuery) release(shared.query_empty());
+    wait_products<0>();
+    pin(output);
+    if (count > 0) {
+      release(shared.value_empty(values.stage));
+      values.advance();
+    }
+
+    float logsumexp[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float factor = score.finish(r);
+      logsumexp[r] = score.logsumexp(r);
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 8; ++d) {
+        output[0][d][r * 2] *= factor;
+        output[0][d][r * 2 + 1] *= factor;
+      }
+    }
+
+    // The place is found again, rather than kept in registers through the loop.
+    const ForwardPlace again = ForwardPlace::of(args, args.in_order(fresh(tile)), Tile());
+    if (args.splits.divisor() > 1) {
+      store_partial<Score::kNormalised, Tile::kM>(output, logsumexp, args, args.partial, again, again.row_begin + warp_row + lane / 4, lane);
+    } else {
+      if constexpr (Tile::kOutputOverQuery) meet(2 + warpgroup, 128);  // no warp's product reads the query any more
+      store_output<Storage>(output, logsumexp, args, shared, again, warp_row, lane);
+    }
+    if constexpr (Tile::kOutputOverQuery) {
+      if (lane == 0) wait_stores_read();
+      fence_async_proxy();
+      __syncwarp();
+      release(shared.query_empty());
+    }
+  }
+  if (lane == 0) wait_stores();
+}
+
+}  // namespace attnx::cuda

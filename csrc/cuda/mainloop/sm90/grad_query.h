@@ -1,0 +1,64 @@
+// dQ from its sums, which attnx_backward_sm90 leaves in the order of its threads' registers.
+#pragma once
+
+#include "cuda/mainloop/backward_rows.h"
+#include "cuda/mainloop/grad_query_arguments.h"
+#include "cuda/mainloop/sm90/backward_ptx.h"
+
+namespace attnx::cuda {
+
+// The same as store_accumulators() for the transposed: a warp's accumulators, rounded, as columns of a tile.
+template <class Tile, class Input, int kN>
+__device__ __forceinline__ void store_transposed(std::uint32_t tile, int row, int column, int lane,
+                                                 const float (&x)[1][kN][4], float factor) {
+#pragma unroll
+  for (int n = 0; n < kN; n += 2) {
+    std::uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float (&pairs)[4] = x[0][n + i / 2];
+      packed[i] = pack(pairs[i % 2 * 2] * factor, pairs[i % 2 * 2 + 1] * factor, Input());
+    }
+    store_matrices_transposed(tile + Tile::offset(row + n * 8 + lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2),
+                              packed);
+  }
+}
+
+// A block makes a tile of rows of dQ from its sums.
+template <class Storage, class Tile>
+__global__ void __launch_bounds__(128) attnx_grad_query_sm90(const __grid_constant__ GradQueryArguments args) {
+  using Input = typename Storage::Input;
+  constexpr int kM = Tile::kM, kHeadDim = Tile::kHeadDim, kColumns = Tile::kGradQueryColumns;
+  using RowTile = SharedTile<kM, kHeadDim>;
+  extern __shared__ uint4 shared[];
+  const std::uint32_t shared_rows = shared_address(shared);
+
+  int block = blockIdx.x;
+  const int query_block = args.query_blocks.split(block), batch = block % int(args.batch);
+  const int head = block / int(args.batch);
+  const Sequence sequence = sequence_of(args, batch);
+  const int row_begin = query_block * kM, row_end = sequence.length_q * args.group.divisor();
+  if (row_begin >= row_end) return;
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const std::int64_t row_tile = head * args.row_tiles + row_tile_of(args, batch, sequence, query_block, kM);
+  const float4* from = reinterpret_cast<const float4*>(args.sums + row_tile * (kM * kHeadDim)) + threadIdx.x;
+#pragma unroll
+  for (int part = 0; part < Tile::kGradQueryParts * Tile::kWarpgroups; ++part) {
+    Accumulators<16, kColumns> grad_query;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n)
+      *reinterpret_cast<float4*>(grad_query[0][n]) = from[(part * (kColumns / 8) + n) * 128];
+    const int row = Tile::first_row(part), feature = Tile::first_feature(part);
+    if constexpr (Tile::kSwapGradQuery)
+      store_transposed<RowTile, Input>(shared_rows, row, feature + warp * 16, lane, grad_query, args.scale);
+    else
+      store_accumulators<RowTile, Input>(shared_rows, row + warp * 16, feature, lane, grad_query, args.scale);
+  }
+  __syncthreads();
+  const auto rows =
+      Storage::template query_rows<Input>(args, args.grad_query, batch, query_head_of(args, head), sequence);
+  Storage::template store<RowTile, kM, 128>(shared_rows, 0, rows, row_begin, row_end, int(args.head_dim), threadIdx.x);
+}
+
+}  // namespace attnx::cuda

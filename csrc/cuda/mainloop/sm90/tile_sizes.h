@@ -1,0 +1,53 @@
+// Tile sizes of the forward for sm_90a by head dimension: the table to tune. Plain C++, for the launchers' arithmetic
+// too.
+//
+// A warpgroup of consumers owns 64 rows. Registers allow three of them with 64 features, else two.
+// Lists have blocks of 64 rows and of 64 keys: one warpgroup to a block, more blocks to a multiprocessor.
+#pragma once
+
+namespace attnx::cuda {
+
+inline constexpr int kTmaHeadDims[] = {64, 128, 256};  // what others are padded to
+inline constexpr int kMostSharedBytes = 227 * 1024;    // that a block can have on sm_90
+
+// kOutputOverQuery: output leaves through the query's shared memory, where there is no room for both.
+template <int kHeadDim_, int kM_, int kN_, bool kOutputOverQuery_, int kBlocksPerSm_>
+struct TmaForwardTile {
+  static constexpr int kHeadDim = kHeadDim_, kM = kM_, kN = kN_;  // features, rows, keys
+  static constexpr int kWarpgroups = kM / 64, kThreads = (1 + kWarpgroups) * 128;
+  static constexpr bool kOutputOverQuery = kOutputOverQuery_;
+  // With 64 features special functions take as long as the tensor cores, and nothing is gained by more of them with
+  // others.
+  static constexpr bool kSparesSpecialFunctions = true;
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;
+  static constexpr int kStages = 2;  // copies of keys and of values in shared memory
+  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kWarpgroups == 3    ? 160
+                                            : kWarpgroups == 2  ? 232
+                                            : kBlocksPerSm == 1 ? 240
+                                                                : 512 / kBlocksPerSm - 40;
+  static constexpr int kBarrierBytes = 256;
+  static constexpr int kSharedBytes =
+      ((kOutputOverQuery ? 1 : 2) * kM + 2 * kStages * kN) * kHeadDim * 2 + kBarrierBytes;
+  static_assert(kSharedBytes * kBlocksPerSm + (kBlocksPerSm - 1) * 1024 <= kMostSharedBytes);
+};
+
+template <int kHeadDim>
+struct TmaForwardTiles;
+template <>
+struct TmaForwardTiles<64> {
+  using Dense = TmaForwardTile<64, 192, 128, false, 1>;
+  using Listed = TmaForwardTile<64, 64, 64, false, 2>;
+};
+template <>
+struct TmaForwardTiles<128> {
+  using Dense = TmaForwardTile<128, 128, 128, false, 1>;
+  using Listed = TmaForwardTile<128, 64, 64, false, 2>;
+};
+template <>
+struct TmaForwardTiles<256> {
+  using Dense = TmaForwardTile<256, 128, 64, true, 1>;
+  using Listed = TmaForwardTile<256, 64, 64, true, 1>;
+};
+
+}  // namespace attnx::cuda

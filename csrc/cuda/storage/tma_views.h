@@ -1,0 +1,20 @@
+// The tensors of a call as the tensor memory accelerator sees them. Host code.
+#pragma once
+
+#include "attnx/params.h"
+#include "cuda/storage/tensor_map.h"
+
+namespace attnx::cuda {
+
+struct TmaForwardViews {
+  TmaTensor query, key, value, output;
+};
+struct TmaBackwardViews {
+  TmaTensor query, key, value, grad_output;
+};
+
+// Rows of `group` query heads, which is 1 or all that share a key head, are in one box.
+TmaForwardViews tma_views(const ForwardParams& params, std::int64_t group);
+TmaBackwardViews tma_views(const BackwardParams& params, std::int64_t group);
+
+}  // namespace attnx::cuda

@@ -1,0 +1,41 @@
+// The backward kernels for sm_80 of one score, dtype and padded head dimension.
+#pragma once
+
+#include "cuda/common/device.h"
+#include "cuda/mainloop/sm80/backward.h"
+#include "cuda/mainloop/sm80/tile_sizes.h"
+#include "cuda/storage/strided.h"
+#include "cuda/tiles/band.h"
+#include "cuda/tiles/listed.h"
+#include "cuda/units/call.h"
+
+namespace attnx::cuda {
+
+template <class Score, class Input, int kHeadDim>
+struct BackwardSm80 {
+  template <class Tiles, bool kAligned, class Tile>
+  static void launch(const BackwardCall& call) {
+    using Storage = Strided<Input, kAligned>;
+    const BackwardArguments<Tiles, Storage> args{call.geometry, call.scaling, call.scratch,
+                                                 Storage::tensors(call.params),
+                                                 Tiles::parameters(call.params, call.list_order)};
+    launch_kernel("attnx_backward_sm80", attnx_backward_sm80<Score, Tiles, Storage, Tile>, call.blocks, Tile::kThreads,
+                  Tile::kSharedBytes, call.stream, args);
+  }
+
+  static void run(const BackwardCall& call) {
+    using Sizes = BackwardTiles<kHeadDim>;
+    if (call.variant.listed) {
+      call.variant.aligned ? launch<Listed, true, typename Sizes::Narrow>(call)
+                           : launch<Listed, false, typename Sizes::Narrow>(call);
+    } else if (!call.variant.aligned) {
+      launch<Banded, false, typename Sizes::Narrow>(call);
+    } else if (call.variant.wide) {
+      launch<Banded, true, typename Sizes::Wide>(call);
+    } else if constexpr (Sizes::Wide::kSharedBytes > kLeastSharedBytes) {
+      launch<Banded, true, typename Sizes::Narrow>(call);
+    }
+  }
+};
+
+}  // namespace attnx::cuda

@@ -1,0 +1,58 @@
+// What dispatch tells a unit of kernels, and the units there are: one translation unit for each score, dtype and padded
+// head dimension, so that each compiles in seconds. CMake writes them; nothing but them includes a mainloop.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/mainloop/forward_arguments.h"
+#include "cuda/mainloop/grad_query_arguments.h"
+#include "cuda/mainloop/sm90/forward_arguments.h"
+
+namespace attnx::cuda {
+
+// Which of a unit's instantiations.
+struct Variant {
+  bool wide, listed, aligned;
+};
+
+struct ForwardCall {
+  const ForwardParams& params;
+  ForwardGeometry geometry;
+  LogitScaling scaling;
+  PartialResults partial;
+  ForwardSchedule schedule;  // of blocks that stay
+  Variant variant;
+  std::int64_t blocks;
+  cudaStream_t stream;
+};
+
+struct BackwardCall {
+  const BackwardParams& params;
+  BackwardGeometry geometry;
+  LogitScaling scaling;
+  BackwardScratch scratch;
+  const int* list_order;
+  int rows_of_tile;
+  Variant variant;
+  std::int64_t blocks;
+  cudaStream_t stream;
+};
+
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_forward_sm80(const ForwardCall& call);
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_forward_sm90(const ForwardCall& call);
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_backward_sm80(const BackwardCall& call);
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_backward_sm90(const BackwardCall& call);
+
+// The passes around the backward that depend on the score, or on the tiles of its mainloop.
+template <Score kScore>
+void launch_row_terms(const BackwardCall& call);
+template <DType kDType, int kHeadDim>
+void launch_grad_query_sm80(const GradQueryArguments& args, Variant variant, cudaStream_t stream);
+template <DType kDType, int kHeadDim>
+void launch_grad_query_sm90(const GradQueryArguments& args, Variant variant, cudaStream_t stream);
+
+}  // namespace attnx::cuda

@@ -1,0 +1,41 @@
+// The forward kernels for sm_80 of one score, dtype and padded head dimension.
+#pragma once
+
+#include "cuda/common/device.h"
+#include "cuda/mainloop/sm80/forward.h"
+#include "cuda/mainloop/sm80/tile_sizes.h"
+#include "cuda/storage/strided.h"
+#include "cuda/tiles/band.h"
+#include "cuda/tiles/listed.h"
+#include "cuda/units/call.h"
+
+namespace attnx::cuda {
+
+template <class Score, class Input, int kHeadDim>
+struct ForwardSm80 {
+  template <class Tiles, bool kAligned, class Tile>
+  static void launch(const ForwardCall& call) {
+    using Storage = Strided<Input, kAligned>;
+    const auto& p = call.params;
+    const ForwardArguments<Score, Tiles, Storage> args{
+        call.geometry,        call.scaling,         Storage::tensors(p), p.logsumexp,
+        Score::parameters(p), Tiles::parameters(p), call.partial};
+    launch_kernel("attnx_forward_sm80", attnx_forward_sm80<Score, Tiles, Storage, Tile>, call.blocks, Tile::kThreads,
+                  Tile::kSharedBytes, call.stream, args);
+  }
+
+  static void run(const ForwardCall& call) {
+    using Sizes = ForwardTiles<kHeadDim>;
+    if (call.variant.listed) {
+      call.variant.aligned ? launch<Listed, true, typename Sizes::Narrow>(call)
+                           : launch<Listed, false, typename Sizes::Narrow>(call);
+    } else if (!call.variant.aligned) {
+      launch<Banded, false, typename Sizes::Narrow>(call);
+    } else {
+      call.variant.wide ? launch<Banded, true, typename Sizes::Wide>(call)
+                        : launch<Banded, true, typename Sizes::Narrow>(call);
+    }
+  }
+};
+
+}  // namespace attnx::cuda

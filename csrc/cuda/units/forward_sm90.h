@@ -1,0 +1,36 @@
+// The forward kernels for sm_90a of one score, dtype and padded head dimension.
+#pragma once
+
+#include "cuda/common/device.h"
+#include "cuda/mainloop/sm90/forward.h"
+#include "cuda/mainloop/sm90/tile_sizes.h"
+#include "cuda/storage/tma.h"
+#include "cuda/tiles/band.h"
+#include "cuda/tiles/listed.h"
+#include "cuda/units/call.h"
+
+namespace attnx::cuda {
+
+template <class Score, class Input, int kHeadDim>
+struct ForwardSm90 {
+  template <class Tiles, class Tile>
+  static void launch(const ForwardCall& call) {
+    using Storage = Tma<Input>;
+    constexpr int kWarpRows = 16;  // that leave together
+    const auto& p = call.params;
+    const PersistentForwardArguments<Score, Tiles, Storage> args{
+        {call.geometry, call.scaling,
+         Storage::tensors(p, call.geometry.group.divisor(), Tile::kM, Tile::kN, kWarpRows), p.logsumexp,
+         Score::parameters(p), Tiles::parameters(p), call.partial},
+        call.schedule};
+    launch_kernel("attnx_forward_sm90", attnx_forward_sm90<Score, Tiles, Storage, Tile>, call.blocks, Tile::kThreads,
+                  Tile::kSharedBytes, call.stream, args);
+  }
+
+  static void run(const ForwardCall& call) {
+    using Sizes = TmaForwardTiles<kHeadDim>;
+    call.variant.listed ? launch<Listed, typename Sizes::Listed>(call) : launch<Banded, typename Sizes::Dense>(call);
+  }
+};
+
+}  // namespace attnx::cuda
