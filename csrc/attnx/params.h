@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "attnx/score.h"
 #include "attnx/staircase.h"
 
 namespace attnx {
@@ -10,9 +11,6 @@ namespace attnx {
 inline constexpr std::int64_t kMaxHeadDim = 256;
 
 enum class DType : std::uint8_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
-
-// What turns a logit into a weight.
-enum class Score : std::uint8_t { kSigmoid, kSoftmax };
 
 // What the sigmoid adds to the logits of a row besides the constant and the tensor.
 enum class BiasRule : std::uint8_t {

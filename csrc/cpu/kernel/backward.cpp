@@ -1,9 +1,8 @@
 // Compiled once per instruction set; picks the policies.
 #include "backward.h"
 
+#include "cpu/kernel/scores.h"
 #include "dtype.h"
-#include "score/sigmoid.h"
-#include "score/softmax.h"
 #include "storage/strided.h"
 #include "tiles/listed.h"
 
@@ -13,8 +12,8 @@ template <class Use>
 static auto with_backward(const BackwardParams& p, const Executor& executor, Use use) {
   const auto with_policies = [&]<class Input>() {
     const auto with_tiles = [&]<class Tiles>() {
-      if (p.score == Score::kSigmoid) return use(Backward<Input, Sigmoid, Tiles, StridedStorage>(p, executor));
-      return use(Backward<Input, Softmax, Tiles, StridedStorage>(p, executor));
+      return with_backward_score(
+          p.score, [&]<class Score>() { return use(Backward<Input, Score, Tiles, StridedStorage>(p, executor)); });
     };
     return p.key_blocks.counts ? with_tiles.template operator()<ListedTiles>()
                                : with_tiles.template operator()<BandTiles>();

@@ -1,11 +1,10 @@
 // Compiled once per instruction set; picks the policies.
 #include "forward.h"
 
+#include "cpu/kernel/scores.h"
 #include "dtype.h"
 #include "lanes/keys.h"
 #include "lanes/queries.h"
-#include "score/sigmoid.h"
-#include "score/softmax.h"
 #include "storage/staircase.h"
 #include "storage/strided.h"
 #include "tiles/listed.h"
@@ -14,23 +13,23 @@ namespace attnx::cpu::ATTNX_ISA {
 
 template <class Use>
 static auto with_forward(const ForwardParams& p, const Executor& executor, Use use) {
-  const auto with_score =
+  const auto with_policies =
       [&]<class Input, class Tiles, template <class, class> class Storage, template <class, class> class Lanes>() {
-        if (p.score == Score::kSigmoid) return use(Forward<Input, Sigmoid, Tiles, Storage, Lanes>(p, executor));
-        return use(Forward<Input, Softmax, Tiles, Storage, Lanes>(p, executor));
+        return with_forward_score(
+            p.score, [&]<class Score>() { return use(Forward<Input, Score, Tiles, Storage, Lanes>(p, executor)); });
       };
   const auto with_lanes = [&]<class Input, template <class, class> class Storage>() {
     using Keys = KeysOnLanes<Arithmetic<Input>, Softmax>;
     if (p.length_q * (p.heads_q / p.heads_k) <= Keys::kMostRows)
-      return with_score.template operator()<Input, BandTiles, Storage, KeysOnLanes>();
-    return with_score.template operator()<Input, BandTiles, Storage, QueriesOnLanes>();
+      return with_policies.template operator()<Input, BandTiles, Storage, KeysOnLanes>();
+    return with_policies.template operator()<Input, BandTiles, Storage, QueriesOnLanes>();
   };
   const auto with_storage = [&]<class Input>() {
     if constexpr (!__is_same(Input, double)) {
       if (p.cache) return with_lanes.template operator()<Input, StaircaseStorage>();
     }
     if (p.key_blocks.counts)
-      return with_score.template operator()<Input, ListedTiles, StridedStorage, QueriesOnLanes>();
+      return with_policies.template operator()<Input, ListedTiles, StridedStorage, QueriesOnLanes>();
     return with_lanes.template operator()<Input, StridedStorage>();
   };
   return with_input(p.dtype, with_storage);
