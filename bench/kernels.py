@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
-_NAME = re.compile(r"attnx_(\w+?)(?:_sm80|_(sm90))?(?:<(.*)>)?\(")
-_TILE = re.compile(r"[\w:]+Tile<(\d+), (\d+), (\d+)[^>]*>")
-_WORDS = {
-    "(attnx::Score)0": "sigmoid",
-    "(attnx::Score)1": "softmax",
-    "__nv_bfloat16": "bfloat16",
-    "__half": "float16",
-}
-# What false and true say, for each of a kernel's flags in turn.
-_ALIGNED, _LISTED, _SOFTMAX = ("unaligned", ""), ("", "listed"), ("sigmoid", "softmax")
-_FLAGS = {
-    "forward": (_LISTED, _ALIGNED),
-    "backward": (_LISTED, _ALIGNED),
-    "grad_query": (_ALIGNED,),
-    "row_terms": (_ALIGNED,),
-    "combine": (_SOFTMAX,),
-}
+_NAME = re.compile(r"attnx_(\w+?)(?:_(sm\d+))?(?:<(.*)>)?\(")
+_TILE = re.compile(r"\w+Tile<(\d+), (\d+), (\d+)")
+_DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16"}
+# What a policy says, where its name does not say it: a band of strided or TMA's rows is the ordinary case.
+_POLICIES = {"Banded": "", "Listed": "listed", "Tma": "", "Strided": ""}
+# What false and true say where they are a kernel's own arguments.
+_FLAGS = {"row_terms": ("unaligned", ""), "combine": ("pointwise", "normalised"), "Strided": ("unaligned", "")}
+
+
+def _split(arguments: str) -> Iterator[str]:
+    """The template arguments of a name, without those that are arguments of another one."""
+    depth, start = 0, 0
+    for i, character in enumerate(arguments + ","):
+        depth += (character == "<") - (character == ">")
+        if character == "," and depth == 0:
+            yield arguments[start:i].strip()
+            start = i + 1
+
+
+def _words(owner: str, argument: str) -> Iterator[str]:
+    """Those of one template argument of a kernel or policy."""
+    name, _, inner = argument.removesuffix(">").partition("<")
+    name = name.rpartition("::")[2]
+    if tile := _TILE.search(argument):
+        yield from (tile[1], f"{tile[2]}x{tile[3]}")
+    elif argument in ("false", "true"):
+        yield _FLAGS[owner][argument == "true"]
+    elif name in _DTYPES:
+        yield _DTYPES[name]
+    elif name in _POLICIES:
+        yield _POLICIES[name]
+        yield from (word for part in _split(inner) for word in _words(name, part))
+    else:
+        yield re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()  # a score: SoftmaxSink
+
+
+_LAST = ("listed", "unaligned")
 
 
 def label(demangled: str) -> str:
@@ -31,15 +52,10 @@ def label(demangled: str) -> str:
     match = _NAME.search(demangled)
     if match is None:
         raise ValueError(f"expected the name of a kernel of attnx, got {demangled}")
-    kernel, arguments = match[1], _TILE.sub(r"\1 \2x\3", match[3] or "")
-    flags = iter(_FLAGS.get(kernel, ()))
-    words, flag_words = [kernel, match[2] or ""], []
-    for argument in filter(None, re.split(r",\s*", arguments.strip())):
-        if argument in ("false", "true"):
-            flag_words.append(next(flags)[argument == "true"])
-        else:
-            words.append(_WORDS.get(argument, argument.rpartition("::")[2]))
-    return " ".join(filter(None, words + flag_words))
+    kernel, mainloop, arguments = match[1], match[2] or "", match[3]
+    words = [word for part in _split(arguments or "") for word in _words(kernel, part)]
+    ordered = sorted(filter(None, words), key=lambda word: (word in _LAST, word[0].isdigit()))
+    return " ".join(filter(None, [kernel, mainloop if mainloop != "sm80" else "", *ordered]))
 
 
 def mainloop(name: str) -> str:

@@ -63,9 +63,22 @@ attnx::Tensor tensor_of(const std::optional<Layout>& layout, std::int64_t heads,
   return {reinterpret_cast<void*>((*layout)[0]), (*layout)[1], (*layout)[2], (*layout)[3]};
 }
 
+py::dict as_dict(const attnx::cuda::KernelDescription& x) {
+  py::dict d;
+  d["kernel"] = x.kernel;
+  d["mainloop"] = x.mainloop;
+  d["rows"] = x.rows;
+  d["keys"] = x.keys;
+  d["head_dim"] = x.head_dim;
+  d["aligned"] = x.aligned;
+  d["splits"] = x.splits;
+  d["why_not_sm90"] = x.why_not_sm90;
+  return d;
+}
+
 // The kernel that a call of these sizes, and of these tensors where they are given, would run.
 template <bool kBackward>
-std::string cuda_kernel(const std::string& op, const std::string& dtype, std::int64_t batch, std::int64_t heads_q,
+py::dict cuda_kernel(const std::string& op, const std::string& dtype, std::int64_t batch, std::int64_t heads_q,
                         std::int64_t heads_k, std::int64_t length_q, std::int64_t length_k, std::int64_t head_dim,
                         std::int64_t value_dim, std::pair<std::int64_t, std::int64_t> window,
                         std::pair<std::int64_t, std::int64_t> packed_rows,
@@ -95,7 +108,7 @@ std::string cuda_kernel(const std::string& op, const std::string& dtype, std::in
     attnx::ForwardParams p;
     describe(p);
     p.output = tensor_of(std::nullopt, heads_q, length_q, value_dim);
-    return attnx::ops::cuda_forward_kernel(p);
+    return as_dict(attnx::ops::describe_cuda_kernel(p));
   } else {
     attnx::BackwardParams p;
     describe(p);
@@ -103,7 +116,7 @@ std::string cuda_kernel(const std::string& op, const std::string& dtype, std::in
     p.grad_query = tensor_of(std::nullopt, heads_q, length_q, head_dim);
     p.grad_key = tensor_of(std::nullopt, heads_k, length_k, head_dim);
     p.grad_value = tensor_of(std::nullopt, heads_k, length_k, value_dim);
-    return attnx::ops::cuda_backward_kernel(p);
+    return as_dict(attnx::ops::describe_cuda_kernel(p));
   }
 }
 
@@ -142,7 +155,7 @@ PYBIND11_MODULE(_C, m) {
             py::arg("heads_k"), py::arg("length_q"), py::arg("length_k"), py::arg("head_dim"), py::arg("value_dim"),
             py::arg("window") = std::pair(-1, -1), py::arg("packed_rows") = std::pair(0, 0),
             py::arg("block_size") = std::pair(0, 0), py::arg("query") = py::none(), py::arg("key") = py::none(),
-            py::arg("value") = py::none(), "The kernel that the current device would run, as profilers show it.");
+            py::arg("value") = py::none(), "The kernel that the current device would run.");
     };
     def_kernel("cuda_forward_kernel", cuda_kernel<false>);
     def_kernel("cuda_backward_kernel", cuda_kernel<true>);

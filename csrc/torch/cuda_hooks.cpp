@@ -1,14 +1,13 @@
 #include "cuda_hooks.h"
 
-#include "cuda/mainloop.h"
+#include "cuda/dispatch/mainloop_choice.h"
 
 namespace attnx::ops {
 
 bool cuda_emulated() { return cuda::emulated(); }
 
-std::string cuda_forward_kernel(const ForwardParams& params) { return cuda::forward_kernel(params); }
-
-std::string cuda_backward_kernel(const BackwardParams& params) { return cuda::backward_kernel(params); }
+cuda::KernelDescription describe_cuda_kernel(const ForwardParams& params) { return cuda::describe(params); }
+cuda::KernelDescription describe_cuda_kernel(const BackwardParams& params) { return cuda::describe(params); }
 
 std::string cuda_mainloop() { return cuda::asked_mainloop_name(); }
 

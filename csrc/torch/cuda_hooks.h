@@ -7,8 +7,8 @@
 namespace attnx::ops {
 
 ATTNX_API bool cuda_emulated();
-ATTNX_API std::string cuda_forward_kernel(const ForwardParams& params);
-ATTNX_API std::string cuda_backward_kernel(const BackwardParams& params);
+ATTNX_API cuda::KernelDescription describe_cuda_kernel(const ForwardParams& params);
+ATTNX_API cuda::KernelDescription describe_cuda_kernel(const BackwardParams& params);
 ATTNX_API std::string cuda_mainloop();
 ATTNX_API void set_cuda_mainloop(const std::string& name);
 ATTNX_API void cuda_sigmoid_weights(const float* logits, float* weights, std::int64_t n, DType dtype, bool exact);

@@ -3,6 +3,7 @@
 #include "cuda/dispatch/plan.h"
 #include "cuda/dispatch/range.h"
 #include "cuda/dispatch/tiling.h"
+#include "cuda/head_dims.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
 #include "cuda/mainloop/sm90/backward_tile_sizes.h"
 #include "cuda/passes/list_order.h"
@@ -19,7 +20,7 @@ void with_backward_score(Score score, const Action& action) {
 }
 
 // One list may serve all heads, or all sequences; then its order is counted once.
-void launch_list_order(const BackwardParams& p, int* order, cudaStream_t stream) {
+void order_lists(const BackwardParams& p, int* order, cudaStream_t stream) {
   const auto own = [](std::int64_t count, std::int64_t stride) { return stride == 0 ? 1 : int(count); };
   launch_list_order({p.key_blocks, p.query_blocks, own(p.batch, p.query_blocks.indices_batch_stride),
                      own(p.heads_q, p.query_blocks.indices_head_stride), int(ceil_div(p.length_k, p.block_k)), order},
@@ -36,7 +37,7 @@ void launch(const BackwardPlan& plan, const BackwardCall& call) {
         launch_grad_query_sm80<kDType, kHeadDim>(grad_query, call.variant, call.stream);
       });
     } else if constexpr (ATTNX_CUDA_SM90) {
-      with_head_dim<kTmaBackwardHeadDims>(p, [&]<int kHeadDim>() {
+      with_head_dim<kTmaHeadDims>(p, [&]<int kHeadDim>() {
         with_backward_score(p.score, [&]<Score kScore>() { launch_backward_sm90<kScore, kDType, kHeadDim>(call); });
         launch_grad_query_sm90<kDType, kHeadDim>(grad_query, call.variant, call.stream);
       });
@@ -68,7 +69,7 @@ void backward(const BackwardParams& p, const Launch& where) {
   BackwardCall row_terms = call;  // it reads the output as well
   row_terms.variant.aligned = call.variant.aligned && is_aligned(p, p.output, p.heads_q, p.value_dim);
   with_backward_score(p.score, [&]<Score kScore>() { launch_row_terms<kScore>(row_terms); });
-  if (plan.list_order) launch_list_order(p, plan.list_order, stream);
+  if (plan.list_order) order_lists(p, plan.list_order, stream);
   launch(plan, call);
   launch_parameter_sums({plan.geometry, plan.scratch.bias_sum, plan.scratch.slope_sum, plan.tile.rows,
                          plan.tile.score_warps, p.grad_bias, p.grad_alibi_slopes},

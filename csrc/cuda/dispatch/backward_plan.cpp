@@ -4,6 +4,7 @@
 #include "cuda/dispatch/plan.h"
 #include "cuda/dispatch/tiling.h"
 #include "cuda/dispatch/workspace.h"
+#include "cuda/head_dims.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
 #include "cuda/mainloop/sm90/backward_tile_sizes.h"
 #include "cuda/storage/tma_views.h"
@@ -29,8 +30,8 @@ void plan_sm80(const BackwardParams& p, BackwardPlan& plan) {
 
 // It returns what speaks against sm_90's mainloop, or nothing.
 std::string plan_sm90(const BackwardParams& p, BackwardPlan& plan) {
-  plan.head_dim = padded_head_dim<kTmaBackwardHeadDims>(p);
-  with_head_dim<kTmaBackwardHeadDims>(p, [&]<int kHeadDim>() {
+  plan.head_dim = padded_head_dim<kTmaHeadDims>(p);
+  with_head_dim<kTmaHeadDims>(p, [&]<int kHeadDim>() {
     using Tiles = TmaBackwardTiles<kHeadDim>;
     const auto sizes_of = []<class Tile>(Tile) {
       return TileSizes{Tile::kM, Tile::kN, Tile::kBlocksPerSm, Tile::kSharedBytes, Tile::kN / 16};

@@ -6,6 +6,7 @@
 #include "cuda/dispatch/plan.h"
 #include "cuda/dispatch/range.h"
 #include "cuda/dispatch/tiling.h"
+#include "cuda/head_dims.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
 #include "cuda/mainloop/sm90/tile_sizes.h"
 #include "cuda/passes/combine.h"

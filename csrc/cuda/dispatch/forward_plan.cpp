@@ -5,6 +5,7 @@
 #include "cuda/dispatch/splits.h"
 #include "cuda/dispatch/tiling.h"
 #include "cuda/dispatch/workspace.h"
+#include "cuda/head_dims.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
 #include "cuda/mainloop/sm90/tile_sizes.h"
 #include "cuda/storage/tma_views.h"

@@ -2,7 +2,6 @@
 #include <math_constants.h>
 
 #include "attnx/block_sampling.h"
-#include "cuda/common/geometry.h"
 #include "cuda/attention.h"
 #include "cuda/common/device.h"
 
@@ -39,7 +38,7 @@ __global__ void __launch_bounds__(256) attnx_sampled_blocks(const __grid_constan
 void sampled_blocks(const BlockGrid& grid, const SamplingRound& round, const float* keep, std::int64_t heads,
                     std::uint8_t* kept, double* arrival, const Launch& launch) {
   const std::int64_t n = heads * grid.query_blocks() * grid.key_blocks();
-  launch_kernel("attnx_sampled_blocks", reinterpret_cast<const void*>(attnx_sampled_blocks), (n + 255) / 256, 256, 0,
+  launch_kernel("attnx_sampled_blocks", attnx_sampled_blocks, (n + 255) / 256, 256, 0,
                 static_cast<cudaStream_t>(launch.stream), SamplingArguments{grid, round, keep, n, kept, arrival});
 }
 

@@ -30,11 +30,11 @@ void sigmoid_weights(const float* logits, float* weights, std::int64_t n, DType 
                      const Launch& launch) {
   const WeightsArguments args{logits, weights, n};
   const bool half = dtype == DType::kFloat16;
-  const auto* kernel =
-      exact ? (half ? reinterpret_cast<const void*>(attnx_sigmoid_weights<__half, ExactSigmoid>)
-                    : reinterpret_cast<const void*>(attnx_sigmoid_weights<__nv_bfloat16, ExactSigmoid>))
-            : (half ? reinterpret_cast<const void*>(attnx_sigmoid_weights<__half, NewtonSigmoid>)
-                    : reinterpret_cast<const void*>(attnx_sigmoid_weights<__nv_bfloat16, NewtonSigmoid>));
+  auto* const kernel =
+      exact ? (half ? attnx_sigmoid_weights<__half, ExactSigmoid>
+                    : attnx_sigmoid_weights<__nv_bfloat16, ExactSigmoid>)
+            : (half ? attnx_sigmoid_weights<__half, NewtonSigmoid>
+                    : attnx_sigmoid_weights<__nv_bfloat16, NewtonSigmoid>);
   launch_kernel("attnx_sigmoid_weights", kernel, (n + 255) / 256, 256, 0, static_cast<cudaStream_t>(launch.stream),
                 args);
 }

@@ -2,19 +2,10 @@
 #pragma once
 
 #include "cuda/common/ptx.h"
+#include "cuda/common/reduce.h"
 #include "cuda/common/sequence.h"
 
 namespace attnx::cuda {
-
-// These reduce over the four lanes that share a row.
-__device__ __forceinline__ float max_of_quad(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-__device__ __forceinline__ float sum_of_quad(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
 
 // A thread's kRows rows in the forward.
 template <class Input_, int kRows>

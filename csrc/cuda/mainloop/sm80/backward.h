@@ -14,6 +14,7 @@
 #pragma once
 
 #include "cuda/common/logits.h"
+#include "cuda/common/reduce.h"
 #include "cuda/mainloop/backward_rows.h"
 
 namespace attnx::cuda {

@@ -8,7 +8,6 @@
 namespace attnx::cuda {
 
 inline constexpr int kLeastSharedBytes = 99 * 1024;              // that a block can have on every device since sm_80
-inline constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};  // what others are padded to
 
 template <int kHeadDim_, int kM_, int kN_, int kWarps_, int kStages_, int kBlocksPerSm_>
 struct ForwardTile {

@@ -11,8 +11,6 @@
 
 namespace attnx::cuda {
 
-inline constexpr int kTmaBackwardHeadDims[] = {64, 128, 256};
-
 template <int kHeadDim_, int kM_, int kN_, int kBlocksPerSm_, bool kByProduct_ = false>
 struct TmaBackwardTile {
   static constexpr int kHeadDim = kHeadDim_, kM = kM_, kN = kN_;  // features, rows, keys

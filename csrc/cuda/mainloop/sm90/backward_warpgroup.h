@@ -5,18 +5,12 @@
 #pragma once
 
 #include "cuda/common/logits.h"
+#include "cuda/common/reduce.h"
 #include "cuda/mainloop/backward_rows.h"
 #include "cuda/mainloop/sm90/backward_producer.h"
 #include "cuda/mainloop/sm90/wgmma.h"
 
 namespace attnx::cuda {
-
-// It reduces over the eight lanes that share a column of accumulators.
-__device__ __forceinline__ float sum_of_column(float x) {
-#pragma unroll
-  for (int i = 4; i < 32; i *= 2) x += __shfl_xor_sync(~0u, x, i);
-  return x;
-}
 
 template <class Score_, class Tiles, class Storage, class Tile_>
 struct BackwardWarpgroup {

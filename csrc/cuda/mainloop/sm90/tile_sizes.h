@@ -7,7 +7,6 @@
 
 namespace attnx::cuda {
 
-inline constexpr int kTmaHeadDims[] = {64, 128, 256};  // what others are padded to
 inline constexpr int kMostSharedBytes = 227 * 1024;    // that a block can have on sm_90
 
 // kOutputOverQuery: output leaves through the query's shared memory, where there is no room for both.

@@ -1,0 +1,25 @@
+// Reductions over the lanes of a warp that share a row or a column of accumulators (tile.h).
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace attnx::cuda {
+
+// Four lanes share a row.
+__device__ __forceinline__ float max_of_quad(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float sum_of_quad(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Eight lanes share a column.
+__device__ __forceinline__ float sum_of_column(float x) {
+#pragma unroll
+  for (int i = 4; i < 32; i *= 2) x += __shfl_xor_sync(~0u, x, i);
+  return x;
+}
+
+}  // namespace attnx::cuda
