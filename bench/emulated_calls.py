@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +67,7 @@ def _tile(score: Score, dtype: str, head_dim: int, rows: int, direction: str = "
         head_dim=head_dim,
         value_dim=head_dim,
     )
-    match = re.search(r"(\d+) rows x (\d+) keys, head_dim padded to (\d+)", kernel)
-    if match is None:
-        raise RuntimeError(f"expected a kernel with its tile and head_dim, got {kernel}")
-    return _Tile(*map(int, match.groups()))
+    return _Tile(kernel["rows"], kernel["keys"], kernel["head_dim"])
 
 
 def hopper_calls() -> Iterator[Call]:

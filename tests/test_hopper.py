@@ -154,7 +154,7 @@ def test_what_sm80_serves(change: Any, reason: str, dtype: torch.dtype, device: 
     inputs = change(random_inputs(Shape(100, 100, 64, batch=2, heads=4, kv_heads=2), dtype, device)[0])
     explanation = attnx.explain(attnx.sigmoid_attention, **inputs)
     assert explanation.kernel == "sigmoid_attention [sm80]"
-    assert f"it is not sm90: {reason}" in explanation.reasons
+    assert f"the forward is not sm90's: {reason}" in explanation.reasons
     check_forward("sigmoid_attention", inputs)
     with attnx.cuda_mainloop("sm90"), pytest.raises(RuntimeError, match=reason):
         attnx.sigmoid_attention(**inputs)

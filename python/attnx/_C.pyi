@@ -1,6 +1,6 @@
 """Build facts and test hooks of attnx; importing it registers torch.ops.attnx."""
 
-from typing import Any
+from typing import Any, TypedDict
 
 version: str
 cuda_on_host: bool
@@ -12,6 +12,16 @@ def cpu_instruction_set() -> str: ...
 def set_cpu_instruction_set(name: str) -> None: ...
 def cuda_emulated() -> bool: ...
 def interrupt_staircase_append(units: int) -> None: ...
+
+class CudaKernel(TypedDict):
+    kernel: str  # as profilers show it
+    mainloop: str  # "sm80"
+    rows: int  # of a tile
+    keys: int
+    head_dim: int  # what it is padded to
+    aligned: bool  # whether rows lie on 16 bytes
+    splits: int  # shares of the keys
+    why_not_sm90: str  # on a device for it; empty where its mainloop serves the call
 
 # In builds with CUDA kernels.
 def cuda_forward_kernel(
@@ -30,7 +40,7 @@ def cuda_forward_kernel(
     query: tuple[int, int, int, int] | None = None,
     key: tuple[int, int, int, int] | None = None,
     value: tuple[int, int, int, int] | None = None,
-) -> str: ...
+) -> CudaKernel: ...
 def cuda_backward_kernel(
     operator: str,
     dtype: str,
@@ -47,7 +57,7 @@ def cuda_backward_kernel(
     query: tuple[int, int, int, int] | None = None,
     key: tuple[int, int, int, int] | None = None,
     value: tuple[int, int, int, int] | None = None,
-) -> str: ...
+) -> CudaKernel: ...
 def cuda_mainloop() -> str: ...
 def set_cuda_mainloop(name: str) -> None: ...
 def cuda_sigmoid_weights(logits: int, weights: int, n: int, dtype: str, exact: bool) -> None: ...

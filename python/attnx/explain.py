@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -118,15 +117,10 @@ def _cuda_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]
         reasons = [f"the tensors are on {query.device}, {device}"]
     else:
         reasons = [f"the tensors are on {query.device}, and ATTNX_CUDA_ON_HOST=1 sends their calls to the emulator"]
-    kernel, _, obstacle = kernel.partition("; not ")
-    reasons.append(f"the forward is {kernel}")
-    if obstacle:
-        reasons.append(f"it is not {obstacle}")
-    reasons += backward
+    reasons += [*_describe("the forward", kernel), *backward]
     if (asked := _C.cuda_mainloop()) != "auto":
         reasons.append(f"{asked} was asked for, by attnx.cuda_mainloop or ATTNX_CUDA_MAINLOOP")
-    mainloop = re.search(r"sm\d+a?", kernel)
-    return f"{requirement.operator} [{mainloop.group() if mainloop else kernel}]", reasons
+    return f"{requirement.operator} [{kernel['mainloop']}]", reasons
 
 
 def _backward_kernel(requirement: _capability.Requirement, sizes: dict[str, Any]) -> list[str]:
@@ -134,8 +128,17 @@ def _backward_kernel(requirement: _capability.Requirement, sizes: dict[str, Any]
         kernel = _C.cuda_backward_kernel(requirement.operator, requirement.dtype, **sizes)
     except RuntimeError as error:  # the mainloop that was asked for has none
         return [f"the backward is refused: {error}"]
-    kernel, _, obstacle = kernel.partition("; not ")
-    return [f"the backward is {kernel}"] + ([f"the backward is not {obstacle}"] if obstacle else [])
+    return _describe("the backward", kernel)
+
+
+def _describe(direction: str, kernel: _C.CudaKernel) -> list[str]:
+    tiles = f"{kernel['rows']} rows x {kernel['keys']} keys, head_dim padded to {kernel['head_dim']}"
+    aligned = "" if kernel["aligned"] else ", rows not on 16 bytes"
+    splits = f", keys in {kernel['splits']} shares" if kernel["splits"] > 1 else ""
+    lines = [f"{direction} is {kernel['kernel']}, {tiles}{aligned}{splits}"]
+    if kernel["why_not_sm90"]:
+        lines.append(f"{direction} is not sm90's: {kernel['why_not_sm90']}")
+    return lines
 
 
 def _layout(x: Tensor) -> tuple[int, int, int, int] | None:
