@@ -111,13 +111,20 @@ TENSORS = [
 
 @pytest.mark.parametrize(("name", "argument"), TENSORS)
 def test_one_tensor_elsewhere_is_refused(name: str, argument: str) -> None:
-    """Among real tensors one on meta would turn the call into one that computes shapes alone."""
+    """Among real tensors one on meta would turn the call into one that computes shapes alone. The fallback of other
+    devices asks the same."""
     arguments = arguments_of(name)
     arguments[argument] = torch.zeros(1, 1, 4, 8, device="meta")
     first = "query" if "query" in arguments else next(iter(arguments))
     named, expected = (r"\w+", "meta") if argument == first else (argument, "cpu")
-    with pytest.raises(RuntimeError, match=f"^{named}: expected a tensor on {expected} like {first}, got one on "):
-        signature(name).call(arguments)
+    elsewhere = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
+    calls = (
+        lambda: signature(name).call(arguments),
+        lambda: signature(name).operator.redispatch(elsewhere, *arguments.values()),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match=f"^{named}: expected a tensor on {expected} like {first}, got one on "):
+            call()
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if signature(name).written])

@@ -23,36 +23,35 @@ def register(row: Operator, name: str) -> None:
         _refuse(name, f"{name}: no derivative; {derivative.why}")
 
 
+_SAVED = object()  # stands among the arguments for a tensor that autograd keeps
+
+
 def _by_operator(name: str, derivative: BackwardOperator) -> None:
     forward, backward = signature(name), signature(f"{name}_backward")
+    kept = [i for i, result in enumerate(forward.results) if result in backward.arguments]
+    names = (*forward.arguments, *(forward.results[i] for i in kept))
+    of_results = tuple(f"grad_{result}" for result in forward.results)
+    of_arguments = tuple(result.removeprefix("grad_") for result in backward.results)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        results = zip(forward.results, output if isinstance(output, tuple) else (output,), strict=True)
-        values = forward.bind(inputs) | {result: x for result, x in results if result in backward.arguments}
-        tensors = {argument: x for argument, x in values.items() if isinstance(x, Tensor)}
-        ctx.save_for_backward(*tensors.values())
-        ctx.tensors = tuple(tensors)
-        ctx.others = {argument: x for argument, x in values.items() if argument not in tensors}
+        results = output if isinstance(output, tuple) else (output,)
+        values = (*inputs, *(results[i] for i in kept))
+        ctx.save_for_backward(*(x for x in values if isinstance(x, Tensor)))
+        ctx.values = tuple(_SAVED if isinstance(x, Tensor) else x for x in values)
 
     def gradient(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        inputs = ctx.others | dict(zip(ctx.tensors, ctx.saved_tensors, strict=True))
-        values = inputs | {"deterministic": torch.are_deterministic_algorithms_enabled()}
-        for result, x in zip(forward.results, grads, strict=True):
-            values[f"grad_{result}"] = x if x.stride(-1) == 1 else x.contiguous()
+        saved = iter(ctx.saved_tensors)
+        values = {name: next(saved) if x is _SAVED else x for name, x in zip(names, ctx.values, strict=True)}
+        values["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        for of_result, x in zip(of_results, grads, strict=True):
+            values[of_result] = x if x.stride(-1) == 1 else x.contiguous()
         if derivative.more is not None:
             values |= derivative.more(values)
-        gradients = {
-            result.removeprefix("grad_"): x for result, x in zip(backward.results, backward.call(values), strict=True)
-        }
-
-        def of(argument: str) -> Tensor | None:
-            x = inputs[argument]
-            if x is None or argument not in gradients:
-                return None
-            # One number of shape () was used by every head.
-            return gradients[argument].sum() if x.dim() == 0 else gradients[argument]
-
-        return tuple(of(argument) for argument in forward.arguments)
+        gradients: dict[str, Any] = dict.fromkeys(forward.arguments)
+        for argument, x in zip(of_arguments, backward.call(values), strict=True):
+            if values[argument] is not None:  # one number of shape () was used by every head
+                gradients[argument] = x.sum() if values[argument].dim() == 0 else x
+        return tuple(gradients.values())
 
     torch.library.register_autograd(f"attnx::{name}", gradient, setup_context=save)
 
