@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attnx
-from attnx.routing import _bias
 
 
 def random_centroids(heads: int, clusters: int, head_dim: int, seed: int = 7) -> Tensor:
@@ -72,7 +71,8 @@ def eager_routing_attention(
                     values = torch.cat((memory_kv[1][h // group], values))
                 seen = k <= q[:, None] + lead if is_causal else torch.ones(len(q), len(k), dtype=torch.bool)
                 seen = F.pad(seen, (memory, 0), value=True)
-                output = _dense(query[b, h, q], keys, values, seen, score, _bias(bias, is_causal), scale, constant_sums)
+                rule = "row" if bias is None and is_causal else bias
+                output = _dense(query[b, h, q], keys, values, seen, score, rule, scale, constant_sums)
                 total = total.index_add(0, q, output)
                 count[q] += 1
             heads_out.append(total / count.clamp(min=1)[:, None].to(total.dtype))
@@ -97,7 +97,7 @@ def _dense(
         logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
         weights = (logits - logits.logsumexp(-1, True).detach()).exp() if constant_sums else logits.softmax(-1)
     else:
-        keys = seen.sum(-1, keepdim=True) if bias.rule == "row" else torch.tensor(seen.shape[-1])
-        added = bias.value if bias.rule == "none" else -keys.clamp(min=1).to(q.dtype).log()
+        keys = seen.sum(-1, keepdim=True) if bias == "row" else torch.tensor(seen.shape[-1])
+        added = -keys.clamp(min=1).to(q.dtype).log() if bias in (None, "row") else bias
         weights = (logits + added).sigmoid()
     return weights.masked_fill(~seen, 0.0) @ v.flip(0)

@@ -228,7 +228,7 @@ BAD = {
     "block_size": ({"block_size": (32, 64)}, "block_size", "64 or 128", "(32, 64)"),
     "bias_width": ({"block_bias": torch.zeros(1, 1, 2, 3)}, "block_bias", "2", "3"),
     "bias_dtype": ({"block_bias": torch.zeros(1, 1, 2, 2).double()}, "block_bias", "float32", "float64"),
-    "score": ({"score": "relu"}, "score", "sigmoid or softmax", "relu"),
+    "score": ({"score": "relu"}, "score", '"sigmoid" or "softmax"', "'relu'"),
     "bias": ({"bias": torch.zeros(2)}, "bias", "float", "tensor"),
 }
 

@@ -410,7 +410,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "density_of_a_tensor": ({"keep": torch.ones(3), "density": 0.5}, "density: expected a number with mode="),
     "mode": ({"mode": "random"}, 'mode: expected "bernoulli" or "topm", got \'random\''),
     "topm_importance": ({"mode": "topm", "importance": True}, "importance: expected False with mode="),
-    "score": ({"score": "relu"}, 'score: expected "softmax" or "sigmoid", got \'relu\''),
+    "score": ({"score": "relu"}, 'score: expected "sigmoid" or "softmax", got \'relu\''),
     "bias": ({"score": "sigmoid", "bias": torch.ones(2)}, 'bias: expected None, "row" or a float, got a tensor'),
     "bias_of_softmax": ({"bias": -1.0}, 'bias: expected None with score="softmax", got -1.0'),
     "block_size_number": ({"block_size": 64}, "block_size: expected a pair (queries, keys), got 64"),

@@ -319,7 +319,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         'cluster_size: expected None with routing="argmax", got 4',
     ),
     "routing": (CENTROIDS, {"routing": "random"}, 'routing: expected "topk" or "argmax", got \'random\''),
-    "score": (CENTROIDS, {"score": "relu"}, 'score: expected "softmax" or "sigmoid", got \'relu\''),
+    "score": (CENTROIDS, {"score": "relu"}, 'score: expected "sigmoid" or "softmax", got \'relu\''),
     "bias": (CENTROIDS, {"bias": -1.0}, 'bias: expected None with score="softmax", got -1.0'),
     "bias_tensor": (CENTROIDS, {"bias": torch.ones(4), "score": "sigmoid"}, 'bias: expected None, "row" or a float'),
     "scale": (CENTROIDS, {"scale": math.nan}, "scale: expected a finite number, got nan"),

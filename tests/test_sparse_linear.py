@@ -12,7 +12,7 @@ from torch import Tensor
 
 import attnx
 from attnx import SparseLinearMap
-from attnx._sparse_linear import labels_by_sorting
+from attnx._operators.sparse_linear import labels_by_sorting
 from attnx.testing import assert_close
 from cases import DTYPES, Shape, pack, random_inputs
 

@@ -391,8 +391,8 @@ def test_bad_calls_change_nothing() -> None:
         (r"^query: expected heads to be a multiple of the 2 heads .*, got 3", lambda: cache.attend(query[:, :3])),
         (r"^query: expected shape \(2, 4, 1, 64\)", lambda: cache.attend(query[..., :32])),
         (r"^query_lengths: expected from 0 .*, got 2", lambda: cache.attend(query, query_lengths=too_many)),
-        (r"^score: expected sigmoid or softmax", lambda: cache.attend(query, score="hard")),  # type: ignore[arg-type]
-        (r"^bias: expected None with score softmax", lambda: cache.attend(query, bias=1.0)),
+        (r'^score: expected "sigmoid" or "softmax", got', lambda: cache.attend(query, score="hard")),  # type: ignore[arg-type]
+        (r'^bias: expected None with score="softmax", got 1.0', lambda: cache.attend(query, bias=1.0)),
         (r"^scale: expected a finite number", lambda: cache.attend(query, scale=float("inf"))),
         (r"^sequences: expected from 0 to 1, got \[1, 2\]", lambda: cache.reorder(too_many)),
         (r"^sequences: expected shape \(2,\)", lambda: cache.reorder(torch.tensor([0]))),

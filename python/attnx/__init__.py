@@ -2,14 +2,9 @@
 
 import torch as _torch  # noqa: F401  (before _C: it loads the libraries that libattnx links)
 
-from attnx import _C, _block_sparse, _operators, _probabilistic, _routing, _sparse_linear, _staircase
+from attnx import _C, _operators
 
-_operators.register()
-_block_sparse.register()
-_probabilistic.register()
-_routing.register()
-_sparse_linear.register()
-_staircase.register()
+_operators.register_all()
 
 from attnx import nn, reference  # noqa: E402  (they use the registered operators)
 from attnx.block_mask import BlockMask  # noqa: E402

@@ -133,15 +133,15 @@ def refusal(operator: str, arguments: dict[str, Any]) -> str:
 
 
 def check_placement(arguments: dict[str, Any]) -> None:
-    """Every tensor strided, and where query is."""
-    device = arguments["query"].device
-    for name, x in arguments.items():
-        if not isinstance(x, Tensor):
-            continue
+    """Every tensor is strided, and where query is, or where the first tensor is in a call without query."""
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+    first = "query" if "query" in tensors else next(iter(tensors))
+    device = tensors[first].device
+    for name, x in tensors.items():
         if x.layout != torch.strided:
             raise RuntimeError(f"{name}: expected a strided tensor, got layout {x.layout}")
         if x.device != device:
-            raise RuntimeError(f"{name}: expected a tensor on {device} like query, got one on {x.device}")
+            raise RuntimeError(f"{name}: expected a tensor on {device} like {first}, got one on {x.device}")
 
 
 def markdown() -> str:

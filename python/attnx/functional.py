@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx.block_mask import BlockMask
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
-SigmoidBias: TypeAlias = Tensor | float | Literal["row"] | None
-
 _ops = torch.ops.attnx
-
-
-class _Bias(NamedTuple):
-    tensor: Tensor | None
-    rule: str
-    value: float
-
-
-def _sigmoid_bias(bias: SigmoidBias) -> _Bias:
-    """Splits the public ``bias`` into what the operator adds to every logit: rule + value + tensor."""
-    if bias is None:
-        return _Bias(None, "length", 0.0)
-    if isinstance(bias, Tensor):
-        return _Bias(bias, "none", 0.0)
-    if bias == "row":
-        return _Bias(None, "row", 0.0)
-    if isinstance(bias, (int, float)) and not isinstance(bias, bool):
-        return _Bias(None, "none", float(bias))
-    raise RuntimeError(f'bias: expected None, "row", a float, or a tensor of shape () or (heads,), got {bias!r}')
 
 
 def _window(window: tuple[int, int]) -> tuple[int, int]:
@@ -91,9 +71,9 @@ def sigmoid_attention(
     Source: Ramapuram et al., "Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
     arXiv 2409.04431.
     """
-    b = _sigmoid_bias(bias)
+    s = resolve_score("sigmoid", bias, tensor_bias=True)
     return _ops.sigmoid_attention(
-        query, key, value, b.tensor, alibi_slopes, b.rule, b.value, scale, is_causal, *_window(window)
+        query, key, value, s.bias, alibi_slopes, s.bias_rule, s.bias_value, scale, is_causal, *_window(window)
     )
 
 
@@ -133,7 +113,7 @@ def sigmoid_attention_varlen(
     Returns:
         (total_q, heads, value_dim) in the dtype of query.
     """
-    b = _sigmoid_bias(bias)
+    s = resolve_score("sigmoid", bias, tensor_bias=True)
     return _ops.sigmoid_attention_varlen(
         query,
         key,
@@ -142,10 +122,10 @@ def sigmoid_attention_varlen(
         cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
-        b.tensor,
+        s.bias,
         alibi_slopes,
-        b.rule,
-        b.value,
+        s.bias_rule,
+        s.bias_value,
         scale,
         is_causal,
         *_window(window),
@@ -219,7 +199,7 @@ def block_sparse_attention(
     value: Tensor,
     block_mask: BlockMask | FlexBlockMask,
     *,
-    score: Literal["softmax", "sigmoid"] = "softmax",
+    score: ScoreName = "softmax",
     bias: SigmoidBias = None,
     block_bias: Tensor | None = None,
     scale: float | None = None,
@@ -255,11 +235,7 @@ def block_sparse_attention(
             raise RuntimeError(f"block_mask: expected attnx.BlockMask or flex_attention's, got {type(block_mask)}")
         block_mask, causal = BlockMask.from_flex(block_mask)
         is_causal = is_causal or causal
-    if return_logsumexp and score != "softmax":
-        raise RuntimeError(f'return_logsumexp: expected False, or True with score="softmax", got True with {score!r}')
-    if isinstance(bias, Tensor):
-        raise RuntimeError(f'bias: expected None, "row" or a float, got a tensor of shape {tuple(bias.shape)}')
-    b = _sigmoid_bias(bias) if score == "sigmoid" else _Bias(None, "none", 0.0)
+    s = resolve_score(score, bias, return_logsumexp=return_logsumexp)
     output, logsumexp = _ops.block_sparse_attention(
         query,
         key,
@@ -268,9 +244,9 @@ def block_sparse_attention(
         block_mask.kv_indices,
         block_bias,
         *block_mask.block_size,
-        score,
-        b.rule,
-        b.value,
+        s.score,
+        s.bias_rule,
+        s.bias_value,
         scale,
         is_causal,
     )

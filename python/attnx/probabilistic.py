@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx.block_mask import BlockMask
-from attnx.functional import SigmoidBias, _Bias, _sigmoid_bias, sigmoid_attention, softmax_attention
+from attnx.functional import sigmoid_attention, softmax_attention
 
 __all__ = ["keep_probabilities", "probabilistic_attention", "probabilistic_block_mask"]
 
@@ -332,7 +333,7 @@ def probabilistic_attention(
     density: float | None = None,
     mode: Mode = "bernoulli",
     importance: bool = False,
-    score: Literal["softmax", "sigmoid"] = "softmax",
+    score: ScoreName = "softmax",
     bias: SigmoidBias = None,
     scale: float | None = None,
     block_size: tuple[int, int] = (64, 64),
@@ -395,14 +396,7 @@ def probabilistic_attention(
     generator is Philox4x32-10 (Salmon et al., SC 2011) with the seed as key and (block of keys, block of queries, head
     counted over the batch, offset) as counter.
     """
-    if score not in ("softmax", "sigmoid"):
-        raise RuntimeError(f'score: expected "softmax" or "sigmoid", got {score!r}')
-    if return_logsumexp and score != "softmax":
-        raise RuntimeError(f'return_logsumexp: expected False, or True with score="softmax", got True with {score!r}')
-    if isinstance(bias, Tensor):
-        raise RuntimeError(f'bias: expected None, "row" or a float, got a tensor of shape {tuple(bias.shape)}')
-    if bias is not None and score != "sigmoid":
-        raise RuntimeError(f'bias: expected None with score="softmax", got {bias!r}')
+    s = resolve_score(score, bias, return_logsumexp=return_logsumexp)
     if importance and mode == "topm":
         raise RuntimeError(
             'importance: expected False with mode="topm", where keep is not the probability of a block, got True'
@@ -419,7 +413,6 @@ def probabilistic_attention(
     seed, offset = _round(generator, seed, offset, query.device)
     grid = BlockGrid(query.shape[2], key.shape[2], *_pair(block_size), is_causal)
     sampling = solve(keep, density, mode, grid, query.device)
-    b = _sigmoid_bias(bias) if score == "sigmoid" else _Bias(None, "none", 0.0)
     output, logsumexp = _ops.probabilistic_attention(
         query,
         key,
@@ -431,9 +424,9 @@ def probabilistic_attention(
         importance,
         grid.block_q,
         grid.block_k,
-        score,
-        b.rule,
-        b.value,
+        s.score,
+        s.bias_rule,
+        s.bias_value,
         scale,
         is_causal,
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from attnx.block_mask import BlockMask, dense_bias
 from attnx.functional import SigmoidBias
 from attnx.probabilistic import BlockGrid, Keep, Mode, Sampling, solve
-from attnx.routing import Routes, Routing, _bias, _cluster_size, _shared
+from attnx.routing import Routes, Routing, _cluster_size, _shared
 from attnx.sparse_linear import FeatureMap, LinearScope, SparseLinearMap
 
 __all__ = [
@@ -601,9 +601,9 @@ def routing_attention(
         if score == "softmax":
             output, _ = _softmax(logits.where(seen, -math.inf), seen, value)
         else:
-            rule = _bias(bias, is_causal)
-            keys = (memory + of_keys[:, :, c].sum(-1))[..., None, None] if rule.rule == "length" else seen.sum(-1, True)
-            added = rule.value if rule.rule == "none" else -keys.clamp(min=1).double().log()
+            by_row = bias == "row" or is_causal
+            keys = seen.sum(-1, True) if by_row else (memory + of_keys[:, :, c].sum(-1))[..., None, None]
+            added = -keys.clamp(min=1).double().log() if bias is None or bias == "row" else bias
             output = _weighted((logits + added).sigmoid().where(seen, 0.0), seen, value)
         total = total + output
     return total / of_queries.sum(2).clamp(min=1)[..., None]

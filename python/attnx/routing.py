@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnx import _routing
-from attnx.functional import SigmoidBias, _Bias, _sigmoid_bias
+from attnx._operators.routing import update
+from attnx._scores import ScoreName, SigmoidBias, resolve_score
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -138,15 +138,6 @@ def route(
     return Routes(query_indices, query_offsets, key_indices, key_offsets, length_q, length_k)
 
 
-def _bias(bias: SigmoidBias, is_causal: bool) -> _Bias:
-    """A cluster's length depends on later tokens: a causal row counts what it sees instead."""
-    if bias is None and is_causal:
-        return _sigmoid_bias("row")
-    if isinstance(bias, Tensor):
-        raise RuntimeError(f'bias: expected None, "row" or a float, got a tensor of shape {tuple(bias.shape)}')
-    return _sigmoid_bias(bias)
-
-
 def routing_attention(
     query: Tensor,
     key: Tensor,
@@ -158,7 +149,7 @@ def routing_attention(
     is_causal: bool = False,
     shared_qk: bool | None = None,
     normalize_qk: bool = False,
-    score: Literal["softmax", "sigmoid"] = "softmax",
+    score: ScoreName = "softmax",
     bias: SigmoidBias = None,
     memory_kv: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
@@ -215,16 +206,13 @@ def routing_attention(
         for name, x in (("cluster_size", cluster_size), ("routing", routing), ("shared_qk", shared_qk)):
             if x is not None:
                 raise RuntimeError(f"{name}: expected None where routes are given, got {x!r}")
-    if score not in ("softmax", "sigmoid"):
-        raise RuntimeError(f'score: expected "softmax" or "sigmoid", got {score!r}')
-    if score == "softmax" and bias is not None:
-        raise RuntimeError(f'bias: expected None with score="softmax", got {bias!r}')
+    # A cluster's length depends on later tokens, so a causal row counts what it sees instead.
+    s = resolve_score(score, bias, default_rule="row" if is_causal else "length")
     memory_key, memory_value = _memory(memory_kv)
     if normalize_qk:
         query, key = _normalise(query), _normalise(key)
-    b = _bias(bias, is_causal) if score == "sigmoid" else _Bias(None, "none", 0.0)
     output, _ = _ops.routing_attention(
-        query, key, value, *routes[:4], memory_key, memory_value, score, b.rule, b.value, scale, is_causal
+        query, key, value, *routes[:4], memory_key, memory_value, s.score, s.bias_rule, s.bias_value, scale, is_causal
     )
     return output
 
@@ -345,7 +333,7 @@ def update_centroids_(
             f"counts: expected float32 of shape {tuple(centroids.shape[:2])}, got {counts.dtype} of shape "
             f"{tuple(counts.shape)}"
         )
-    _routing.update(centroids, counts, query.detach(), key.detach(), decay, _name(group))
+    update(centroids, counts, query.detach(), key.detach(), decay, _name(group))
 
 
 def _name(group: ProcessGroup | None) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnx.functional import SigmoidBias, _Bias, _sigmoid_bias
+from attnx._scores import ScoreName, SigmoidBias, resolve_score
 
 __all__ = ["StaircaseCache", "staircase_attention"]
 
@@ -189,7 +189,7 @@ class StaircaseCache:
         self,
         query: Tensor,
         *,
-        score: Literal["softmax", "sigmoid"] = "softmax",
+        score: ScoreName = "softmax",
         scale: float | None = None,
         is_causal: bool = True,
         bias: SigmoidBias = None,
@@ -227,7 +227,7 @@ class StaircaseCache:
             RuntimeError: a sequence has fewer tokens; the cache is as it was.
         """
         if not isinstance(length, Tensor):
-            length = torch.full((self.batch_size,), length, dtype=torch.int64)
+            length = torch.full((self.batch_size,), length, dtype=torch.int64, device=self.device)
         _ops.staircase_crop_(*self._memory, length, *self._layout)
 
     def reorder(self, sequences: Tensor) -> None:
@@ -281,7 +281,7 @@ def staircase_attention(
     query: Tensor,
     cache: StaircaseCache,
     *,
-    score: Literal["softmax", "sigmoid"] = "softmax",
+    score: ScoreName = "softmax",
     scale: float | None = None,
     is_causal: bool = True,
     bias: SigmoidBias = None,
@@ -312,20 +312,16 @@ def staircase_attention(
             came.
         NotImplementedError: no kernel serves the call; the message says what is supported.
     """
-    if score == "softmax" and bias is not None:
-        raise RuntimeError(f"bias: expected None with score softmax, got {bias!r}")
-    if score == "sigmoid" and return_logsumexp:
-        raise RuntimeError("return_logsumexp: expected False with score sigmoid, got True")
-    chosen = _sigmoid_bias(bias) if score == "sigmoid" else _Bias(None, "none", 0.0)
+    s = resolve_score(score, bias, return_logsumexp=return_logsumexp, tensor_bias=True)
     output, logsumexp = _ops.staircase_attention(
         query,
         *cache._memory,
         query_lengths,
-        chosen.tensor,
+        s.bias,
         *cache._layout,
-        score,
-        chosen.rule,
-        chosen.value,
+        s.score,
+        s.bias_rule,
+        s.bias_value,
         scale,
         is_causal,
     )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import Unpack
 
-from attnx.nn.projections import ProjectedAttention, Rotary
+from attnx._scores import ScoreName
+from attnx.nn.arguments import ProjectionArguments, shows_projection_arguments
+from attnx.nn.projections import ProjectedAttention
 from attnx.probabilistic import Keep, Mode, probabilistic_attention
 
 __all__ = ["ProbabilisticAttention"]
 
 
+@shows_projection_arguments
 class ProbabilisticAttention(ProjectedAttention):
     """Multi-head attention over sampled blocks: projections around :func:`attnx.probabilistic_attention`.
 
@@ -22,20 +25,11 @@ class ProbabilisticAttention(ProjectedAttention):
     Args:
         embed_dim: features of a token.
         num_heads: query heads.
-        num_kv_heads: key and value heads, a divisor of num_heads; num_heads by default.
-        head_dim: features of a head; embed_dim / num_heads by default.
-        linear_bias: give the four projections a bias.
         keep, density, mode, importance, score, scale, block_size, is_causal: as in
             :func:`attnx.probabilistic_attention`; a tensor ``keep`` becomes a buffer.
         bias: with ``score="sigmoid"``, what is added to every logit: None, ``"row"`` or a float.
         eval_seed: in evaluation, attend over the blocks of this seed's round 0 instead of all.
-        qk_norm: normalise every head's query and key over head_dim, ahead of ``rotary``.
-        output_norm: normalise every head's output over head_dim, ahead of the output projection.
-        norm_layer: what ``qk_norm`` and ``output_norm`` build, ``torch.nn.LayerNorm`` or ``torch.nn.RMSNorm``.
-        rotary: (query, key) -> (query, key), both (batch, heads, length, head_dim), called ahead of the attention;
-            a module becomes a submodule.
-        device: of the parameters.
-        dtype: of the parameters.
+        {projection_arguments}
 
     Shapes:
         x: (batch, length, embed_dim).
@@ -55,39 +49,19 @@ class ProbabilisticAttention(ProjectedAttention):
         embed_dim: int,
         num_heads: int,
         *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        linear_bias: bool = False,
         keep: Keep = "harmonic",
         density: float | None = None,
         mode: Mode = "bernoulli",
         importance: bool = False,
-        score: Literal["softmax", "sigmoid"] = "softmax",
+        score: ScoreName = "softmax",
         bias: float | Literal["row"] | None = None,
         scale: float | None = None,
         block_size: tuple[int, int] = (64, 64),
         is_causal: bool = False,
         eval_seed: int | None = None,
-        qk_norm: bool = False,
-        output_norm: bool = False,
-        norm_layer: type[nn.Module] = nn.LayerNorm,
-        rotary: Rotary | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **projection: Unpack[ProjectionArguments],
     ) -> None:
-        super().__init__(
-            embed_dim,
-            num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            linear_bias=linear_bias,
-            qk_norm=qk_norm,
-            output_norm=output_norm,
-            norm_layer=norm_layer,
-            rotary=rotary,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(embed_dim, num_heads, **projection)
         self.keep = None if isinstance(keep, Tensor) else keep
         self.register_buffer("keep_table", keep if isinstance(keep, Tensor) else None)
         self.density = density

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+from attnx.nn.arguments import ProjectionArguments, complete, shows_projection_arguments
 
 
+@shows_projection_arguments
 class ProjectedAttention(nn.Module):
     """Multi-head attention around :meth:`attend`, which is all that a subclass adds.
 
@@ -20,16 +21,7 @@ class ProjectedAttention(nn.Module):
     Args:
         embed_dim: features of a token.
         num_heads: query heads.
-        num_kv_heads: key and value heads, a divisor of num_heads; num_heads by default.
-        head_dim: features of a head; embed_dim / num_heads by default.
-        linear_bias: give the four projections a bias.
-        qk_norm: normalise every head's query and key over head_dim, ahead of ``rotary``.
-        output_norm: normalise every head's output over head_dim, ahead of the output projection.
-        norm_layer: what ``qk_norm`` and ``output_norm`` build, ``torch.nn.LayerNorm`` or ``torch.nn.RMSNorm``.
-        rotary: (query, key) -> (query, key), both (batch, heads, length, head_dim), called ahead of the attention;
-            a module becomes a submodule.
-        device: of the parameters.
-        dtype: of the parameters.
+        {projection_arguments}
 
     Raises:
         ValueError: an argument does not fit; the message names it, what was expected and what came.
@@ -39,18 +31,11 @@ class ProjectedAttention(nn.Module):
         self,
         embed_dim: int,
         num_heads: int,
-        *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        linear_bias: bool = False,
-        qk_norm: bool = False,
-        output_norm: bool = False,
-        norm_layer: type[nn.Module] = nn.LayerNorm,
-        rotary: Rotary | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **projection: Unpack[ProjectionArguments],
     ) -> None:
         super().__init__()
+        given = complete(self, projection)
+        num_kv_heads, head_dim, rotary = given["num_kv_heads"], given["head_dim"], given["rotary"]
         self.embed_dim = positive("embed_dim", embed_dim)
         self.num_heads = positive("num_heads", num_heads)
         self.num_kv_heads = positive("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads)
@@ -65,19 +50,21 @@ class ProjectedAttention(nn.Module):
             raise ValueError(f"rotary: expected a callable (query, key) -> (query, key), got {rotary!r}")
         self.rotary = rotary
 
+        factory: dict[str, Any] = {"device": given["device"], "dtype": given["dtype"]}
+        linear = functools.partial(nn.Linear, bias=given["linear_bias"], **factory)
         heads_dim, kv_heads_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(embed_dim, heads_dim, bias=linear_bias, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(embed_dim, kv_heads_dim, bias=linear_bias, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(embed_dim, kv_heads_dim, bias=linear_bias, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(heads_dim, embed_dim, bias=linear_bias, device=device, dtype=dtype)
+        self.q_proj = linear(embed_dim, heads_dim)
+        self.k_proj = linear(embed_dim, kv_heads_dim)
+        self.v_proj = linear(embed_dim, kv_heads_dim)
+        self.out_proj = linear(heads_dim, embed_dim)
 
         def norm(wanted: bool, eps: float = 1e-5) -> nn.Module:
-            return norm_layer(self.head_dim, eps=eps, device=device, dtype=dtype) if wanted else nn.Identity()
+            return given["norm_layer"](self.head_dim, eps=eps, **factory) if wanted else nn.Identity()
 
-        self.q_norm = norm(qk_norm)
-        self.k_norm = norm(qk_norm)
+        self.q_norm = norm(given["qk_norm"])
+        self.k_norm = norm(given["qk_norm"])
         # A row's weights, and with them its output, may be small; a larger eps would swallow what they carry.
-        self.output_norm = norm(output_norm, eps=1e-8)
+        self.output_norm = norm(given["output_norm"], eps=1e-8)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(batch, heads, length, head_dim) each, with num_kv_heads heads of key and value."""

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from attnx._scores import ScoreName
 from attnx.functional import sigmoid_attention, softmax_attention
-from attnx.nn.projections import ProjectedAttention, Rotary, positive
+from attnx.nn.arguments import ProjectionArguments, shows_projection_arguments
+from attnx.nn.projections import ProjectedAttention, positive
 from attnx.routing import Routing, commitment_loss, move_centroids_in_backward, routing_attention
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ __all__ = ["RoutingAttention"]
 _STATE = ("centroids", "counts")
 
 
+@shows_projection_arguments
 class RoutingAttention(ProjectedAttention):
     """Multi-head attention, some heads local and the others routed: projections around :func:`attnx.routing_attention`.
 
@@ -27,15 +31,13 @@ class RoutingAttention(ProjectedAttention):
     buffer. In training every backward moves them by :func:`attnx.update_centroids_`, once it has the gradient of the
     routed queries: they are the same throughout a forward, its backward and a forward that activation checkpointing
     repeats, and a call that raises moves nothing. Where a module runs several times ahead of one backward, do not
-    checkpoint its runs: the first of them to go backward moves the centroids of the others.
+    checkpoint its runs: the first of them to go backward moves the centroids of the others. Centroids are float32
+    under any ``dtype``, and whatever the module is converted to.
 
     Args:
         embed_dim: features of a token.
         num_heads: heads, local ones included.
         num_clusters: clusters of a routed head; about the root of the length costs least.
-        num_kv_heads: key and value heads, a divisor of num_heads; num_heads by default.
-        head_dim: features of a head; embed_dim / num_heads by default.
-        linear_bias: give the four projections a bias.
         num_local_heads: of num_heads, in whole groups that share a key head; by default half of the groups, rounded
             down.
         window: how many keys before its own position, and after it unless causal, a query of a local head sees.
@@ -47,13 +49,7 @@ class RoutingAttention(ProjectedAttention):
         process_group: over which the centroids' update is added up, or ``"world"``; every process then ends with the
             same centroids, whatever its data. DistributedDataParallel needs it, or centroids follow the first process's
             data alone.
-        qk_norm: normalise every head's query and key over head_dim, ahead of ``rotary``.
-        output_norm: normalise every head's output over head_dim, ahead of the output projection.
-        norm_layer: what ``qk_norm`` and ``output_norm`` build, ``torch.nn.LayerNorm`` or ``torch.nn.RMSNorm``.
-        rotary: (query, key) -> (query, key), both (batch, heads, length, head_dim), called ahead of the attention;
-            a module becomes a submodule.
-        device: of the parameters and buffers.
-        dtype: of the parameters. Centroids are float32 whatever the module is converted to.
+        {projection_arguments}
 
     Shapes:
         x: (batch, length, embed_dim).
@@ -77,9 +73,6 @@ class RoutingAttention(ProjectedAttention):
         num_heads: int,
         num_clusters: int,
         *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        linear_bias: bool = False,
         num_local_heads: int | None = None,
         window: int = 256,
         cluster_size: int | None = None,
@@ -87,33 +80,17 @@ class RoutingAttention(ProjectedAttention):
         is_causal: bool = False,
         shared_qk: bool | None = None,
         normalize_qk: bool = False,
-        score: Literal["softmax", "sigmoid"] = "softmax",
+        score: ScoreName = "softmax",
         bias: float | Literal["row"] | None = None,
         scale: float | None = None,
         num_memory: int = 0,
         decay: float = 0.999,
         commitment: float = 1e-4,
         process_group: ProcessGroup | Literal["world"] | None = None,
-        qk_norm: bool = False,
-        output_norm: bool = False,
-        norm_layer: type[nn.Module] = nn.LayerNorm,
-        rotary: Rotary | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **projection: Unpack[ProjectionArguments],
     ) -> None:
-        super().__init__(
-            embed_dim,
-            num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            linear_bias=linear_bias,
-            qk_norm=qk_norm,
-            output_norm=output_norm,
-            norm_layer=norm_layer,
-            rotary=rotary,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(embed_dim, num_heads, **projection)
+        device, dtype = projection.get("device"), projection.get("dtype")
         group = self.num_heads // self.num_kv_heads
         if num_local_heads is None:
             num_local_heads = self.num_kv_heads // 2 * group

@@ -7,25 +7,26 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from attnx.functional import sigmoid_attention
-from attnx.nn.projections import ProjectedAttention, Rotary, positive
+from attnx.nn.arguments import ProjectionArguments, shows_projection_arguments
+from attnx.nn.projections import ProjectedAttention, positive
 
 __all__ = ["SigmoidAttention"]
 
 
+@shows_projection_arguments
 class SigmoidAttention(ProjectedAttention):
     """Multi-head sigmoid attention: projections around :func:`attnx.sigmoid_attention`.
 
     Queries, keys and values stay in (batch, length, heads, head_dim) storage; the operator reads them transposed,
-    without a copy.
+    without a copy. The source recommends ``output_norm`` (a hybrid norm) for long sequences: the weights of a row sum
+    to what they will, and the norm takes that out. What is added to logits is float32 under any ``dtype`` but float64.
 
     Args:
         embed_dim: features of a token.
         num_heads: query heads.
-        num_kv_heads: key and value heads, a divisor of num_heads; num_heads by default.
-        head_dim: features of a head; embed_dim / num_heads by default.
-        linear_bias: give the four projections a bias.
         bias: what is added to every logit, as in :func:`attnx.sigmoid_attention`: None, ``"row"`` or a float; or
             ``"trainable"``, a float32 parameter ``bias`` of shape (num_heads,) that starts at -log(bias_length).
         bias_length: with ``bias="trainable"`` alone, and required there: the number of keys a row usually sees,
@@ -35,15 +36,7 @@ class SigmoidAttention(ProjectedAttention):
         window: (left, right): how many keys before and after its own position a query sees; -1 for no bound.
         alibi: subtract slope times distance from the logits. True: fixed slopes, 2^(-8 h / num_heads) for head
             h = 1, 2, ..., num_heads. ``"trainable"``: a float32 parameter ``alibi_slopes`` that starts there.
-        qk_norm: normalise every head's query and key over head_dim, ahead of ``rotary``.
-        output_norm: normalise every head's output over head_dim, ahead of the output projection. The source recommends
-            such a norm (hybrid norm) for long sequences: the weights of a row sum to what they will, and the norm
-            takes that out.
-        norm_layer: what ``qk_norm`` and ``output_norm`` build, ``torch.nn.LayerNorm`` or ``torch.nn.RMSNorm``.
-        rotary: (query, key) -> (query, key), both (batch, heads, length, head_dim), called ahead of the attention;
-            a module becomes a submodule.
-        device: of the parameters.
-        dtype: of the parameters, but for ``bias`` and ``alibi_slopes``.
+        {projection_arguments}
 
     Shapes:
         x: (batch, length, embed_dim).
@@ -65,35 +58,16 @@ class SigmoidAttention(ProjectedAttention):
         embed_dim: int,
         num_heads: int,
         *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        linear_bias: bool = False,
         bias: float | Literal["row", "trainable"] | None = None,
         bias_length: int | None = None,
         scale: float | None = None,
         is_causal: bool = False,
         window: tuple[int, int] = (-1, -1),
         alibi: bool | Literal["trainable"] = False,
-        qk_norm: bool = False,
-        output_norm: bool = False,
-        norm_layer: type[nn.Module] = nn.LayerNorm,
-        rotary: Rotary | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **projection: Unpack[ProjectionArguments],
     ) -> None:
-        super().__init__(
-            embed_dim,
-            num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            linear_bias=linear_bias,
-            qk_norm=qk_norm,
-            output_norm=output_norm,
-            norm_layer=norm_layer,
-            rotary=rotary,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(embed_dim, num_heads, **projection)
+        device, dtype = projection.get("device"), projection.get("dtype")
         if bias not in (None, "row", "trainable") and (isinstance(bias, bool) or not isinstance(bias, (int, float))):
             raise ValueError(f'bias: expected None, "row", "trainable" or a float, got {bias!r}')
         if (bias == "trainable") != (bias_length is not None):

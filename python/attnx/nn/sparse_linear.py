@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from attnx.nn.projections import ProjectedAttention, Rotary
+from attnx.nn.arguments import ProjectionArguments, shows_projection_arguments
+from attnx.nn.projections import ProjectedAttention
 from attnx.sparse_linear import FeatureMap, LinearScope, sparse_linear_attention
 
 __all__ = ["SparseLinearAttention"]
@@ -16,6 +18,7 @@ __all__ = ["SparseLinearAttention"]
 MIX_START = 3.0  # alpha = 0.953
 
 
+@shows_projection_arguments
 class SparseLinearAttention(ProjectedAttention):
     """Multi-head sparse-linear attention: projections around :func:`attnx.sparse_linear_attention`.
 
@@ -28,20 +31,11 @@ class SparseLinearAttention(ProjectedAttention):
     Args:
         embed_dim: features of a token.
         num_heads: query heads.
-        num_kv_heads: key and value heads, a divisor of num_heads; num_heads by default.
-        head_dim: features of a head; embed_dim / num_heads by default.
-        linear_bias: give the four projections a bias.
         critical, negligible, block_size, feature_map, linear_scope, is_causal, scale, smooth_k, protect: as in
             :func:`attnx.sparse_linear_attention`.
         mix: ``"projection"``, as above, or ``"sla2"``: ``alpha O^s + (1 - alpha) O^l`` with one alpha a head, the
             sigmoid of a trainable ``mix_logit`` that starts at 3 (alpha = 0.953).
-        qk_norm: normalise every head's query and key over head_dim, ahead of ``rotary``.
-        output_norm: normalise every head's output over head_dim, ahead of the output projection.
-        norm_layer: what ``qk_norm`` and ``output_norm`` build, ``torch.nn.LayerNorm`` or ``torch.nn.RMSNorm``.
-        rotary: (query, key) -> (query, key), both (batch, heads, length, head_dim), called ahead of the attention;
-            a module becomes a submodule.
-        device: of the parameters.
-        dtype: of the parameters.
+        {projection_arguments}
 
     Shapes:
         x: (batch, length, embed_dim).
@@ -59,9 +53,6 @@ class SparseLinearAttention(ProjectedAttention):
         embed_dim: int,
         num_heads: int,
         *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        linear_bias: bool = False,
         critical: float = 0.05,
         negligible: float = 0.10,
         block_size: tuple[int, int] = (64, 64),
@@ -72,26 +63,10 @@ class SparseLinearAttention(ProjectedAttention):
         scale: float | None = None,
         smooth_k: bool = False,
         protect: int = 0,
-        qk_norm: bool = False,
-        output_norm: bool = False,
-        norm_layer: type[nn.Module] = nn.LayerNorm,
-        rotary: Rotary | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **projection: Unpack[ProjectionArguments],
     ) -> None:
-        super().__init__(
-            embed_dim,
-            num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            linear_bias=linear_bias,
-            qk_norm=qk_norm,
-            output_norm=output_norm,
-            norm_layer=norm_layer,
-            rotary=rotary,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(embed_dim, num_heads, **projection)
+        device, dtype = projection.get("device"), projection.get("dtype")
         if mix not in ("projection", "sla2"):
             raise ValueError(f'mix: expected "projection" or "sla2", got {mix!r}')
         self.critical = critical

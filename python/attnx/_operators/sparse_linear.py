@@ -1,4 +1,4 @@
-"""What torch must know of the sparse-linear operators: shapes, gradients, autocast, refusals."""
+"""What is special to the operator that sorts blocks into critical, marginal and negligible ones."""
 
 from __future__ import annotations
 
@@ -7,13 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from attnx import _operators
 
-NAMES = ("sparse_linear_attention", "sparse_linear_attention_varlen")
-LABELS = "sparse_linear_labels"
-
-
-def _fake_labels(products: Tensor, *args: object) -> Tensor:
+def labels(products: Tensor, **others: object) -> Tensor:
     return torch.empty_like(products, dtype=torch.int8, memory_format=torch.contiguous_format)
 
 
@@ -33,11 +28,11 @@ def labels_by_sorting(
     is_causal: bool,
     protect: int,
 ) -> Tensor:
-    """The labels where no kernel selects them: csrc/torch/sparse_linear_labels.cpp does the same by selection."""
+    """The labels where no kernel selects them: the kernel of the CPU does the same by selection."""
     rows, blocks = products.shape[2:]
     device = products.device
     i, j = torch.arange(rows, device=device)[:, None], torch.arange(blocks, device=device)
-    # Of each row: how many blocks some of its queries see, and how many all of them do.
+    # These count the blocks that some queries of a row see, and those that every one sees.
     if is_causal:
         first, last = i * block_q, ((i + 1) * block_q).clamp(max=length_q) - 1
         seen_first, seen_last = ((x + length_k - length_q + 1).clamp(0, length_k) for x in (first, last))
@@ -55,18 +50,3 @@ def labels_by_sorting(
     by_rank = (j < count).to(torch.int8) - ((j >= least) & (j >= count)).to(torch.int8)
     labels = torch.empty(products.shape, dtype=torch.int8, device=device)
     return labels.scatter_(-1, order, by_rank.expand(products.shape))
-
-
-def register() -> None:
-    for name in NAMES:
-        for each in (name, f"{name}_backward"):
-            _operators.register_refusal(each)
-            _operators.register_fake(each)
-            _operators.register_looping_vmap(each)
-        _operators.register_autograd(name)
-        _operators.refuse_double_backward(f"{name}_backward")
-        for device_type in ("cpu", "cuda"):
-            _operators.register_autocast(name, device_type)
-    torch.library.register_fake(f"attnx::{LABELS}", _fake_labels)
-    torch.library.impl(f"attnx::{LABELS}", "CompositeExplicitAutograd", labels_by_sorting)
-    _operators.register_looping_vmap(LABELS)

@@ -1,0 +1,86 @@
+"""What is said of an operator, where its schema does not say it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from attnx import _capability
+from attnx._operators.schema import Arguments
+
+
+@dataclass(frozen=True)
+class BackwardOperator:
+    """The derivative is the operator ``{name}_backward``.
+
+    Its schema says what is saved: it takes the forward's arguments and results by their names, the gradient of a result
+    x as grad_x, and ``deterministic``; each result grad_x of it is the gradient of the argument x.
+
+    Attributes:
+        more: arguments of the backward operator that are computed from all others.
+    """
+
+    more: Callable[[Arguments], Arguments] | None = None
+
+
+@dataclass(frozen=True)
+class Formula:
+    """The derivative is a Python function; both functions are as ``torch.library.register_autograd`` takes them."""
+
+    save: Callable[[Any, tuple[Any, ...], Any], None]
+    gradient: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class NoDerivative:
+    """There is no derivative, and asking for it raises the reason."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One row of the table.
+
+    An optional tensor argument is a number for each head, (heads,) or (), unless ``shapes`` says otherwise of its
+    gradient; it needs no entry here.
+
+    Attributes:
+        name: of the operator in ``torch.ops.attnx``.
+        derivative: where gradients come from.
+        varlen: whether there is ``{name}_varlen``, too, for packed sequences.
+        shapes: the result of each name that does not follow the rules of the module ``shapes``.
+        fake: computes all results instead, from the arguments by name.
+        vmap: whether examples become more heads of one call, or each example is a call of its own. Operators that
+            write to their arguments have no rule.
+        autocast: the arguments that autocast converts to its dtype. It leaves float64 alone, and all other floating
+            point tensors become float32. Without any the operator takes its arguments as they come.
+        refusal: the message where no kernel serves the call, from the operator's name and its arguments.
+        implementation: serves calls that no kernel serves, instead of the refusal.
+        schema: of an operator that is defined here and not in C++.
+    """
+
+    name: str
+    derivative: BackwardOperator | Formula | NoDerivative = BackwardOperator()
+    varlen: bool = False
+    shapes: Mapping[str, Callable[[Arguments], Tensor]] = field(default_factory=dict)
+    fake: Callable[..., Any] | None = None
+    vmap: Literal["heads", "loop"] = "loop"
+    autocast: tuple[str, ...] = ()
+    refusal: Callable[[str, Arguments], str] = _capability.refusal
+    implementation: Callable[..., Any] | None = None
+    schema: str | None = None
+
+    @property
+    def forward_names(self) -> tuple[str, ...]:
+        return (self.name, f"{self.name}_varlen") if self.varlen else (self.name,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All operators that this row describes."""
+        if not isinstance(self.derivative, BackwardOperator):
+            return self.forward_names
+        return (*self.forward_names, *(f"{name}_backward" for name in self.forward_names))

@@ -1,0 +1,56 @@
+"""Every operator of ``torch.ops.attnx``, a row for those that differ in ``_varlen`` and ``_backward`` only."""
+
+from __future__ import annotations
+
+from attnx._operators import block_sparse, probabilistic, routing, sparse_linear, staircase
+from attnx._operators.description import BackwardOperator, Formula, NoDerivative, Operator
+
+_QKV = ("query", "key", "value")
+_LISTS = NoDerivative("its results are indices")
+_CACHE = NoDerivative("a cache serves inference")
+_STATISTICS = NoDerivative("centroids move by an average of the tokens")
+
+OPERATORS = (
+    Operator("sigmoid_attention", varlen=True, vmap="heads", autocast=_QKV),
+    Operator("softmax_attention", varlen=True, vmap="heads", autocast=_QKV),
+    Operator(
+        "block_sparse_attention",
+        BackwardOperator(more=block_sparse.transposed_lists),
+        autocast=_QKV,
+    ),
+    # A block's draw depends on the place of its head in the batch, so examples as more heads would draw others.
+    Operator("probabilistic_attention", autocast=_QKV),
+    Operator("probabilistic_block_lists", _LISTS, fake=probabilistic.lists, refusal=probabilistic.refusal),
+    Operator("sparse_linear_attention", varlen=True, autocast=_QKV),
+    Operator(
+        "sparse_linear_labels",
+        _LISTS,
+        fake=sparse_linear.labels,
+        implementation=sparse_linear.labels_by_sorting,
+    ),
+    Operator(
+        "routing_attention",
+        shapes={
+            "logsumexp": routing.logsumexp,
+            "grad_memory_key": routing.memory_key,
+            "grad_memory_value": routing.memory_value,
+        },
+        autocast=(*_QKV, "memory_key", "memory_value"),
+    ),
+    Operator("route", _LISTS, fake=routing.routes, refusal=routing.refusal),
+    Operator("nearest_centroids", _LISTS, fake=routing.nearest, refusal=routing.refusal),
+    Operator("centroid_sums", _STATISTICS, fake=routing.sums, refusal=routing.refusal),
+    Operator("update_centroids_", _STATISTICS, refusal=routing.refusal),
+    # It is an operator of its own because compilers and checkpoints alike leave a change in a backward where it stands.
+    Operator(
+        "move_centroids_in_backward",
+        Formula(routing.save_what_moves, routing.move),
+        fake=routing.same_query,
+        implementation=routing.copy_query,
+        schema="(Tensor query, Tensor key, Tensor centroids, Tensor counts, float decay, str group) -> Tensor",
+    ),
+    Operator("staircase_attention", _CACHE, shapes={"output": staircase.output}, refusal=staircase.refusal),
+    Operator("staircase_append_", _CACHE, refusal=staircase.refusal),
+    Operator("staircase_crop_", _CACHE, refusal=staircase.refusal),
+    Operator("staircase_dequantize", _CACHE, fake=staircase.rows, refusal=staircase.refusal),
+)
