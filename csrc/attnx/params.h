@@ -140,6 +140,14 @@ struct BackwardParams : AttentionParams {
   void *key_sums = nullptr, *value_sums = nullptr;
 };
 
+// to[h] = the sum over b of from[b][h]: the gradients of bias and slopes.
+struct SumOverBatchParams {
+  DType dtype = DType::kFloat32;  // of the result: kFloat32 or kFloat64
+  std::int64_t batch = 0, heads = 0;
+  const double* from = nullptr;  // [batch, heads]
+  void* to = nullptr;            // [heads]
+};
+
 // phi of linear attention, on the features of one query or key.
 enum class FeatureMap : std::uint8_t { kSoftmax, kElu, kRelu };  // kElu: elu(x) + 1
 
@@ -192,23 +200,27 @@ struct CentroidSumsParams : RouteParams {
   double* counts = nullptr;               // [heads, clusters], added to
 };
 
-// New tokens at the end of each sequence of a cache. The state is only read: whoever calls publishes the next one when
-// everything else is written.
+// New tokens at the end of each sequence of a cache. The state is replaced when everything else is written.
 struct StaircaseAppendParams {
   DType dtype = DType::kFloat32;
   std::int64_t batch = 0;
   Staircase cache;
-  const std::int64_t* next_state = nullptr;  // [batch][state_size]
-  Tensor key, value;                         // [batch, heads, tokens, head_dim], the new tokens
-  std::int64_t most_units = -1;              // for tests: how much is written before it stops; -1: all
+  Tensor key, value;  // [batch, heads, tokens, head_dim], the new tokens
+  std::int64_t tokens = 0;
+  const std::int64_t* counts = nullptr;  // [batch], how many of the tokens a sequence gets; null: all of them
+  std::int64_t most_units = -1;          // for tests: how much is written before it stops; -1: all
+
+  const std::int64_t* next_state = nullptr;  // [batch][state_size]; what runs the kernel fills this in
 };
 
-// The last tokens of each sequence dropped, as the next state says, which again is not published.
+// The last tokens of each sequence dropped. The state is replaced when everything else is written.
 struct StaircaseCropParams {
   DType dtype = DType::kFloat32;
   std::int64_t batch = 0;
   Staircase cache;
-  const std::int64_t* next_state = nullptr;
+  const std::int64_t* lengths = nullptr;  // [batch], how many tokens stay
+
+  const std::int64_t* next_state = nullptr;  // as of an append
 };
 
 struct StaircaseReadParams {

@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define ATTNX_HOST_DEVICE __host__ __device__
-#else
-#define ATTNX_HOST_DEVICE
-#endif
+#include "attnx/host_device.h"
 
 namespace attnx {
 

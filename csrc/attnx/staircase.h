@@ -7,8 +7,10 @@
 
 #include <cstdint>
 
+#include "attnx/host_device.h"
+
 // Kernels are compiled once per instruction set, and of what is not inlined the linker would keep one copy for all.
-#define ATTNX_LAYOUT_INLINE [[gnu::always_inline]] inline
+#define ATTNX_LAYOUT_INLINE [[gnu::always_inline]] ATTNX_HOST_DEVICE inline
 
 namespace attnx {
 

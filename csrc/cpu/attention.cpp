@@ -1,168 +1,44 @@
 #include "attention.h"
 
-#include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
-#include <stdexcept>
-
-#include "kernels.h"
+#include "dispatch.h"
 
 namespace attnx::cpu {
 
-#if defined(__x86_64__)
-#define ATTNX_FOR_EACH_ISA(X)                                                                                \
-  X(baseline, true)                                                                                          \
-  X(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) \
-  X(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                       \
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))                    \
-  X(avx512_bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&               \
-                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-#else
-#define ATTNX_FOR_EACH_ISA(X) X(baseline, true)
-#endif
-
-#define ATTNX_DECLARE_KERNEL(name, Params)                      \
-  std::size_t name##_workspace(const Params&, const Executor&); \
-  void name(const Params&, const Executor&, char*);
-#define ATTNX_POINT_TO_KERNEL(name, Params) name##_workspace, name,
-#define ATTNX_DECLARE(isa, supported)                                                 \
-  namespace isa {                                                                     \
-  ATTNX_FOR_EACH_KERNEL(ATTNX_DECLARE_KERNEL)                                         \
-  static constexpr Kernels kKernels = {ATTNX_FOR_EACH_KERNEL(ATTNX_POINT_TO_KERNEL)}; \
-  }
-ATTNX_FOR_EACH_ISA(ATTNX_DECLARE)
-#undef ATTNX_DECLARE
-#undef ATTNX_POINT_TO_KERNEL
-#undef ATTNX_DECLARE_KERNEL
-
 namespace {
 
-struct InstructionSet {
-  const char* name;
-  bool supported;
-  Kernels kernels;
-};
-
-const std::vector<InstructionSet>& known() {
-#define ATTNX_ENTRY(isa, supported) {#isa, bool(supported), isa::kKernels},
-  static const std::vector<InstructionSet> sets = {ATTNX_FOR_EACH_ISA(ATTNX_ENTRY)};
-#undef ATTNX_ENTRY
-  return sets;
-}
-
-const InstructionSet* find(const char* asker, const std::string& name) {
-  std::string usable;
-  for (const auto& set : known()) {
-    if (!set.supported) continue;
-    if (set.name == name) return &set;
-    usable += (usable.empty() ? "" : ", ") + std::string(set.name);
-  }
-  throw std::invalid_argument(std::string(asker) + ": expected one of " + usable + ", got " + name);
-}
-
-std::atomic<const InstructionSet*>& chosen() {
-  static std::atomic<const InstructionSet*> set = [] {
-    if (const char* name = std::getenv("ATTNX_CPU_ISA"); name && *name) return find("ATTNX_CPU_ISA", name);
-    return find("", instruction_sets().back());
-  }();
-  return set;
-}
-
-struct Free {
-  void operator()(char* block) const { ::operator delete(block, std::align_val_t(64)); }
-};
-std::unique_ptr<char, Free> allocate(std::size_t bytes) {
-  return std::unique_ptr<char, Free>(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
-}
-
-// A thread more for every million operations: about as long as it takes to wake one.
-Executor enough_for(double operations, Executor executor) {
-  executor.threads = int(std::min(double(executor.threads), 1 + operations / 1e6));
-  return executor;
-}
-
 double operations(const AttentionParams& p) {
-  if (p.gather)
-    return 2.0 * double(p.batch * p.heads_q) * double(p.gather->queries.slots) * double(p.length_k) *
-           double(p.head_dim + p.value_dim);
-  return 2.0 * double(p.batch * p.heads_q) * double(p.length_q) * double(p.length_k) * double(p.head_dim + p.value_dim);
+  const std::int64_t rows = p.gather ? p.gather->queries.slots : p.length_q;
+  return 2.0 * double(p.batch * p.heads_q) * double(rows) * double(p.length_k) * double(p.head_dim + p.value_dim);
 }
 double operations(const LinearParams& p) {
   return 2.0 * double(p.batch) * double(p.heads_q * p.length_q + p.heads_k * p.length_k) *
          double(p.head_dim * p.value_dim);
 }
-double operations(const RouteParams& p) {
-  return 2.0 * double(p.batch * p.heads * p.length) * double(p.clusters * p.head_dim);
-}
-double operations(const CentroidSumsParams& p) { return 8.0 * double(p.batch * p.heads * p.length * p.head_dim); }
-
-// A number that is quantised or read takes as long as some 64 operations of attention.
-template <class Params>
-double rows_as_operations(const Params& p, std::int64_t tokens) {
-  return 64.0 * double(p.batch * p.cache.heads * tokens * p.cache.layout.head_dim);
-}
-double operations(const StaircaseAppendParams& p) {
-  std::int64_t most = 0;
-  for (std::int64_t b = 0; b < p.batch; ++b)
-    most = std::max(most, p.next_state[b * p.cache.layout.state_size()] - p.cache.of(b).length());
-  return rows_as_operations(p, most);
-}
-double operations(const StaircaseReadParams& p) { return rows_as_operations(p, p.count); }
-double operations(const StaircaseCropParams& p) { return rows_as_operations(p, p.cache.layout.window); }
-
-template <class Params>
-void run(std::size_t (*Kernels::*workspace_bytes)(const Params&, const Executor&),
-         void (*Kernels::*kernel)(const Params&, const Executor&, char*), const Params& params,
-         const Executor& available) {
-  const Executor executor = enough_for(operations(params), available);
-  const Kernels& kernels = chosen().load()->kernels;
-  const auto workspace = allocate((kernels.*workspace_bytes)(params, executor));
-  (kernels.*kernel)(params, executor, workspace.get());
-}
 
 }  // namespace
 
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const auto& set : known())
-    if (set.supported) names.push_back(set.name);
-  return names;
-}
-
-std::string instruction_set() { return chosen().load()->name; }
-
-void use_instruction_set(const std::string& name) { chosen() = find("name", name); }
-
-void forward(const ForwardParams& params, const Executor& executor) {
-  if (params.gather) {
-    run(&Kernels::routed_forward_workspace, &Kernels::routed_forward, params, executor);
+void forward(const ForwardParams& p, const Executor& executor) {
+  if (p.gather) {
+    run(&Kernels::routed_forward_workspace, &Kernels::routed_forward, p, executor, operations(p));
   } else {
-    run(&Kernels::forward_workspace, &Kernels::forward, params, executor);
+    run(&Kernels::forward_workspace, &Kernels::forward, p, executor, operations(p));
   }
 }
 
-void backward(const BackwardParams& params, const Executor& executor) {
-  if (params.gather) {
-    run(&Kernels::routed_backward_workspace, &Kernels::routed_backward, params, executor);
+void backward(const BackwardParams& p, const Executor& executor) {
+  if (p.gather) {
+    run(&Kernels::routed_backward_workspace, &Kernels::routed_backward, p, executor, operations(p));
   } else {
-    run(&Kernels::backward_workspace, &Kernels::backward, params, executor);
+    run(&Kernels::backward_workspace, &Kernels::backward, p, executor, operations(p));
   }
 }
 
-#define ATTNX_DEFINE(name, Params)                                     \
-  void name(const Params& params, const Executor& executor) {          \
-    run(&Kernels::name##_workspace, &Kernels::name, params, executor); \
-  }
-ATTNX_DEFINE(linear_forward, LinearForwardParams)
-ATTNX_DEFINE(linear_backward, LinearBackwardParams)
-ATTNX_DEFINE(select, SelectParams)
-ATTNX_DEFINE(nearest, NearestParams)
-ATTNX_DEFINE(centroid_sums, CentroidSumsParams)
-ATTNX_DEFINE(staircase_append, StaircaseAppendParams)
-ATTNX_DEFINE(staircase_crop, StaircaseCropParams)
-ATTNX_DEFINE(staircase_read, StaircaseReadParams)
-#undef ATTNX_DEFINE
+void linear_forward(const LinearForwardParams& p, const Executor& executor) {
+  run(&Kernels::linear_forward_workspace, &Kernels::linear_forward, p, executor, operations(p));
+}
+
+void linear_backward(const LinearBackwardParams& p, const Executor& executor) {
+  run(&Kernels::linear_backward_workspace, &Kernels::linear_backward, p, executor, operations(p));
+}
 
 }  // namespace attnx::cpu

@@ -5,19 +5,38 @@
 #include <vector>
 
 #include "attnx/api.h"
+#include "attnx/block_params.h"
+#include "attnx/cluster_params.h"
 #include "attnx/params.h"
 #include "executor.h"
 
 namespace attnx::cpu {
 
-// On as many of the executor's threads as the work is worth.
+// All of these run on as many of the executor's threads as the work is worth.
 void forward(const ForwardParams& params, const Executor& executor);
 void backward(const BackwardParams& params, const Executor& executor);
+void sum_over_batch(const SumOverBatchParams& params, const Executor& executor);
+
+// Sparse-linear attention: its map, and its linear part.
+void label_blocks(const LabelBlocksParams& params, const Executor& executor);
+void critical_blocks(const CriticalBlocksParams& params, const Executor& executor);
 void linear_forward(const LinearForwardParams& params, const Executor& executor);
 void linear_backward(const LinearBackwardParams& params, const Executor& executor);
+
+// Probabilistic attention: its blocks.
+void sample_blocks(const SampleBlocksParams& params, const Executor& executor);
+void corrections(const CorrectionParams& params, const Executor& executor);
+
+// Routing attention: its clusters and their centroids.
 void select(const SelectParams& params, const Executor& executor);
+void compact_clusters(const CompactClustersParams& params, const Executor& executor);
 void nearest(const NearestParams& params, const Executor& executor);
+void sort_by_cluster(const SortByClusterParams& params, const Executor& executor);
 void centroid_sums(const CentroidSumsParams& params, const Executor& executor);
+void halve_sums(const HalveSumsParams& params, const Executor& executor);
+void update_centroids(const UpdateCentroidsParams& params, const Executor& executor);
+
+// The staircase cache.
 void staircase_append(const StaircaseAppendParams& params, const Executor& executor);
 void staircase_crop(const StaircaseCropParams& params, const Executor& executor);
 void staircase_read(const StaircaseReadParams& params, const Executor& executor);

@@ -24,18 +24,6 @@ cpu::Executor executor() {
           }};
 }
 
-void sum_on_host(const double* from, const StableTensor& result, std::int64_t batch, std::int64_t heads) {
-  for (std::int64_t h = 0; h < heads; ++h) {
-    double sum = 0;
-    for (std::int64_t b = 0; b < batch; ++b) sum += from[b * heads + h];
-    if (result.scalar_type() == ScalarType::Double) {
-      static_cast<double*>(result.data_ptr())[h] = sum;
-    } else {
-      static_cast<float*>(result.data_ptr())[h] = float(sum);
-    }
-  }
-}
-
 // In libtorch_cuda, which only CUDA builds of torch have, so that libattnx cannot link it.
 void* current_stream(std::int32_t device) {
   using Getter = AOTITorchError (*)(std::int32_t, void**);
@@ -114,6 +102,14 @@ void run(const LinearBackwardParams& params) { cpu::linear_backward(params, exec
 void run(const SelectParams& params) { cpu::select(params, executor()); }
 void run(const NearestParams& params) { cpu::nearest(params, executor()); }
 void run(const CentroidSumsParams& params) { cpu::centroid_sums(params, executor()); }
+void run(const LabelBlocksParams& params) { cpu::label_blocks(params, executor()); }
+void run(const CriticalBlocksParams& params) { cpu::critical_blocks(params, executor()); }
+void run(const SampleBlocksParams& params) { cpu::sample_blocks(params, executor()); }
+void run(const CorrectionParams& params) { cpu::corrections(params, executor()); }
+void run(const CompactClustersParams& params) { cpu::compact_clusters(params, executor()); }
+void run(const SortByClusterParams& params) { cpu::sort_by_cluster(params, executor()); }
+void run(const HalveSumsParams& params) { cpu::halve_sums(params, executor()); }
+void run(const UpdateCentroidsParams& params) { cpu::update_centroids(params, executor()); }
 void run(const StaircaseAppendParams& params) { cpu::staircase_append(params, executor()); }
 void run(const StaircaseCropParams& params) { cpu::staircase_crop(params, executor()); }
 void run(const StaircaseReadParams& params) { cpu::staircase_read(params, executor()); }
@@ -130,7 +126,8 @@ StableTensor sum_over_batch(const std::optional<StableTensor>& per_sequence, con
   const std::int64_t batch = per_sequence->size(0), heads = per_sequence->size(1);
   const auto* from = static_cast<const double*>(per_sequence->data_ptr());
   if (!uses_cuda(query)) {
-    sum_on_host(from, result, batch, heads);
+    const DType dtype = result.scalar_type() == ScalarType::Double ? DType::kFloat64 : DType::kFloat32;
+    cpu::sum_over_batch({dtype, batch, heads, from, result.data_ptr()}, executor());
   } else if constexpr (kWithCuda) {
     const CudaContext context(query);
     cuda::sum_over_batch(from, static_cast<float*>(result.data_ptr()), batch, heads, context.launch);

@@ -3,6 +3,8 @@
 
 #include <optional>
 
+#include "attnx/block_params.h"
+#include "attnx/cluster_params.h"
 #include "attnx/params.h"
 #include "check.h"
 
@@ -20,6 +22,14 @@ void run(const LinearBackwardParams& params);
 void run(const SelectParams& params);
 void run(const NearestParams& params);
 void run(const CentroidSumsParams& params);
+void run(const LabelBlocksParams& params);
+void run(const CriticalBlocksParams& params);
+void run(const SampleBlocksParams& params);
+void run(const CorrectionParams& params);
+void run(const CompactClustersParams& params);
+void run(const SortByClusterParams& params);
+void run(const HalveSumsParams& params);
+void run(const UpdateCentroidsParams& params);
 void run(const StaircaseAppendParams& params);
 void run(const StaircaseCropParams& params);
 void run(const StaircaseReadParams& params);

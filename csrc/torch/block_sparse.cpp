@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "arguments.h"
-#include "attnx/environment.h"
 #include "backend.h"
 
 namespace attnx::ops {
@@ -69,13 +68,8 @@ BlockList read_lists(const Lists& lists, const AttentionParams& p, const StableT
     list.bias_head_stride = stride(*lists.bias, 1);
     list.bias_row_stride = lists.bias->stride(2);
   }
-  // On the GPU the values stay unknown, as reading them would wait for the device.
-  if (lists.counts.is_cpu()) {
-    check_values(lists, lists.counts, lists.indices, listed);
-  } else if (kDebug) {
-    constexpr auto kHost = torch::headeronly::DeviceType::CPU;
-    check_values(lists, torch::stable::to(lists.counts, kHost), torch::stable::to(lists.indices, kHost), listed);
-  }
+  const auto counts = values_on_host(lists.counts), indices = values_on_host(lists.indices);
+  if (counts && indices) check_values(lists, *counts, *indices, listed);
   return list;
 }
 

@@ -1,7 +1,11 @@
 #include "check.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <utility>
+
+#include "attnx/environment.h"
 
 namespace attnx::ops {
 
@@ -65,6 +69,16 @@ void check_layout(const char* name, const StableTensor& x) {
   const std::int64_t last = x.dim() - 1;
   check(x.numel() == 0 || x.size(last) == 1 || x.stride(last) == 1, name,
         ": expected a contiguous last dimension (stride 1), got stride ", x.stride(last), "; call .contiguous()");
+}
+
+void check_contiguous(const char* name, const StableTensor& x) {
+  check(x.is_contiguous(), name, ": expected a contiguous tensor, got one with other strides");
+}
+
+std::optional<StableTensor> values_on_host(const StableTensor& x) {
+  if (x.is_cpu()) return x;
+  if (kDebug) return torch::stable::to(x, torch::headeronly::DeviceType::CPU);
+  return std::nullopt;
 }
 
 }  // namespace attnx::ops

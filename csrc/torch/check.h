@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -36,5 +37,10 @@ void check_shape(const char* name, const StableTensor& x, std::initializer_list<
 void check_device(const char* name, const StableTensor& x, const StableTensor& query);
 // The last dimension contiguous.
 void check_layout(const char* name, const StableTensor& x);
+void check_contiguous(const char* name, const StableTensor& x);
+
+// The tensor in host memory, for checks that read its values: a CPU tensor itself, another one's copy under
+// ATTNX_DEBUG=1, and none otherwise, as copying waits for the device.
+std::optional<StableTensor> values_on_host(const StableTensor& x);
 
 }  // namespace attnx::ops

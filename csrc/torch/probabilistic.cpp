@@ -3,13 +3,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <utility>
 #include <vector>
 
 #include "arguments.h"
-#include "attnx/block_sampling.h"
 #include "attnx/environment.h"
 #include "backend.h"
 
@@ -25,29 +23,32 @@ struct Sampling {
   std::int64_t blocks_per_row;  // 0: each block on its own
 };
 
-std::int64_t read_number(const char* name, const StableTensor& x) {
+void check_number(const char* name, const StableTensor& x) {
   check_dtype(name, x, ScalarType::Long, "");
   check(x.dim() == 0, name, ": expected a tensor of shape (), got ", shape_of(x));
-  return *static_cast<const std::int64_t*>(x.data_ptr());
 }
 
-SamplingRound read_round(const Sampling& sampling) {
-  const std::int64_t offset = read_number("offset", sampling.offset);
-  check(offset >= 0 && offset <= std::numeric_limits<std::uint32_t>::max(),
-        "offset: expected a round from 0 to 4294967295, got ", offset);
-  return {std::uint64_t(read_number("seed", sampling.seed)), std::uint32_t(offset)};
+void check_round(const Sampling& sampling) {
+  check_number("offset", sampling.offset);
+  if (const auto values = values_on_host(sampling.offset)) {
+    const std::int64_t offset = *static_cast<const std::int64_t*>(values->data_ptr());
+    check(offset >= 0 && offset <= std::numeric_limits<std::uint32_t>::max(),
+          "offset: expected a round from 0 to 4294967295, got ", offset);
+  }
+  check_number("seed", sampling.seed);
 }
 
-const float* read_keep(const StableTensor& keep, std::int64_t key_blocks) {
+void check_keep(const StableTensor& keep, std::int64_t key_blocks) {
   check_dtype("keep", keep, ScalarType::Float, "");
   check(keep.dim() == 1 && keep.size(0) >= key_blocks, "keep: expected a probability for each distance, shape (",
         key_blocks, ",) or longer, got ", shape_of(keep));
   check_layout("keep", keep);
-  const auto* p = static_cast<const float*>(keep.data_ptr());
+  const auto values = values_on_host(keep);
+  if (!values) return;
+  const auto* p = static_cast<const float*>(values->data_ptr());
   for (std::int64_t d = 0; d < keep.size(0); ++d)
     check(p[d] >= 0 && p[d] <= 1, "keep: expected probabilities from 0 to 1, got ", p[d], " at distance ", d);
   check(keep.size(0) == 0 || p[0] == 1, "keep: expected 1 at distance 0, so that no row is empty, got ", p[0]);
-  return p;
 }
 
 void check_blocks(const BlockGrid& grid) {
@@ -59,78 +60,47 @@ void check_blocks(const BlockGrid& grid) {
         grid.query_blocks(), " of queries and ", grid.key_blocks(), " of keys");
 }
 
-// The kept blocks of one row, ascending; returns how many.
-std::int32_t sample_row(const BlockGrid& grid, const float* keep, const SamplingRound& round,
-                        std::int64_t blocks_per_row, std::int64_t head, std::int64_t i, std::int32_t* kept) {
-  const BlockRow row(grid, i);
-  std::int32_t* end = kept;
-  if (blocks_per_row == 0) {
-    for (std::int64_t j = 0; j < row.candidates; ++j)
-      if (is_kept(round.draw(head, i, j), keep[row.distance(j)])) *end++ = std::int32_t(j);
-    return std::int32_t(end - kept);
-  }
-  std::vector<std::pair<double, std::int32_t>> others;
-  for (std::int64_t j = 0; j < row.candidates; ++j) {
-    const std::int64_t distance = row.distance(j);
-    if (distance == 0) {
-      *end++ = std::int32_t(j);
-    } else if (keep[distance] > 0) {
-      others.emplace_back(arrival_time(round.draw(head, i, j), keep[distance]), std::int32_t(j));
-    }
-  }
-  const std::int64_t places = std::max<std::int64_t>(blocks_per_row - (end - kept), 0);
-  const auto first = others.begin(), last = first + std::min<std::int64_t>(places, std::int64_t(others.size()));
-  std::nth_element(first, last, others.end());
-  end = std::transform(first, last, end, [](const auto& other) { return other.second; });
-  std::sort(kept, end);
-  return std::int32_t(end - kept);
-}
-
 // kv_num_blocks and kv_indices; what of a row is not in use holds 0.
 using Lists = std::tuple<StableTensor, StableTensor>;
 
 Lists sample(const Sampling& sampling, const BlockGrid& grid, std::int64_t batch, std::int64_t heads) {
   check_blocks(grid);
   const std::int64_t rows = grid.query_blocks(), width = grid.key_blocks();
-  const SamplingRound round = read_round(sampling);
-  const float* keep = read_keep(sampling.keep, width);
-  const std::int64_t blocks_per_row = sampling.blocks_per_row;
-  check(blocks_per_row >= 0, "blocks_per_row: expected a number of blocks, or 0 for any, got ", blocks_per_row);
+  check_round(sampling);
+  check_keep(sampling.keep, width);
+  check(sampling.blocks_per_row >= 0, "blocks_per_row: expected a number of blocks, or 0 for any, got ",
+        sampling.blocks_per_row);
   constexpr std::int64_t kMostHeads = std::int64_t(1) << 32;  // the counter has 32 bits for them
   check(batch == 0 || heads <= kMostHeads / batch, "batch: expected at most ", kMostHeads, " heads in the batch, got ",
         batch, " times ", heads);
   StableTensor counts = torch::stable::new_empty(sampling.keep, std::vector{batch, heads, rows}, ScalarType::Int);
   StableTensor indices =
       torch::stable::new_empty(sampling.keep, std::vector{batch, heads, rows, width}, ScalarType::Int);
-  auto* count = static_cast<std::int32_t*>(counts.data_ptr());
-  auto* index = static_cast<std::int32_t*>(indices.data_ptr());
-  constexpr std::int64_t kDrawsOfTask = 4096;  // some 50 us
-  const std::int64_t rows_of_task = std::max<std::int64_t>(kDrawsOfTask / std::max<std::int64_t>(width, 1), 1);
-  torch::stable::parallel_for(0, batch * heads * rows, rows_of_task, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t r = begin; r < end; ++r) {
-      std::int32_t* kept = index + r * width;
-      count[r] = sample_row(grid, keep, round, blocks_per_row, r / rows, r % rows, kept);
-      std::fill(kept + count[r], kept + width, 0);
-    }
-  });
+  SampleBlocksParams p;
+  p.grid = grid;
+  p.heads = batch * heads;
+  p.keep = static_cast<const float*>(sampling.keep.data_ptr());
+  p.seed = static_cast<const std::int64_t*>(sampling.seed.data_ptr());
+  p.offset = static_cast<const std::int64_t*>(sampling.offset.data_ptr());
+  p.blocks_per_row = sampling.blocks_per_row;
+  p.counts = static_cast<std::int32_t*>(counts.data_ptr());
+  p.indices = static_cast<std::int32_t*>(indices.data_ptr());
+  run(p);
   return {counts, indices};
 }
 
-// -log p of each listed block, which is added to its logits, or p, by which its weights are divided.
-StableTensor corrections(const Lists& lists, const BlockGrid& grid, const float* keep, Score score) {
+StableTensor corrections(const Lists& lists, const BlockGrid& grid, const StableTensor& keep, Score score) {
   const auto& [counts, indices] = lists;
-  const std::int64_t rows = indices.size(2), width = indices.size(3);
   StableTensor result = torch::stable::new_empty(indices, indices.sizes(), ScalarType::Float);
-  const auto* count = static_cast<const std::int32_t*>(counts.data_ptr());
-  const auto* index = static_cast<const std::int32_t*>(indices.data_ptr());
-  auto* correction = static_cast<float*>(result.data_ptr());
-  for (std::int64_t r = 0; r < counts.numel(); ++r) {
-    const BlockRow row(grid, r % rows);
-    for (std::int64_t n = r * width; n < r * width + count[r]; ++n) {
-      const float p = keep[row.distance(index[n])];
-      correction[n] = score == Score::kSoftmax ? -std::log(p) : p;
-    }
-  }
+  CorrectionParams p;
+  p.grid = grid;
+  p.heads = counts.size(0) * counts.size(1);
+  p.keep = static_cast<const float*>(keep.data_ptr());
+  p.counts = static_cast<const std::int32_t*>(counts.data_ptr());
+  p.indices = static_cast<const std::int32_t*>(indices.data_ptr());
+  p.logarithm = score == Score::kSoftmax;
+  p.corrections = static_cast<float*>(result.data_ptr());
+  run(p);
   return result;
 }
 
@@ -174,8 +144,7 @@ SampledBlocks read(const Arguments& args, const Sampling& sampling, const Option
   list.indices_head_stride = list.bias_head_stride = indices.stride(1);
   list.indices_row_stride = list.bias_row_stride = indices.stride(2);
   if (options.importance) {
-    const auto* keep = static_cast<const float*>(sampling.keep.data_ptr());
-    sampled.corrections = corrections(sampled.lists, grid, keep, p.score);
+    sampled.corrections = corrections(sampled.lists, grid, sampling.keep, p.score);
     (p.score == Score::kSoftmax ? list.bias : list.divisor) =
         static_cast<const float*>(sampled.corrections->data_ptr());
   }

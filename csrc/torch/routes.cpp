@@ -90,44 +90,28 @@ Lists balanced(const RouteParams& route, const StableTensor& like, std::int64_t 
   p.indices = static_cast<std::int32_t*>(std::get<0>(result).data_ptr());
   p.counts = static_cast<std::int32_t*>(counts.data_ptr());
   run(p);
-  // Clusters are short only where rows are NaN; then they move together.
-  auto* offset = static_cast<std::int32_t*>(std::get<1>(result).data_ptr());
-  for (std::int64_t head = 0; head < heads; ++head, offset += p.clusters + 1) {
-    std::int32_t* indices = p.indices + head * slots;
-    offset[0] = 0;
-    for (std::int64_t c = 0; c < p.clusters; ++c) {
-      const std::int32_t count = p.counts[head * p.clusters + c];
-      const std::int32_t* from = indices + c * p.cluster_size;
-      if (from != indices + offset[c]) std::copy(from, from + count, indices + offset[c]);
-      offset[c + 1] = offset[c] + count;
-    }
-    std::fill(indices + offset[p.clusters], indices + slots, 0);
-  }
+  CompactClustersParams compact;
+  compact.heads = heads;
+  compact.clusters = p.clusters;
+  compact.cluster_size = p.cluster_size;
+  compact.counts = p.counts;
+  compact.indices = p.indices;
+  compact.offsets = static_cast<std::int32_t*>(std::get<1>(result).data_ptr());
+  run(compact);
   return result;
 }
 
 Lists ragged(const RouteParams& p, const StableTensor& like) {
   const StableTensor found = nearest(p, like);
   Lists result = empty_lists(like, p, p.length);
-  const auto* cluster = static_cast<const std::int32_t*>(found.data_ptr());
-  auto* index = static_cast<std::int32_t*>(std::get<0>(result).data_ptr());
-  auto* offset = static_cast<std::int32_t*>(std::get<1>(result).data_ptr());
-  torch::stable::parallel_for(0, p.batch * p.heads, 1, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<std::int32_t> next(std::size_t(p.clusters + 1));
-    for (std::int64_t head = begin; head < end; ++head) {
-      const std::int32_t* of_row = cluster + head * p.length;
-      std::int32_t* starts = offset + head * (p.clusters + 1);
-      std::fill(starts, starts + p.clusters + 1, 0);
-      for (std::int64_t row = 0; row < p.length; ++row)
-        if (of_row[row] >= 0) ++starts[of_row[row] + 1];
-      for (std::int64_t c = 0; c < p.clusters; ++c) starts[c + 1] += starts[c];
-      std::copy(starts, starts + p.clusters + 1, next.begin());
-      std::int32_t* indices = index + head * p.length;
-      for (std::int64_t row = 0; row < p.length; ++row)
-        if (of_row[row] >= 0) indices[next[std::size_t(of_row[row])]++] = std::int32_t(row);
-      std::fill(indices + starts[p.clusters], indices + p.length, 0);
-    }
-  });
+  SortByClusterParams sort;
+  sort.heads = p.batch * p.heads;
+  sort.length = p.length;
+  sort.clusters = p.clusters;
+  sort.nearest = static_cast<const std::int32_t*>(found.data_ptr());
+  sort.indices = static_cast<std::int32_t*>(std::get<0>(result).data_ptr());
+  sort.offsets = static_cast<std::int32_t*>(std::get<1>(result).data_ptr());
+  run(sort);
   return result;
 }
 
@@ -168,27 +152,26 @@ using Statistics = std::tuple<StableTensor, StableTensor>;
 // Of queries and keys half each.
 Statistics centroid_sums(const StableTensor& query, const StableTensor& key, const StableTensor& centroids) {
   check_heads(query, key, centroids);
-  const std::int64_t clusters = centroids.size(0) * centroids.size(1), elements = clusters * centroids.size(2);
-  std::vector<double> sums(std::size_t(elements), 0.0), counts(std::size_t(clusters), 0.0);
+  const std::vector shape{centroids.size(0), centroids.size(1)};
+  const StableTensor sums = torch::stable::new_zeros(centroids, centroids.sizes(), ScalarType::Double);
+  const StableTensor counts = torch::stable::new_zeros(centroids, shape, ScalarType::Double);
   for (const auto& [name, rows] : {std::pair("query", &query), std::pair("key", &key)}) {
     CentroidSumsParams p;
     read(name, *rows, centroids, p);
     const StableTensor found = nearest(p, *rows);
     p.nearest = static_cast<const std::int32_t*>(found.data_ptr());
-    p.sums = sums.data();
-    p.counts = counts.data();
+    p.sums = static_cast<double*>(sums.data_ptr());
+    p.counts = static_cast<double*>(counts.data_ptr());
     run(p);
   }
-  StableTensor result = torch::stable::new_empty(centroids, centroids.sizes());
-  StableTensor members = torch::stable::new_empty(centroids, std::vector{centroids.size(0), centroids.size(1)});
-  const auto half = [](double x) { return float(0.5 * x); };
-  std::transform(sums.begin(), sums.end(), static_cast<float*>(result.data_ptr()), half);
-  std::transform(counts.begin(), counts.end(), static_cast<float*>(members.data_ptr()), half);
-  return {result, members};
+  const auto half = [&](const StableTensor& x) {
+    StableTensor result = torch::stable::new_empty(x, x.sizes(), ScalarType::Float);
+    run(HalveSumsParams{x.numel(), static_cast<const double*>(x.data_ptr()), static_cast<float*>(result.data_ptr())});
+    return result;
+  };
+  return {half(sums), half(counts)};
 }
 
-// The exponential moving average of sums over that of counts, the latter with Laplace smoothing over the clusters of a
-// head. A centroid without members keeps its place.
 void update_centroids_(const StableTensor& centroids, const StableTensor& counts, const StableTensor& sums,
                        const StableTensor& members, double decay) {
   check(decay >= 0 && decay <= 1, "decay: expected from 0 to 1, got ", decay);
@@ -205,22 +188,16 @@ void update_centroids_(const StableTensor& centroids, const StableTensor& counts
   for (const auto& [name, x] : {std::pair("centroids", &centroids), std::pair("counts", &counts),
                                 std::pair("sums", &sums), std::pair("members", &members)})
     check(x->is_contiguous(), name, ": expected a contiguous tensor, got one with other strides");
-  constexpr double kSmoothing = 1e-5;
-  auto* centroid = static_cast<float*>(centroids.data_ptr());
-  auto* count = static_cast<float*>(counts.data_ptr());
-  const auto* sum = static_cast<const float*>(sums.data_ptr());
-  const auto* member = static_cast<const float*>(members.data_ptr());
-  for (std::int64_t head = 0; head < heads; ++head) {
-    double total = 0;
-    for (std::int64_t c = head * clusters; c < (head + 1) * clusters; ++c)
-      total += count[c] = float(decay * count[c] + (1 - decay) * member[c]);
-    for (std::int64_t c = head * clusters; c < (head + 1) * clusters; ++c) {
-      if (member[c] == 0) continue;
-      const double smoothed = (count[c] + kSmoothing) * total / (total + double(clusters) * kSmoothing);
-      for (std::int64_t d = c * dim; d < (c + 1) * dim; ++d)
-        centroid[d] += float((1 - decay) * (sum[d] - member[c] * centroid[d]) / smoothed);
-    }
-  }
+  UpdateCentroidsParams p;
+  p.heads = heads;
+  p.clusters = clusters;
+  p.head_dim = dim;
+  p.decay = decay;
+  p.sums = static_cast<const float*>(sums.data_ptr());
+  p.members = static_cast<const float*>(members.data_ptr());
+  p.centroids = static_cast<float*>(centroids.data_ptr());
+  p.counts = static_cast<float*>(counts.data_ptr());
+  run(p);
 }
 
 }  // namespace

@@ -21,9 +21,10 @@ struct Lists {
   const StableTensor &indices, &offsets;
 };
 
+// Bounds, where values are not read.
 struct LongestAndCounts {
-  std::int64_t longest;
-  bool once;  // no row is in two clusters
+  std::int64_t longest;  // no cluster is longer
+  bool once;             // no row is in two clusters
 };
 
 // Checks that clusters are lists of ascending rows.
@@ -47,11 +48,13 @@ LongestAndCounts read_clusters(const Lists& lists, const AttentionParams& p, std
   clusters.offsets = static_cast<const std::int32_t*>(lists.offsets.data_ptr());
   clusters.slots = slots;
   clusters.rows = rows;
+  const auto indices = values_on_host(lists.indices), offsets = values_on_host(lists.offsets);
+  if (!indices || !offsets) return {std::min(slots, rows), false};
   LongestAndCounts result{0, true};
   std::vector<bool> seen;
   for (std::int64_t head = 0; head < heads; ++head) {
-    const std::int32_t* offset = clusters.offsets + head * (count + 1);
-    const std::int32_t* index = clusters.indices + head * slots;
+    const auto* offset = static_cast<const std::int32_t*>(offsets->data_ptr()) + head * (count + 1);
+    const auto* index = static_cast<const std::int32_t*>(indices->data_ptr()) + head * slots;
     check(offset[0] == 0 && offset[count] <= slots, lists.offsets_name, ": expected offsets from 0 to at most the ",
           slots, " slots of ", lists.indices_name, ", got from ", offset[0], " to ", offset[count]);
     for (std::int64_t c = 0; c < count; ++c) {

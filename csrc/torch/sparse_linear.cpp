@@ -22,32 +22,28 @@ struct Options {
   const std::string &feature_map, &linear_scope;
 };
 
-// The critical blocks of a map as lists.
+// The critical blocks of a map as lists, none longer than width.
 struct CriticalBlocks {
-  std::vector<std::int32_t> counts, indices;
+  StableTensor counts, indices;
   BlockList list;
 
-  explicit CriticalBlocks(const StableTensor& map) {
-    const std::int64_t rows = map.size(2), blocks = map.size(3), maps = map.size(0) * map.size(1);
-    const auto* labels = static_cast<const std::int8_t*>(map.data_ptr());
-    counts.resize(std::size_t(maps * rows));
-    std::int64_t width = 0;
-    for (std::int64_t row = 0; row < maps * rows; ++row) {
-      const std::int64_t count = std::count(labels + row * blocks, labels + (row + 1) * blocks, 1);
-      counts[std::size_t(row)] = std::int32_t(count);
-      width = std::max(width, count);
-    }
-    indices.resize(std::size_t(maps * rows * width));
-    for (std::int64_t row = 0; row < maps * rows; ++row) {
-      auto next = indices.begin() + row * width;
-      for (std::int64_t block = 0; block < blocks; ++block)
-        if (labels[row * blocks + block] == 1) *next++ = std::int32_t(block);
-    }
-    list.counts = counts.data();
-    list.indices = indices.data();
-    list.counts_head_stride = map.size(1) == 1 ? 0 : rows;
-    list.counts_batch_stride = map.size(0) == 1 ? 0 : map.size(1) * rows;
-    list.indices_row_stride = width;
+  CriticalBlocks(const StableTensor& map, std::int64_t width)
+      : counts(torch::stable::new_empty(map, std::vector{map.size(0), map.size(1), map.size(2)}, ScalarType::Int)),
+        indices(
+            torch::stable::new_empty(map, std::vector{map.size(0), map.size(1), map.size(2), width}, ScalarType::Int)) {
+    CriticalBlocksParams p;
+    p.rows = counts.numel();
+    p.blocks = map.size(3);
+    p.labels = static_cast<const std::int8_t*>(map.data_ptr());
+    p.width = width;
+    p.counts = static_cast<std::int32_t*>(counts.data_ptr());
+    p.indices = static_cast<std::int32_t*>(indices.data_ptr());
+    run(p);
+    list.counts = p.counts;
+    list.indices = p.indices;
+    list.counts_head_stride = map.size(1) == 1 ? 0 : map.size(2);
+    list.counts_batch_stride = map.size(0) == 1 ? 0 : map.size(1) * map.size(2);
+    list.indices_row_stride = list.width = width;
     list.indices_head_stride = list.counts_head_stride * width;
     list.indices_batch_stride = list.counts_batch_stride * width;
   }
@@ -55,7 +51,8 @@ struct CriticalBlocks {
 
 std::int64_t blocks_of(std::int64_t length, std::int64_t block) { return (length + block - 1) / block; }
 
-void check_map(const StableTensor& map, const AttentionParams& p, const StableTensor& query) {
+// Returns what no row has more critical blocks than.
+std::int64_t read_map(const StableTensor& map, const AttentionParams& p, const StableTensor& query) {
   check_dtype("block_map", map, ScalarType::Char, "");
   check_device("block_map", map, query);
   const std::int64_t rows = blocks_of(p.length_q, p.block_q), blocks = blocks_of(p.length_k, p.block_k);
@@ -67,19 +64,28 @@ void check_map(const StableTensor& map, const AttentionParams& p, const StableTe
             (map.size(1) == 1 || map.size(1) == p.heads_q) && fits(map.size(2), rows) && fits(map.size(3), blocks),
         "block_map: expected shape (", p.batch, " or 1, ", p.heads_q, " or 1, ", rows, ", ", blocks, "), got ",
         shape_of(map));
-  check(map.is_contiguous(), "block_map: expected a contiguous tensor, got one with other strides");
+  check_contiguous("block_map", map);
+  const auto values = values_on_host(map);
+  if (!values) return map.size(3);
   std::int8_t lowest = 0, highest = 0;
-  const auto* labels = static_cast<const std::int8_t*>(map.data_ptr());
-  for (std::int64_t i = 0; i < map.numel(); ++i) {
-    lowest = std::min(lowest, labels[i]);
-    highest = std::max(highest, labels[i]);
+  std::int64_t width = 0;
+  const auto* labels = static_cast<const std::int8_t*>(values->data_ptr());
+  for (std::int64_t row = 0; row < map.size(0) * map.size(1) * map.size(2); ++row) {
+    std::int64_t critical = 0;
+    for (std::int64_t block = 0; block < map.size(3); ++block, ++labels) {
+      lowest = std::min(lowest, *labels);
+      highest = std::max(highest, *labels);
+      critical += *labels == 1;
+    }
+    width = std::max(width, critical);
   }
   check(lowest >= -1 && highest <= 1, "block_map: expected 1 (critical), 0 (marginal) or -1 (negligible), got ",
         int(lowest < -1 ? lowest : highest));
+  return width;
 }
 
-// What the sparse part is told.
-void read_sparse(const Arguments& args, const Options& options, AttentionParams& p) {
+// What the sparse part is told. Returns what no row has more critical blocks than.
+std::int64_t read_sparse(const Arguments& args, const Options& options, AttentionParams& p) {
   p.score = Score::kSoftmax;
   for (const std::int64_t block : {options.block_q, options.block_k})
     check(block == 64 || block == 128, "block_size: expected 64 or 128 on each side, got (", options.block_q, ", ",
@@ -87,7 +93,7 @@ void read_sparse(const Arguments& args, const Options& options, AttentionParams&
   read_arguments(args, p);
   p.block_q = options.block_q;
   p.block_k = options.block_k;
-  check_map(options.block_map, p, args.query);
+  return read_map(options.block_map, p, args.query);
 }
 
 void read_linear(const AttentionParams& sparse, const Options& options, LinearParams& p) {
@@ -118,9 +124,9 @@ using Outputs = std::tuple<StableTensor, StableTensor, StableTensor>;
 Outputs forward(const Arguments& args, const Options& options) {
   ForwardParams sparse;
   LinearForwardParams linear;
-  read_sparse(args, options, sparse);
+  const std::int64_t width = read_sparse(args, options, sparse);
   read_linear(sparse, options, linear);
-  const CriticalBlocks critical(options.block_map);
+  const CriticalBlocks critical(options.block_map, width);
   sparse.key_blocks = critical.list;
   StableTensor sparse_output = empty_rows(args.query, sparse.value_dim), logsumexp = empty_logsumexp(args.query);
   StableTensor linear_output = empty_rows(args.query, sparse.value_dim);
@@ -142,9 +148,9 @@ struct Saved {
 Gradients backward(const Saved& saved, const Arguments& args, const Options& options, bool deterministic) {
   BackwardParams sparse;
   LinearBackwardParams linear;
-  read_sparse(args, options, sparse);
+  const std::int64_t width = read_sparse(args, options, sparse);
   read_linear(sparse, options, linear);
-  const CriticalBlocks critical(options.block_map);
+  const CriticalBlocks critical(options.block_map, width);
   sparse.key_blocks = critical.list;
   sparse.grad_output = read_output("grad_sparse", saved.grad_sparse, args);
   sparse.grad_logsumexp = read_logsumexp("grad_logsumexp", saved.grad_logsumexp, args);

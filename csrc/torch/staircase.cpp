@@ -5,11 +5,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "arguments.h"
 #include "attnx/capability.h"
+#include "attnx/staircase_state.h"
 #include "backend.h"
 #include "staircase_hooks.h"
 
@@ -45,8 +45,14 @@ void check_levels(const std::vector<std::int64_t>& levels) {
 struct Cache {
   DType dtype;
   ScalarType scalar_type;
-  std::int64_t batch, length = 0;  // the longest sequence
+  std::int64_t batch, length = 0;  // no sequence is longer
   Staircase memory;
+  std::string device;
+  std::optional<StableTensor> state = {};  // on the host, where it is known there
+
+  StaircaseState state_of(std::int64_t b) const {
+    return {static_cast<const std::int64_t*>(state->data_ptr()) + b * memory.layout.state_size()};
+  }
 };
 
 DType dtype_for(const StableTensor& tail) {
@@ -57,8 +63,8 @@ DType dtype_for(const StableTensor& tail) {
   }
 }
 
-void check_contiguous(const char* name, const StableTensor& x, ScalarType dtype, const StableTensor& tail,
-                      std::initializer_list<std::int64_t> shape) {
+void check_memory(const char* name, const StableTensor& x, ScalarType dtype, const StableTensor& tail,
+                  std::initializer_list<std::int64_t> shape) {
   check_dtype(name, x, dtype, "");
   check_shape(name, x, shape);
   check(device_of(x) == device_of(tail), name, ": expected a tensor on ", device_of(tail), " like tail, got one on ",
@@ -81,45 +87,52 @@ Cache read_cache(const CacheTensors& t) {
         " to ", row.head_dim_max, " (", row.op, " on ", row.backend, "), got ", head_dim);
   check(head_dim % t.group == 0, "head_dim: expected a multiple of group, ", t.group, ", got ", head_dim);
 
-  Cache cache{dtype_for(t.tail), t.tail.scalar_type(), batch, 0, {}};
+  Cache cache{dtype_for(t.tail), t.tail.scalar_type(), batch, 0, {}, device_of(t.tail)};
   Staircase& m = cache.memory;
   m.layout = StaircaseLayout(t.levels.data(), int(t.levels.size()), t.window, t.group, head_dim, t.max_length);
   m.heads = heads;
   const StaircaseLayout& layout = m.layout;
-  check_contiguous("state", t.state, ScalarType::Long, t.tail, {batch, layout.state_size()});
-  check_contiguous("codes", t.codes, ScalarType::Int, t.tail, {batch, heads, 2, layout.words});
-  check_contiguous("ranges", t.ranges, ScalarType::Half, t.tail,
-                   {batch, heads, 2, layout.max_windows, layout.window_ranges(), 2});
-  check_contiguous("tail", t.tail, t.tail.scalar_type(), t.tail,
-                   {batch, heads, 2, StaircaseLayout::kTailSlots, t.window, head_dim});
+  check_memory("state", t.state, ScalarType::Long, t.tail, {batch, layout.state_size()});
+  check_memory("codes", t.codes, ScalarType::Int, t.tail, {batch, heads, 2, layout.words});
+  check_memory("ranges", t.ranges, ScalarType::Half, t.tail,
+               {batch, heads, 2, layout.max_windows, layout.window_ranges(), 2});
+  check_memory("tail", t.tail, t.tail.scalar_type(), t.tail,
+               {batch, heads, 2, StaircaseLayout::kTailSlots, t.window, head_dim});
   m.state = static_cast<std::int64_t*>(t.state.data_ptr());
   m.codes = static_cast<std::uint32_t*>(t.codes.data_ptr());
   m.ranges = static_cast<std::uint16_t*>(t.ranges.data_ptr());
   m.tail = t.tail.data_ptr();
-  for (std::int64_t b = 0; b < batch; ++b) {
-    const StaircaseState s = m.of(b);
-    bool ok = s.length() >= 0 && s.length() <= t.max_length && (s.tail() == 0 || s.tail() == 1);
-    for (int p = 1; p < layout.planes; ++p)
-      ok = ok && s.newest(p) >= 0 && s.newest(p) < std::max<std::int64_t>(layout.plane[p].slots, 1) &&
-           s.refined(p) >= 0 && s.refined(p) <= std::min(layout.plane[p].windows, s.length() / t.window) &&
-           (p == 1 || s.refined(p) <= s.refined(p - 1));
-    check(ok, "state: expected what the operators of the cache left, got something else for sequence ", b);
-    cache.length = std::max(cache.length, s.length());
+  cache.state = values_on_host(t.state);
+  if (!cache.state) cache.length = t.max_length;
+  for (std::int64_t b = 0; cache.state && b < batch; ++b) {
+    check(is_reachable(layout, t.max_length, cache.state_of(b)),
+          "state: expected what the operators of the cache left, got something else for sequence ", b);
+    cache.length = std::max(cache.length, cache.state_of(b).length());
   }
   return cache;
 }
 
 // A number for each sequence, or the same for all.
-std::vector<std::int64_t> read_numbers(const char* name, const std::optional<StableTensor>& x, const Cache& cache,
-                                       std::int64_t otherwise) {
-  std::vector<std::int64_t> numbers(std::size_t(cache.batch), otherwise);
-  if (!x) return numbers;
+struct Numbers {
+  std::optional<StableTensor> tensor = {}, values = {};  // the latter on the host, where they are known there
+  std::int64_t otherwise = 0;
+
+  const std::int64_t* data() const { return tensor ? static_cast<const std::int64_t*>(tensor->data_ptr()) : nullptr; }
+  // Whether all are known on the host.
+  bool known() const { return !tensor || values; }
+  std::int64_t operator[](std::int64_t b) const {
+    return tensor ? static_cast<const std::int64_t*>(values->data_ptr())[b] : otherwise;
+  }
+};
+
+Numbers read_numbers(const char* name, const std::optional<StableTensor>& x, const Cache& cache,
+                     std::int64_t otherwise) {
+  if (!x) return {{}, {}, otherwise};
   check_dtype(name, *x, ScalarType::Long, "");
   check_shape(name, *x, {cache.batch});
-  check(x->is_cpu(), name, ": expected a tensor on cpu, got one on ", device_of(*x));
-  for (std::int64_t b = 0; b < cache.batch; ++b)
-    numbers[std::size_t(b)] = static_cast<const std::int64_t*>(x->data_ptr())[b * x->stride(0)];
-  return numbers;
+  check(device_of(*x) == cache.device, name, ": expected a tensor on ", cache.device, ", got one on ", device_of(*x));
+  const StableTensor numbers = torch::stable::contiguous(*x);
+  return {numbers, values_on_host(numbers), otherwise};
 }
 
 // The smallest bits of |x| that stand for no number of a float16 range: beyond 65504, infinite, or NaN.
@@ -142,21 +155,20 @@ bool in_range(const StableTensor& x, std::int64_t offset, std::int64_t n) {
 }
 
 void check_new(const char* name, const StableTensor& x, const Cache& cache, std::int64_t tokens,
-               const std::vector<std::int64_t>& counts) {
+               const Numbers& counts) {
   check(x.dim() == 4, name, ": expected 4 dimensions, (batch, heads, length, head_dim), got shape ", shape_of(x));
   check_dtype(name, x, cache.scalar_type, " like the cache");
-  check(x.is_cpu(), name, ": expected a tensor on cpu like the cache, got one on ", device_of(x));
+  check(device_of(x) == cache.device, name, ": expected a tensor on ", cache.device, " like the cache, got one on ",
+        device_of(x));
   check_shape(name, x, {cache.batch, cache.memory.heads, tokens, cache.memory.layout.head_dim});
   check_layout(name, x);
+  const auto values = values_on_host(x);
+  if (!values || !counts.known()) return;
   for (std::int64_t b = 0; b < cache.batch; ++b)
-    for (std::int64_t h = 0; h < x.size(1); ++h)
-      for (std::int64_t t = 0; t < counts[std::size_t(b)]; ++t)
-        check(in_range(x, b * x.stride(0) + h * x.stride(1) + t * x.stride(2), x.size(3)), name,
-              ": expected finite numbers of a magnitude up to 65504, got others at (", b, ", ", h, ", ", t, ")");
-}
-
-void publish(const Cache& cache, const std::vector<std::int64_t>& next) {
-  if (!next.empty()) std::memcpy(cache.memory.state, next.data(), next.size() * sizeof next[0]);
+    for (std::int64_t h = 0; h < values->size(1); ++h)
+      for (std::int64_t t = 0; t < counts[b]; ++t)
+        check(in_range(*values, b * values->stride(0) + h * values->stride(1) + t * values->stride(2), values->size(3)),
+              name, ": expected finite numbers of a magnitude up to 65504, got others at (", b, ", ", h, ", ", t, ")");
 }
 
 void staircase_append(StableTensor state, StableTensor codes, StableTensor ranges, StableTensor tail,
@@ -166,9 +178,9 @@ void staircase_append(StableTensor state, StableTensor codes, StableTensor range
   const Cache cache = read_cache({state, codes, ranges, tail, levels, window, group, max_length});
   check(key.dim() == 4, "key: expected 4 dimensions, (batch, heads, length, head_dim), got shape ", shape_of(key));
   const std::int64_t tokens = key.size(2);
-  const std::vector<std::int64_t> new_tokens = read_numbers("counts", counts, cache, tokens);
-  for (std::int64_t b = 0; b < cache.batch; ++b) {
-    const std::int64_t n = new_tokens[std::size_t(b)], length = cache.memory.of(b).length();
+  const Numbers new_tokens = read_numbers("counts", counts, cache, tokens);
+  for (std::int64_t b = 0; cache.state && new_tokens.known() && b < cache.batch; ++b) {
+    const std::int64_t n = new_tokens[b], length = cache.state_of(b).length();
     check(n >= 0 && n <= tokens, "counts: expected from 0 to the length of key, ", tokens, ", got ", n, " at ", b);
     check(length + n <= max_length, "key: expected at most ", max_length - length, " more tokens, as max_length is ",
           max_length, " and sequence ", b, " has ", length, ", got ", n);
@@ -176,59 +188,35 @@ void staircase_append(StableTensor state, StableTensor codes, StableTensor range
   check_new("key", key, cache, tokens, new_tokens);
   check_new("value", value, cache, tokens, new_tokens);
 
-  const StaircaseLayout& layout = cache.memory.layout;
-  std::vector<std::int64_t> next(cache.memory.state, cache.memory.state + cache.batch * layout.state_size());
-  for (std::int64_t b = 0; b < cache.batch; ++b) {
-    std::int64_t* const s = next.data() + b * layout.state_size();
-    const std::int64_t length = s[0] + new_tokens[std::size_t(b)], full = length / window - s[0] / window;
-    s[0] = length;
-    if (full == 0) continue;
-    s[1] = 1 - s[1];
-    for (int p = 1; p < layout.planes; ++p) {
-      const StaircasePlane& plane = layout.plane[p];
-      if (plane.slots == 0) continue;
-      s[2 * p] = (s[2 * p] + std::min(full, plane.windows)) % plane.slots;
-      s[2 * p + 1] = std::min(s[2 * p + 1] + full, plane.windows);
-    }
-  }
   StaircaseAppendParams p;
   p.dtype = cache.dtype;
   p.batch = cache.batch;
   p.cache = cache.memory;
-  p.next_state = next.data();
+  p.tokens = tokens;
+  p.counts = new_tokens.data();
   p.key = view_rows(key);
   p.value = view_rows(value);
   p.most_units = units_to_write;
   run(p);
   check(units_to_write < 0, "interrupted after ", units_to_write, " units, as a test asked for");
-  publish(cache, next);
 }
 
 void staircase_crop(StableTensor state, const StableTensor& codes, const StableTensor& ranges, StableTensor tail,
                     const StableTensor& lengths, const std::vector<std::int64_t>& levels, std::int64_t window,
                     std::int64_t group, std::int64_t max_length) {
   const Cache cache = read_cache({state, codes, ranges, tail, levels, window, group, max_length});
-  const std::vector<std::int64_t> kept = read_numbers("length", lengths, cache, 0);
-  const StaircaseLayout& layout = cache.memory.layout;
-  std::vector<std::int64_t> next(cache.memory.state, cache.memory.state + cache.batch * layout.state_size());
-  for (std::int64_t b = 0; b < cache.batch; ++b) {
-    std::int64_t* const s = next.data() + b * layout.state_size();
-    const std::int64_t length = kept[std::size_t(b)];
-    check(length >= 0 && length <= s[0], "length: expected from 0 to the ", s[0], " tokens of sequence ", b, ", got ",
-          length);
-    const std::int64_t dropped = s[0] / window - length / window;
-    s[0] = length;
-    if (dropped == 0) continue;
-    s[1] = 1 - s[1];
-    for (int p = 1; p < layout.planes; ++p) {
-      const std::int64_t slots = layout.plane[p].slots;
-      if (slots == 0) continue;
-      s[2 * p] = ((s[2 * p] - dropped) % slots + slots) % slots;
-      s[2 * p + 1] = std::max<std::int64_t>(s[2 * p + 1] - dropped, 0);
-    }
+  const Numbers kept = read_numbers("length", lengths, cache, 0);
+  for (std::int64_t b = 0; cache.state && kept.known() && b < cache.batch; ++b) {
+    const std::int64_t length = cache.state_of(b).length();
+    check(kept[b] >= 0 && kept[b] <= length, "length: expected from 0 to the ", length, " tokens of sequence ", b,
+          ", got ", kept[b]);
   }
-  run(StaircaseCropParams{cache.dtype, cache.batch, cache.memory, next.data()});
-  publish(cache, next);
+  StaircaseCropParams p;
+  p.dtype = cache.dtype;
+  p.batch = cache.batch;
+  p.cache = cache.memory;
+  p.lengths = kept.data();
+  run(p);
 }
 
 using Pair = std::tuple<StableTensor, StableTensor>;
@@ -265,7 +253,8 @@ Pair staircase_attention(const StableTensor& query, const StableTensor& state, c
   check(query.dim() == 4, "query: expected 4 dimensions, (batch, heads, length, head_dim), got shape ",
         shape_of(query));
   check_dtype("query", query, cache.scalar_type, " like the cache");
-  check(query.is_cpu(), "query: expected a tensor on cpu like the cache, got one on ", device_of(query));
+  check(device_of(query) == cache.device, "query: expected a tensor on ", cache.device, " like the cache, got one on ",
+        device_of(query));
   check_shape("query", query, {cache.batch, query.size(1), query.size(2), layout.head_dim});
   check(query.size(1) >= 1 && query.size(1) % cache.memory.heads == 0, "query: expected heads to be a multiple of the ",
         cache.memory.heads, " heads of the cache, got ", query.size(1));
@@ -288,11 +277,10 @@ Pair staircase_attention(const StableTensor& query, const StableTensor& state, c
   p.window_right = is_causal ? 0 : -1;
   p.cache = &cache.memory;
   read_bias(bias, bias_rule, bias_value, query, p);
-  const std::vector<std::int64_t> lengths = read_numbers("query_lengths", query_lengths, cache, p.length_q);
-  for (std::int64_t b = 0; b < cache.batch; ++b)
-    check(lengths[std::size_t(b)] >= 0 && lengths[std::size_t(b)] <= p.length_q,
-          "query_lengths: expected from 0 to the length of query, ", p.length_q, ", got ", lengths[std::size_t(b)],
-          " at ", b);
+  const Numbers lengths = read_numbers("query_lengths", query_lengths, cache, p.length_q);
+  for (std::int64_t b = 0; lengths.known() && b < cache.batch; ++b)
+    check(lengths[b] >= 0 && lengths[b] <= p.length_q, "query_lengths: expected from 0 to the length of query, ",
+          p.length_q, ", got ", lengths[b], " at ", b);
   p.query_lengths = lengths.data();
 
   StableTensor output = empty_rows(query, p.value_dim), logsumexp = empty_logsumexp(query);

@@ -1,0 +1,31 @@
+// Running a kernel of the instruction set in use, on as many of the executor's threads as the work is worth.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "kernels.h"
+
+namespace attnx::cpu {
+
+// Of the instruction set in use.
+const Kernels& chosen_kernels();
+
+struct Free {
+  void operator()(char* block) const { ::operator delete(block, std::align_val_t(64)); }
+};
+
+template <class Params>
+void run(std::size_t (*Kernels::*workspace_bytes)(const Params&, const Executor&),
+         void (*Kernels::*kernel)(const Params&, const Executor&, char*), const Params& params, Executor executor,
+         double operations) {
+  // A thread more for every million operations: about as long as it takes to wake one.
+  executor.threads = int(std::min(double(executor.threads), 1 + operations / 1e6));
+  const Kernels& kernels = chosen_kernels();
+  const std::size_t bytes = (kernels.*workspace_bytes)(params, executor);
+  const std::unique_ptr<char, Free> workspace(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
+  (kernels.*kernel)(params, executor, workspace.get());
+}
+
+}  // namespace attnx::cpu
