@@ -8,6 +8,7 @@
 #include "cuda/mainloop/sm90/backward_tile_sizes.h"
 #include "cuda/passes/list_order.h"
 #include "cuda/passes/parameter_sums.h"
+#include "cuda/passes/sink_sums.h"
 
 namespace attnx::cuda {
 
@@ -74,6 +75,8 @@ void backward(const BackwardParams& p, const Launch& where) {
   launch_parameter_sums({plan.geometry, plan.scratch.bias_sum, plan.scratch.slope_sum, plan.tile.rows,
                          plan.tile.score_warps, p.grad_bias, p.grad_alibi_slopes},
                         stream);
+  if (p.grad_sink)
+    launch_sink_sums({plan.geometry, p.sink, p.logsumexp, plan.scratch.delta, plan.tile.rows, p.grad_sink}, stream);
 }
 
 }  // namespace attnx::cuda

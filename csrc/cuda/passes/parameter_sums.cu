@@ -1,12 +1,19 @@
 #include "parameter_sums.h"
 
 #include "cuda/common/device.h"
+#include "cuda/common/reduce.h"
 #include "cuda/common/sequence.h"
 
 namespace attnx::cuda {
 
+namespace {
+
+constexpr int kThreads = 256;
+
+}  // namespace
+
 // A block sums over the rows of a sequence and head.
-__global__ void __launch_bounds__(256) attnx_parameter_sums(const __grid_constant__ ParameterSumsArguments args) {
+__global__ void __launch_bounds__(kThreads) attnx_parameter_sums(const __grid_constant__ ParameterSumsArguments args) {
   const int query_head = blockIdx.x % int(args.heads_q), batch = blockIdx.x / int(args.heads_q);
   const Sequence sequence = sequence_of(args, batch);
   const int head = query_head / args.group.divisor(), place_in_group = query_head % args.group.divisor();
@@ -19,15 +26,7 @@ __global__ void __launch_bounds__(256) attnx_parameter_sums(const __grid_constan
       for (int warp = 0; warp < args.score_warps; ++warp)
         sum += sums[(row_tile * args.score_warps + warp) * args.rows_of_tile + row % args.rows_of_tile];
     }
-    __shared__ double of_warp[8];
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    __syncthreads();  // the readers of an earlier sum
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
-    __syncthreads();
-    sum = 0;
-    for (const double x : of_warp) sum += x;
-    return sum;
+    return sum_of_block<kThreads>(sum);
   };
   if (args.grad_bias) {
     const double sum = sum_of(args.bias_sum);
@@ -41,7 +40,7 @@ __global__ void __launch_bounds__(256) attnx_parameter_sums(const __grid_constan
 
 void launch_parameter_sums(const ParameterSumsArguments& args, cudaStream_t stream) {
   if (args.grad_bias || args.grad_alibi_slopes)
-    launch_kernel("attnx_parameter_sums", attnx_parameter_sums, args.batch * args.heads_q, 256, 0, stream, args);
+    launch_kernel("attnx_parameter_sums", attnx_parameter_sums, args.batch * args.heads_q, kThreads, 0, stream, args);
 }
 
 }  // namespace attnx::cuda

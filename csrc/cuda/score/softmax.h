@@ -12,8 +12,15 @@ template <class Input_, int kRows>
 class SoftmaxForward {
   float max_[kRows], sum_[kRows];  // the maximum times log2(e), less the tile's bias; the thread's part of the sum
   float multiplier_, bias_ = 0;
+
+ protected:
   // The maximum before the first key: finite, so that what is masked can be subtracted from it.
   static constexpr float kLowest = -0x1p100f;
+
+  __device__ __forceinline__ void start_row(int row, float max, float sum) {
+    max_[row] = max;
+    sum_[row] = sum;
+  }
 
  public:
   using Input = Input_;
@@ -21,8 +28,7 @@ class SoftmaxForward {
   // The thread's row of this number is this query of this query head, of which the block has this share of the keys.
   template <class Parameters>
   __device__ __forceinline__ void set_row(int row, const Parameters&, const Band&, int, int, int) {
-    max_[row] = kLowest;
-    sum_[row] = 0;
+    start_row(row, kLowest, 0);
   }
 
   // Starts a tile: a logit is s * multiplier + bias, times log2(e); the multiplier is positive.

@@ -1,0 +1,32 @@
+// Softmax whose rows have one more logit, a learned number per head, that takes weight and has no value: the attention
+// sink of gpt-oss.
+#pragma once
+
+#include "cuda/score/softmax.h"
+
+namespace attnx::cuda {
+
+// The score policy. Softmax's backward serves it, as the sink changes nothing there but the logsumexp.
+struct SoftmaxSink {
+  static constexpr bool kNormalised = true;
+
+  struct Parameters {
+    PerHead sink;
+  };
+  static Parameters parameters(const AttentionParams& p) { return {p.sink}; }
+
+  template <class Input, class Tile, int kRows>
+  class Forward : public SoftmaxForward<Input, kRows> {
+   public:
+    // A row starts from the sink as if that had been its first logit, in the first share of its keys alone.
+    __device__ __forceinline__ void set_row(int row, const Parameters& parameters, const Band&, int head, int,
+                                            int split) {
+      const float sink = split == 0 ? of_head(parameters.sink, head) * kLog2E : -INFINITY;
+      const float highest = fmaxf(sink, this->kLowest);
+      // One of the four lanes that share the row counts it.
+      this->start_row(row, highest, threadIdx.x % 4 == 0 ? exp2_approx(sink - highest) : 0);
+    }
+  };
+};
+
+}  // namespace attnx::cuda
