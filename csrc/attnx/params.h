@@ -100,6 +100,9 @@ struct AttentionParams {
   PerHead bias;          // added
   PerHead alibi_slopes;  // times |i + length_k - length_q - j|, subtracted
 
+  // One more logit of every row, in the accumulator's type, which takes weight and has no value; softmax_sink only.
+  PerHead sink;
+
   // Listed tiles: only the listed blocks take part, under the same window. Not with cu_seqlens.
   std::int64_t block_q = 0, block_k = 0;  // rows and keys of a block
   BlockList key_blocks;                   // of each block of queries; null counts: every block takes part
@@ -133,6 +136,7 @@ struct BackwardParams : AttentionParams {
   // [batch, heads_q] in double, the sums over each sequence; null where not wanted.
   double* grad_bias = nullptr;
   double* grad_alibi_slopes = nullptr;
+  double* grad_sink = nullptr;  // from a run of the loop over clusters: [heads, clusters]
   Tensor grad_memory_key, grad_memory_value;  // like gather.memory_key and memory_value
 
   // Where a run of the loop leaves what each cluster adds to the gradients of its keys: rows of sums, as long as

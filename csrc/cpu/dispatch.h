@@ -9,8 +9,8 @@
 
 namespace attnx::cpu {
 
-// Of the instruction set in use.
-const Kernels& chosen_kernels();
+// Those of the instruction set in use.
+const Kernels& chosen_kernels(DType dtype);
 
 struct Free {
   void operator()(char* block) const { ::operator delete(block, std::align_val_t(64)); }
@@ -22,7 +22,7 @@ void run(std::size_t (*Kernels::*workspace_bytes)(const Params&, const Executor&
          double operations) {
   // A thread more for every million operations: about as long as it takes to wake one.
   executor.threads = int(std::min(double(executor.threads), 1 + operations / 1e6));
-  const Kernels& kernels = chosen_kernels();
+  const Kernels& kernels = chosen_kernels(params.dtype);
   const std::size_t bytes = (kernels.*workspace_bytes)(params, executor);
   const std::unique_ptr<char, Free> workspace(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
   (kernels.*kernel)(params, executor, workspace.get());

@@ -1,4 +1,4 @@
-// The kernels of one instruction set, as the dispatcher sees them.
+// The kernels of one instruction set and dtype, as the dispatcher sees them.
 #pragma once
 
 #include <cstddef>
@@ -8,19 +8,25 @@
 
 namespace attnx::cpu {
 
-#define ATTNX_FOR_EACH_KERNEL(X)             \
-  X(forward, ForwardParams)                  \
-  X(backward, BackwardParams)                \
+// Those of the loop: a unit is compiled for one dtype.
+#define ATTNX_FOR_EACH_LOOP(X)     \
+  X(forward, ForwardParams)        \
+  X(backward, BackwardParams)      \
+  X(routed_forward, ForwardParams) \
+  X(routed_backward, BackwardParams)
+
+// Those beside it: a unit has all dtypes, and a switch.
+#define ATTNX_FOR_EACH_OTHER(X)              \
   X(linear_forward, LinearForwardParams)     \
   X(linear_backward, LinearBackwardParams)   \
-  X(routed_forward, ForwardParams)           \
-  X(routed_backward, BackwardParams)         \
   X(select, SelectParams)                    \
   X(nearest, NearestParams)                  \
   X(centroid_sums, CentroidSumsParams)       \
   X(staircase_append, StaircaseAppendParams) \
   X(staircase_crop, StaircaseCropParams)     \
   X(staircase_read, StaircaseReadParams)
+
+#define ATTNX_FOR_EACH_KERNEL(X) ATTNX_FOR_EACH_LOOP(X) ATTNX_FOR_EACH_OTHER(X)
 
 // Each run, and how many bytes of workspace it needs, aligned to 64.
 struct Kernels {

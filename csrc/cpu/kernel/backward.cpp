@@ -1,4 +1,4 @@
-// Compiled once per instruction set; picks the policies.
+// Compiled once per instruction set and dtype; picks the policies.
 #include "backward.h"
 
 #include "cpu/kernel/scores.h"
@@ -6,19 +6,16 @@
 #include "storage/strided.h"
 #include "tiles/listed.h"
 
-namespace attnx::cpu::ATTNX_ISA {
+namespace attnx::cpu::ATTNX_ISA::ATTNX_DTYPE {
 
 template <class Use>
 static auto with_backward(const BackwardParams& p, const Executor& executor, Use use) {
-  const auto with_policies = [&]<class Input>() {
-    const auto with_tiles = [&]<class Tiles>() {
-      return with_backward_score(
-          p.score, [&]<class Score>() { return use(Backward<Input, Score, Tiles, StridedStorage>(p, executor)); });
-    };
-    return p.key_blocks.counts ? with_tiles.template operator()<ListedTiles>()
-                               : with_tiles.template operator()<BandTiles>();
+  const auto with_tiles = [&]<class Tiles>() {
+    return with_backward_score(
+        p.score, [&]<class Score>() { return use(Backward<Input, Score, Tiles, StridedStorage>(p, executor)); });
   };
-  return with_input(p.dtype, with_policies);
+  return p.key_blocks.counts ? with_tiles.template operator()<ListedTiles>()
+                             : with_tiles.template operator()<BandTiles>();
 }
 
 std::size_t backward_workspace(const BackwardParams& p, const Executor& executor) {
@@ -29,4 +26,4 @@ void backward(const BackwardParams& p, const Executor& executor, char* workspace
   with_backward(p, executor, [&](const auto& f) { f.run(workspace); });
 }
 
-}  // namespace attnx::cpu::ATTNX_ISA
+}  // namespace attnx::cpu::ATTNX_ISA::ATTNX_DTYPE

@@ -125,8 +125,8 @@ class Backward {
 
   // What a unit sums over its query rows.
   struct Sums {
-    Sum *grad_key, *grad_value;      // [length_k rounded up][lanes]
-    double *grad_bias, *grad_slope;  // [group]
+    Sum *grad_key, *grad_value;                  // [length_k rounded up][lanes]
+    double *grad_bias, *grad_slope, *grad_sink;  // [group]
     std::int64_t bytes;
 
     Sums(const Backward& f, char* block) {
@@ -136,6 +136,7 @@ class Backward {
       grad_value = arena.take<Sum>(keys * f.value_lanes_);
       grad_bias = arena.take<double>(f.group_);
       grad_slope = arena.take<double>(f.group_);
+      grad_sink = arena.take<double>(f.group_);
       bytes = arena.used();
     }
   };
@@ -178,6 +179,8 @@ class Backward {
       const std::int64_t first_head = head0 + i / tiles * rows_.group, row0 = i % tiles * rows_.tile_rows;
       differentiate_rows(sequence, storage, first_head, row0, smaller(rows, row0 + rows_.tile_rows), sums, b);
     }
+    if constexpr (Source::kGathered)
+      if (p_.grad_sink) p_.grad_sink[unit] = sums.grad_sink[head0 % group_];
   }
 
   void differentiate_rows(const Sequence& sequence, const Source& storage, std::int64_t first_head, std::int64_t row0,
@@ -345,6 +348,8 @@ class Backward {
                  row_of<Result>(p_.grad_query, s.batch, head, s.result_row(r.panel->query[lane])));
       sums.grad_bias[head % group_] += r.grad_bias[lane];
       sums.grad_slope[head % group_] += r.grad_slope[lane];
+      if constexpr (Score::kNormalised)
+        if (p_.grad_sink) sums.grad_sink[head % group_] += r.score->grad_sink(lane);
     }
   }
 
@@ -379,6 +384,7 @@ class Backward {
     };
     store_heads([](const Sums& x) { return x.grad_bias; }, p_.grad_bias);
     store_heads([](const Sums& x) { return x.grad_slope; }, p_.grad_alibi_slopes);
+    store_heads([](const Sums& x) { return x.grad_sink; }, p_.grad_sink);
   }
 
   const BackwardParams& p_;

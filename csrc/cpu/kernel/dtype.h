@@ -1,4 +1,4 @@
-// From a dtype at run time to the type of its elements.
+// From a dtype to the type of its elements: Input in a unit that is compiled for one, and a switch in others.
 #pragma once
 
 #include "../executor.h"
@@ -6,6 +6,20 @@
 #include "convert.h"
 
 namespace attnx::cpu::ATTNX_ISA {
+
+// ATTNX_DTYPE is one of these.
+namespace float32 {
+using Input = float;
+}
+namespace bfloat16 {
+using Input = BFloat16;
+}
+namespace float16 {
+using Input = Float16;
+}
+namespace float64 {
+using Input = double;
+}
 
 // Calls action.template operator()<Input>(), of elements of this dtype.
 template <class Action>

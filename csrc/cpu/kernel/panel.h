@@ -87,6 +87,10 @@ struct Panel {
     }
   }
 
+  static Sum per_head(const PerHead& x, std::int64_t head, Sum absent = 0) {
+    return x.data ? static_cast<const Sum*>(x.data)[head * x.stride] : absent;
+  }
+
   // Drops what lies outside of a part of the keys from what the rows see.
   void clip(KeyRange part) {
     any = {part.end, part.first}, all = part;
@@ -100,9 +104,6 @@ struct Panel {
   }
 
  private:
-  static Sum per_head(const PerHead& x, std::int64_t head) {
-    return x.data ? static_cast<const Sum*>(x.data)[head * x.stride] : Sum(0);
-  }
   static Sum log(std::int64_t keys) { return Sum(__builtin_log(double(larger<std::int64_t>(keys, 1)))); }
 };
 

@@ -1,22 +1,18 @@
-// Compiled once per instruction set; picks the policies of the loops over clusters.
+// Compiled once per instruction set and dtype; picks the policies of the loops over clusters.
 #include "cpu/kernel/scores.h"
 #include "dtype.h"
 #include "routing/attention.h"
 
-namespace attnx::cpu::ATTNX_ISA {
+namespace attnx::cpu::ATTNX_ISA::ATTNX_DTYPE {
 
 template <class Use>
 static auto with_forward(const ForwardParams& p, const Executor& executor, Use use) {
-  return with_input(p.dtype, [&]<class Input>() {
-    return with_forward_score(p.score, [&]<class Score>() { return use(RoutedForward<Input, Score>(p, executor)); });
-  });
+  return with_forward_score(p.score, [&]<class Score>() { return use(RoutedForward<Input, Score>(p, executor)); });
 }
 
 template <class Use>
 static auto with_backward(const BackwardParams& p, const Executor& executor, Use use) {
-  return with_input(p.dtype, [&]<class Input>() {
-    return with_backward_score(p.score, [&]<class Score>() { return use(RoutedBackward<Input, Score>(p, executor)); });
-  });
+  return with_backward_score(p.score, [&]<class Score>() { return use(RoutedBackward<Input, Score>(p, executor)); });
 }
 
 std::size_t routed_forward_workspace(const ForwardParams& p, const Executor& executor) {
@@ -35,4 +31,4 @@ void routed_backward(const BackwardParams& p, const Executor& executor, char* wo
   with_backward(p, executor, [&](const auto& f) { f.run(workspace); });
 }
 
-}  // namespace attnx::cpu::ATTNX_ISA
+}  // namespace attnx::cpu::ATTNX_ISA::ATTNX_DTYPE

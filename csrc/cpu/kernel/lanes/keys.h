@@ -39,7 +39,7 @@ class KeysOnLanes {
   }
 
   template <class Row>
-  void begin(int, const Panel<Sum>& panel, Row row) {
+  void begin(int, const Panel<Sum>& panel, bool first_keys, Row row) {
     load_rows<A>(row, panel.rows, p_.head_dim, query_, head_stride_);
     // gemm reads these for rows that there are not.
     const std::int64_t padded = round_up(panel.rows, kFewRowMultiple);
@@ -48,7 +48,7 @@ class KeysOnLanes {
     __builtin_memset(products_, 0, std::size_t(padded * kKeys) * sizeof(Sum));
     __builtin_memset(weights_, 0, std::size_t(padded * kKeys) * sizeof(Element));
     __builtin_memset(output_, 0, std::size_t(padded * value_stride_) * sizeof(Sum));
-    scores_[0].begin();
+    scores_[0].begin(p_, panel, first_keys);
   }
 
   template <class Storage>

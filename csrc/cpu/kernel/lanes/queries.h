@@ -35,13 +35,13 @@ class QueriesOnLanes {
     scores_ = arena.take<typename Score::template Forward<A>>(panels);
   }
 
-  // Panel i begins, with the query rows row(0), row(1), ...
+  // Panel i begins, with the query rows row(0), row(1), ..., and with the first of its keys or with a later part.
   template <class Row>
-  void begin(int i, const Panel<Sum>& panel, Row row) {
+  void begin(int i, const Panel<Sum>& panel, bool first_keys, Row row) {
     load_rows<A>(row, panel.rows, p_.head_dim, rows_, head_stride_);
     transpose_rows<A>(rows_, panel.rows, p_.head_dim, head_stride_, query_[i]);
     __builtin_memset(output_[i], 0, std::size_t(value_stride_ * kWidth) * sizeof(Sum));
-    scores_[i].begin();
+    scores_[i].begin(p_, panel, first_keys);
   }
 
   template <class Storage>

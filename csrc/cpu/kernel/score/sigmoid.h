@@ -21,7 +21,7 @@ class SigmoidForward {
   using Sum = typename A::Sum;
 
  public:
-  void begin() {}
+  void begin(const AttentionParams&, const Panel<Sum>&, bool /*first_keys*/) {}
 
   // Turns the products s[keys][lanes] into weights, a B operand over keys.
   void weigh(Sum* s, std::int64_t keys, Sum scale, const Panel<Sum>& panel, const PanelOnTile<Sum>& on_tile,
@@ -61,8 +61,7 @@ class SigmoidBackward {
   void begin(const BackwardParams&, const Sequence&, const Panel<Sum>&) {}
 
   // The weight of a logit, and its derivative times dP: p (1 - p) dP with 1 - p = e^-x p, exact to rounding where
-  // p - p^2 would cancel. Where a list divides the weights, p times the divisor takes the
-  // place of p in 1 - p.
+  // p - p^2 would cancel. Where a list divides the weights, p times the divisor takes the place of p in 1 - p.
   ATTNX_INLINE void differentiate(Vec<Sum> x, Vec<Sum> dp, int /*lane*/, const PanelOnTile<Sum>& on_tile, Vec<Sum>& p,
                                   Vec<Sum>& ds) const {
     const Vec<Sum> e = exp_minus(x) * on_tile.divisor;

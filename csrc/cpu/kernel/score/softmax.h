@@ -12,8 +12,12 @@ class SoftmaxForward {
   static constexpr Sum kInfinity = __builtin_huge_valf();
 
  public:
-  void begin() {
-    for (int lane = 0; lane < kPanelLanes<Sum>; ++lane) maximum_[lane] = -kInfinity, sum_[lane] = 0;
+  // A row begins with its sink, where it has one: with the first part of its keys, so that the sink counts once.
+  void begin(const AttentionParams& p, const Panel<Sum>& panel, bool first_keys) {
+    for (int lane = 0; lane < kPanelLanes<Sum>; ++lane) {
+      maximum_[lane] = first_keys ? panel.per_head(p.sink, panel.head[lane], -kInfinity) : -kInfinity;
+      sum_[lane] = maximum_[lane] == -kInfinity ? 0 : 1;
+    }
   }
 
   // As for the sigmoid; output[value_dim][lanes] is rescaled where a maximum rises.
@@ -86,7 +90,7 @@ class SoftmaxForward {
 
   Sum output_factor(const Panel<Sum>& panel, int lane) const { return sees_nothing(panel, lane) ? 0 : 1 / sum_[lane]; }
   Sum logsumexp(const Panel<Sum>& panel, int lane) const {
-    return sees_nothing(panel, lane) ? -kInfinity : maximum_[lane] + Sum(__builtin_log(sum_[lane]));
+    return sees_nothing(panel, lane) ? maximum_[lane] : maximum_[lane] + Sum(__builtin_log(sum_[lane]));
   }
 
  private:
@@ -118,8 +122,14 @@ class SoftmaxBackward {
       offset_[lane] = dot - *row_of<const Sum>(p.grad_logsumexp, s.batch, head, result);
       const Sum logsumexp = *row_of<const Sum>(p.logsumexp, s.batch, head, result);
       logsumexp_[lane] = panel.visible[lane].first == panel.visible[lane].end ? 0 : logsumexp;
+      if (!p.grad_sink) continue;
+      const Sum sink = panel.per_head(p.sink, head, -__builtin_huge_valf());
+      sink_weight_[lane] = sink == -__builtin_huge_valf() ? 0 : __builtin_exp(double(sink) - double(logsumexp));
     }
   }
+
+  // What the row adds to the gradient of its head's sink, whose dP is 0, when the products of all keys are known.
+  double grad_sink(int lane) const { return -sink_weight_[lane] * double(offset_[lane]); }
 
   // Adds P dP over some of the keys, where that is not known from the output.
   ATTNX_INLINE void add_products(int lane, Vec<Sum> products) {
@@ -136,6 +146,7 @@ class SoftmaxBackward {
 
  private:
   alignas(kVectorBytes) Sum logsumexp_[kPanelLanes<Sum>], offset_[kPanelLanes<Sum>];
+  double sink_weight_[kPanelLanes<Sum>];
 };
 
 struct Softmax {
