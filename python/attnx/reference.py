@@ -93,10 +93,15 @@ def _sigmoid_bias(bias: SigmoidBias, length_k: int, visible: Tensor) -> Tensor |
     return bias
 
 
-def _softmax(logits: Tensor, visible: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The output and logsumexp of logits that are -inf where a key is not visible."""
+def _softmax(logits: Tensor, visible: Tensor, value: Tensor, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The output and logsumexp of logits that are -inf where a key is not visible.
+
+    A sink is one more logit of every row of its head, which has no value.
+    """
     logsumexp = logits.logsumexp(-1)
-    # A row without keys has a logsumexp of -inf; +inf in its place makes every weight 0, gradients included.
+    if sink is not None:
+        logsumexp = logsumexp.logaddexp(_per_head(sink, logits.shape[1])[..., 0])
+    # A row without keys has no weight to give; a logsumexp of +inf makes every weight 0, gradients included.
     weights = (logits - logsumexp.where(visible.any(-1), math.inf)[..., None]).exp()
     return _weighted(weights.where(visible, 0.0), visible, value), logsumexp
 
@@ -129,12 +134,13 @@ def softmax_attention(
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     distance = _distance(query.shape[2], key.shape[2], query.device)
     visible = _visible(distance, is_causal, window)
     logits = _logits(query, key, scale, alibi_slopes, distance).where(visible, -math.inf)
-    output, logsumexp = _softmax(logits, visible, value)
+    output, logsumexp = _softmax(logits, visible, value, sink)
     return (output, logsumexp) if return_logsumexp else output
 
 

@@ -6,6 +6,11 @@
 
 namespace attnx::cpu::ATTNX_ISA {
 
+template <class Sum>
+inline bool sees_nothing(const Panel<Sum>& panel, int lane) {
+  return panel.visible[lane].first == panel.visible[lane].end;
+}
+
 template <class A>
 class SoftmaxForward {
   using Sum = typename A::Sum;
@@ -94,16 +99,13 @@ class SoftmaxForward {
   }
 
  private:
-  static bool sees_nothing(const Panel<Sum>& panel, int lane) {
-    return panel.visible[lane].first == panel.visible[lane].end;
-  }
-
   alignas(kVectorBytes) Sum maximum_[kPanelLanes<Sum>], sum_[kPanelLanes<Sum>];
 };
 
 template <class A>
 class SoftmaxBackward {
   using Sum = typename A::Sum;
+  static constexpr Sum kInfinity = __builtin_huge_valf();
 
  public:
   // Per row: the logsumexp, and what dP is measured from: sum_j P_ij dP_ij, which is dO . O, less the gradient of the
@@ -121,15 +123,9 @@ class SoftmaxBackward {
       }
       offset_[lane] = dot - *row_of<const Sum>(p.grad_logsumexp, s.batch, head, result);
       const Sum logsumexp = *row_of<const Sum>(p.logsumexp, s.batch, head, result);
-      logsumexp_[lane] = panel.visible[lane].first == panel.visible[lane].end ? 0 : logsumexp;
-      if (!p.grad_sink) continue;
-      const Sum sink = panel.per_head(p.sink, head, -__builtin_huge_valf());
-      sink_weight_[lane] = sink == -__builtin_huge_valf() ? 0 : __builtin_exp(double(sink) - double(logsumexp));
+      logsumexp_[lane] = sees_nothing(panel, lane) ? 0 : logsumexp;
     }
   }
-
-  // What the row adds to the gradient of its head's sink, whose dP is 0, when the products of all keys are known.
-  double grad_sink(int lane) const { return -sink_weight_[lane] * double(offset_[lane]); }
 
   // Adds P dP over some of the keys, where that is not known from the output.
   ATTNX_INLINE void add_products(int lane, Vec<Sum> products) {
@@ -144,9 +140,16 @@ class SoftmaxBackward {
     ds = p * (dp - load(offset_ + lane));
   }
 
+  // The derivative by the sink, whose dP is 0. Its weight is all that a row without keys has.
+  double grad_sink(const AttentionParams& p, const Panel<Sum>& panel, int lane) const {
+    const Sum sink = panel.per_head(p.sink, panel.head[lane], -kInfinity);
+    if (sink == -kInfinity) return 0;
+    const double weight = sees_nothing(panel, lane) ? 1 : __builtin_exp(double(sink) - double(logsumexp_[lane]));
+    return -weight * double(offset_[lane]);
+  }
+
  private:
   alignas(kVectorBytes) Sum logsumexp_[kPanelLanes<Sum>], offset_[kPanelLanes<Sum>];
-  double sink_weight_[kPanelLanes<Sum>];
 };
 
 struct Softmax {

@@ -1,0 +1,108 @@
+// Working storage of the backward loop: what a panel of rows holds, what a worker needs for a tile of keys, and what a
+// unit sums over its rows.
+#pragma once
+
+#include "../arena.h"
+#include "../gemm.h"
+#include "../rows.h"
+
+namespace attnx::cpu::ATTNX_ISA {
+
+// In elements, or in keys, as in the names.
+template <class Sum>
+struct BackwardSizes {
+  std::int64_t head_stride, value_stride;  // of rows of queries and keys, and of values
+  std::int64_t head_lanes, value_lanes;    // the same as lanes of sums
+  std::int64_t tile_keys, panels;
+  std::int64_t keys;   // whose gradients a unit sums; 0 where these sums lie elsewhere
+  std::int64_t group;  // query heads of a key head
+
+  BackwardSizes(const AttentionParams& p, std::int64_t most_tile_keys, std::int64_t most_panels, std::int64_t most_keys)
+      : head_stride(row_stride(p.head_dim)),
+        value_stride(row_stride(p.value_dim)),
+        head_lanes(round_up(p.head_dim, kLanes<Sum>)),
+        value_lanes(round_up(p.value_dim, kLanes<Sum>)),
+        tile_keys(most_tile_keys),
+        panels(most_panels),
+        keys(most_keys),
+        group(p.heads_q / p.heads_k) {}
+
+ private:
+  // Wide enough for blocks of rows (as an A operand contracted over rows) and for vectors (as a B operand).
+  static std::int64_t row_stride(std::int64_t dim) {
+    return larger(round_up(dim, kRowMultiple), round_up(dim, kLanes<Sum>));
+  }
+};
+
+// What one panel of rows holds through the loop over the keys.
+template <class A, class Score>
+struct BackwardRows {
+  using Element = typename A::Element;
+  using Sum = typename A::Sum;
+
+  Panel<Sum>* panel;
+  typename Score::template Backward<A>* score;
+  Element *query, *grad;            // transposed, steps over features
+  Element *query_rows, *grad_rows;  // steps over rows
+  Sum* grad_query;                  // transposed
+  double *grad_bias, *grad_slope;   // per lane
+};
+
+template <class A, class Score>
+struct BackwardBuffers {
+  using Element = typename A::Element;
+  using Sum = typename A::Sum;
+  static constexpr int kWidth = kPanelLanes<Sum>;
+  static constexpr int kMaxPanels = 4;
+
+  Element *keys, *keys_by_step, *values, *rows, *weights, *grads, *grads_by_step;
+  Sum *products, *grad_weights;
+  BackwardRows<A, Score> panel[kMaxPanels];
+  std::int64_t bytes;
+
+  BackwardBuffers(const BackwardSizes<Sum>& sizes, char* block) {
+    constexpr bool kPlain = A::kStep == 1;  // an operand reads the same by row and by step
+    Arena arena(block);
+    keys = arena.take<Element>(sizes.tile_keys * sizes.head_stride);
+    keys_by_step = kPlain ? keys : arena.take<Element>(sizes.tile_keys * sizes.head_stride);
+    values = arena.take<Element>(sizes.tile_keys * sizes.value_stride);
+    rows = arena.take<Element>(kWidth * larger(sizes.head_stride, sizes.value_stride));
+    products = arena.take<Sum>(sizes.tile_keys * kWidth);
+    grad_weights = arena.take<Sum>(sizes.tile_keys * kWidth);
+    weights = arena.take<Element>(sizes.tile_keys * kWidth);
+    grads = arena.take<Element>(sizes.tile_keys * kWidth);
+    grads_by_step = kPlain ? grads : arena.take<Element>(sizes.tile_keys * kWidth);
+    for (int i = 0; i < sizes.panels; ++i) {
+      panel[i].panel = arena.take<Panel<Sum>>(1);
+      panel[i].score = arena.take<typename Score::template Backward<A>>(1);
+      panel[i].query = arena.take<Element>(sizes.head_stride * kWidth);
+      panel[i].grad = arena.take<Element>(sizes.value_stride * kWidth);
+      panel[i].query_rows = arena.take<Element>(sizes.head_lanes * kWidth);
+      panel[i].grad_rows = arena.take<Element>(sizes.value_lanes * kWidth);
+      panel[i].grad_query = arena.take<Sum>(sizes.head_stride * kWidth);
+      panel[i].grad_bias = arena.take<double>(kWidth);
+      panel[i].grad_slope = arena.take<double>(kWidth);
+    }
+    bytes = arena.used();
+  }
+};
+
+// What a unit sums over its query rows.
+template <class Sum>
+struct BackwardSums {
+  Sum *grad_key, *grad_value;                  // [keys][lanes]
+  double *grad_bias, *grad_slope, *grad_sink;  // [group]
+  std::int64_t bytes;
+
+  BackwardSums(const BackwardSizes<Sum>& sizes, char* block) {
+    Arena arena(block);
+    grad_key = arena.take<Sum>(sizes.keys * sizes.head_lanes);
+    grad_value = arena.take<Sum>(sizes.keys * sizes.value_lanes);
+    grad_bias = arena.take<double>(sizes.group);
+    grad_slope = arena.take<double>(sizes.group);
+    grad_sink = arena.take<double>(sizes.group);
+    bytes = arena.used();
+  }
+};
+
+}  // namespace attnx::cpu::ATTNX_ISA
