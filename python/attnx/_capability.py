@@ -73,11 +73,12 @@ class Requirement:
             "window": max(arguments.get("window_left", -1), arguments.get("window_right", -1)) >= 0,
             "bias": arguments.get("bias") is not None,
             "alibi": arguments.get("alibi_slopes") is not None,
+            "sink": arguments.get("sink") is not None,
             "block_bias": arguments.get("block_bias") is not None,
             "importance": arguments.get("importance", False),
             "memory_kv": any(arguments.get(name) is not None for name in ("memory_key", "memory_kv")),
         }
-        for name, feature in (("bias", "bias_gradient"), ("alibi_slopes", "alibi_gradient")):
+        for name, feature in (("bias", "bias_gradient"), ("alibi_slopes", "alibi_gradient"), ("sink", "sink_gradient")):
             argument = arguments.get(name)
             wanted[feature] = isinstance(argument, Tensor) and argument.requires_grad
         return cls(

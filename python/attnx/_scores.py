@@ -7,20 +7,9 @@ from typing import Literal, NamedTuple, NoReturn, TypeAlias
 
 from torch import Tensor
 
-ScoreName: TypeAlias = Literal["sigmoid", "softmax"]
+from attnx._policies import SCORES, ScoreName
+
 SigmoidBias: TypeAlias = Tensor | float | Literal["row"] | None
-
-
-class Score(NamedTuple):
-    normalised: bool  # whether rows have a logsumexp
-    parameters: dict[str, bool]  # tensors or numbers that only this score takes, and whether they have a gradient
-
-
-# csrc/attnx/policies.json says the same to C++.
-SCORES: dict[ScoreName, Score] = {
-    "sigmoid": Score(normalised=False, parameters={"bias": True}),
-    "softmax": Score(normalised=True, parameters={}),
-}
 
 
 class ScoreArguments(NamedTuple):
@@ -36,6 +25,7 @@ def resolve_score(
     score: ScoreName,
     bias: SigmoidBias = None,
     *,
+    sink: Tensor | None = None,
     return_logsumexp: bool = False,
     tensor_bias: bool = False,
     default_rule: Literal["length", "row"] = "length",
@@ -45,6 +35,7 @@ def resolve_score(
     Args:
         score: by name.
         bias: of a score that takes one.
+        sink: of a score that takes one; it chooses a variant of the score, and is an argument of its own.
         return_logsumexp: whether the caller wants it; normalised scores alone have it.
         tensor_bias: whether the operator takes a tensor as bias.
         default_rule: what ``bias=None`` adds: -log of the key length, or of the number of keys that the row sees.
@@ -59,6 +50,9 @@ def resolve_score(
         raise RuntimeError(
             f"return_logsumexp: expected False, or True with score={_either(normalised)}, got True with {score!r}"
         )
+    if sink is not None and "sink" not in SCORES[score].parameters:
+        takes = [name for name in SCORES if "sink" in SCORES[name].parameters]
+        raise RuntimeError(f"sink: expected None, or a tensor with score={_either(takes)}, got one with {score!r}")
     if isinstance(bias, Tensor) and not tensor_bias:
         _refuse_bias('None, "row" or a float', bias)
     if "bias" not in SCORES[score].parameters:

@@ -141,19 +141,28 @@ def softmax_attention(
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention, the baseline of the other operators, on the same loop.
 
-    Arguments as in :func:`sigmoid_attention`; ``is_causal`` is aligned bottom-right (PyTorch's
+    Arguments are those of :func:`sigmoid_attention`; ``is_causal`` is aligned bottom-right (PyTorch's
     ``scaled_dot_product_attention`` aligns top-left: the two agree where length_q equals length_k).
+
+    Args:
+        sink: (heads,) or (), float32 (float64 for float64 inputs): one more logit of every row of a head, which takes
+            weight and has no value, as the ``sinks`` of gpt-oss. It may require a gradient. -inf has no effect.
 
     Returns:
         (batch, heads, length_q, value_dim) in the dtype of query; with ``return_logsumexp`` also
-        :math:`\log \sum_j \exp(\text{logit}_{ij})` as (batch, heads, length_q), float32 (float64 for float64).
-        A row that sees no key gives 0, and a logsumexp of -inf. Both are differentiable.
+        :math:`\log (e^{\text{sink}_h} + \sum_j e^{\text{logit}_{ij}})` as (batch, heads, length_q), float32 (float64
+        for float64). A row that sees no key gives 0, and a logsumexp of the sink, or -inf. Both are differentiable.
+
+    Source of the sink: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", arXiv 2508.10925.
     """
-    output, logsumexp = _ops.softmax_attention(query, key, value, alibi_slopes, scale, is_causal, *_window(window))
+    output, logsumexp = _ops.softmax_attention(
+        query, key, value, alibi_slopes, sink, scale, is_causal, *_window(window)
+    )
     return (output, logsumexp) if return_logsumexp else output
 
 
@@ -170,6 +179,7 @@ def softmax_attention_varlen(
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`softmax_attention` over packed sequences, laid out as in :func:`sigmoid_attention_varlen`.
@@ -186,6 +196,7 @@ def softmax_attention_varlen(
         max_seqlen_q,
         max_seqlen_k,
         alibi_slopes,
+        sink,
         scale,
         is_causal,
         *_window(window),
@@ -202,6 +213,7 @@ def block_sparse_attention(
     score: ScoreName = "softmax",
     bias: SigmoidBias = None,
     block_bias: Tensor | None = None,
+    sink: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = False,
     return_logsumexp: bool = False,
@@ -219,6 +231,7 @@ def block_sparse_attention(
             they are undefined there, as looking would wait for the device.
         score: "softmax", or "sigmoid" with ``bias`` as in :func:`attnx.sigmoid_attention`, but not a tensor.
         block_bias: float32 like ``block_mask.kv_indices``, added to every logit of the block; it gets no gradient.
+        sink: with the softmax score, as in :func:`attnx.softmax_attention`.
         scale: of the logits; 1/sqrt(head_dim) by default.
         is_causal: also hide later keys, aligned bottom-right.
         return_logsumexp: with the softmax score, also return (batch, heads, length_q) float32.
@@ -235,7 +248,7 @@ def block_sparse_attention(
             raise RuntimeError(f"block_mask: expected attnx.BlockMask or flex_attention's, got {type(block_mask)}")
         block_mask, causal = BlockMask.from_flex(block_mask)
         is_causal = is_causal or causal
-    s = resolve_score(score, bias, return_logsumexp=return_logsumexp)
+    s = resolve_score(score, bias, sink=sink, return_logsumexp=return_logsumexp)
     output, logsumexp = _ops.block_sparse_attention(
         query,
         key,
@@ -243,6 +256,7 @@ def block_sparse_attention(
         block_mask.kv_num_blocks,
         block_mask.kv_indices,
         block_bias,
+        sink,
         *block_mask.block_size,
         s.score,
         s.bias_rule,

@@ -153,6 +153,7 @@ def block_sparse_attention(
     score: Literal["softmax", "sigmoid"] = "softmax",
     bias: SigmoidBias = None,
     block_bias: Tensor | None = None,
+    sink: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = False,
     return_logsumexp: bool = False,
@@ -176,7 +177,7 @@ def block_sparse_attention(
         return _weighted(
             (logits + _sigmoid_bias(bias, length_k, in_band)).sigmoid().where(visible, 0.0), visible, value
         )
-    output, logsumexp = _softmax(logits.where(visible, -math.inf), visible, value)
+    output, logsumexp = _softmax(logits.where(visible, -math.inf), visible, value, sink)
     return (output, logsumexp) if return_logsumexp else output
 
 

@@ -163,11 +163,17 @@ def eager_sigmoid_attention(
     return eager_attention(weigh, query, key, value, **options)
 
 
-def eager_softmax_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """:func:`attnx.softmax_attention` by :func:`eager_attention`."""
+def eager_softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, sink: Tensor | None = None, **options: Any
+) -> Tensor:
+    """:func:`attnx.softmax_attention` by :func:`eager_attention`; ``sink``, too, may be (heads, length_q)."""
 
     def weigh(logits: Tensor, visible: Tensor) -> Tensor:
         # The smallest number instead of -inf keeps a row that sees no key, and its gradients, free of NaN.
-        return logits.masked_fill(~visible, torch.finfo(logits.dtype).min).softmax(-1)
+        logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+        if sink is None:
+            return logits.softmax(-1)
+        sinks = _parameter(sink, query).expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
 
     return eager_attention(weigh, query, key, value, **options)
