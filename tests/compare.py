@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,13 @@ from torch import Tensor
 
 import attnx
 from attnx import reference
-from attnx.testing import assert_close, eager_attention, eager_sigmoid_attention, eager_softmax_attention
+from attnx.testing import (
+    assert_close,
+    eager_attention,
+    eager_sigmoid_attention,
+    eager_softmax_attention,
+    parameter_at_logits,
+)
 
 Attention = Callable[..., Tensor]
 
@@ -108,11 +113,11 @@ def _gradient_terms(operator: str, inputs: dict[str, Tensor], grad_output: Tenso
     """
     heads = inputs["query"].shape[1]
     rows = inputs["query"].shape[0 if operator.endswith("varlen") else 2]
-    parameters = {name: x for name, x in inputs.items() if name in ("bias", "alibi_slopes")}
+    parameters = {name: x for name, x in inputs.items() if name in ("bias", "alibi_slopes", "sink")}
     by_row = {name: x[..., None].expand(heads, rows) for name, x in parameters.items()}
     attention = EAGER[operator]
     if "softmax" in operator:
-        attention = partial(eager_attention, _softmax_with_constant_sums)
+        attention = _softmax_with_constant_sums
         attention = each_sequence(attention) if operator.endswith("varlen") else attention
     terms = forward_backward(attention, inputs | by_row, grad_output, **options)
     for name, x in parameters.items():
@@ -120,6 +125,14 @@ def _gradient_terms(operator: str, inputs: dict[str, Tensor], grad_output: Tenso
     return terms
 
 
-def _softmax_with_constant_sums(logits: Tensor, visible: Tensor) -> Tensor:
-    logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
-    return (logits - logits.logsumexp(-1, keepdim=True).detach()).exp()
+def _softmax_with_constant_sums(
+    query: Tensor, key: Tensor, value: Tensor, *, sink: Tensor | None = None, **options: Any
+) -> Tensor:
+    def weigh(logits: Tensor, visible: Tensor) -> Tensor:
+        logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+        logsumexp = logits.logsumexp(-1, keepdim=True).detach()
+        if sink is not None:
+            logsumexp = logsumexp.logaddexp(parameter_at_logits(sink, query))
+        return (logits - logsumexp).exp()
+
+    return eager_attention(weigh, query, key, value, **options)

@@ -135,12 +135,12 @@ def eager_attention(
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     logits = query @ (key * scale).repeat_interleave(groups, dim=1).mT
     if alibi_slopes is not None:
-        logits = logits - _parameter(alibi_slopes, query) * after.abs().to(query.dtype)
+        logits = logits - parameter_at_logits(alibi_slopes, query) * after.abs().to(query.dtype)
     weights = weigh(logits, visible).masked_fill(~visible, 0.0)
     return (weights @ value.repeat_interleave(groups, dim=1)).flip(2)
 
 
-def _parameter(x: Tensor, query: Tensor) -> Tensor:
+def parameter_at_logits(x: Tensor, query: Tensor) -> Tensor:
     """A bias, or slopes, of shape (), (heads,) or (heads, length_q), as it meets the logits."""
     x = x.to(query.dtype)
     return x.flip(-1)[..., None] if x.dim() == 2 else x.expand(query.shape[1])[:, None, None]
@@ -155,7 +155,7 @@ def eager_sigmoid_attention(
         if bias is None:
             return (logits - math.log(max(key.shape[2], 1))).sigmoid()
         if isinstance(bias, Tensor):
-            return (logits + _parameter(bias, query)).sigmoid()
+            return (logits + parameter_at_logits(bias, query)).sigmoid()
         if bias == "row":
             return (logits - visible.sum(-1, keepdim=True).clamp(min=1).to(query.dtype).log()).sigmoid()
         return (logits + bias).sigmoid()
@@ -173,7 +173,7 @@ def eager_softmax_attention(
         logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
         if sink is None:
             return logits.softmax(-1)
-        sinks = _parameter(sink, query).expand(*logits.shape[:-1], 1)
+        sinks = parameter_at_logits(sink, query).expand(*logits.shape[:-1], 1)
         return torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
 
     return eager_attention(weigh, query, key, value, **options)
