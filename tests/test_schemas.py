@@ -23,6 +23,18 @@ APPENDED = "Tensor(a!) state, Tensor(b!) codes, Tensor(c!) ranges, Tensor(d!) ta
 CROPPED = "Tensor(a!) state, Tensor codes, Tensor ranges, Tensor(b!) tail, Tensor length"
 SCORE = "str score, str bias_rule, float bias_value, float? scale, bool is_causal"
 
+LISTS = "Tensor kv_num_blocks, Tensor kv_indices"
+QUERY_LISTS = "Tensor? q_num_blocks, Tensor? q_indices, Tensor? q_block_bias"
+BLOCKS = "int block_q, int block_k"
+DRAWN = f"Tensor keep, Tensor seed, Tensor offset, int blocks_per_row, bool importance, {BLOCKS}"
+
+MAP = f"Tensor block_map, {BLOCKS}, str feature_map, str linear_scope, float? scale, bool is_causal"
+PARTS = "Tensor sparse, Tensor linear, Tensor logsumexp"
+PART_GRADS = "Tensor grad_sparse, Tensor grad_linear, Tensor grad_logsumexp"
+
+ROUTES = "Tensor query_indices, Tensor query_offsets, Tensor key_indices, Tensor key_offsets"
+ROUTED = f"{ROUTES}, Tensor? memory_key, Tensor? memory_value"
+
 SCHEMAS = [
     f"sigmoid_attention({QKV}, {BIAS}, {MASK}) -> Tensor",
     f"sigmoid_attention_varlen({QKV}, {PACKING}, {BIAS}, {MASK}) -> Tensor",
@@ -32,6 +44,28 @@ SCHEMAS = [
     f"softmax_attention_varlen({QKV}, {PACKING}, Tensor? alibi_slopes, {MASK}) -> ({SOFTMAX_RESULTS})",
     f"softmax_attention_backward({SOFTMAX_SAVED}, Tensor? alibi_slopes, {BACKWARD}) -> {SOFTMAX}",
     f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PACKING}, Tensor? alibi_slopes, {BACKWARD}) -> {SOFTMAX}",
+    f"block_sparse_attention({QKV}, {LISTS}, Tensor? block_bias, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",
+    f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LISTS}, Tensor? block_bias, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
+    f"bool deterministic) -> ({GRADS})",
+    f"probabilistic_attention({QKV}, {DRAWN}, {SCORE}) -> ({SOFTMAX_RESULTS})",
+    f"probabilistic_attention_backward({SOFTMAX_SAVED}, {DRAWN}, {SCORE}, bool deterministic) -> ({GRADS})",
+    "probabilistic_block_lists(Tensor keep, Tensor seed, Tensor offset, SymInt batch, SymInt heads, SymInt length_q, "
+    f"SymInt length_k, {BLOCKS}, int blocks_per_row, bool is_causal) -> ({LISTS})",
+    f"sparse_linear_attention({QKV}, {MAP}) -> ({PARTS})",
+    f"sparse_linear_attention_varlen({QKV}, {PACKING}, {MAP}) -> ({PARTS})",
+    f"sparse_linear_attention_backward({PART_GRADS}, {QKV}, {PARTS}, {MAP}, bool deterministic) -> ({GRADS})",
+    f"sparse_linear_attention_varlen_backward({PART_GRADS}, {QKV}, {PARTS}, {PACKING}, {MAP}, bool deterministic) -> "
+    f"({GRADS})",
+    f"sparse_linear_labels(Tensor products, SymInt length_q, SymInt length_k, {BLOCKS}, float critical, "
+    "float negligible, bool is_causal, SymInt protect) -> Tensor",
+    f"routing_attention({QKV}, {ROUTED}, {SCORE}) -> ({SOFTMAX_RESULTS})",
+    f"routing_attention_backward({SOFTMAX_SAVED}, {ROUTED}, {SCORE}, bool deterministic) -> "
+    f"({GRADS}, Tensor grad_memory_key, Tensor grad_memory_value)",
+    "route(Tensor query, Tensor key, Tensor centroids, SymInt cluster_size_q, SymInt cluster_size_k, str routing, "
+    f"bool shared_qk) -> ({ROUTES})",
+    "nearest_centroids(Tensor rows, Tensor centroids) -> Tensor",
+    "centroid_sums(Tensor query, Tensor key, Tensor centroids) -> (Tensor sums, Tensor members)",
+    "update_centroids_(Tensor(a!) centroids, Tensor(b!) counts, Tensor sums, Tensor members, float decay) -> ()",
     f"staircase_append_({APPENDED}, Tensor? counts, {LAYOUT}) -> ()",
     f"staircase_crop_({CROPPED}, {LAYOUT}) -> ()",
     f"staircase_dequantize({CACHE}, int first, int count, {LAYOUT}) -> (Tensor key, Tensor value)",

@@ -1,51 +1,115 @@
-// The arguments that every attention operator shares: checked, then written into AttentionParams.
+// The groups of arguments that operators share: checked, then written into AttentionParams.
 #pragma once
 
-#include <optional>
-
 #include "attnx/params.h"
-#include "check.h"
+#include "backend.h"
+#include "operator.h"
 
 namespace attnx::ops {
 
-// Sequences packed end to end: (rows, heads, dim) tensors.
-struct Packing {
-  const StableTensor &cu_seqlens_q, &cu_seqlens_k;
-  std::int64_t max_seqlen_q, max_seqlen_k;
+struct Inputs {
+  StableTensor query, key, value;
+  ATTNX_FIELDS(query, key, value)
 };
 
-struct Arguments {
-  const StableTensor &query, &key, &value;
-  const Packing* packing = nullptr;  // null: (batch, heads, length, dim)
-  const std::optional<StableTensor>& alibi_slopes;
+// How sequences lie in memory: (batch, heads, length, dim), or packed end to end, (rows, heads, dim).
+struct Dense {
+  ATTNX_FIELDS()
+};
+struct Packed {
+  StableTensor cu_seqlens_q, cu_seqlens_k;
+  SymInt max_seqlen_q, max_seqlen_k;
+  ATTNX_FIELDS(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+};
+
+struct Window {
   std::optional<double> scale;
   bool is_causal;
   std::int64_t window_left, window_right;
-  const char* op = nullptr;  // its name in the capability table, where that is not the score's
+  ATTNX_FIELDS(scale, is_causal, window_left, window_right)
+};
+struct Causal {
+  std::optional<double> scale;
+  bool is_causal;
+  ATTNX_FIELDS(scale, is_causal)
 };
 
-// Checks all of them and fills what AttentionParams holds of them.
-void read_arguments(const Arguments& args, AttentionParams& params);
+struct BlockSize {
+  std::int64_t block_q, block_k;
+  ATTNX_FIELDS(block_q, block_k)
+};
 
+// Of operators that take either score.
+struct ScoreOptions {
+  std::string score, bias_rule;
+  double bias_value;
+  ATTNX_FIELDS(score, bias_rule, bias_value)
+};
+
+struct Deterministic {
+  bool deterministic;
+  ATTNX_FIELDS(deterministic)
+};
+
+// An optional number for each query head, where AttentionParams holds it, and where BackwardParams its gradient.
+template <PerHead AttentionParams::* kPlace, double* BackwardParams::* kGradientPlace>
+struct HeadParameter {
+  using OnStack = std::optional<StableTensor>;
+  static constexpr const char* kSchemaType = "Tensor?";
+  static constexpr auto kValue = kPlace;
+  static constexpr auto kGradient = kGradientPlace;
+
+  std::optional<StableTensor> tensor;
+};
+using Bias = HeadParameter<&AttentionParams::bias, &BackwardParams::grad_bias>;
+using AlibiSlopes = HeadParameter<&AttentionParams::alibi_slopes, &BackwardParams::grad_alibi_slopes>;
+
+// Calls visit(name, parameter) for each field of a group that is a number for each head.
+template <class Group, class Visit>
+void for_each_head_parameter(Group& group, const Visit& visit) {
+  for_each_field(group, [&](std::string_view name, auto& field) {
+    if constexpr (requires { field.kGradient; }) visit(name, field);
+  });
+}
+
+Score read_score(const std::string& score);
+void read_inputs(const Target& target, const Inputs& inputs, const Packed* packed, AttentionParams& params);
+inline void read_inputs(const Target& target, const Inputs& inputs, const Dense&, AttentionParams& params) {
+  read_inputs(target, inputs, nullptr, params);
+}
+inline void read_inputs(const Target& target, const Inputs& inputs, const Packed& packed, AttentionParams& params) {
+  read_inputs(target, inputs, &packed, params);
+}
+// After the inputs, whose head_dim is the default scale's.
+void read_window(const Window& window, AttentionParams& params);
+inline void read_window(const Causal& causal, AttentionParams& params) {
+  read_window({causal.scale, causal.is_causal, -1, -1}, params);
+}
 // What the sigmoid adds to its logits. rule is "none", "length" or "row".
-void read_bias(const std::optional<StableTensor>& bias, const std::string& rule, double value,
-               const StableTensor& query, AttentionParams& params);
+void read_bias(const std::string& rule, double value, AttentionParams& params);
+inline void read_score(const ScoreOptions& options, AttentionParams& params) {
+  params.score = read_score(options.score);
+  read_bias(options.bias_rule, options.bias_value, params);
+}
+void check_block_size(const BlockSize& size);
+void read_block_size(const BlockSize& size, AttentionParams& params);
 
-// A tensor of the shape of the output, or of its rows, that a backward gets.
-Tensor read_output(const char* name, const StableTensor& x, const Arguments& args);
-Tensor read_logsumexp(const char* name, const StableTensor& x, const Arguments& args);
+PerHead read_per_head(std::string_view name, const std::optional<StableTensor>& x, const StableTensor& query,
+                      std::int64_t heads);
+template <class Group>
+void read_head_parameters(const Target& target, const Group& group, AttentionParams& params) {
+  for_each_head_parameter(group, [&](std::string_view name, const auto& parameter) {
+    params.*parameter.kValue = read_per_head(name, parameter.tensor, target.tensor, params.heads_q);
+  });
+}
 
-// Results, uninitialised. Rows of dim features for each row of like, with the heads inside the rows in memory where
-// like has them so.
-StableTensor empty_rows(const StableTensor& like, std::int64_t dim);
-StableTensor empty_logsumexp(const StableTensor& query);
 Tensor view_rows(const StableTensor& x);
 Tensor view_logsumexp(const StableTensor& x);
+// counts (batch or 1, heads or 1, blocks) and indices (batch or 1, heads or 1, blocks, width).
+BlockList view_lists(const StableTensor& counts, const StableTensor& indices);
+// Numbers of listed blocks, (batch or 1, heads or 1, blocks, width), in one of the two places that list has for them.
+void add_per_block(const StableTensor& numbers, const float*& place, BlockList& list);
 
-// The gradient of a bias or of slopes as the kernel sums it, for each sequence: (batch, heads) in double. None where
-// the call has no such tensor.
-std::optional<StableTensor> empty_sums(const std::optional<StableTensor>& parameter, const StableTensor& query,
-                                       const AttentionParams& params);
-double* view_sums(const std::optional<StableTensor>& sums);
+std::int64_t blocks_of(std::int64_t length, std::int64_t block);
 
 }  // namespace attnx::ops

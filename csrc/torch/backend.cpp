@@ -3,11 +3,23 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <type_traits>
 #include <vector>
 
+#include "attnx/capability.h"
 #include "attnx/environment.h"
 #include "cpu/attention.h"
 #include "cuda/attention.h"
+
+namespace attnx::cuda {
+
+// The call that the parameters of the CPU's kernel make.
+inline std::size_t sum_over_batch_workspace(const SumOverBatchParams&, const Launch&) { return 0; }
+inline void sum_over_batch(const SumOverBatchParams& p, const Launch& launch) {
+  sum_over_batch(p.from, static_cast<float*>(p.to), p.batch, p.heads, launch);
+}
+
+}  // namespace attnx::cuda
 
 namespace attnx::ops {
 
@@ -37,21 +49,23 @@ void* current_stream(std::int32_t device) {
   return stream;
 }
 
-// Where a launch goes, for as long as this lives: the device of a tensor, which becomes the current one, and its
+// Where a launch goes, for as long as this lives: the device of the target, which becomes the current one, and its
 // stream; or the emulator, which has one of each and runs on host memory.
 class CudaContext {
  public:
-  explicit CudaContext(const StableTensor& x) : tensor_(x) {
-    if (!x.is_cuda()) return;
-    guard_.emplace(x.get_device_index());
-    launch.stream = current_stream(x.get_device_index());
+  explicit CudaContext(const Target& target) : target_(target) {
+    launch.deterministic = target.deterministic;
+    if (!target.tensor.is_cuda()) return;
+    guard_.emplace(target.tensor.get_device_index());
+    launch.stream = current_stream(target.tensor.get_device_index());
   }
 
   // Torch keeps the memory until the stream has done what was enqueued while this lived.
   void reserve(std::size_t bytes) {
     if (bytes == 0) return;
     constexpr std::size_t kAlignment = 256;  // torch gives 512 on devices, but 64 on the host
-    workspace_ = torch::stable::new_empty(tensor_, std::vector{std::int64_t(bytes + kAlignment - 1)}, ScalarType::Byte);
+    workspace_ =
+        torch::stable::new_empty(target_.tensor, std::vector{std::int64_t(bytes + kAlignment - 1)}, ScalarType::Byte);
     const auto address = reinterpret_cast<std::uintptr_t>(workspace_->data_ptr());
     launch.workspace = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
   }
@@ -59,16 +73,30 @@ class CudaContext {
   cuda::Launch launch;
 
  private:
-  const StableTensor& tensor_;
+  const Target& target_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   std::optional<StableTensor> workspace_;
 };
 
+template <class Params, class Workspace, class Kernel>
+void run(const Params& params, const Target& target, void (*on_cpu)(const Params&, const cpu::Executor&),
+         const Workspace& workspace, const Kernel& kernel) {
+  if (!target.on_cuda()) return on_cpu(params, executor());
+  if constexpr (kWithCuda && std::is_invocable_v<Kernel, const Params&, const cuda::Launch&>) {
+    CudaContext context(target);
+    context.reserve(workspace(params, context.launch));
+    kernel(params, context.launch);
+  } else {
+    check(false, target.system, ": expected tensors on cpu, as CUDA has no kernel for this part of it, got one on ",
+          device_of(target.tensor));
+  }
+}
+
 }  // namespace
 
-bool uses_cuda(const StableTensor& query) {
-  if (query.is_cuda()) return true;
-  if (!kCudaOnHost) return false;
+bool Target::on_cuda() const {
+  if (tensor.is_cuda()) return true;
+  if (!kCudaOnHost || !find_capability(system, "cuda")) return false;
   check(kWithCuda, "ATTNX_CUDA_ON_HOST: expected a build with CUDA kernels, got one without");
   if constexpr (kWithCuda) {
     check(cuda::emulated(), "ATTNX_CUDA_ON_HOST: expected the CUDA emulator as the CUDA runtime, got another");
@@ -76,63 +104,24 @@ bool uses_cuda(const StableTensor& query) {
   return true;
 }
 
-void run(const ForwardParams& params, const StableTensor& query) {
-  if (!uses_cuda(query)) {
-    cpu::forward(params, executor());
-  } else if constexpr (kWithCuda) {
-    CudaContext context(query);
-    context.reserve(cuda::forward_workspace(params, context.launch));
-    cuda::forward(params, context.launch);
+const Capability& Target::capability() const {
+  const Capability* row = find_capability(system, on_cuda() ? "cuda" : "cpu");
+  check(row, system, ": expected tensors on cpu, as it has no CUDA kernel, got one on ", device_of(tensor));
+  return *row;
+}
+
+// A CUDA kernel serves a system as soon as namespace cuda has name(params, launch) and name_workspace(params, launch),
+// which these find by their arguments.
+#define ATTNX_DEFINE(name, Params)                                                                       \
+  void run(const Params& params, const Target& target) {                                                 \
+    run(                                                                                                 \
+        params, target, cpu::name,                                                                       \
+        [](const auto& p, const auto& launch) -> decltype(name##_workspace(p, launch)) {                 \
+          return name##_workspace(p, launch);                                                            \
+        },                                                                                               \
+        [](const auto& p, const auto& launch) -> decltype(name(p, launch)) { return name(p, launch); }); \
   }
-}
-
-void run(const BackwardParams& params, const StableTensor& query, bool deterministic) {
-  if (!uses_cuda(query)) {
-    cpu::backward(params, executor());
-  } else if constexpr (kWithCuda) {
-    CudaContext context(query);
-    context.launch.deterministic = deterministic;
-    context.reserve(cuda::backward_workspace(params, context.launch));
-    cuda::backward(params, context.launch);
-  }
-}
-
-void run(const LinearForwardParams& params) { cpu::linear_forward(params, executor()); }
-void run(const LinearBackwardParams& params) { cpu::linear_backward(params, executor()); }
-void run(const SelectParams& params) { cpu::select(params, executor()); }
-void run(const NearestParams& params) { cpu::nearest(params, executor()); }
-void run(const CentroidSumsParams& params) { cpu::centroid_sums(params, executor()); }
-void run(const LabelBlocksParams& params) { cpu::label_blocks(params, executor()); }
-void run(const CriticalBlocksParams& params) { cpu::critical_blocks(params, executor()); }
-void run(const SampleBlocksParams& params) { cpu::sample_blocks(params, executor()); }
-void run(const CorrectionParams& params) { cpu::corrections(params, executor()); }
-void run(const CompactClustersParams& params) { cpu::compact_clusters(params, executor()); }
-void run(const SortByClusterParams& params) { cpu::sort_by_cluster(params, executor()); }
-void run(const HalveSumsParams& params) { cpu::halve_sums(params, executor()); }
-void run(const UpdateCentroidsParams& params) { cpu::update_centroids(params, executor()); }
-void run(const StaircaseAppendParams& params) { cpu::staircase_append(params, executor()); }
-void run(const StaircaseCropParams& params) { cpu::staircase_crop(params, executor()); }
-void run(const StaircaseReadParams& params) { cpu::staircase_read(params, executor()); }
-void run_on_host(const ForwardParams& params) { cpu::forward(params, executor()); }
-
-ScalarType sum_type(const StableTensor& query) {
-  return query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-StableTensor sum_over_batch(const std::optional<StableTensor>& per_sequence, const StableTensor& query) {
-  const std::vector shape{query.size(1)};
-  if (!per_sequence) return torch::stable::new_zeros(query, shape, sum_type(query));
-  StableTensor result = torch::stable::new_empty(query, shape, sum_type(query));
-  const std::int64_t batch = per_sequence->size(0), heads = per_sequence->size(1);
-  const auto* from = static_cast<const double*>(per_sequence->data_ptr());
-  if (!uses_cuda(query)) {
-    const DType dtype = result.scalar_type() == ScalarType::Double ? DType::kFloat64 : DType::kFloat32;
-    cpu::sum_over_batch({dtype, batch, heads, from, result.data_ptr()}, executor());
-  } else if constexpr (kWithCuda) {
-    const CudaContext context(query);
-    cuda::sum_over_batch(from, static_cast<float*>(result.data_ptr()), batch, heads, context.launch);
-  }
-  return result;
-}
+ATTNX_FOR_EACH_RUN(ATTNX_DEFINE)
+#undef ATTNX_DEFINE
 
 }  // namespace attnx::ops

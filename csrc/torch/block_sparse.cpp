@@ -1,15 +1,23 @@
 // torch.ops.attnx.block_sparse_attention and its backward: either score on the blocks that a list names.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include "arguments.h"
-#include "backend.h"
+#include "results.h"
 
 namespace attnx::ops {
 
 namespace {
 
-constexpr const char* kOperator = "block_sparse_attention";
+constexpr const char* kSystem = "block_sparse_attention";
+
+struct KeyLists {
+  StableTensor kv_num_blocks, kv_indices;
+  std::optional<StableTensor> block_bias;
+  ATTNX_FIELDS(kv_num_blocks, kv_indices, block_bias)
+};
+
+// The same lists transposed, which CUDA needs: the CPU sums the gradients of keys over blocks of queries as they come.
+struct QueryLists {
+  std::optional<StableTensor> q_num_blocks, q_indices, q_block_bias;
+  ATTNX_FIELDS(q_num_blocks, q_indices, q_block_bias)
+};
 
 struct Lists {
   const char *counts_name, *indices_name, *bias_name;
@@ -23,12 +31,11 @@ void check_values(const Lists& lists, const StableTensor& counts, const StableTe
   for (std::int64_t b = 0; b < counts.size(0); ++b)
     for (std::int64_t h = 0; h < counts.size(1); ++h)
       for (std::int64_t i = 0; i < counts.size(2); ++i) {
-        const auto* count =
-            static_cast<const std::int32_t*>(counts.data_ptr()) + b * counts.stride(0) + h * counts.stride(1) + i;
+        const auto* count = data<const std::int32_t>(counts) + b * counts.stride(0) + h * counts.stride(1) + i;
         check(*count >= 0 && *count <= width, lists.counts_name, ": expected counts from 0 to the width of ",
               lists.indices_name, ", ", width, ", got ", *count, " at (", b, ", ", h, ", ", i, ")");
-        const auto* row = static_cast<const std::int32_t*>(indices.data_ptr()) + b * indices.stride(0) +
-                          h * indices.stride(1) + i * indices.stride(2);
+        const auto* row =
+            data<const std::int32_t>(indices) + b * indices.stride(0) + h * indices.stride(1) + i * indices.stride(2);
         for (std::int64_t n = 0; n < *count; ++n)
           check(row[n] >= 0 && row[n] < blocks, lists.indices_name, ": expected blocks from 0 to ", blocks - 1,
                 ", got ", row[n], " at (", b, ", ", h, ", ", i, ", ", n, ")");
@@ -49,134 +56,57 @@ BlockList read_lists(const Lists& lists, const AttentionParams& p, const StableT
   };
   check_list(lists.counts_name, lists.counts, ScalarType::Int, 3);
   check_list(lists.indices_name, lists.indices, ScalarType::Int, 4);
-  const auto stride = [](const StableTensor& x, int dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); };
-  BlockList list;
-  list.counts = static_cast<const std::int32_t*>(lists.counts.data_ptr());
-  list.counts_batch_stride = stride(lists.counts, 0);
-  list.counts_head_stride = stride(lists.counts, 1);
-  list.indices = static_cast<const std::int32_t*>(lists.indices.data_ptr());
-  list.indices_batch_stride = stride(lists.indices, 0);
-  list.indices_head_stride = stride(lists.indices, 1);
-  list.indices_row_stride = lists.indices.stride(2);
-  list.width = lists.indices.size(3);
+  BlockList list = view_lists(lists.counts, lists.indices);
   if (lists.bias) {
     check_list(lists.bias_name, *lists.bias, ScalarType::Float, 4);
     check(lists.bias->size(3) == lists.indices.size(3), lists.bias_name, ": expected the width of ", lists.indices_name,
           ", ", lists.indices.size(3), ", got ", lists.bias->size(3));
-    list.bias = static_cast<const float*>(lists.bias->data_ptr());
-    list.bias_batch_stride = stride(*lists.bias, 0);
-    list.bias_head_stride = stride(*lists.bias, 1);
-    list.bias_row_stride = lists.bias->stride(2);
+    add_per_block(*lists.bias, list.bias, list);
   }
   const auto counts = values_on_host(lists.counts), indices = values_on_host(lists.indices);
   if (counts && indices) check_values(lists, *counts, *indices, listed);
   return list;
 }
 
-std::int64_t blocks_of(std::int64_t length, std::int64_t block) { return (length + block - 1) / block; }
-
-struct Options {
-  std::int64_t block_q, block_k;
-  const std::string &score, &bias_rule;
-  double bias_value;
-};
-
-// All that forward and backward share.
-void read(const Arguments& args, const Lists& key_lists, const Options& options, AttentionParams& p) {
-  check(options.score == "sigmoid" || options.score == "softmax", "score: expected sigmoid or softmax, got ",
-        options.score);
-  p.score = options.score == "sigmoid" ? Score::kSigmoid : Score::kSoftmax;
-  read_arguments(args, p);
-  read_bias({}, options.bias_rule, options.bias_value, args.query, p);
-  for (const std::int64_t block : {options.block_q, options.block_k})
-    check(block == 64 || block == 128, "block_size: expected 64 or 128 on each side, got (", options.block_q, ", ",
-          options.block_k, ")");
-  p.block_q = options.block_q;
-  p.block_k = options.block_k;
+void read(const Target& target, const Inputs& x, const KeyLists& lists, const BlockSize& size,
+          const ScoreOptions& options, const Causal& causal, AttentionParams& p) {
+  read_score(options, p);
+  read_inputs(target, x, Dense(), p);
+  read_window(causal, p);
+  read_block_size(size, p);
   p.key_blocks =
-      read_lists(key_lists, p, args.query, blocks_of(p.length_q, p.block_q), blocks_of(p.length_k, p.block_k));
+      read_lists({"kv_num_blocks", "kv_indices", "block_bias", lists.kv_num_blocks, lists.kv_indices, lists.block_bias},
+                 p, x.query, blocks_of(p.length_q, p.block_q), blocks_of(p.length_k, p.block_k));
 }
 
-using Outputs = std::tuple<StableTensor, StableTensor>;
-
-Outputs block_sparse_attention(const StableTensor& query, const StableTensor& key, const StableTensor& value,
-                               const StableTensor& kv_num_blocks, const StableTensor& kv_indices,
-                               const std::optional<StableTensor>& block_bias, std::int64_t block_q,
-                               std::int64_t block_k, const std::string& score, const std::string& bias_rule,
-                               double bias_value, std::optional<double> scale, bool is_causal) {
+Outputs forward(const Inputs& x, const KeyLists& lists, const BlockSize& size, const ScoreOptions& options,
+                const Causal& causal) {
+  const Target target{kSystem, x.query};
   ForwardParams p;
-  const std::optional<StableTensor> none;
-  const Arguments args{query, key, value, nullptr, none, scale, is_causal, -1, -1, kOperator};
-  read(args, {"kv_num_blocks", "kv_indices", "block_bias", kv_num_blocks, kv_indices, block_bias},
-       {block_q, block_k, score, bias_rule, bias_value}, p);
-  StableTensor output = empty_rows(query, p.value_dim), logsumexp = empty_logsumexp(query);
-  p.output = view_rows(output);
-  if (p.score == Score::kSoftmax) {
-    p.logsumexp = view_logsumexp(logsumexp);
-  } else {
-    torch::stable::zero_(logsumexp);
-  }
-  run(p, query);
-  return {output, logsumexp};
+  read(target, x, lists, size, options, causal, p);
+  return run_forward(target, x, p);
 }
 
-using Gradients = std::tuple<StableTensor, StableTensor, StableTensor>;
-
-Gradients block_sparse_attention_backward(
-    const StableTensor& grad_output, const StableTensor& grad_logsumexp, const StableTensor& query,
-    const StableTensor& key, const StableTensor& value, const StableTensor& output, const StableTensor& logsumexp,
-    const StableTensor& kv_num_blocks, const StableTensor& kv_indices, const std::optional<StableTensor>& block_bias,
-    const std::optional<StableTensor>& q_num_blocks, const std::optional<StableTensor>& q_indices,
-    const std::optional<StableTensor>& q_block_bias, std::int64_t block_q, std::int64_t block_k,
-    const std::string& score, const std::string& bias_rule, double bias_value, std::optional<double> scale,
-    bool is_causal, bool deterministic) {
+Gradients<KeyLists> backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y, const KeyLists& lists,
+                             const QueryLists& transposed, const BlockSize& size, const ScoreOptions& options,
+                             const Causal& causal, const Deterministic& option) {
+  const Target target{kSystem, x.query, option.deterministic};
   BackwardParams p;
-  const std::optional<StableTensor> none;
-  const Arguments args{query, key, value, nullptr, none, scale, is_causal, -1, -1, kOperator};
-  read(args, {"kv_num_blocks", "kv_indices", "block_bias", kv_num_blocks, kv_indices, block_bias},
-       {block_q, block_k, score, bias_rule, bias_value}, p);
-  // The CPU sums the gradients of keys over the blocks of queries as they come, and needs no transposed lists.
-  if (uses_cuda(query)) {
-    check(q_num_blocks && q_indices, "q_num_blocks, q_indices: expected the transposed lists on CUDA, got None");
-    p.query_blocks = read_lists({"q_num_blocks", "q_indices", "q_block_bias", *q_num_blocks, *q_indices, q_block_bias},
-                                p, query, blocks_of(p.length_k, block_k), blocks_of(p.length_q, block_q));
+  read(target, x, lists, size, options, causal, p);
+  if (target.on_cuda()) {
+    const auto& [counts, indices, bias] = transposed;
+    check(counts && indices, "q_num_blocks, q_indices: expected the transposed lists on CUDA, got None");
+    p.query_blocks = read_lists({"q_num_blocks", "q_indices", "q_block_bias", *counts, *indices, bias}, p, x.query,
+                                blocks_of(p.length_k, p.block_k), blocks_of(p.length_q, p.block_q));
   }
-  p.grad_output = read_output("grad_output", grad_output, args);
-  p.grad_logsumexp = read_logsumexp("grad_logsumexp", grad_logsumexp, args);
-  p.output = read_output("output", output, args);
-  p.logsumexp = read_logsumexp("logsumexp", logsumexp, args);
-  StableTensor grad_query = empty_rows(query, p.head_dim), grad_key = empty_rows(key, p.head_dim);
-  StableTensor grad_value = empty_rows(value, p.value_dim);
-  p.grad_query = view_rows(grad_query);
-  p.grad_key = view_rows(grad_key);
-  p.grad_value = view_rows(grad_value);
-  run(p, query, deterministic);
-  return {grad_query, grad_key, grad_value};
+  read_outputs(gradients, y, x, p);
+  return run_backward(target, x, lists, p);
 }
 
-void implement(torch::stable::detail::StableLibrary& m) {
-  m.impl("block_sparse_attention", TORCH_BOX(&block_sparse_attention));
-  m.impl("block_sparse_attention_backward", TORCH_BOX(&block_sparse_attention_backward));
-}
+const Registration registration(kSystem, OnHost::kRefused,
+                                {define<forward>("block_sparse_attention"),
+                                 define<backward>("block_sparse_attention_backward")});
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(attnx, m) {
-  m.def(
-      "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor kv_num_blocks, Tensor kv_indices, "
-      "Tensor? block_bias, int block_q, int block_k, str score, str bias_rule, float bias_value, float? scale, "
-      "bool is_causal) -> (Tensor output, Tensor logsumexp)");
-  m.def(
-      "block_sparse_attention_backward(Tensor grad_output, Tensor grad_logsumexp, Tensor query, Tensor key, "
-      "Tensor value, Tensor output, Tensor logsumexp, Tensor kv_num_blocks, Tensor kv_indices, Tensor? block_bias, "
-      "Tensor? q_num_blocks, Tensor? q_indices, Tensor? q_block_bias, int block_q, int block_k, str score, "
-      "str bias_rule, float bias_value, float? scale, bool is_causal, bool deterministic) -> "
-      "(Tensor grad_query, Tensor grad_key, Tensor grad_value)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(attnx, CPU, m) { implement(m); }
-#if ATTNX_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(attnx, CUDA, m) { implement(m); }
-#endif
 
 }  // namespace attnx::ops

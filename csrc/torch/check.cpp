@@ -45,33 +45,46 @@ std::string to_string(ScalarType dtype) {
 }
 std::string dtype_of(const StableTensor& x) { return to_string(x.scalar_type()); }
 
+DType to_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::Double: return DType::kFloat64;
+    default: return DType::kFloat32;
+  }
+}
+
+ScalarType sum_type(const StableTensor& query) {
+  return query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 std::string device_of(const StableTensor& x) {
   if (x.is_cpu()) return "cpu";
   return x.is_cuda() ? "cuda:" + std::to_string(x.get_device_index()) : "a device of another kind";
 }
 
-void check_dtype(const char* name, const StableTensor& x, ScalarType expected, const char* why) {
+void check_dtype(std::string_view name, const StableTensor& x, ScalarType expected, const char* why) {
   check(x.scalar_type() == expected, name, ": expected ", to_string(expected), why, ", got ", dtype_of(x));
 }
 
-void check_shape(const char* name, const StableTensor& x, std::initializer_list<std::int64_t> expected) {
+void check_shape(std::string_view name, const StableTensor& x, std::initializer_list<std::int64_t> expected) {
   const auto sizes = x.sizes();
   check(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name, ": expected shape ",
         to_string(expected), ", got ", shape_of(x));
 }
 
-void check_device(const char* name, const StableTensor& x, const StableTensor& query) {
+void check_device(std::string_view name, const StableTensor& x, const StableTensor& query) {
   check(device_of(x) == device_of(query), name, ": expected a tensor on ", device_of(query), " like query, got one on ",
         device_of(x));
 }
 
-void check_layout(const char* name, const StableTensor& x) {
+void check_layout(std::string_view name, const StableTensor& x) {
   const std::int64_t last = x.dim() - 1;
   check(x.numel() == 0 || x.size(last) == 1 || x.stride(last) == 1, name,
         ": expected a contiguous last dimension (stride 1), got stride ", x.stride(last), "; call .contiguous()");
 }
 
-void check_contiguous(const char* name, const StableTensor& x) {
+void check_contiguous(std::string_view name, const StableTensor& x) {
   check(x.is_contiguous(), name, ": expected a contiguous tensor, got one with other strides");
 }
 

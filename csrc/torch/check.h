@@ -9,11 +9,19 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+
+#include "attnx/params.h"
 
 namespace attnx::ops {
 
 using StableTensor = torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+
+template <class T>
+T* data(const StableTensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
 
 template <class... Parts>
 void check(bool ok, const Parts&... parts) {
@@ -29,15 +37,19 @@ std::string to_string(std::initializer_list<std::int64_t> shape);
 // "float32", as torch names it.
 std::string dtype_of(const StableTensor& x);
 std::string to_string(ScalarType dtype);
+// Of the dtypes that kernels take; others count as float32.
+DType to_dtype(ScalarType dtype);
+// The type that sums are kept in, which bias, slopes and logsumexp have.
+ScalarType sum_type(const StableTensor& query);
 // "cpu", "cuda:1".
 std::string device_of(const StableTensor& x);
 
-void check_dtype(const char* name, const StableTensor& x, ScalarType expected, const char* why);
-void check_shape(const char* name, const StableTensor& x, std::initializer_list<std::int64_t> expected);
-void check_device(const char* name, const StableTensor& x, const StableTensor& query);
+void check_dtype(std::string_view name, const StableTensor& x, ScalarType expected, const char* why);
+void check_shape(std::string_view name, const StableTensor& x, std::initializer_list<std::int64_t> expected);
+void check_device(std::string_view name, const StableTensor& x, const StableTensor& query);
 // The last dimension contiguous.
-void check_layout(const char* name, const StableTensor& x);
-void check_contiguous(const char* name, const StableTensor& x);
+void check_layout(std::string_view name, const StableTensor& x);
+void check_contiguous(std::string_view name, const StableTensor& x);
 
 // The tensor in host memory, for checks that read its values: a CPU tensor itself, another one's copy under
 // ATTNX_DEBUG=1, and none otherwise, as copying waits for the device.

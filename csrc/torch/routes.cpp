@@ -1,25 +1,44 @@
 // torch.ops.attnx.route: which rows of each head form clusters around its centroids; and what the centroids follow.
 // Roy et al., arXiv 2003.05997.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
-#include <vector>
 
 #include "arguments.h"
 #include "attnx/capability.h"
-#include "attnx/environment.h"
-#include "backend.h"
 
 namespace attnx::ops {
 
 namespace {
 
+constexpr const char* kSystem = "routing_attention";
+
+struct Rows {
+  StableTensor query, key, centroids;
+  ATTNX_FIELDS(query, key, centroids)
+};
+
+struct ClusterSizes {
+  SymInt cluster_size_q, cluster_size_k;
+  ATTNX_FIELDS(cluster_size_q, cluster_size_k)
+};
+
+struct RouteOptions {
+  std::string routing;
+  bool shared_qk;
+  ATTNX_FIELDS(routing, shared_qk)
+};
+
+// Indices (batch, heads, slots) and offsets (batch, heads, clusters + 1); what of a head's slots is not in use holds 0.
+struct Routes {
+  StableTensor query_indices, query_offsets, key_indices, key_offsets;
+  ATTNX_FIELDS(query_indices, query_offsets, key_indices, key_offsets)
+};
+
 // Rows against centroids, which belong to the heads of queries.
-void read(const char* name, const StableTensor& rows, const StableTensor& centroids, RouteParams& p) {
-  const Capability& row = *find_capability("routing_attention", "cpu");
+RouteParams read_rows(std::string_view name, const StableTensor& rows, const StableTensor& centroids) {
+  const Capability& row = Target{kSystem, rows}.capability();
   check(rows.dim() == 4, name, ": expected 4 dimensions, (batch, heads, length, head_dim), got shape ", shape_of(rows));
   check(lists(row.dtypes, dtype_of(rows)), name, ": expected one of ", row.dtypes, ", got ", dtype_of(rows));
   check_layout(name, rows);
@@ -34,13 +53,9 @@ void read(const char* name, const StableTensor& rows, const StableTensor& centro
             centroids.size(1) >= 1 && centroids.size(2) == rows.size(3),
         "centroids: expected shape (heads of query, clusters, ", rows.size(3), ") for ", name, " of shape ",
         shape_of(rows), ", got ", shape_of(centroids));
-  check(centroids.is_contiguous(), "centroids: expected a contiguous tensor, got one with other strides");
-  switch (rows.scalar_type()) {
-    case ScalarType::BFloat16: p.dtype = DType::kBFloat16; break;
-    case ScalarType::Half: p.dtype = DType::kFloat16; break;
-    case ScalarType::Double: p.dtype = DType::kFloat64; break;
-    default: p.dtype = DType::kFloat32;
-  }
+  check_contiguous("centroids", centroids);
+  RouteParams p;
+  p.dtype = to_dtype(rows.scalar_type());
   p.batch = rows.size(0);
   p.heads = centroids.size(0);
   p.length = rows.size(2);
@@ -48,10 +63,12 @@ void read(const char* name, const StableTensor& rows, const StableTensor& centro
   p.group = p.heads / rows.size(1);
   p.rows = view_rows(rows);
   p.clusters = centroids.size(1);
-  p.centroids = static_cast<const float*>(centroids.data_ptr());
+  p.centroids = data<const float>(centroids);
+  return p;
 }
 
-void check_heads(const StableTensor& query, const StableTensor& key, const StableTensor& centroids) {
+void check_heads(const Rows& x) {
+  const auto& [query, key, centroids] = x;
   check(query.dim() == 4 && key.dim() == 4, "query, key: expected 4 dimensions, (batch, heads, length, head_dim), got ",
         shape_of(query), " and ", shape_of(key));
   check_dtype("key", key, query.scalar_type(), " like query");
@@ -63,161 +80,148 @@ void check_heads(const StableTensor& query, const StableTensor& key, const Stabl
         "centroids: expected shape (", query.size(1), ", clusters, ", query.size(3), "), got ", shape_of(centroids));
 }
 
-StableTensor nearest(const RouteParams& route, const StableTensor& like) {
+StableTensor empty_ints(const StableTensor& like, const std::vector<std::int64_t>& shape) {
+  return torch::stable::new_empty(like, shape, ScalarType::Int);
+}
+
+StableTensor find_nearest(const RouteParams& route, const StableTensor& rows) {
   NearestParams p{route};
-  StableTensor result = torch::stable::new_empty(like, std::vector{p.batch, p.heads, p.length}, ScalarType::Int);
-  p.nearest = static_cast<std::int32_t*>(result.data_ptr());
-  run(p);
+  const StableTensor result = empty_ints(rows, {p.batch, p.heads, p.length});
+  p.nearest = data<std::int32_t>(result);
+  run(p, {kSystem, rows});
   return result;
 }
 
-// indices (batch, heads, slots) and offsets (batch, heads, clusters + 1); what of a head's slots is not in use holds 0.
-using Lists = std::tuple<StableTensor, StableTensor>;
+using Lists = std::pair<StableTensor, StableTensor>;
 
-Lists empty_lists(const StableTensor& like, const RouteParams& p, std::int64_t slots) {
-  return {torch::stable::new_empty(like, std::vector{p.batch, p.heads, slots}, ScalarType::Int),
-          torch::stable::new_empty(like, std::vector{p.batch, p.heads, p.clusters + 1}, ScalarType::Int)};
-}
-
-Lists balanced(const RouteParams& route, const StableTensor& like, std::int64_t cluster_size) {
+Lists balanced(const RouteParams& route, const StableTensor& rows, std::int64_t cluster_size) {
   SelectParams p{route};
   p.cluster_size = std::min(cluster_size, p.length);
-  const std::int64_t slots = p.clusters * p.cluster_size, heads = p.batch * p.heads;
+  const std::int64_t slots = p.clusters * p.cluster_size;
   check(slots <= std::numeric_limits<std::int32_t>::max(), "cluster_size: expected at most ",
         std::numeric_limits<std::int32_t>::max() / p.clusters, " for ", p.clusters, " clusters, got ", cluster_size);
-  Lists result = empty_lists(like, p, slots);
-  StableTensor counts = torch::stable::new_empty(like, std::vector{p.batch, p.heads, p.clusters}, ScalarType::Int);
-  p.indices = static_cast<std::int32_t*>(std::get<0>(result).data_ptr());
-  p.counts = static_cast<std::int32_t*>(counts.data_ptr());
-  run(p);
-  CompactClustersParams compact;
-  compact.heads = heads;
-  compact.clusters = p.clusters;
-  compact.cluster_size = p.cluster_size;
-  compact.counts = p.counts;
-  compact.indices = p.indices;
-  compact.offsets = static_cast<std::int32_t*>(std::get<1>(result).data_ptr());
-  run(compact);
-  return result;
+  const StableTensor indices = empty_ints(rows, {p.batch, p.heads, slots});
+  const StableTensor offsets = empty_ints(rows, {p.batch, p.heads, p.clusters + 1});
+  const StableTensor counts = empty_ints(rows, {p.batch, p.heads, p.clusters});
+  p.indices = data<std::int32_t>(indices);
+  p.counts = data<std::int32_t>(counts);
+  run(p, {kSystem, rows});
+  run(CompactClustersParams{.heads = p.batch * p.heads,
+                            .clusters = p.clusters,
+                            .cluster_size = p.cluster_size,
+                            .counts = p.counts,
+                            .indices = p.indices,
+                            .offsets = data<std::int32_t>(offsets)},
+      {kSystem, rows});
+  return {indices, offsets};
 }
 
-Lists ragged(const RouteParams& p, const StableTensor& like) {
-  const StableTensor found = nearest(p, like);
-  Lists result = empty_lists(like, p, p.length);
-  SortByClusterParams sort;
-  sort.heads = p.batch * p.heads;
-  sort.length = p.length;
-  sort.clusters = p.clusters;
-  sort.nearest = static_cast<const std::int32_t*>(found.data_ptr());
-  sort.indices = static_cast<std::int32_t*>(std::get<0>(result).data_ptr());
-  sort.offsets = static_cast<std::int32_t*>(std::get<1>(result).data_ptr());
-  run(sort);
-  return result;
+Lists ragged(const RouteParams& p, const StableTensor& rows) {
+  const StableTensor nearest = find_nearest(p, rows);
+  const StableTensor indices = empty_ints(rows, {p.batch, p.heads, p.length});
+  const StableTensor offsets = empty_ints(rows, {p.batch, p.heads, p.clusters + 1});
+  run(SortByClusterParams{.heads = p.batch * p.heads,
+                          .length = p.length,
+                          .clusters = p.clusters,
+                          .nearest = data<std::int32_t>(nearest),
+                          .indices = data<std::int32_t>(indices),
+                          .offsets = data<std::int32_t>(offsets)},
+      {kSystem, rows});
+  return {indices, offsets};
 }
 
-using Routes = std::tuple<StableTensor, StableTensor, StableTensor, StableTensor>;
-
-Routes route(const StableTensor& query, const StableTensor& key, const StableTensor& centroids,
-             std::int64_t cluster_size_q, std::int64_t cluster_size_k, const std::string& routing, bool shared_qk) {
+Routes route(const Rows& x, const ClusterSizes& sizes, const RouteOptions& options) {
+  const auto& [routing, shared_qk] = options;
   check(routing == "topk" || routing == "argmax", "routing: expected topk or argmax, got ", routing);
-  check_heads(query, key, centroids);
-  check(!shared_qk || query.size(2) == key.size(2),
-        "shared_qk: expected False where query and key differ in length, got True with ", query.size(2), " and ",
-        key.size(2));
-  for (const std::int64_t size : {cluster_size_q, cluster_size_k})
+  check_heads(x);
+  check(!shared_qk || x.query.size(2) == x.key.size(2),
+        "shared_qk: expected False where query and key differ in length, got True with ", x.query.size(2), " and ",
+        x.key.size(2));
+  for (const std::int64_t size : {sizes.cluster_size_q.value, sizes.cluster_size_k.value})
     check(size >= 1 || routing == "argmax", "cluster_size: expected 1 or more, got ", size);
   const auto lists_of = [&](const char* name, const StableTensor& rows, std::int64_t size) {
-    RouteParams p;
-    read(name, rows, centroids, p);
-    return routing == "topk" ? balanced(p, rows, size) : ragged(p, rows);
+    const RouteParams p = read_rows(name, rows, x.centroids);
+    return options.routing == "topk" ? balanced(p, rows, size) : ragged(p, rows);
   };
-  const auto [query_indices, query_offsets] = lists_of("query", query, cluster_size_q);
-  if (shared_qk) {
-    const StableTensor none = torch::stable::new_empty(query, std::vector<std::int64_t>{0}, ScalarType::Int);
-    return {query_indices, query_offsets, none,
-            torch::stable::new_empty(query, std::vector<std::int64_t>{0}, ScalarType::Int)};
-  }
-  const auto [key_indices, key_offsets] = lists_of("key", key, cluster_size_k);
+  const auto [query_indices, query_offsets] = lists_of("query", x.query, sizes.cluster_size_q);
+  if (shared_qk) return {query_indices, query_offsets, empty_ints(x.query, {0}), empty_ints(x.query, {0})};
+  const auto [key_indices, key_offsets] = lists_of("key", x.key, sizes.cluster_size_k);
   return {query_indices, query_offsets, key_indices, key_offsets};
 }
 
-StableTensor nearest_centroids(const StableTensor& rows, const StableTensor& centroids) {
-  RouteParams p;
-  read("rows", rows, centroids, p);
-  return nearest(p, rows);
+struct RowsAndCentroids {
+  StableTensor rows, centroids;
+  ATTNX_FIELDS(rows, centroids)
+};
+
+StableTensor nearest_centroids(const RowsAndCentroids& x) {
+  return find_nearest(read_rows("rows", x.rows, x.centroids), x.rows);
 }
 
-using Statistics = std::tuple<StableTensor, StableTensor>;
+struct Statistics {
+  StableTensor sums, members;
+  ATTNX_FIELDS(sums, members)
+};
 
 // Of queries and keys half each.
-Statistics centroid_sums(const StableTensor& query, const StableTensor& key, const StableTensor& centroids) {
-  check_heads(query, key, centroids);
+Statistics centroid_sums(const Rows& x) {
+  check_heads(x);
+  const StableTensor& centroids = x.centroids;
   const std::vector shape{centroids.size(0), centroids.size(1)};
   const StableTensor sums = torch::stable::new_zeros(centroids, centroids.sizes(), ScalarType::Double);
   const StableTensor counts = torch::stable::new_zeros(centroids, shape, ScalarType::Double);
-  for (const auto& [name, rows] : {std::pair("query", &query), std::pair("key", &key)}) {
-    CentroidSumsParams p;
-    read(name, *rows, centroids, p);
-    const StableTensor found = nearest(p, *rows);
-    p.nearest = static_cast<const std::int32_t*>(found.data_ptr());
-    p.sums = static_cast<double*>(sums.data_ptr());
-    p.counts = static_cast<double*>(counts.data_ptr());
-    run(p);
+  for (const auto& [name, rows] : {std::pair("query", &x.query), std::pair("key", &x.key)}) {
+    CentroidSumsParams p{read_rows(name, *rows, centroids)};
+    const StableTensor nearest = find_nearest(p, *rows);
+    p.nearest = data<std::int32_t>(nearest);
+    p.sums = data<double>(sums);
+    p.counts = data<double>(counts);
+    run(p, {kSystem, *rows});
   }
-  const auto half = [&](const StableTensor& x) {
-    StableTensor result = torch::stable::new_empty(x, x.sizes(), ScalarType::Float);
-    run(HalveSumsParams{x.numel(), static_cast<const double*>(x.data_ptr()), static_cast<float*>(result.data_ptr())});
+  const auto half = [&](const StableTensor& whole) {
+    StableTensor result = torch::stable::new_empty(whole, whole.sizes(), ScalarType::Float);
+    run(HalveSumsParams{.count = whole.numel(), .sums = data<double>(whole), .halves = data<float>(result)},
+        {kSystem, centroids});
     return result;
   };
   return {half(sums), half(counts)};
 }
 
-void update_centroids_(const StableTensor& centroids, const StableTensor& counts, const StableTensor& sums,
-                       const StableTensor& members, double decay) {
-  check(decay >= 0 && decay <= 1, "decay: expected from 0 to 1, got ", decay);
-  check_dtype("centroids", centroids, ScalarType::Float, "");
-  check(centroids.dim() == 3, "centroids: expected shape (heads, clusters, head_dim), got ", shape_of(centroids));
-  const std::int64_t heads = centroids.size(0), clusters = centroids.size(1), dim = centroids.size(2);
-  for (const auto& [name, x] : {std::pair("counts", &counts), std::pair("members", &members)}) {
-    check_dtype(name, *x, ScalarType::Float, "");
-    check_shape(name, *x, {heads, clusters});
-    check_device(name, *x, centroids);
-  }
-  check_dtype("sums", sums, ScalarType::Float, "");
-  check_shape("sums", sums, {heads, clusters, dim});
-  for (const auto& [name, x] : {std::pair("centroids", &centroids), std::pair("counts", &counts),
-                                std::pair("sums", &sums), std::pair("members", &members)})
-    check(x->is_contiguous(), name, ": expected a contiguous tensor, got one with other strides");
-  UpdateCentroidsParams p;
-  p.heads = heads;
-  p.clusters = clusters;
-  p.head_dim = dim;
-  p.decay = decay;
-  p.sums = static_cast<const float*>(sums.data_ptr());
-  p.members = static_cast<const float*>(members.data_ptr());
-  p.centroids = static_cast<float*>(centroids.data_ptr());
-  p.counts = static_cast<float*>(counts.data_ptr());
-  run(p);
+struct Averages {
+  MutableTensor centroids, counts;
+  StableTensor sums, members;
+  double decay;
+  ATTNX_FIELDS(centroids, counts, sums, members, decay)
+};
+
+void update_centroids(const Averages& a) {
+  check(a.decay >= 0 && a.decay <= 1, "decay: expected from 0 to 1, got ", a.decay);
+  check_dtype("centroids", a.centroids, ScalarType::Float, "");
+  check(a.centroids.dim() == 3, "centroids: expected shape (heads, clusters, head_dim), got ", shape_of(a.centroids));
+  const std::int64_t heads = a.centroids.size(0), clusters = a.centroids.size(1), dim = a.centroids.size(2);
+  const auto read = [&](const char* name, const StableTensor& x, std::initializer_list<std::int64_t> shape) {
+    check_dtype(name, x, ScalarType::Float, "");
+    check_shape(name, x, shape);
+    check_device(name, x, a.centroids);
+    check_contiguous(name, x);
+    return data<float>(x);
+  };
+  run(UpdateCentroidsParams{.heads = heads,
+                            .clusters = clusters,
+                            .head_dim = dim,
+                            .decay = a.decay,
+                            .sums = read("sums", a.sums, {heads, clusters, dim}),
+                            .members = read("members", a.members, {heads, clusters}),
+                            .centroids = read("centroids", a.centroids, {heads, clusters, dim}),
+                            .counts = read("counts", a.counts, {heads, clusters})},
+      {kSystem, a.centroids});
 }
+
+const Registration registration(kSystem, OnHost::kRefused,
+                                {define<route>("route"), define<nearest_centroids>("nearest_centroids"),
+                                 define<centroid_sums>("centroid_sums")});
+const Registration update_registration(kSystem, OnHost::kServed, {define<update_centroids>("update_centroids_")});
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(attnx, m) {
-  m.def(
-      "route(Tensor query, Tensor key, Tensor centroids, SymInt cluster_size_q, SymInt cluster_size_k, str routing, "
-      "bool shared_qk) -> (Tensor query_indices, Tensor query_offsets, Tensor key_indices, Tensor key_offsets)");
-  m.def("nearest_centroids(Tensor rows, Tensor centroids) -> Tensor");
-  m.def("centroid_sums(Tensor query, Tensor key, Tensor centroids) -> (Tensor sums, Tensor members)");
-  m.def("update_centroids_(Tensor(a!) centroids, Tensor(b!) counts, Tensor sums, Tensor members, float decay) -> ()");
-}
-
-// CUDA has no kernels yet, nor has the emulator: there the table's refusal answers.
-STABLE_TORCH_LIBRARY_IMPL(attnx, CPU, m) {
-  m.impl("update_centroids_", TORCH_BOX(&update_centroids_));
-  if (kCudaOnHost) return;
-  m.impl("route", TORCH_BOX(&route));
-  m.impl("nearest_centroids", TORCH_BOX(&nearest_centroids));
-  m.impl("centroid_sums", TORCH_BOX(&centroid_sums));
-}
 
 }  // namespace attnx::ops

@@ -1,20 +1,30 @@
 // torch.ops.attnx.routing_attention and its backward: attention within clusters of rows. Roy et al., arXiv 2003.05997.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <limits>
-#include <vector>
 
-#include "arguments.h"
-#include "attnx/environment.h"
-#include "backend.h"
+#include "results.h"
 
 namespace attnx::ops {
 
 namespace {
 
-constexpr const char* kOperator = "routing_attention";
+constexpr const char* kSystem = "routing_attention";
+
+struct Routes {
+  StableTensor query_indices, query_offsets, key_indices, key_offsets;
+  ATTNX_FIELDS(query_indices, query_offsets, key_indices, key_offsets)
+};
+
+struct Memory {
+  std::optional<StableTensor> memory_key, memory_value;
+  ATTNX_FIELDS(memory_key, memory_value)
+};
+struct MemoryGradients {
+  StableTensor grad_memory_key, grad_memory_value;
+  ATTNX_FIELDS(grad_memory_key, grad_memory_value)
+};
 
 struct Lists {
   const char *indices_name, *offsets_name;
@@ -35,7 +45,7 @@ LongestAndCounts read_clusters(const Lists& lists, const AttentionParams& p, std
        {std::pair(lists.indices_name, &lists.indices), std::pair(lists.offsets_name, &lists.offsets)}) {
     check_dtype(name, *x, ScalarType::Int, "");
     check_device(name, *x, query);
-    check(x->is_contiguous(), name, ": expected a contiguous tensor, got one with other strides");
+    check_contiguous(name, *x);
   }
   check(lists.offsets.dim() == 3 && lists.offsets.size(0) == p.batch && lists.offsets.size(1) == p.heads_q &&
             lists.offsets.size(2) >= 2,
@@ -44,8 +54,8 @@ LongestAndCounts read_clusters(const Lists& lists, const AttentionParams& p, std
   check(lists.indices.dim() == 3 && lists.indices.size(0) == p.batch && lists.indices.size(1) == p.heads_q,
         lists.indices_name, ": expected shape (", p.batch, ", ", p.heads_q, ", slots), got ", shape_of(lists.indices));
   const std::int64_t count = lists.offsets.size(2) - 1, slots = lists.indices.size(2);
-  clusters.indices = static_cast<const std::int32_t*>(lists.indices.data_ptr());
-  clusters.offsets = static_cast<const std::int32_t*>(lists.offsets.data_ptr());
+  clusters.indices = data<const std::int32_t>(lists.indices);
+  clusters.offsets = data<const std::int32_t>(lists.offsets);
   clusters.slots = slots;
   clusters.rows = rows;
   const auto indices = values_on_host(lists.indices), offsets = values_on_host(lists.offsets);
@@ -53,8 +63,8 @@ LongestAndCounts read_clusters(const Lists& lists, const AttentionParams& p, std
   LongestAndCounts result{0, true};
   std::vector<bool> seen;
   for (std::int64_t head = 0; head < heads; ++head) {
-    const auto* offset = static_cast<const std::int32_t*>(offsets->data_ptr()) + head * (count + 1);
-    const auto* index = static_cast<const std::int32_t*>(indices->data_ptr()) + head * slots;
+    const auto* offset = data<const std::int32_t>(*offsets) + head * (count + 1);
+    const auto* index = data<const std::int32_t>(*indices) + head * slots;
     check(offset[0] == 0 && offset[count] <= slots, lists.offsets_name, ": expected offsets from 0 to at most the ",
           slots, " slots of ", lists.indices_name, ", got from ", offset[0], " to ", offset[count]);
     for (std::int64_t c = 0; c < count; ++c) {
@@ -78,46 +88,43 @@ LongestAndCounts read_clusters(const Lists& lists, const AttentionParams& p, std
   return result;
 }
 
-struct Options {
-  const Lists queries, keys;
-  const std::optional<StableTensor>&memory_key, &memory_value;
-  const std::string &score, &bias_rule;
-  double bias_value;
-};
-
 Tensor view_memory(const StableTensor& x) { return {x.data_ptr(), 0, x.stride(0), x.stride(1)}; }
 
-void read_memory(const char* name, const std::optional<StableTensor>& x, std::int64_t dim, const AttentionParams& p,
-                 const StableTensor& query) {
-  check_dtype(name, *x, query.scalar_type(), " like query");
-  check_device(name, *x, query);
-  check(x->dim() == 3, name, ": expected 3 dimensions, (kv_heads, memory, dim), got shape ", shape_of(*x));
-  check_shape(name, *x, {p.heads_k, x->size(1), dim});
-  check_layout(name, *x);
+void check_memory(const char* name, const StableTensor& x, std::int64_t dim, const AttentionParams& p,
+                  const StableTensor& query) {
+  check_dtype(name, x, query.scalar_type(), " like query");
+  check_device(name, x, query);
+  check(x.dim() == 3, name, ": expected 3 dimensions, (kv_heads, memory, dim), got shape ", shape_of(x));
+  check_shape(name, x, {p.heads_k, x.size(1), dim});
+  check_layout(name, x);
 }
 
-// All that forward and backward share. Returns whether no query is in two clusters.
-bool read(const Arguments& args, const Options& options, AttentionParams& p, Gather& g) {
-  check(options.score == "sigmoid" || options.score == "softmax", "score: expected sigmoid or softmax, got ",
-        options.score);
-  p.score = options.score == "sigmoid" ? Score::kSigmoid : Score::kSoftmax;
-  read_arguments(args, p);
-  read_bias({}, options.bias_rule, options.bias_value, args.query, p);
+void read_memory(const Memory& memory, const AttentionParams& p, const StableTensor& query, Gather& g) {
+  const auto& [key, value] = memory;
+  check(key.has_value() == value.has_value(), "memory_key, memory_value: expected both or none, got one");
+  if (!key) return;
+  check_memory("memory_key", *key, p.head_dim, p, query);
+  check_memory("memory_value", *value, p.value_dim, p, query);
+  g.memory = key->size(1);
+  check_shape("memory_value", *value, {p.heads_k, g.memory, p.value_dim});
+  g.memory_key = view_memory(*key);
+  g.memory_value = view_memory(*value);
+}
+
+// Returns whether no query is in two clusters.
+bool read(const Target& target, const Inputs& x, const Routes& routes, const Memory& memory,
+          const ScoreOptions& options, const Causal& causal, AttentionParams& p, Gather& g) {
+  read_score(options, p);
+  read_inputs(target, x, Dense(), p);
+  read_window(causal, p);
   p.gather = &g;
-  const auto queries = read_clusters(options.queries, p, p.length_q, "query", args.query, g.queries);
-  const auto keys = read_clusters(options.keys, p, p.length_k, "key", args.query, g.keys);
-  g.clusters = options.queries.offsets.size(2) - 1;
-  check_shape(options.keys.offsets_name, options.keys.offsets, {p.batch, p.heads_q, g.clusters + 1});
-  check(options.memory_key.has_value() == options.memory_value.has_value(),
-        "memory_key, memory_value: expected both or none, got one");
-  if (options.memory_key) {
-    read_memory("memory_key", options.memory_key, p.head_dim, p, args.query);
-    read_memory("memory_value", options.memory_value, p.value_dim, p, args.query);
-    g.memory = options.memory_key->size(1);
-    check_shape("memory_value", *options.memory_value, {p.heads_k, g.memory, p.value_dim});
-    g.memory_key = view_memory(*options.memory_key);
-    g.memory_value = view_memory(*options.memory_value);
-  }
+  const auto queries = read_clusters({"query_indices", "query_offsets", routes.query_indices, routes.query_offsets}, p,
+                                     p.length_q, "query", x.query, g.queries);
+  const auto keys = read_clusters({"key_indices", "key_offsets", routes.key_indices, routes.key_offsets}, p, p.length_k,
+                                  "key", x.query, g.keys);
+  g.clusters = routes.query_offsets.size(2) - 1;
+  check_shape("key_offsets", routes.key_offsets, {p.batch, p.heads_q, g.clusters + 1});
+  read_memory(memory, p, x.query, g);
   check(g.keys.slots + g.clusters * g.memory <= std::numeric_limits<std::int32_t>::max(),
         "memory_key: expected at most 2147483647 keys in all clusters, got ", g.keys.slots + g.clusters * g.memory);
   p.length_q = queries.longest;
@@ -125,107 +132,60 @@ bool read(const Arguments& args, const Options& options, AttentionParams& p, Gat
   return queries.once;
 }
 
-using Outputs = std::tuple<StableTensor, StableTensor>;
-
-Outputs routing_attention(const StableTensor& query, const StableTensor& key, const StableTensor& value,
-                          const StableTensor& query_indices, const StableTensor& query_offsets,
-                          const StableTensor& key_indices, const StableTensor& key_offsets,
-                          const std::optional<StableTensor>& memory_key,
-                          const std::optional<StableTensor>& memory_value, const std::string& score,
-                          const std::string& bias_rule, double bias_value, std::optional<double> scale,
-                          bool is_causal) {
+Outputs forward(const Inputs& x, const Routes& routes, const Memory& memory, const ScoreOptions& options,
+                const Causal& causal) {
+  const Target target{kSystem, x.query};
   ForwardParams p;
   Gather gather;
-  const std::optional<StableTensor> none;
-  const Arguments args{query, key, value, nullptr, none, scale, is_causal, -1, -1, kOperator};
-  read(args,
-       {{"query_indices", "query_offsets", query_indices, query_offsets},
-        {"key_indices", "key_offsets", key_indices, key_offsets},
-        memory_key,
-        memory_value,
-        score,
-        bias_rule,
-        bias_value},
-       p, gather);
-  StableTensor output = empty_rows(query, p.value_dim);
+  read(target, x, routes, memory, options, causal, p, gather);
   // What of a head's slots is not in use holds 0.
-  StableTensor logsumexp = torch::stable::new_zeros(query, query_indices.sizes(), sum_type(query));
-  p.output = view_rows(output);
-  if (p.score == Score::kSoftmax) p.logsumexp = {logsumexp.data_ptr(), 0, 0, 1};
-  run(p, query);
-  return {output, logsumexp};
+  Outputs y{empty_rows(x.query, p.value_dim),
+            torch::stable::new_zeros(x.query, routes.query_indices.sizes(), sum_type(x.query))};
+  p.output = view_rows(y.output);
+  if (p.score != Score::kSigmoid) p.logsumexp = {y.logsumexp.data_ptr(), 0, 0, 1};
+  run(p, target);
+  return y;
 }
 
-using Gradients = std::tuple<StableTensor, StableTensor, StableTensor, StableTensor, StableTensor>;
+Tensor read_slots(const char* name, const StableTensor& x, const Routes& routes, const StableTensor& query) {
+  const StableTensor& slots = routes.query_indices;
+  check_dtype(name, x, sum_type(query), "");
+  check_shape(name, x, {slots.size(0), slots.size(1), slots.size(2)});
+  check_device(name, x, query);
+  check_contiguous(name, x);
+  return {x.data_ptr(), 0, 0, 1};
+}
 
-Gradients routing_attention_backward(const StableTensor& grad_output, const StableTensor& grad_logsumexp,
-                                     const StableTensor& query, const StableTensor& key, const StableTensor& value,
-                                     const StableTensor& output, const StableTensor& logsumexp,
-                                     const StableTensor& query_indices, const StableTensor& query_offsets,
-                                     const StableTensor& key_indices, const StableTensor& key_offsets,
-                                     const std::optional<StableTensor>& memory_key,
-                                     const std::optional<StableTensor>& memory_value, const std::string& score,
-                                     const std::string& bias_rule, double bias_value, std::optional<double> scale,
-                                     bool is_causal, bool deterministic) {
+std::tuple<InputGradients, MemoryGradients> backward(const OutputGradients& gradients, const Inputs& x,
+                                                     const Outputs& y, const Routes& routes, const Memory& memory,
+                                                     const ScoreOptions& options, const Causal& causal,
+                                                     const Deterministic& option) {
+  const Target target{kSystem, x.query, option.deterministic};
   BackwardParams p;
   Gather gather;
-  const std::optional<StableTensor> none;
-  const Arguments args{query, key, value, nullptr, none, scale, is_causal, -1, -1, kOperator};
-  const bool once = read(args,
-                         {{"query_indices", "query_offsets", query_indices, query_offsets},
-                          {"key_indices", "key_offsets", key_indices, key_offsets},
-                          memory_key,
-                          memory_value,
-                          score,
-                          bias_rule,
-                          bias_value},
-                         p, gather);
-  p.grad_output = read_output("grad_output", grad_output, args);
-  const Tensor whole_output = read_output("output", output, args);
+  const bool once = read(target, x, routes, memory, options, causal, p, gather);
+  p.grad_output = read_output("grad_output", gradients.grad_output, x);
+  const Tensor whole_output = read_output("output", y.output, x);
   if (once) p.output = whole_output;
-  for (const auto& [name, x] : {std::pair("logsumexp", &logsumexp), std::pair("grad_logsumexp", &grad_logsumexp)}) {
-    check_dtype(name, *x, sum_type(query), "");
-    check_shape(name, *x, {query_indices.size(0), query_indices.size(1), query_indices.size(2)});
-    check_device(name, *x, query);
-    check(x->is_contiguous(), name, ": expected a contiguous tensor, got one with other strides");
+  const Tensor logsumexp = read_slots("logsumexp", y.logsumexp, routes, x.query);
+  const Tensor grad_logsumexp = read_slots("grad_logsumexp", gradients.grad_logsumexp, routes, x.query);
+  if (p.score != Score::kSigmoid) {
+    p.logsumexp = logsumexp;
+    p.grad_logsumexp = grad_logsumexp;
   }
-  if (p.score == Score::kSoftmax) {
-    p.logsumexp = {logsumexp.data_ptr(), 0, 0, 1};
-    p.grad_logsumexp = {grad_logsumexp.data_ptr(), 0, 0, 1};
-  }
-  StableTensor grad_query = empty_rows(query, p.head_dim), grad_key = empty_rows(key, p.head_dim);
-  StableTensor grad_value = empty_rows(value, p.value_dim);
-  p.grad_query = view_rows(grad_query);
-  p.grad_key = view_rows(grad_key);
-  p.grad_value = view_rows(grad_value);
-  StableTensor grad_memory_key = torch::stable::new_empty(query, std::vector{p.heads_k, gather.memory, p.head_dim});
-  StableTensor grad_memory_value = torch::stable::new_empty(query, std::vector{p.heads_k, gather.memory, p.value_dim});
-  p.grad_memory_key = view_memory(grad_memory_key);
-  p.grad_memory_value = view_memory(grad_memory_value);
-  run(p, query, deterministic);
-  return {grad_query, grad_key, grad_value, grad_memory_key, grad_memory_value};
+  const InputGradients of_inputs = empty_gradients(x, p);
+  const MemoryGradients of_memory{
+      torch::stable::new_empty(x.query, std::vector{p.heads_k, gather.memory, p.head_dim}),
+      torch::stable::new_empty(x.query, std::vector{p.heads_k, gather.memory, p.value_dim})};
+  p.grad_memory_key = view_memory(of_memory.grad_memory_key);
+  p.grad_memory_value = view_memory(of_memory.grad_memory_value);
+  run(p, target);
+  return {of_inputs, of_memory};
 }
+
+const Registration registration(kSystem, OnHost::kRefused,
+                                {define<forward>("routing_attention"), define<backward>("routing_attention_backward")});
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(attnx, m) {
-  m.def(
-      "routing_attention(Tensor query, Tensor key, Tensor value, Tensor query_indices, Tensor query_offsets, "
-      "Tensor key_indices, Tensor key_offsets, Tensor? memory_key, Tensor? memory_value, str score, str bias_rule, "
-      "float bias_value, float? scale, bool is_causal) -> (Tensor output, Tensor logsumexp)");
-  m.def(
-      "routing_attention_backward(Tensor grad_output, Tensor grad_logsumexp, Tensor query, Tensor key, Tensor value, "
-      "Tensor output, Tensor logsumexp, Tensor query_indices, Tensor query_offsets, Tensor key_indices, "
-      "Tensor key_offsets, Tensor? memory_key, Tensor? memory_value, str score, str bias_rule, float bias_value, "
-      "float? scale, bool is_causal, bool deterministic) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
-      "Tensor grad_memory_key, Tensor grad_memory_value)");
-}
-
-// CUDA has no kernel yet, nor has the emulator: there the table's refusal answers.
-STABLE_TORCH_LIBRARY_IMPL(attnx, CPU, m) {
-  if (kCudaOnHost) return;
-  m.impl("routing_attention", TORCH_BOX(&routing_attention));
-  m.impl("routing_attention_backward", TORCH_BOX(&routing_attention_backward));
-}
 
 }  // namespace attnx::ops

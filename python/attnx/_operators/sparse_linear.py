@@ -28,7 +28,7 @@ def labels_by_sorting(
     is_causal: bool,
     protect: int,
 ) -> Tensor:
-    """The labels where no kernel selects them: the kernel of the CPU does the same by selection."""
+    """The labels where no kernel selects them: csrc/cpu/labels.cpp does the same by selection."""
     rows, blocks = products.shape[2:]
     device = products.device
     i, j = torch.arange(rows, device=device)[:, None], torch.arange(blocks, device=device)

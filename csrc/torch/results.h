@@ -1,0 +1,85 @@
+// What attention operators return, allocated and written into the parameters of kernels.
+#pragma once
+
+#include "arguments.h"
+
+namespace attnx::ops {
+
+struct Outputs {
+  StableTensor output, logsumexp;
+  ATTNX_FIELDS(output, logsumexp)
+};
+struct OutputGradients {
+  StableTensor grad_output, grad_logsumexp;
+  ATTNX_FIELDS(grad_output, grad_logsumexp)
+};
+struct InputGradients {
+  StableTensor grad_query, grad_key, grad_value;
+  ATTNX_FIELDS(grad_query, grad_key, grad_value)
+};
+
+// Uninitialised. Rows of dim features for each row of like, with the heads inside the rows in memory where like has
+// them so.
+StableTensor empty_rows(const StableTensor& like, std::int64_t dim);
+StableTensor empty_logsumexp(const StableTensor& query);
+
+// Results of a kernel, and the kernel told where they are.
+InputGradients empty_gradients(const Inputs& inputs, BackwardParams& params);
+
+// Allocates the outputs and runs the forward kernel. The logsumexp of scores without one is 0.
+Outputs run_forward(const Target& target, const Inputs& inputs, ForwardParams& params);
+
+// A tensor of the shape of the output, or of its rows, that a backward gets.
+Tensor read_output(const char* name, const StableTensor& x, const Inputs& inputs);
+Tensor read_logsumexp(const char* name, const StableTensor& x, const Inputs& inputs);
+void read_outputs(const OutputGradients& gradients, const Outputs& outputs, const Inputs& inputs,
+                  BackwardParams& params);
+
+// The gradient of one number per head as kernels sum it for each sequence, (batch, heads) in double; none where the
+// call has no such number.
+std::optional<StableTensor> empty_sums(const std::optional<StableTensor>& parameter, const StableTensor& query,
+                                       const AttentionParams& params);
+// (heads,) in the type of sums; zeros from none.
+StableTensor sum_over_batch(const std::optional<StableTensor>& sums, const Target& target);
+
+// The gradients of all numbers per head of a group of arguments: "grad_bias" of "bias".
+template <class Group>
+class HeadGradients {
+ public:
+  HeadGradients(const Target& target, const Group& group, BackwardParams& params) {
+    for_each_head_parameter(group, [&](std::string_view, const auto& parameter) {
+      tensors_.push_back(empty_sums(parameter.tensor, target.tensor, params));
+      if (tensors_.back()) params.*parameter.kGradient = data<double>(*tensors_.back());
+    });
+  }
+  // Once the kernel has run.
+  void finish(const Target& target) {
+    for (auto& x : tensors_) x = sum_over_batch(x, target);
+  }
+
+  static void describe(std::vector<std::string>& list) {
+    for_each_field_type<Group>([&]<class Field>(std::string_view name, std::type_identity<Field>) {
+      if constexpr (requires { Field::kGradient; }) list.push_back("Tensor grad_" + std::string(name));
+    });
+  }
+  void box(StableIValue*& next) const {
+    for (const auto& x : tensors_) *next++ = torch::stable::detail::from(*x);
+  }
+
+ private:
+  std::vector<std::optional<StableTensor>> tensors_;
+};
+
+template <class Group>
+using Gradients = std::tuple<InputGradients, HeadGradients<Group>>;
+
+// Allocates the gradients, runs the backward kernel and sums what it left for each sequence.
+template <class Group>
+Gradients<Group> run_backward(const Target& target, const Inputs& inputs, const Group& group, BackwardParams& params) {
+  Gradients<Group> gradients{empty_gradients(inputs, params), HeadGradients<Group>(target, group, params)};
+  run(params, target);
+  std::get<1>(gradients).finish(target);
+  return gradients;
+}
+
+}  // namespace attnx::ops
