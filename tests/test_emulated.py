@@ -85,7 +85,7 @@ def test_schedule_changes_nothing(seed: str | None, lazy: Calls, mainloop: dict[
     assert_same(run_calls(tmp_path, **environment, **mainloop), lazy)
 
 
-@pytest.mark.parametrize("checker", ["race", "init"])
+@pytest.mark.parametrize("checker", ["race", "globalrace", "init"])
 def test_checker_is_content(checker: str, lazy: Calls, mainloop: dict[str, str], tmp_path: Path) -> None:
     assert_same(run_calls(tmp_path, CUDAEMU_CHECK=checker, **mainloop), lazy)
 

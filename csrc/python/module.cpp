@@ -134,6 +134,40 @@ void cuda_sampled_blocks(std::uintptr_t keep, std::int64_t seed, std::uint32_t o
                                   reinterpret_cast<double*>(arrival));
 }
 
+void cuda_normalise_rows(const Layout& rows, const std::string& dtype, std::int64_t batch, std::int64_t heads,
+                         std::int64_t length, std::int64_t head_dim, std::uintptr_t normalised) {
+  attnx::RouteParams p;
+  p.dtype = dtype == "float32" ? attnx::DType::kFloat32 : sixteen_bits(dtype);
+  p.batch = batch;
+  p.heads = heads;
+  p.length = length;
+  p.head_dim = head_dim;
+  p.rows = tensor_of(rows, heads, length, head_dim);
+  attnx::ops::cuda_normalise_rows(p, reinterpret_cast<float*>(normalised));
+}
+
+void cuda_pad_centroids(std::uintptr_t centroids, std::int64_t heads, std::int64_t clusters, std::int64_t head_dim,
+                        std::uintptr_t padded) {
+  attnx::RouteParams p;
+  p.heads = heads;
+  p.clusters = clusters;
+  p.head_dim = head_dim;
+  p.centroids = reinterpret_cast<const float*>(centroids);
+  attnx::ops::cuda_pad_centroids(p, reinterpret_cast<float*>(padded));
+}
+
+// Where a matrix of each problem lies: its address, and its strides over problems and rows.
+using Matrix = std::array<std::int64_t, 3>;
+
+void cuda_routing_scores(std::int64_t problems, std::int64_t rows, std::int64_t centroids, std::int64_t features,
+                         const Matrix& row_matrix, const Matrix& centroid_matrix, const Matrix& score_matrix) {
+  const auto matrix = [](const Matrix& m) {
+    return attnx::cuda::ScoreMatrix{reinterpret_cast<float*>(m[0]), m[1], m[2]};
+  };
+  attnx::ops::cuda_routing_scores(
+      {problems, rows, centroids, features, matrix(row_matrix), matrix(centroid_matrix), matrix(score_matrix)});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -169,5 +203,13 @@ PYBIND11_MODULE(_C, m) {
           py::arg("heads"), py::arg("length_q"), py::arg("length_k"), py::arg("block_q"), py::arg("block_k"),
           py::arg("is_causal"), py::arg("kept"), py::arg("arrival"),
           "For tests: what the device draws for every block of a round, in device memory.");
+    m.def("cuda_normalise_rows", cuda_normalise_rows, py::arg("rows"), py::arg("dtype"), py::arg("batch"),
+          py::arg("heads"), py::arg("length"), py::arg("head_dim"), py::arg("normalised"),
+          "For tests: the rows that routing compares with centroids, in device memory.");
+    m.def("cuda_pad_centroids", cuda_pad_centroids, py::arg("centroids"), py::arg("heads"), py::arg("clusters"),
+          py::arg("head_dim"), py::arg("padded"), "For tests: the centroids that it compares with, in device memory.");
+    m.def("cuda_routing_scores", cuda_routing_scores, py::arg("problems"), py::arg("rows"), py::arg("centroids"),
+          py::arg("features"), py::arg("row_matrix"), py::arg("centroid_matrix"), py::arg("score_matrix"),
+          "For tests: their products, in device memory.");
   }
 }

@@ -63,6 +63,7 @@ struct HeadParameter {
 };
 using Bias = HeadParameter<&AttentionParams::bias, &BackwardParams::grad_bias>;
 using AlibiSlopes = HeadParameter<&AttentionParams::alibi_slopes, &BackwardParams::grad_alibi_slopes>;
+using Sink = HeadParameter<&AttentionParams::sink, &BackwardParams::grad_sink>;
 
 // Calls visit(name, parameter) for each field of a group that is a number for each head.
 template <class Group, class Visit>

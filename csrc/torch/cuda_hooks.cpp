@@ -22,4 +22,10 @@ void cuda_sampled_blocks(const BlockGrid& grid, const SamplingRound& round, cons
   cuda::sampled_blocks(grid, round, keep, heads, kept, arrival, {});
 }
 
+void cuda_normalise_rows(const RouteParams& params, float* normalised) { cuda::normalise_rows(params, normalised, {}); }
+
+void cuda_pad_centroids(const RouteParams& params, float* padded) { cuda::pad_centroids(params, padded, {}); }
+
+void cuda_routing_scores(const cuda::ScoreParams& params) { cuda::routing_scores(params, {}); }
+
 }  // namespace attnx::ops

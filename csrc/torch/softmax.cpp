@@ -9,13 +9,14 @@ constexpr const char* kSystem = "softmax_attention";
 
 struct Additions {
   AlibiSlopes alibi_slopes;
-  ATTNX_FIELDS(alibi_slopes)
+  Sink sink;
+  ATTNX_FIELDS(alibi_slopes, sink)
 };
 
 template <class Layout>
 void read(const Target& target, const Inputs& x, const Layout& layout, const Additions& additions, const Window& window,
           AttentionParams& p) {
-  p.score = Score::kSoftmax;
+  p.score = additions.sink.tensor ? Score::kSoftmaxSink : Score::kSoftmax;
   read_inputs(target, x, layout, p);
   read_window(window, p);
   read_head_parameters(target, additions, p);

@@ -74,3 +74,22 @@ def cuda_sampled_blocks(
     kept: int,
     arrival: int,
 ) -> None: ...
+def cuda_normalise_rows(
+    rows: tuple[int, int, int, int],
+    dtype: str,
+    batch: int,
+    heads: int,
+    length: int,
+    head_dim: int,
+    normalised: int,
+) -> None: ...
+def cuda_pad_centroids(centroids: int, heads: int, clusters: int, head_dim: int, padded: int) -> None: ...
+def cuda_routing_scores(
+    problems: int,
+    rows: int,
+    centroids: int,
+    features: int,
+    row_matrix: tuple[int, int, int],
+    centroid_matrix: tuple[int, int, int],
+    score_matrix: tuple[int, int, int],
+) -> None: ...
