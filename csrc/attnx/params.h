@@ -136,7 +136,7 @@ struct BackwardParams : AttentionParams {
   // [batch, heads_q] in double, the sums over each sequence; null where not wanted.
   double* grad_bias = nullptr;
   double* grad_alibi_slopes = nullptr;
-  double* grad_sink = nullptr;  // from a run of the loop over clusters: [heads, clusters]
+  double* grad_sink = nullptr;                // from a run of the loop over clusters: [heads, clusters]
   Tensor grad_memory_key, grad_memory_value;  // like gather.memory_key and memory_value
 
   // Where a run of the loop leaves what each cluster adds to the gradients of its keys: rows of sums, as long as

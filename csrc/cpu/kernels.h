@@ -8,14 +8,14 @@
 
 namespace attnx::cpu {
 
-// Those of the loop: a unit is compiled for one dtype.
+// Those of the loop, each compiled for one dtype.
 #define ATTNX_FOR_EACH_LOOP(X)     \
   X(forward, ForwardParams)        \
   X(backward, BackwardParams)      \
   X(routed_forward, ForwardParams) \
   X(routed_backward, BackwardParams)
 
-// Those beside it: a unit has all dtypes, and a switch.
+// Those beside it, each for all dtypes, with a switch.
 #define ATTNX_FOR_EACH_OTHER(X)              \
   X(linear_forward, LinearForwardParams)     \
   X(linear_backward, LinearBackwardParams)   \

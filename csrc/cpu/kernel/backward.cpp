@@ -1,4 +1,4 @@
-// Compiled once per instruction set and dtype; picks the policies.
+// Compiled for each instruction set and dtype; picks the policies.
 #include "backward.h"
 
 #include "cpu/kernel/scores.h"

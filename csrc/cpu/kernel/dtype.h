@@ -1,4 +1,4 @@
-// From a dtype to the type of its elements: Input in a unit that is compiled for one, and a switch in others.
+// From a dtype to the type of its elements: Input in what is compiled for one, and a switch in the rest.
 #pragma once
 
 #include "../executor.h"

@@ -1,4 +1,4 @@
-// Compiled once per instruction set and dtype; picks the policies of the loops over clusters.
+// Compiled for each instruction set and dtype; picks the policies of the loops over clusters.
 #include "cpu/kernel/scores.h"
 #include "dtype.h"
 #include "routing/attention.h"
