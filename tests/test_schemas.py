@@ -13,7 +13,7 @@ BACKWARD = f"{MASK}, bool deterministic"
 GRADS = "Tensor grad_query, Tensor grad_key, Tensor grad_value"
 
 SIGMOID = f"({GRADS}, Tensor grad_bias, Tensor grad_alibi_slopes)"
-SOFTMAX = f"({GRADS}, Tensor grad_alibi_slopes)"
+SOFTMAX = f"({GRADS}, Tensor grad_alibi_slopes, Tensor grad_sink)"
 SOFTMAX_RESULTS = "Tensor output, Tensor logsumexp"
 SOFTMAX_SAVED = f"Tensor grad_output, Tensor grad_logsumexp, {QKV}, {SOFTMAX_RESULTS}"
 
@@ -40,13 +40,13 @@ SCHEMAS = [
     f"sigmoid_attention_varlen({QKV}, {PACKING}, {BIAS}, {MASK}) -> Tensor",
     f"sigmoid_attention_backward(Tensor grad_output, {QKV}, {BIAS}, {BACKWARD}) -> {SIGMOID}",
     f"sigmoid_attention_varlen_backward(Tensor grad_output, {QKV}, {PACKING}, {BIAS}, {BACKWARD}) -> {SIGMOID}",
-    f"softmax_attention({QKV}, Tensor? alibi_slopes, {MASK}) -> ({SOFTMAX_RESULTS})",
-    f"softmax_attention_varlen({QKV}, {PACKING}, Tensor? alibi_slopes, {MASK}) -> ({SOFTMAX_RESULTS})",
-    f"softmax_attention_backward({SOFTMAX_SAVED}, Tensor? alibi_slopes, {BACKWARD}) -> {SOFTMAX}",
-    f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PACKING}, Tensor? alibi_slopes, {BACKWARD}) -> {SOFTMAX}",
-    f"block_sparse_attention({QKV}, {LISTS}, Tensor? block_bias, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",
-    f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LISTS}, Tensor? block_bias, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
-    f"bool deterministic) -> ({GRADS})",
+    f"softmax_attention({QKV}, Tensor? alibi_slopes, Tensor? sink, {MASK}) -> ({SOFTMAX_RESULTS})",
+    f"softmax_attention_varlen({QKV}, {PACKING}, Tensor? alibi_slopes, Tensor? sink, {MASK}) -> ({SOFTMAX_RESULTS})",
+    f"softmax_attention_backward({SOFTMAX_SAVED}, Tensor? alibi_slopes, Tensor? sink, {BACKWARD}) -> {SOFTMAX}",
+    f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PACKING}, Tensor? alibi_slopes, Tensor? sink, {BACKWARD}) -> {SOFTMAX}",
+    f"block_sparse_attention({QKV}, {LISTS}, Tensor? block_bias, Tensor? sink, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",
+    f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LISTS}, Tensor? block_bias, Tensor? sink, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
+    f"bool deterministic) -> ({GRADS}, Tensor grad_sink)",
     f"probabilistic_attention({QKV}, {DRAWN}, {SCORE}) -> ({SOFTMAX_RESULTS})",
     f"probabilistic_attention_backward({SOFTMAX_SAVED}, {DRAWN}, {SCORE}, bool deterministic) -> ({GRADS})",
     "probabilistic_block_lists(Tensor keep, Tensor seed, Tensor offset, SymInt batch, SymInt heads, SymInt length_q, "

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "attnx/capability.h"
+#include "attnx/policies.h"
 
 namespace attnx::ops {
 
@@ -89,8 +90,15 @@ void read_shapes(const Inputs& x, const Packed* packed, const Capability& row, A
 }  // namespace
 
 Score read_score(const std::string& score) {
-  check(score == "sigmoid" || score == "softmax", "score: expected sigmoid or softmax, got ", score);
-  return score == "sigmoid" ? Score::kSigmoid : Score::kSoftmax;
+  const std::optional<Score> found = find_score(score);
+  check(found.has_value(), "score: expected one of ", kScoreNames, ", got ", score);
+  return *found;
+}
+
+void read_sink(const Sink& sink, AttentionParams& p) {
+  if (!sink.tensor) return;
+  check(p.score == Score::kSoftmax, "sink: expected None with score ", score_name(p.score), ", got a tensor");
+  p.score = Score::kSoftmaxSink;
 }
 
 void read_inputs(const Target& target, const Inputs& x, const Packed* packed, AttentionParams& p) {

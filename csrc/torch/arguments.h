@@ -92,6 +92,8 @@ inline void read_score(const ScoreOptions& options, AttentionParams& params) {
   params.score = read_score(options.score);
   read_bias(options.bias_rule, options.bias_value, params);
 }
+// Of softmax a sink makes softmax with a sink; no other score has one. After the score.
+void read_sink(const Sink& sink, AttentionParams& params);
 void check_block_size(const BlockSize& size);
 void read_block_size(const BlockSize& size, AttentionParams& params);
 

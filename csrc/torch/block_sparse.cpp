@@ -13,6 +13,11 @@ struct KeyLists {
   ATTNX_FIELDS(kv_num_blocks, kv_indices, block_bias)
 };
 
+struct Additions {
+  Sink sink;
+  ATTNX_FIELDS(sink)
+};
+
 // The same lists transposed, which CUDA needs: the CPU sums the gradients of keys over blocks of queries as they come.
 struct QueryLists {
   std::optional<StableTensor> q_num_blocks, q_indices, q_block_bias;
@@ -68,31 +73,34 @@ BlockList read_lists(const Lists& lists, const AttentionParams& p, const StableT
   return list;
 }
 
-void read(const Target& target, const Inputs& x, const KeyLists& lists, const BlockSize& size,
-          const ScoreOptions& options, const Causal& causal, AttentionParams& p) {
+void read(const Target& target, const Inputs& x, const KeyLists& lists, const Additions& additions,
+          const BlockSize& size, const ScoreOptions& options, const Causal& causal, AttentionParams& p) {
   read_score(options, p);
+  read_sink(additions.sink, p);
   read_inputs(target, x, Dense(), p);
   read_window(causal, p);
+  read_head_parameters(target, additions, p);
   read_block_size(size, p);
   p.key_blocks =
       read_lists({"kv_num_blocks", "kv_indices", "block_bias", lists.kv_num_blocks, lists.kv_indices, lists.block_bias},
                  p, x.query, blocks_of(p.length_q, p.block_q), blocks_of(p.length_k, p.block_k));
 }
 
-Outputs forward(const Inputs& x, const KeyLists& lists, const BlockSize& size, const ScoreOptions& options,
-                const Causal& causal) {
+Outputs forward(const Inputs& x, const KeyLists& lists, const Additions& additions, const BlockSize& size,
+                const ScoreOptions& options, const Causal& causal) {
   const Target target{kSystem, x.query};
   ForwardParams p;
-  read(target, x, lists, size, options, causal, p);
+  read(target, x, lists, additions, size, options, causal, p);
   return run_forward(target, x, p);
 }
 
-Gradients<KeyLists> backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y, const KeyLists& lists,
-                             const QueryLists& transposed, const BlockSize& size, const ScoreOptions& options,
-                             const Causal& causal, const Deterministic& option) {
+Gradients<Additions> backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y,
+                              const KeyLists& lists, const Additions& additions, const QueryLists& transposed,
+                              const BlockSize& size, const ScoreOptions& options, const Causal& causal,
+                              const Deterministic& option) {
   const Target target{kSystem, x.query, option.deterministic};
   BackwardParams p;
-  read(target, x, lists, size, options, causal, p);
+  read(target, x, lists, additions, size, options, causal, p);
   if (target.on_cuda()) {
     const auto& [counts, indices, bias] = transposed;
     check(counts && indices, "q_num_blocks, q_indices: expected the transposed lists on CUDA, got None");
@@ -100,7 +108,7 @@ Gradients<KeyLists> backward(const OutputGradients& gradients, const Inputs& x, 
                                 blocks_of(p.length_k, p.block_k), blocks_of(p.length_q, p.block_q));
   }
   read_outputs(gradients, y, x, p);
-  return run_backward(target, x, lists, p);
+  return run_backward(target, x, additions, p);
 }
 
 const Registration registration(kSystem, OnHost::kRefused,

@@ -16,7 +16,8 @@ struct Additions {
 template <class Layout>
 void read(const Target& target, const Inputs& x, const Layout& layout, const Additions& additions, const Window& window,
           AttentionParams& p) {
-  p.score = additions.sink.tensor ? Score::kSoftmaxSink : Score::kSoftmax;
+  p.score = Score::kSoftmax;
+  read_sink(additions.sink, p);
   read_inputs(target, x, layout, p);
   read_window(window, p);
   read_head_parameters(target, additions, p);
