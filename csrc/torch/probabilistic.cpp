@@ -103,7 +103,7 @@ StableTensor corrections(const Target& target, const Lists& lists, const BlockGr
                        .keep = data<float>(keep),
                        .counts = data<std::int32_t>(lists.kv_num_blocks),
                        .indices = data<std::int32_t>(lists.kv_indices),
-                       .logarithm = score != Score::kSigmoid,
+                       .logarithm = is_normalised(score),
                        .corrections = data<float>(result)},
       target);
   return result;
@@ -131,7 +131,7 @@ SampledBlocks read(const Target& target, const Inputs& x, const Draw& draw, cons
   p.key_blocks = view_lists(sampled.lists.kv_num_blocks, sampled.lists.kv_indices);
   if (choice.importance) {
     sampled.corrections = corrections(target, sampled.lists, grid, draw.keep, p.score);
-    add_per_block(*sampled.corrections, p.score == Score::kSigmoid ? p.key_blocks.divisor : p.key_blocks.bias,
+    add_per_block(*sampled.corrections, is_normalised(p.score) ? p.key_blocks.bias : p.key_blocks.divisor,
                   p.key_blocks);
   }
   return sampled;

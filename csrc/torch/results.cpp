@@ -22,7 +22,7 @@ StableTensor empty_logsumexp(const StableTensor& query) {
 Outputs run_forward(const Target& target, const Inputs& x, ForwardParams& p) {
   Outputs y{empty_rows(x.query, p.value_dim), empty_logsumexp(x.query)};
   p.output = view_rows(y.output);
-  if (p.score == Score::kSigmoid) {
+  if (!is_normalised(p.score)) {
     torch::stable::zero_(y.logsumexp);
   } else {
     p.logsumexp = view_logsumexp(y.logsumexp);

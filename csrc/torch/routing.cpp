@@ -142,7 +142,7 @@ Outputs forward(const Inputs& x, const Routes& routes, const Memory& memory, con
   Outputs y{empty_rows(x.query, p.value_dim),
             torch::stable::new_zeros(x.query, routes.query_indices.sizes(), sum_type(x.query))};
   p.output = view_rows(y.output);
-  if (p.score != Score::kSigmoid) p.logsumexp = {y.logsumexp.data_ptr(), 0, 0, 1};
+  if (is_normalised(p.score)) p.logsumexp = {y.logsumexp.data_ptr(), 0, 0, 1};
   run(p, target);
   return y;
 }
@@ -169,7 +169,7 @@ std::tuple<InputGradients, MemoryGradients> backward(const OutputGradients& grad
   if (once) p.output = whole_output;
   const Tensor logsumexp = read_slots("logsumexp", y.logsumexp, routes, x.query);
   const Tensor grad_logsumexp = read_slots("grad_logsumexp", gradients.grad_logsumexp, routes, x.query);
-  if (p.score != Score::kSigmoid) {
+  if (is_normalised(p.score)) {
     p.logsumexp = logsumexp;
     p.grad_logsumexp = grad_logsumexp;
   }

@@ -154,7 +154,7 @@ Outputs attend(const Query& x, const CacheMemory& memory, const Additions& addit
   p.output = view_rows(y.output);
   p.logsumexp = view_logsumexp(y.logsumexp);
   if (p.query_lengths) torch::stable::zero_(y.output);
-  if (p.query_lengths || p.score == Score::kSigmoid) torch::stable::zero_(y.logsumexp);
+  if (p.query_lengths || !is_normalised(p.score)) torch::stable::zero_(y.logsumexp);
   run(p, cache.target);
   return y;
 }
