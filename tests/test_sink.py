@@ -42,9 +42,7 @@ def test_one_number_for_all_heads(dtype: torch.dtype, device: torch.device) -> N
     check("softmax_attention", inputs, grad_output)
 
 
-def test_with_alibi_and_instruction_sets(
-    dtype: torch.dtype, instruction_set: str | None, device: torch.device
-) -> None:
+def test_with_alibi_and_instruction_sets(dtype: torch.dtype, instruction_set: str | None, device: torch.device) -> None:
     inputs, grad_output = random_inputs(Shape(40, 70, 64, heads=4, kv_heads=1), dtype, device)
     inputs["alibi_slopes"] = random_parameter((4,), dtype, device)
     inputs["sink"] = _sink((4,), dtype, device)

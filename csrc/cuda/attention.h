@@ -42,12 +42,12 @@ void sampled_blocks(const BlockGrid& grid, const SamplingRound& round, const flo
 
 // The kernel that a call would run.
 struct KernelDescription {
-  std::string kernel;    // as profilers show it: "attnx_forward_sm80"
-  std::string mainloop;  // "sm80"
-  int rows = 0, keys = 0;  // of a tile
-  int head_dim = 0;        // what it is padded to
-  bool aligned = true;     // whether rows lie on 16 bytes
-  int splits = 1;          // shares of the keys
+  std::string kernel;        // as profilers show it: "attnx_forward_sm80"
+  std::string mainloop;      // "sm80"
+  int rows = 0, keys = 0;    // of a tile
+  int head_dim = 0;          // what it is padded to
+  bool aligned = true;       // whether rows lie on 16 bytes
+  int splits = 1;            // shares of the keys
   std::string why_not_sm90;  // on a device for it
 };
 KernelDescription describe(const ForwardParams& params);

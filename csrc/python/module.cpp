@@ -79,11 +79,11 @@ py::dict as_dict(const attnx::cuda::KernelDescription& x) {
 // The kernel that a call of these sizes, and of these tensors where they are given, would run.
 template <bool kBackward>
 py::dict cuda_kernel(const std::string& op, const std::string& dtype, std::int64_t batch, std::int64_t heads_q,
-                        std::int64_t heads_k, std::int64_t length_q, std::int64_t length_k, std::int64_t head_dim,
-                        std::int64_t value_dim, std::pair<std::int64_t, std::int64_t> window,
-                        std::pair<std::int64_t, std::int64_t> packed_rows,
-                        std::pair<std::int64_t, std::int64_t> block_size, const std::optional<Layout>& query,
-                        const std::optional<Layout>& key, const std::optional<Layout>& value) {
+                     std::int64_t heads_k, std::int64_t length_q, std::int64_t length_k, std::int64_t head_dim,
+                     std::int64_t value_dim, std::pair<std::int64_t, std::int64_t> window,
+                     std::pair<std::int64_t, std::int64_t> packed_rows,
+                     std::pair<std::int64_t, std::int64_t> block_size, const std::optional<Layout>& query,
+                     const std::optional<Layout>& key, const std::optional<Layout>& value) {
   static constexpr std::int32_t kPresent = 0;  // only whether there is one is looked at
   const auto describe = [&](attnx::AttentionParams& p) {
     p.score = op == "sigmoid_attention" ? attnx::Score::kSigmoid : attnx::Score::kSoftmax;

@@ -8,7 +8,6 @@
 #include <mutex>
 #include <stdexcept>
 
-
 namespace attnx::cuda {
 
 void check(cudaError_t status, const char* what) {

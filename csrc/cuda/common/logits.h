@@ -17,9 +17,8 @@ __device__ __forceinline__ void place_logits(float (&s)[kM][kN][4], const Args& 
   for (int r = 0; r < kM * 2; ++r) {
     const int query = args.group.divide(row + row_of(r));
     const int query_head = first_head + row + row_of(r) - query * args.group.divisor();
-    const float slope = args.alibi_slopes.data && query_head < args.heads_q
-                            ? of_head(args.alibi_slopes, query_head) * kLog2E
-                            : 0;
+    const float slope =
+        args.alibi_slopes.data && query_head < args.heads_q ? of_head(args.alibi_slopes, query_head) * kLog2E : 0;
     const Visible visible = band.visible(query);
     const int first = visible.first - key, end = visible.end - key;
     const float distance = float(query + band.offset - key);
@@ -46,9 +45,8 @@ __device__ __forceinline__ void place_transposed_logits(float (&s)[kM][kN][4], c
     for (int e = 0; e < 2; ++e) {
       const int own = row + n * 8 + e, query = args.group.divide(own);
       const int query_head = first_head + own - query * args.group.divisor();
-      const float slope = args.alibi_slopes.data && query_head < args.heads_q
-                              ? of_head(args.alibi_slopes, query_head) * kLog2E
-                              : 0;
+      const float slope =
+          args.alibi_slopes.data && query_head < args.heads_q ? of_head(args.alibi_slopes, query_head) * kLog2E : 0;
       const Visible visible = band.visible(query);
       const int first = visible.first - key, end = visible.end - key;
       const float distance = float(query + band.offset - key);

@@ -42,10 +42,8 @@ std::string plan_sm90(const BackwardParams& p, BackwardPlan& plan) {
   static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, group);
   if (!ATTNX_CUDA_SM90) return "attnx was built without it";
   const TmaBackwardViews views = tma_views(p, group);
-  if (const std::string why = why_not_tma({{"query", views.query},
-                                           {"key", views.key},
-                                           {"value", views.value},
-                                           {"grad_output", views.grad_output}});
+  if (const std::string why = why_not_tma(
+          {{"query", views.query}, {"key", views.key}, {"value", views.value}, {"grad_output", views.grad_output}});
       !why.empty())
     return why;
   if (!are_aligned(p, {p.grad_query}, {p.grad_key}, {p.grad_value}))
@@ -68,8 +66,7 @@ BackwardPlan make_plan(const BackwardParams& p, std::optional<Mainloop> asked, b
   plan.variant.listed = p.key_blocks.counts;
   plan.variant.aligned = are_aligned(p, {p.query, p.grad_query}, {p.key, p.grad_key}, {p.value, p.grad_value}) &&
                          is_aligned(p, p.grad_output, p.heads_q, p.value_dim);
-  plan_mainloop(
-      "backward", asked, plan, [&] { plan_sm80(p, plan); }, [&] { return plan_sm90(p, plan); });
+  plan_mainloop("backward", asked, plan, [&] { plan_sm80(p, plan); }, [&] { return plan_sm90(p, plan); });
 
   BackwardGeometry& g = plan.geometry;
   g.key_heads = Divisor(p.heads_k);

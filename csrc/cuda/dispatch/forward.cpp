@@ -61,8 +61,7 @@ void forward(const ForwardParams& p, const Launch& where) {
   const ForwardPlan plan = make_plan(p, where.mainloop, where.workspace);
   const auto stream = static_cast<cudaStream_t>(where.stream);
   const int splits = plan.geometry.splits.divisor();
-  ForwardCall call{p,  plan.geometry, scaling_of(p),       plan.partial,
-                   {}, plan.variant,  plan.tiles * splits, stream};
+  ForwardCall call{p, plan.geometry, scaling_of(p), plan.partial, {}, plan.variant, plan.tiles * splits, stream};
   if (plan.mainloop == Mainloop::kSm90 && call.blocks > 0) schedule_sm90(plan, call);
   launch(plan, call);
   if (splits > 1)

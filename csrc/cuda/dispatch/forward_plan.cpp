@@ -55,11 +55,9 @@ std::string plan_sm90(const ForwardParams& p, ForwardPlan& plan) {
 int splits_of(const ForwardParams& p, const ForwardPlan& plan) {
   if (plan.variant.listed) return 1;
   const std::int64_t rows = p.length_q * plan.geometry.group.divisor();
-  const std::int64_t seen =
-      std::min<std::int64_t>(p.length_k, std::int64_t(plan.geometry.left) + plan.geometry.right +
-                                             std::min<std::int64_t>(rows, plan.tile.rows));
-  return choose_splits(plan.tiles, ceil_div(seen, plan.tile.keys),
-                       current_device().sm_count * plan.tile.blocks_per_sm);
+  const std::int64_t seen = std::min<std::int64_t>(p.length_k, std::int64_t(plan.geometry.left) + plan.geometry.right +
+                                                                   std::min<std::int64_t>(rows, plan.tile.rows));
+  return choose_splits(plan.tiles, ceil_div(seen, plan.tile.keys), current_device().sm_count * plan.tile.blocks_per_sm);
 }
 
 }  // namespace
@@ -69,8 +67,7 @@ ForwardPlan make_plan(const ForwardParams& p, std::optional<Mainloop> asked, voi
   plan.variant.listed = p.key_blocks.counts;
   plan.variant.aligned =
       are_aligned(p, {p.query}, {p.key}, {p.value}) && is_aligned(p, p.output, p.heads_q, p.value_dim);
-  plan_mainloop(
-      "call", asked, plan, [&] { plan_sm80(p, plan); }, [&] { return plan_sm90(p, plan); });
+  plan_mainloop("call", asked, plan, [&] { plan_sm80(p, plan); }, [&] { return plan_sm90(p, plan); });
 
   plan.tiles = p.batch * plan.geometry.heads.divisor() * plan.geometry.query_blocks.divisor();
   const int splits = splits_of(p, plan);

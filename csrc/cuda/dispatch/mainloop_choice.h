@@ -9,9 +9,8 @@ namespace attnx::cuda {
 enum class Mainloop { kSm80, kSm90 };
 std::string name_of(Mainloop mainloop);  // "sm80"
 
-// The one that is asked for, "sm80", "sm90" or "auto", by use_mainloop, else by ATTNX_CUDA_MAINLOOP; none where the fastest
-// may run.
-// Throws std::invalid_argument where the variable has another value.
+// The one that is asked for, "sm80", "sm90" or "auto", by use_mainloop, else by ATTNX_CUDA_MAINLOOP; none where the
+// fastest may run. Throws std::invalid_argument where the variable has another value.
 std::optional<Mainloop> asked_mainloop();
 std::string asked_mainloop_name();
 

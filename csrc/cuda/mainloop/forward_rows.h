@@ -47,8 +47,8 @@ struct Weights {
   }
 };
 
-// Stores a thread's results of one share of the keys in the workspace: kRowsOfTile rows to a tile, `row` is the thread's
-// first.
+// Stores a thread's results of one share of the keys in the workspace: kRowsOfTile rows to a tile, `row` is the
+// thread's first.
 template <bool kNormalised, int kRowsOfTile, int kM, int kD>
 __device__ __forceinline__ void store_partial(const float (&output)[kM][kD][4], const float (&logsumexp)[kM * 2],
                                               const ForwardGeometry& args, const PartialResults& partial,

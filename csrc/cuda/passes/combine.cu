@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(kThreads) attnx_combine(const __grid_constant_
   for (int i = 0; i < kPerLane; ++i)
     if (lane + i * 32 < int(args.value_dim)) output[lane + i * 32] = Input(sum[i] * factor);
   if (kNormalised && lane == 0 && args.logsumexp.data)
-    *rows_of_head(args.logsumexp, static_cast<float*>(nullptr)).at(row) = total == 0 ? -INFINITY : highest + logf(total);
+    *rows_of_head(args.logsumexp, static_cast<float*>(nullptr)).at(row) =
+        total == 0 ? -INFINITY : highest + logf(total);
 }
 
 void launch_combine(const CombineArguments& args, bool normalised, DType dtype, cudaStream_t stream) {

@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(kThreads) attnx_parameter_sums(const __grid_co
     double sum = 0;
     for (int query = threadIdx.x; query < sequence.length_q; query += blockDim.x) {
       const int row = query * args.group.divisor() + place_in_group;
-      const std::int64_t row_tile = head * args.row_tiles + row_tile_of(args, batch, sequence, row / args.rows_of_tile,
-                                                                        args.rows_of_tile);
+      const std::int64_t row_tile =
+          head * args.row_tiles + row_tile_of(args, batch, sequence, row / args.rows_of_tile, args.rows_of_tile);
       for (int warp = 0; warp < args.score_warps; ++warp)
         sum += sums[(row_tile * args.score_warps + warp) * args.rows_of_tile + row % args.rows_of_tile];
     }

@@ -20,8 +20,8 @@ class SigmoidForward {
 
   // The thread's row of this number is this query of this query head, of which the block has this share of the keys.
   template <class Parameters>
-  __device__ __forceinline__ void set_row(int row, const Parameters& parameters, const Band& band, int head,
-                                          int query, int) {
+  __device__ __forceinline__ void set_row(int row, const Parameters& parameters, const Band& band, int head, int query,
+                                          int) {
     negative_bias_[row] = -parameters.row_bias_log2(band, head, query);
   }
 

@@ -1,9 +1,9 @@
 // The sigmoid of the kernels on an array of logits: a hook for the tests of its accuracy.
 #include <type_traits>
 
-#include "cuda/common/geometry.h"
 #include "cuda/attention.h"
 #include "cuda/common/device.h"
+#include "cuda/common/geometry.h"
 #include "cuda/score/sigmoid_formulas.h"
 
 namespace attnx::cuda {
@@ -31,10 +31,9 @@ void sigmoid_weights(const float* logits, float* weights, std::int64_t n, DType 
   const WeightsArguments args{logits, weights, n};
   const bool half = dtype == DType::kFloat16;
   auto* const kernel =
-      exact ? (half ? attnx_sigmoid_weights<__half, ExactSigmoid>
-                    : attnx_sigmoid_weights<__nv_bfloat16, ExactSigmoid>)
-            : (half ? attnx_sigmoid_weights<__half, NewtonSigmoid>
-                    : attnx_sigmoid_weights<__nv_bfloat16, NewtonSigmoid>);
+      exact
+          ? (half ? attnx_sigmoid_weights<__half, ExactSigmoid> : attnx_sigmoid_weights<__nv_bfloat16, ExactSigmoid>)
+          : (half ? attnx_sigmoid_weights<__half, NewtonSigmoid> : attnx_sigmoid_weights<__nv_bfloat16, NewtonSigmoid>);
   launch_kernel("attnx_sigmoid_weights", kernel, (n + 255) / 256, 256, 0, static_cast<cudaStream_t>(launch.stream),
                 args);
 }

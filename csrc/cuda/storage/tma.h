@@ -27,16 +27,24 @@ struct Tma {
   // For tiles of so many rows and keys, and stores of so many rows.
   static ForwardTensors tensors(const ForwardParams& p, int group, int rows, int keys, int stored_rows) {
     const TmaForwardViews views = tma_views(p, group);
-    ForwardTensors tensors{make_tensor_map(views.query, rows), make_tensor_map(views.key, keys),
-                           make_tensor_map(views.value, keys), {}, p.output, false};
+    ForwardTensors tensors{make_tensor_map(views.query, rows),
+                           make_tensor_map(views.key, keys),
+                           make_tensor_map(views.value, keys),
+                           {},
+                           p.output,
+                           false};
     tensors.stores_boxes = !p.cu_seqlens_q && stored_rows % group == 0 && fits_tma(views.output);
     if (tensors.stores_boxes) tensors.output = make_tensor_map(views.output, stored_rows);
     return tensors;
   }
   static BackwardTensors tensors(const BackwardParams& p, int group, int rows, int keys) {
     const TmaBackwardViews views = tma_views(p, group);
-    return {make_tensor_map(views.query, rows), make_tensor_map(views.key, keys), make_tensor_map(views.value, keys),
-            make_tensor_map(views.grad_output, rows), p.grad_key, p.grad_value};
+    return {make_tensor_map(views.query, rows),
+            make_tensor_map(views.key, keys),
+            make_tensor_map(views.value, keys),
+            make_tensor_map(views.grad_output, rows),
+            p.grad_key,
+            p.grad_value};
   }
 
   static __device__ __forceinline__ void prepare(const ForwardTensors& tensors) {

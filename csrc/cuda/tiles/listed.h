@@ -67,9 +67,7 @@ struct Listed {
     // block of queries has before the block of keys whose entry it is.
     const int* order;
   };
-  static ForwardParameters parameters(const ForwardParams& p) {
-    return {p.key_blocks, int(p.block_q), int(p.block_k)};
-  }
+  static ForwardParameters parameters(const ForwardParams& p) { return {p.key_blocks, int(p.block_q), int(p.block_k)}; }
   static BackwardParameters parameters(const BackwardParams& p, const int* order) {
     return {p.query_blocks, int(p.block_q), int(p.block_k), order};
   }

@@ -17,9 +17,9 @@ struct ForwardSm80 {
   static void launch(const ForwardCall& call) {
     using Storage = Strided<Input, kAligned>;
     const auto& p = call.params;
-    const ForwardArguments<Score, Tiles, Storage> args{
-        call.geometry,        call.scaling,         Storage::tensors(p), p.logsumexp,
-        Score::parameters(p), Tiles::parameters(p), call.partial};
+    const ForwardArguments<Score, Tiles, Storage> args{call.geometry, call.scaling,         Storage::tensors(p),
+                                                       p.logsumexp,   Score::parameters(p), Tiles::parameters(p),
+                                                       call.partial};
     launch_kernel("attnx_forward_sm80", attnx_forward_sm80<Score, Tiles, Storage, Tile>, call.blocks, Tile::kThreads,
                   Tile::kSharedBytes, call.stream, args);
   }

@@ -19,9 +19,8 @@ struct ForwardSm90 {
     constexpr int kWarpRows = 16;  // that leave together
     const auto& p = call.params;
     const PersistentForwardArguments<Score, Tiles, Storage> args{
-        {call.geometry, call.scaling,
-         Storage::tensors(p, call.geometry.group.divisor(), Tile::kM, Tile::kN, kWarpRows), p.logsumexp,
-         Score::parameters(p), Tiles::parameters(p), call.partial},
+        {call.geometry, call.scaling, Storage::tensors(p, call.geometry.group.divisor(), Tile::kM, Tile::kN, kWarpRows),
+         p.logsumexp, Score::parameters(p), Tiles::parameters(p), call.partial},
         call.schedule};
     launch_kernel("attnx_forward_sm90", attnx_forward_sm90<Score, Tiles, Storage, Tile>, call.blocks, Tile::kThreads,
                   Tile::kSharedBytes, call.stream, args);

@@ -12,13 +12,11 @@ struct RowTerms {
   static void run(const BackwardCall& call) {
     const auto& p = call.params;
     const auto launch = [&](auto* kernel) {
-      const RowTermsArguments<Score> args{call.geometry,          p.output,
-                                          p.grad_output,          p.logsumexp,
-                                          p.grad_logsumexp,       Score::parameters(p),
-                                          call.scratch.offset,    call.scratch.delta,
-                                          call.rows_of_tile};
-      launch_kernel("attnx_row_terms", kernel,
-                    args.batch * args.heads.divisor() * args.query_blocks.divisor(), 256, 0, call.stream, args);
+      const RowTermsArguments<Score> args{call.geometry,       p.output,           p.grad_output,
+                                          p.logsumexp,         p.grad_logsumexp,   Score::parameters(p),
+                                          call.scratch.offset, call.scratch.delta, call.rows_of_tile};
+      launch_kernel("attnx_row_terms", kernel, args.batch * args.heads.divisor() * args.query_blocks.divisor(), 256, 0,
+                    call.stream, args);
     };
     const bool aligned = call.variant.aligned;
     if constexpr (!Score::kNormalised) {

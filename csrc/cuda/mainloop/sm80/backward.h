@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if constexpr (kStages == 2) copy_rows(tile + 1);
 
       const int row_begin = tiles.first(tile);
-      const std::int64_t row_tile =
-          (Tiles::kPerHead ? query_head : head) * args.row_tiles + row_tile_of(args, batch, sequence, row_begin / kM, kM);
+      const std::int64_t row_tile = (Tiles::kPerHead ? query_head : head) * args.row_tiles +
+                                    row_tile_of(args, batch, sequence, row_begin / kM, kM);
       float offset[kRows], delta[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {

@@ -7,7 +7,7 @@
 
 namespace attnx::cuda {
 
-inline constexpr int kLeastSharedBytes = 99 * 1024;              // that a block can have on every device since sm_80
+inline constexpr int kLeastSharedBytes = 99 * 1024;  // that a block can have on every device since sm_80
 
 template <int kHeadDim_, int kM_, int kN_, int kWarps_, int kStages_, int kBlocksPerSm_>
 struct ForwardTile {

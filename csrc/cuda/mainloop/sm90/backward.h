@@ -25,8 +25,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     attnx_backward_sm90(const __grid_constant__ BackwardArguments<Tiles, Storage> args) {
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
   const BackwardMemory<Tile> shared{shared_address(shared_bytes)};
-  if (const auto place = BackwardPlace<Tiles, Tile>::again(args);
-      place.key_begin >= place.sequence.band.length_k)
+  if (const auto place = BackwardPlace<Tiles, Tile>::again(args); place.key_begin >= place.sequence.band.length_k)
     return;
   if (threadIdx.x == 0) {
     shared.template init_barriers<Storage::kProducers>();

@@ -85,7 +85,8 @@ __device__ __forceinline__ void consume_by_keys(const Warpgroup& own) {
   // dK and dV, through the shared memory of K and V, once no product reads it any more.
   meet(1, Tile::kConsumers);
   own.store_grad_keys(grad_keys, args.scale, shared.key, args.tensors.grad_key, args.head_dim);
-  own.store_grad_keys(grad_values, 1 / ScorePolicy::kWeightScale, shared.value(), args.tensors.grad_value, args.value_dim);
+  own.store_grad_keys(grad_values, 1 / ScorePolicy::kWeightScale, shared.value(), args.tensors.grad_value,
+                      args.value_dim);
 }
 
 }  // namespace attnx::cuda

@@ -1,5 +1,5 @@
-// Consumers of the backward that share the work by product: of the same 64 keys one warpgroup has dV, the other dK. What
-// weights multiply their gradients with, in float32, passes from the one to the other. A step:
+// Consumers of the backward that share the work by product: of the same 64 keys one warpgroup has dV, the other dK.
+// What weights multiply their gradients with, in float32, passes from the one to the other. A step:
 //
 //   weights:    S^T = K Q^T | 16 rows at a time: weights, derivatives to shared memory, dV += P^T dO starts | half of
 //               the last step's dQ

@@ -35,8 +35,7 @@ struct BackwardPlace {
 #pragma unroll 1
       for (int row_head = head * row_heads; row_head < again(args).row_heads_end(); ++row_head) {
         const BackwardPlace place = again(args);
-        const auto tiles =
-            Tiles::template rows<Tile>(args, place.sequence, place.batch, row_head, place.key_begin);
+        const auto tiles = Tiles::template rows<Tile>(args, place.sequence, place.batch, row_head, place.key_begin);
 #pragma unroll 1
         for (int tile = tiles.begin(); tile < tiles.end(); ++tile) step(row_head, tiles, tile, tiles.first(tile));
       }
@@ -69,8 +68,8 @@ __device__ __forceinline__ void produce_tiles(const Args& args, const BackwardMe
   const int first_key = int(own.sequence.first_k) + own.key_begin;
   Storage::template load<KeyTile>(shared.key, tensors.key, first_key, own.head, batch_of(own), shared.keys_full(),
                                   kEvictFirst);
-  Storage::template load<KeyTile>(shared.value(), tensors.value, first_key, own.head, batch_of(own),
-                                  shared.keys_full(), kEvictFirst);
+  Storage::template load<KeyTile>(shared.value(), tensors.value, first_key, own.head, batch_of(own), shared.keys_full(),
+                                  kEvictFirst);
 
   Step<Tile::kStages> step;
   own.for_each(args, [&](int row_head, const auto& tiles, int at_tile, int row) {

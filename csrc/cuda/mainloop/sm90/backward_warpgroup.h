@@ -108,8 +108,8 @@ struct BackwardWarpgroup {
   __device__ __forceinline__ float place(Logits& s, const PublishedTile& tile) const {
     if (!(tile.masked >> (own_key / 64) & 1)) return args.scale_log2;
     const Place place = Place::again(args);
-    place_transposed_logits(s, args, place.sequence.band, query_head_of(args, tile.row_head), place.key_begin + key_in_tile,
-                            tile.row + column);
+    place_transposed_logits(s, args, place.sequence.band, query_head_of(args, tile.row_head),
+                            place.key_begin + key_in_tile, tile.row + column);
     return 1;
   }
 

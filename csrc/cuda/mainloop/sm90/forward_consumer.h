@@ -20,8 +20,9 @@ __device__ __forceinline__ void store_output(const Accumulators<16, Tile::kHeadD
   using OutputTile = typename ForwardMemory<Tile>::QueryTile;
   const auto& tensors = args.tensors;
   const auto rows_of_place = [&]<class Element>(const Tensor& x, Element*) {
-    return GroupedRows<Element>{rows_of<Element>(x, place.batch, query_head_of(args, place.head), place.sequence.first_q),
-                                x.row_stride, x.head_stride, args.group};
+    return GroupedRows<Element>{
+        rows_of<Element>(x, place.batch, query_head_of(args, place.head), place.sequence.first_q), x.row_stride,
+        x.head_stride, args.group};
   };
   const int row = place.row_begin + warp_row;
   if (lane == 0) wait_stores_read();  // the last rows have left
@@ -45,7 +46,8 @@ __device__ __forceinline__ void store_output(const Accumulators<16, Tile::kHeadD
     }
   } else {
     __syncwarp();
-    store_tile<true, OutputTile, 16, 32>(shared.output(), warp_row, rows_of_place(tensors.output_rows, static_cast<Input*>(nullptr)), row,
+    store_tile<true, OutputTile, 16, 32>(shared.output(), warp_row,
+                                         rows_of_place(tensors.output_rows, static_cast<Input*>(nullptr)), row,
                                          place.row_end, int(args.value_dim), lane);
   }
   if (args.logsumexp.data && lane % 4 == 0) {
@@ -200,7 +202,8 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
     // The place is found again, rather than kept in registers through the loop.
     const ForwardPlace again = ForwardPlace::of(args, args.in_order(fresh(tile)), Tile());
     if (args.splits.divisor() > 1) {
-      store_partial<Score::kNormalised, Tile::kM>(output, logsumexp, args, args.partial, again, again.row_begin + warp_row + lane / 4, lane);
+      store_partial<Score::kNormalised, Tile::kM>(output, logsumexp, args, args.partial, again,
+                                                  again.row_begin + warp_row + lane / 4, lane);
     } else {
       if constexpr (Tile::kOutputOverQuery) meet(2 + warpgroup, 128);  // no warp's product reads the query any more
       store_output<Storage>(output, logsumexp, args, shared, again, warp_row, lane);

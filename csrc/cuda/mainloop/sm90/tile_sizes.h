@@ -7,7 +7,7 @@
 
 namespace attnx::cuda {
 
-inline constexpr int kMostSharedBytes = 227 * 1024;    // that a block can have on sm_90
+inline constexpr int kMostSharedBytes = 227 * 1024;  // that a block can have on sm_90
 
 // kOutputOverQuery: output leaves through the query's shared memory, where there is no room for both.
 template <int kHeadDim_, int kM_, int kN_, bool kOutputOverQuery_, int kBlocksPerSm_>
