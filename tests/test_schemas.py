@@ -24,6 +24,8 @@ CROPPED = "Tensor(a!) state, Tensor codes, Tensor ranges, Tensor(b!) tail, Tenso
 SCORE = "str score, str bias_rule, float bias_value, float? scale, bool is_causal"
 
 LISTS = "Tensor kv_num_blocks, Tensor kv_indices"
+SINKS = "Tensor? alibi_slopes, Tensor? sink"
+LISTED = f"{LISTS}, Tensor? block_bias, Tensor? sink"
 QUERY_LISTS = "Tensor? q_num_blocks, Tensor? q_indices, Tensor? q_block_bias"
 BLOCKS = "int block_q, int block_k"
 DRAWN = f"Tensor keep, Tensor seed, Tensor offset, int blocks_per_row, bool importance, {BLOCKS}"
@@ -40,12 +42,12 @@ SCHEMAS = [
     f"sigmoid_attention_varlen({QKV}, {PACKING}, {BIAS}, {MASK}) -> Tensor",
     f"sigmoid_attention_backward(Tensor grad_output, {QKV}, {BIAS}, {BACKWARD}) -> {SIGMOID}",
     f"sigmoid_attention_varlen_backward(Tensor grad_output, {QKV}, {PACKING}, {BIAS}, {BACKWARD}) -> {SIGMOID}",
-    f"softmax_attention({QKV}, Tensor? alibi_slopes, Tensor? sink, {MASK}) -> ({SOFTMAX_RESULTS})",
-    f"softmax_attention_varlen({QKV}, {PACKING}, Tensor? alibi_slopes, Tensor? sink, {MASK}) -> ({SOFTMAX_RESULTS})",
-    f"softmax_attention_backward({SOFTMAX_SAVED}, Tensor? alibi_slopes, Tensor? sink, {BACKWARD}) -> {SOFTMAX}",
-    f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PACKING}, Tensor? alibi_slopes, Tensor? sink, {BACKWARD}) -> {SOFTMAX}",
-    f"block_sparse_attention({QKV}, {LISTS}, Tensor? block_bias, Tensor? sink, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",
-    f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LISTS}, Tensor? block_bias, Tensor? sink, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
+    f"softmax_attention({QKV}, {SINKS}, {MASK}) -> ({SOFTMAX_RESULTS})",
+    f"softmax_attention_varlen({QKV}, {PACKING}, {SINKS}, {MASK}) -> ({SOFTMAX_RESULTS})",
+    f"softmax_attention_backward({SOFTMAX_SAVED}, {SINKS}, {BACKWARD}) -> {SOFTMAX}",
+    f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PACKING}, {SINKS}, {BACKWARD}) -> {SOFTMAX}",
+    f"block_sparse_attention({QKV}, {LISTED}, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",
+    f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LISTED}, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
     f"bool deterministic) -> ({GRADS}, Tensor grad_sink)",
     f"probabilistic_attention({QKV}, {DRAWN}, {SCORE}) -> ({SOFTMAX_RESULTS})",
     f"probabilistic_attention_backward({SOFTMAX_SAVED}, {DRAWN}, {SCORE}, bool deterministic) -> ({GRADS})",
