@@ -10,8 +10,9 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -30,7 +31,7 @@ class Call:
     keys: int
     backward: bool = False
     listed: bool = False
-    parameters: tuple[str, ...] = ()  # that get gradients besides the inputs
+    parameters: tuple[str, ...] = ()  # of a head; in a backward they get gradients
 
     def run(self) -> None:
         """With constant inputs, whose counts are the same everywhere: a row's maximum rises in its first tile alone."""
@@ -38,11 +39,11 @@ class Call:
             torch.ones(1, 1, length, self.head_dim, dtype=getattr(torch, self.dtype), requires_grad=self.backward)
             for length in (self.rows, self.keys, self.keys)
         )
-        parameters = {name: torch.zeros(1, requires_grad=True) for name in self.parameters}
+        parameters = {name: torch.zeros(1, requires_grad=self.backward) for name in self.parameters}
         if self.listed:
             every = torch.ones(1, 1, self.rows // _BLOCK, self.keys // _BLOCK, dtype=torch.bool)
             lists = attnx.BlockMask.from_dense(every, (_BLOCK, _BLOCK))
-            output = attnx.block_sparse_attention(query, key, value, lists, score=self.score)
+            output = attnx.block_sparse_attention(query, key, value, lists, score=self.score, **parameters)
         else:
             output = getattr(attnx, f"{self.score}_attention")(query, key, value, **parameters)
         if self.backward:
@@ -70,41 +71,49 @@ def _tile(score: Score, dtype: str, head_dim: int, rows: int, direction: str = "
     return _Tile(kernel["rows"], kernel["keys"], kernel["head_dim"])
 
 
+# What chooses a kernel of its own: a score, and a parameter that makes it another one.
+_SCORES: tuple[tuple[Score, tuple[str, ...]], ...] = (("sigmoid", ()), ("softmax", ()), ("softmax", ("sink",)))
+_PARAMETERS: tuple[tuple[Score, tuple[str, ...]], ...] = (("sigmoid", ("bias", "alibi_slopes")), ("softmax", ("sink",)))
+
+
 def hopper_calls() -> Iterator[Call]:
     """As below, of the kernels for sm_90a."""
-    for score in get_args(Score):
-        for dtype in ("bfloat16", "float16"):
-            for head_dim in (64, 128, 256):
-                keys = _tile(score, dtype, head_dim, 192).keys
-                yield Call(score, dtype, head_dim, 384, 2 * keys)
-                yield Call(score, dtype, head_dim, 384, 4 * keys)
-                for keys in (128, 256):
-                    yield Call(score, dtype, head_dim, 128, keys, listed=True)
-                rows = _tile(score, dtype, head_dim, 192, "backward").rows
-                for tiles in (2, 4):
-                    yield Call(score, dtype, head_dim, tiles * rows, 128, backward=True)
-                    yield Call(score, dtype, head_dim, tiles * _BLOCK, 128, backward=True, listed=True)
-    yield Call("sigmoid", "bfloat16", 64, 128, 64, backward=True, parameters=("bias", "alibi_slopes"))
+    for (score, parameters), dtype, head_dim in product(_SCORES, ("bfloat16", "float16"), (64, 128, 256)):
+        keys = _tile(score, dtype, head_dim, 192).keys
+        yield Call(score, dtype, head_dim, 384, 2 * keys, parameters=parameters)
+        yield Call(score, dtype, head_dim, 384, 4 * keys, parameters=parameters)
+        for keys in (128, 256):
+            yield Call(score, dtype, head_dim, 128, keys, listed=True, parameters=parameters)
+        if parameters:
+            continue  # softmax's backward serves it
+        rows = _tile(score, dtype, head_dim, 192, "backward").rows
+        for tiles in (2, 4):
+            yield Call(score, dtype, head_dim, tiles * rows, 128, backward=True)
+            yield Call(score, dtype, head_dim, tiles * _BLOCK, 128, backward=True, listed=True)
+    for score, parameters in _PARAMETERS:
+        yield Call(score, "bfloat16", 64, 128, 64, backward=True, parameters=parameters)
 
 
 def calls() -> Iterator[Call]:
     """In pairs of which the second runs the kernel's loop twice as often: over keys forward, over rows backward."""
     head_dims = dict.fromkeys(_tile("softmax", "bfloat16", d, 64).head_dim for d in range(32, 257, 32))
-    for score in get_args(Score):
-        for dtype in ("bfloat16", "float16"):
-            # A head dimension less one is padded, and its rows do not lie on 16 bytes.
-            for head_dim in (d - odd for odd in (0, 1) for d in head_dims):
-                for rows in (64, 128):  # up to 64 take narrow tiles
-                    keys = _tile(score, dtype, head_dim, rows).keys
-                    yield Call(score, dtype, head_dim, rows, 2 * keys)
-                    yield Call(score, dtype, head_dim, rows, 4 * keys)  # more would be split
-                for keys in (128, 256):
-                    yield Call(score, dtype, head_dim, 128, keys, listed=True)
-                for rows in (128, 256):
-                    for listed in (False, True):
-                        yield Call(score, dtype, head_dim, rows, 128, backward=True, listed=listed)
-            yield Call(score, dtype, 64, 1, 1024)  # split along the keys
-    yield Call("sigmoid", "bfloat16", 64, 128, 64, backward=True, parameters=("bias", "alibi_slopes"))
+    for (score, parameters), dtype in product(_SCORES, ("bfloat16", "float16")):
+        # A head dimension less one is padded, and its rows do not lie on 16 bytes.
+        for head_dim in (d - odd for odd in (0, 1) for d in head_dims):
+            for rows in (64, 128):  # up to 64 take narrow tiles
+                keys = _tile(score, dtype, head_dim, rows).keys
+                yield Call(score, dtype, head_dim, rows, 2 * keys, parameters=parameters)
+                yield Call(score, dtype, head_dim, rows, 4 * keys, parameters=parameters)  # more would be split
+            for keys in (128, 256):
+                yield Call(score, dtype, head_dim, 128, keys, listed=True, parameters=parameters)
+            if parameters:
+                continue  # softmax's backward serves it
+            for rows in (128, 256):
+                for listed in (False, True):
+                    yield Call(score, dtype, head_dim, rows, 128, backward=True, listed=listed)
+        yield Call(score, dtype, 64, 1, 1024, parameters=parameters)  # split along the keys
+    for score, parameters in _PARAMETERS:
+        yield Call(score, "bfloat16", 64, 128, 64, backward=True, parameters=parameters)
 
 
 def main() -> None:

@@ -197,7 +197,7 @@ def test_unsupported_keywords(operator: str, backend: Backend) -> None:
 
 def redispatch(operator: str, key: str, query: Tensor, other: Tensor) -> Any:
     """What awaits the tensors of a dispatch key, reached with any tensors."""
-    options = (None, None, "length", 0.0) if operator == "sigmoid_attention" else (None,)
+    options = (None, None, "length", 0.0) if operator == "sigmoid_attention" else (None, None)
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     kernel = getattr(torch.ops.attnx, operator).default
     return kernel.redispatch(keys, query, other, other, *options, None, False, -1, -1)

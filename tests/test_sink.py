@@ -11,7 +11,7 @@ from torch import Tensor
 import attnx
 from attnx import reference
 from cases import DTYPES, FEW_SHAPES, MASKS, Shape, pack, parameter_dtype, random_inputs, random_parameter
-from compare import check, forward_backward
+from compare import Attention, check, forward_backward
 
 
 def _sink(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -71,7 +71,7 @@ def test_lists(block_size: tuple[int, int], dtype: torch.dtype, device: torch.de
     visited[:, :, 1] = False
     inputs, grad_output = random_inputs(shape, dtype, device)
     inputs["sink"] = _sink((2,), dtype, device)
-    mask = attnx.BlockMask.from_dense(visited, block_size).to(device)
+    mask = attnx.BlockMask.from_dense(visited.to(device), block_size)
     exact = {name: x.double() for name, x in inputs.items()}
     actual = forward_backward(attnx.block_sparse_attention, inputs, grad_output, block_mask=mask)
     expected = forward_backward(reference.block_sparse_attention, exact, grad_output.double(), block_mask=mask)
@@ -97,17 +97,16 @@ def test_logsumexp_includes_it(dtype: torch.dtype, device: torch.device) -> None
 def test_gradient_of_the_logsumexp_reaches_it(dtype: torch.dtype, device: torch.device) -> None:
     """Also from rows that see no key, whose logsumexp is the sink."""
     inputs, _ = random_inputs(Shape(9, 4), dtype, device)
-    inputs["sink"] = _sink((2,), dtype, device)
+    sink = _sink((2,), dtype, device)
 
-    def logsumexp(attention: object, precision: torch.dtype | None) -> dict[str, Tensor]:
-        def run(**leaves: Tensor) -> Tensor:
-            return attention(**leaves, is_causal=True, return_logsumexp=True)[1]  # type: ignore[operator]
+    def gradient(attention: Attention, precision: torch.dtype) -> Tensor:
+        leaf = sink.to(parameter_dtype(precision)).requires_grad_()
+        own = {name: x.to(precision) for name, x in inputs.items()}
+        _, logsumexp = attention(**own, sink=leaf, is_causal=True, return_logsumexp=True)
+        return torch.autograd.grad(logsumexp.sum(), leaf)[0]
 
-        own = {name: x.to(precision or x.dtype) for name, x in inputs.items()}
-        return forward_backward(run, own, torch.ones(1, 2, 9, dtype=parameter_dtype(own["query"].dtype), device=device))
-
-    expected = logsumexp(reference.softmax_attention, torch.float64)["grad_sink"]
-    actual = logsumexp(attnx.softmax_attention, None)["grad_sink"]
+    expected = gradient(reference.softmax_attention, torch.float64)
+    actual = gradient(attnx.softmax_attention, dtype)
     torch.testing.assert_close(actual.double(), expected, rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
@@ -145,7 +144,7 @@ def test_vmap_and_compile(dtype: torch.dtype, device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("sink", "message"),
     [
-        (torch.zeros(3), r"sink: expected shape \(\) or \(2,\), one number per query head, got \(3\)"),
+        (torch.zeros(3), r"sink: expected shape \(\) or \(2,\), one number per query head, got \(3,\)"),
         (torch.zeros(2, dtype=torch.int32), "sink: expected"),
     ],
     ids=["shape", "dtype"],
@@ -159,6 +158,6 @@ def test_bad_sinks(sink: Tensor, message: str, dtype: torch.dtype, device: torch
 
 def test_the_sigmoid_has_none(dtype: torch.dtype, device: torch.device) -> None:
     inputs, _ = random_inputs(Shape(64, 64), dtype, device)
-    mask = attnx.BlockMask.from_dense(torch.ones(1, 1, 1, 1, dtype=torch.bool), (64, 64)).to(device)
+    mask = attnx.BlockMask.from_dense(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), (64, 64))
     with pytest.raises(RuntimeError, match='sink: expected None, or a tensor with score="softmax"'):
         attnx.block_sparse_attention(**inputs, block_mask=mask, score="sigmoid", sink=_sink((2,), dtype, device))
