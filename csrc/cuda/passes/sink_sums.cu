@@ -19,14 +19,14 @@ __global__ void __launch_bounds__(kThreads) attnx_sink_sums(const __grid_constan
   const int head = query_head / args.group.divisor(), place_in_group = query_head % args.group.divisor();
   const float sink = of_head(args.sink, query_head);
   const float* logsumexps = rows_of<const float>(args.logsumexp, batch, query_head, sequence.first_q);
+  // The tiles of a sequence's rows follow each other.
+  const std::int64_t first_tile = head * args.row_tiles + row_tile_of(args, batch, sequence, 0, args.rows_of_tile);
+  const float* deltas = args.delta + first_tile * args.rows_of_tile;
   double sum = 0;
   for (int query = threadIdx.x; query < sequence.length_q; query += kThreads) {
     const float logsumexp = logsumexps[query * args.logsumexp.row_stride];
     if (logsumexp == -INFINITY) continue;  // neither a key nor the sink has weight
-    const int row = query * args.group.divisor() + place_in_group;
-    const std::int64_t row_tile =
-        head * args.row_tiles + row_tile_of(args, batch, sequence, row / args.rows_of_tile, args.rows_of_tile);
-    sum -= expf(sink - logsumexp) * args.delta[row_tile * args.rows_of_tile + row % args.rows_of_tile];
+    sum -= expf(sink - logsumexp) * deltas[query * args.group.divisor() + place_in_group];
   }
   sum = sum_of_block<kThreads>(sum);
   if (threadIdx.x == 0) args.grad_sink[blockIdx.x] = sum;
