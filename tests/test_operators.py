@@ -74,7 +74,7 @@ def test_everything_is_registered(name: str) -> None:
 def test_other_devices_are_refused(name: str) -> None:
     """Here by what awaits the tensors of another backend, reached with those of the CPU."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
-    with pytest.raises(NotImplementedError, match=r"(?s)^\w+: no kernel for this call.*required: .*supported: .*backend"):
+    with pytest.raises(NotImplementedError, match=r"(?s)^\w+: no kernel for this call.*supported: .*backend"):
         signature(name).operator.redispatch(keys, *arguments_of(name).values())
 
 
