@@ -2,7 +2,8 @@
 # The Nsight Compute report of an operator's kernels, with source lines: bench/profile_ncu.sh OPERATOR [SHAPE ...]
 #
 # For example bench/profile_ncu.sh sigmoid_attention --length 16384 --causal --backward;
-# python bench/one_call.py --help lists the rest. Needs attnx on Python's path and a GPU.
+# python bench/one_call.py --help lists the rest. Needs attnx, built with ATTNX_CUDA_LINEINFO=ON, on Python's path and a
+# GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 operator=${1:?usage: bench/profile_ncu.sh OPERATOR [SHAPE ...], see bench/one_call.py}
