@@ -6,8 +6,9 @@
 # <device>-<commit>.json, .md and two .png, drift-sigmoid-cuda.json, log.txt, and status.txt with a line a part. A part
 # that fails or runs out of its time does not stop the others, but makes the exit status 1.
 #
-# Needs Python (or $PYTHON) with torch, pybind11, scikit-build-core, ninja, nvidia-cutlass (or its headers, by
-# CMAKE_ARGS=-DATTNX_CUTLASS_INCLUDE_DIR=...), pytest, hypothesis, psutil, numpy, matplotlib and rich. Where the checkout has no .git, ATTNX_COMMIT names the commit.
+# It needs Python (or $PYTHON) with torch, pybind11, scikit-build-core, ninja, nvidia-cutlass (or its headers, by
+# CMAKE_ARGS=-DATTNX_CUTLASS_INCLUDE_DIR=...), pytest, hypothesis, psutil, numpy, matplotlib and rich. Where the checkout
+# has no .git, ATTNX_COMMIT names the commit.
 set -uo pipefail
 : "${1:?usage: bench/gpu.sh OUT_DIR}"
 out=$(mkdir -p "$1" && realpath "$1") || exit

@@ -18,6 +18,8 @@ using Tile = cutlass::gemm::GemmShape<128, 64, 16>;  // centroids, rows, feature
 using Swizzle = cutlass::gemm::threadblock::GemmBatchedIdentityThreadblockSwizzle;
 using Output = cutlass::epilogue::thread::LinearCombination<float, kScoreVector, float, float,
                                                             cutlass::epilogue::thread::ScaleType::Nothing>;
+// Warps of 64 x 32 fill all registers, but do not spill; they read shared memory and split operands less often than
+// smaller ones.
 using Gemm = cutlass::gemm::kernel::DefaultGemm<
     float, cutlass::layout::RowMajor, kScoreVector, float, cutlass::layout::ColumnMajor, kScoreVector, float,
     cutlass::layout::RowMajor, float, cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80, Tile,
