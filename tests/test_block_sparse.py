@@ -253,3 +253,30 @@ def test_bad_input(
         attnx.block_sparse_attention(**inputs, block_mask=attnx.BlockMask(**mask), **options)
     assert expected in str(error.value)
     assert got in str(error.value)
+
+
+@pytest.mark.parametrize("shared", ["counts", "indices"])
+def test_lists_may_share_one_of_their_halves(shared: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Counts or indices serve both heads; the values of the other half are looked at for each head all the same."""
+    inputs, grad_output = random_inputs(Shape(length_q=128, length_k=192, head_dim=64), dtype, device)
+    counts, indices = int32([[2, 1], [1, 2]]), int32([[[0, 1, 2], [2, 1, 0]], [[2, 0, 1], [1, 2, 0]]])
+    if shared == "counts":
+        counts = counts[:, :1]
+    else:
+        indices = indices[:, :1]
+    counts, indices = counts.to(device), indices.to(device)
+    whole = counts.expand(1, 2, 2).contiguous(), indices.expand(1, 2, 2, 3).contiguous()
+    results = [
+        forward_backward(
+            attnx.block_sparse_attention, inputs, grad_output, block_mask=attnx.BlockMask(*lists, (64, 64))
+        )
+        for lists in ((counts, indices), whole)
+    ]
+    for name, x in results[0].items():
+        torch.testing.assert_close(x, results[1][name], msg=name)
+    if device.type == "cpu" and shared == "counts":
+        indices[0, 1, 0, 0] = 10**6
+        with pytest.raises(
+            RuntimeError, match=r"^kv_indices: expected blocks from 0 to 2, got 1000000 at \(0, 1, 0, 0\)"
+        ):
+            attnx.block_sparse_attention(**inputs, block_mask=attnx.BlockMask(counts, indices, (64, 64)))

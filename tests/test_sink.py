@@ -120,6 +120,14 @@ def test_minus_infinity_is_no_sink(dtype: torch.dtype, device: torch.device, det
     assert all(torch.equal(plain[name], with_sink[name]) for name in plain)
 
 
+@pytest.mark.parametrize("sink", [3e38, math.inf])
+def test_an_enormous_sink_takes_all_weight(sink: float, dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _ = random_inputs(Shape(), dtype, device)
+    sinks = torch.full((2,), sink, dtype=parameter_dtype(dtype), device=device)
+    output = attnx.softmax_attention(**inputs, sink=sinks)
+    assert (output.abs() < 1e-30).all()
+
+
 def test_it_leaves_less_for_the_keys(dtype: torch.dtype, device: torch.device) -> None:
     """Values of 1 make the output what the keys have together."""
     inputs, _ = random_inputs(Shape(), dtype, device)

@@ -133,10 +133,10 @@ struct BackwardParams : AttentionParams {
   Tensor grad_query;  // like query
   Tensor grad_key;    // like key
   Tensor grad_value;  // like value
-  // [batch, heads_q] in double, the sums over each sequence; null where not wanted.
+  // [batch, heads_q] in double, the sums over each sequence; null where they are not wanted.
   double* grad_bias = nullptr;
   double* grad_alibi_slopes = nullptr;
-  double* grad_sink = nullptr;                // from a run of the loop over clusters: [heads, clusters]
+  double* grad_sink = nullptr;
   Tensor grad_memory_key, grad_memory_value;  // like gather.memory_key and memory_value
 
   // Where a run of the loop leaves what each cluster adds to the gradients of its keys: rows of sums, as long as
@@ -144,7 +144,7 @@ struct BackwardParams : AttentionParams {
   void *key_sums = nullptr, *value_sums = nullptr;
 };
 
-// to[h] = the sum over b of from[b][h]: the gradients of bias and slopes.
+// to[h] = the sum over b of from[b][h]: the gradients of numbers per head.
 struct SumOverBatchParams {
   DType dtype = DType::kFloat32;  // of the result: kFloat32 or kFloat64
   std::int64_t batch = 0, heads = 0;

@@ -96,10 +96,9 @@ def cpp(scores: list[Score]) -> dict[str, str]:
         return "\n".join(f"    case Score::{enum[score.name]}: return {answer(score)};" for score in scores)
 
     def row(score: Score) -> str:
-        gradients = [name for name, gradient in score.parameters.items() if gradient]
         return (
             f'    {{Score::{enum[score.name]}, "{score.name}", Score::{enum[score.variant_of]}, '
-            f"{quoted(score.parameters)}, {quoted(gradients)}}},"
+            f"{quoted(score.parameters)}}},"
         )
 
     return {

@@ -28,9 +28,19 @@ void centroid_sums(const CentroidSumsParams& p, const Executor& executor) {
   run(&Kernels::centroid_sums_workspace, &Kernels::centroid_sums, p, executor, operations(p));
 }
 
+namespace {
+
+// So many heads, of so many steps each, that a thread has at least some thousand steps to do.
+std::int64_t heads_of_part(std::int64_t steps) {
+  constexpr std::int64_t kStepsOfPart = 16384;
+  return std::max<std::int64_t>(kStepsOfPart / std::max<std::int64_t>(steps, 1), 1);
+}
+
+}  // namespace
+
 void compact_clusters(const CompactClustersParams& p, const Executor& executor) {
   const std::int64_t slots = p.clusters * p.cluster_size;
-  parallel_for(executor, p.heads, 1, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(executor, p.heads, heads_of_part(p.clusters), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t head = begin; head < end; ++head) {
       std::int32_t* indices = p.indices + head * slots;
       std::int32_t* offset = p.offsets + head * (p.clusters + 1);
@@ -46,9 +56,9 @@ void compact_clusters(const CompactClustersParams& p, const Executor& executor) 
   });
 }
 
-// By counting.
+// It counts the rows of each cluster first.
 void sort_by_cluster(const SortByClusterParams& p, const Executor& executor) {
-  parallel_for(executor, p.heads, 1, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(executor, p.heads, heads_of_part(p.length), [&](std::int64_t begin, std::int64_t end) {
     std::vector<std::int32_t> next(std::size_t(p.clusters + 1));
     for (std::int64_t head = begin; head < end; ++head) {
       const std::int32_t* of_row = p.nearest + head * p.length;
@@ -72,7 +82,7 @@ void halve_sums(const HalveSumsParams& p, const Executor&) {
 
 void update_centroids(const UpdateCentroidsParams& p, const Executor& executor) {
   constexpr double kSmoothing = 1e-5;
-  parallel_for(executor, p.heads, 1, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(executor, p.heads, heads_of_part(p.clusters * p.head_dim), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t head = begin; head < end; ++head) {
       double total = 0;
       for (std::int64_t c = head * p.clusters; c < (head + 1) * p.clusters; ++c)

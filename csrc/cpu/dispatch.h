@@ -20,7 +20,7 @@ template <class Params>
 void run(std::size_t (*Kernels::*workspace_bytes)(const Params&, const Executor&),
          void (*Kernels::*kernel)(const Params&, const Executor&, char*), const Params& params, Executor executor,
          double operations) {
-  // A thread more for every million operations: about as long as it takes to wake one.
+  // Every million operations is worth another thread: it takes about as long to wake one.
   executor.threads = int(std::min(double(executor.threads), 1 + operations / 1e6));
   const Kernels& kernels = chosen_kernels(params.dtype);
   const std::size_t bytes = (kernels.*workspace_bytes)(params, executor);

@@ -81,7 +81,7 @@ void label_rows(const LabelBlocksParams& p, std::int64_t begin, std::int64_t end
 
 // How many rows are worth a thread.
 std::int64_t rows_of_part(std::int64_t blocks) {
-  constexpr std::int64_t kBlocksOfPart = 16384;  // some 100 us
+  constexpr std::int64_t kBlocksOfPart = 16384;
   return std::max<std::int64_t>(kBlocksOfPart / std::max<std::int64_t>(blocks, 1), 1);
 }
 

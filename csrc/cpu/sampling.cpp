@@ -40,7 +40,7 @@ std::int32_t sample_row(const SampleBlocksParams& p, const SamplingRound& round,
 // Calls task(head, row, number of the row over all heads), on all threads.
 template <class Task>
 void for_each_row(const BlockGrid& grid, std::int64_t heads, const Executor& executor, const Task& task) {
-  constexpr std::int64_t kBlocksOfPart = 4096;  // draws of some 50 us
+  constexpr std::int64_t kBlocksOfPart = 4096;
   const std::int64_t rows = grid.query_blocks(), width = std::max<std::int64_t>(grid.key_blocks(), 1);
   parallel_for(executor, heads * rows, std::max<std::int64_t>(kBlocksOfPart / width, 1),
                [&](std::int64_t begin, std::int64_t end) {

@@ -97,8 +97,9 @@ Score read_score(const std::string& score) {
 
 void read_sink(const Sink& sink, AttentionParams& p) {
   if (!sink.tensor) return;
-  check(p.score == Score::kSoftmax, "sink: expected None with score ", score_name(p.score), ", got a tensor");
-  p.score = Score::kSoftmaxSink;
+  const std::optional<Score> variant = find_variant(p.score, "sink");
+  check(variant.has_value(), "sink: expected None with score ", score_name(p.score), ", got a tensor");
+  p.score = *variant;
 }
 
 void read_inputs(const Target& target, const Inputs& x, const Packed* packed, AttentionParams& p) {

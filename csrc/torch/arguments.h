@@ -39,7 +39,7 @@ struct BlockSize {
   ATTNX_FIELDS(block_q, block_k)
 };
 
-// Of operators that take either score.
+// What operators take that have a choice of scores.
 struct ScoreOptions {
   std::string score, bias_rule;
   double bias_value;
@@ -81,7 +81,7 @@ inline void read_inputs(const Target& target, const Inputs& inputs, const Dense&
 inline void read_inputs(const Target& target, const Inputs& inputs, const Packed& packed, AttentionParams& params) {
   read_inputs(target, inputs, &packed, params);
 }
-// After the inputs, whose head_dim is the default scale's.
+// The inputs are read before, because the default scale comes from their head_dim.
 void read_window(const Window& window, AttentionParams& params);
 inline void read_window(const Causal& causal, AttentionParams& params) {
   read_window({causal.scale, causal.is_causal, -1, -1}, params);
@@ -92,7 +92,7 @@ inline void read_score(const ScoreOptions& options, AttentionParams& params) {
   params.score = read_score(options.score);
   read_bias(options.bias_rule, options.bias_value, params);
 }
-// Of softmax a sink makes softmax with a sink; no other score has one. After the score.
+// A sink turns softmax into softmax with a sink; no other score has one. The score is read before.
 void read_sink(const Sink& sink, AttentionParams& params);
 void check_block_size(const BlockSize& size);
 void read_block_size(const BlockSize& size, AttentionParams& params);

@@ -13,7 +13,7 @@
 
 namespace attnx::cuda {
 
-// The call that the parameters of the CPU's kernel make.
+// The call that the parameters of the CPU's kernel make. Results are float32, as CUDA has no kernels of float64.
 inline std::size_t sum_over_batch_workspace(const SumOverBatchParams&, const Launch&) { return 0; }
 inline void sum_over_batch(const SumOverBatchParams& p, const Launch& launch) {
   sum_over_batch(p.from, static_cast<float*>(p.to), p.batch, p.heads, launch);

@@ -1,4 +1,6 @@
 // torch.ops.attnx.block_sparse_attention and its backward: either score on the blocks that a list names.
+#include <algorithm>
+
 #include "results.h"
 
 namespace attnx::ops {
@@ -30,17 +32,19 @@ struct Lists {
   const std::optional<StableTensor>& bias;
 };
 
-// Whether the first `count` of each row are blocks there are, on values in host memory.
+// Whether the first `count` of each row are blocks there are, on values in host memory. One of the two may serve all
+// heads, or sequences, while the other does not.
 void check_values(const Lists& lists, const StableTensor& counts, const StableTensor& indices, std::int64_t blocks) {
   const std::int64_t width = indices.size(3);
-  for (std::int64_t b = 0; b < counts.size(0); ++b)
-    for (std::int64_t h = 0; h < counts.size(1); ++h)
+  const BlockList list = view_lists(counts, indices);
+  for (std::int64_t b = 0; b < std::max(counts.size(0), indices.size(0)); ++b)
+    for (std::int64_t h = 0; h < std::max(counts.size(1), indices.size(1)); ++h)
       for (std::int64_t i = 0; i < counts.size(2); ++i) {
-        const auto* count = data<const std::int32_t>(counts) + b * counts.stride(0) + h * counts.stride(1) + i;
+        const std::int32_t* count = list.counts + b * list.counts_batch_stride + h * list.counts_head_stride + i;
         check(*count >= 0 && *count <= width, lists.counts_name, ": expected counts from 0 to the width of ",
               lists.indices_name, ", ", width, ", got ", *count, " at (", b, ", ", h, ", ", i, ")");
-        const auto* row =
-            data<const std::int32_t>(indices) + b * indices.stride(0) + h * indices.stride(1) + i * indices.stride(2);
+        const std::int32_t* row =
+            list.indices + b * list.indices_batch_stride + h * list.indices_head_stride + i * list.indices_row_stride;
         for (std::int64_t n = 0; n < *count; ++n)
           check(row[n] >= 0 && row[n] < blocks, lists.indices_name, ": expected blocks from 0 to ", blocks - 1,
                 ", got ", row[n], " at (", b, ", ", h, ", ", i, ", ", n, ")");
@@ -106,6 +110,12 @@ Gradients<Additions> backward(const OutputGradients& gradients, const Inputs& x,
     check(counts && indices, "q_num_blocks, q_indices: expected the transposed lists on CUDA, got None");
     p.query_blocks = read_lists({"q_num_blocks", "q_indices", "q_block_bias", *counts, *indices, bias}, p, x.query,
                                 blocks_of(p.length_k, p.block_k), blocks_of(p.length_q, p.block_q));
+    // Their order in a deterministic backward is counted once for an entry, whichever heads it serves.
+    const BlockList& list = p.query_blocks;
+    check((list.counts_batch_stride == 0) == (list.indices_batch_stride == 0) &&
+              (list.counts_head_stride == 0) == (list.indices_head_stride == 0),
+          "q_indices: expected lists that serve the heads and sequences that q_num_blocks serves, got shape ",
+          shape_of(*indices), " beside ", shape_of(*counts), ", or expanded ones");
   }
   read_outputs(gradients, y, x, p);
   return run_backward(target, x, additions, p);

@@ -37,9 +37,9 @@ std::string to_string(std::initializer_list<std::int64_t> shape);
 // "float32", as torch names it.
 std::string dtype_of(const StableTensor& x);
 std::string to_string(ScalarType dtype);
-// Of the dtypes that kernels take; others count as float32.
+// The dtype as kernels know it; what they do not take counts as float32.
 DType to_dtype(ScalarType dtype);
-// The type that sums are kept in, which bias, slopes and logsumexp have.
+// The type that sums are kept in, which bias, slopes, sinks and logsumexp have.
 ScalarType sum_type(const StableTensor& query);
 // "cpu", "cuda:1".
 std::string device_of(const StableTensor& x);

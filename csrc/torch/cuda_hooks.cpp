@@ -1,6 +1,6 @@
 #include "cuda_hooks.h"
 
-#include "cuda/dispatch/mainloop_choice.h"
+#include "cuda/common/mainloop_choice.h"
 
 namespace attnx::ops {
 

@@ -18,12 +18,12 @@ struct InputGradients {
   ATTNX_FIELDS(grad_query, grad_key, grad_value)
 };
 
-// Uninitialised. Rows of dim features for each row of like, with the heads inside the rows in memory where like has
-// them so.
+// Results are allocated uninitialised: rows of dim features for each row of like, with the heads inside the rows in
+// memory where like has them so.
 StableTensor empty_rows(const StableTensor& like, std::int64_t dim);
 StableTensor empty_logsumexp(const StableTensor& query);
 
-// Results of a kernel, and the kernel told where they are.
+// It allocates the results of a kernel and tells the kernel where they are.
 InputGradients empty_gradients(const Inputs& inputs, BackwardParams& params);
 
 // Allocates the outputs and runs the forward kernel. The logsumexp of scores without one is 0.
@@ -52,7 +52,7 @@ class HeadGradients {
       if (tensors_.back()) params.*parameter.kGradient = data<double>(*tensors_.back());
     });
   }
-  // Once the kernel has run.
+  // It is called once the kernel has run.
   void finish(const Target& target) {
     for (auto& x : tensors_) x = sum_over_batch(x, target);
   }

@@ -163,7 +163,7 @@ struct Statistics {
   ATTNX_FIELDS(sums, members)
 };
 
-// Of queries and keys half each.
+// Queries and keys count half each.
 Statistics centroid_sums(const Rows& x) {
   check_heads(x);
   const StableTensor& centroids = x.centroids;

@@ -151,7 +151,8 @@ def softmax_attention(
 
     Args:
         sink: (heads,) or (), float32 (float64 for float64 inputs): one more logit of every row of a head, which takes
-            weight and has no value, as the ``sinks`` of gpt-oss. It may require a gradient. -inf has no effect.
+            weight and has no value, as the ``sinks`` of gpt-oss. It may require a gradient. -inf has no effect, and
+            +inf takes all weight.
 
     Returns:
         (batch, heads, length_q, value_dim) in the dtype of query; with ``return_logsumexp`` also
@@ -241,7 +242,7 @@ def block_sparse_attention(
 
     Raises:
         RuntimeError: an argument of the wrong shape, dtype or value, by its name.
-        NotImplementedError: no kernel for this backend; today there are CUDA kernels only.
+        NotImplementedError: no kernel for these arguments on this device; the message names what is missing.
     """
     if not isinstance(block_mask, BlockMask):
         if not hasattr(block_mask, "mask_mod"):

@@ -111,8 +111,6 @@ class Backward {
       const std::int64_t first_head = head0 + i / tiles * rows_.group, row0 = i % tiles * rows_.tile_rows;
       differentiate_rows(sequence, storage, first_head, row0, smaller(rows, row0 + rows_.tile_rows), sums, b);
     }
-    if constexpr (Source::kGathered)
-      if (p_.grad_sink) p_.grad_sink[unit] = sums.grad_sink[head0 % sizes_.group];
   }
 
   void differentiate_rows(const Sequence& sequence, const Source& storage, std::int64_t first_head, std::int64_t row0,

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "cuda/common/launch.h"
 namespace attnx::cuda {
 
 void check(cudaError_t status, const char* what) {

@@ -1,8 +1,8 @@
 // The device's view of a call's geometry: one sequence, its rows in tensors, and the numbers of its tiles.
 #pragma once
 
+#include "cuda/common/band.h"
 #include "cuda/common/geometry.h"
-#include "cuda/tiles/band.h"
 
 namespace attnx::cuda {
 

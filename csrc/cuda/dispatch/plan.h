@@ -6,12 +6,12 @@
 #include <string>
 
 #include "cuda/common/device.h"
-#include "cuda/dispatch/mainloop_choice.h"
+#include "cuda/common/mainloop_choice.h"
 #include "cuda/units/call.h"
 
 namespace attnx::cuda {
 
-// The numbers of a tile, of those that its table of sizes has.
+// A tile's sizes, as far as the host needs them.
 struct TileSizes {
   int rows, keys;
   int blocks_per_sm, shared_bytes;  // forward

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(256) attnx_row_terms(const __grid_constant__ R
             delta = fmaf(float(output[d]), float(grad_output[d]), delta);
         }
         const float logsumexp = *row_of(args.logsumexp, static_cast<const float*>(nullptr));
-        if (logsumexp != -INFINITY) offset = -logsumexp * kLog2E;  // else the row sees no key
+        if (logsumexp != -INFINITY) offset = -logsumexp * kLog2E;  // else the row sees no key and has no sink
         if (lane == 0) delta -= *row_of(args.grad_logsumexp, static_cast<const float*>(nullptr));
       }
     }

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) attnx_sink_sums(const __grid_constan
   for (int query = threadIdx.x; query < sequence.length_q; query += kThreads) {
     const float logsumexp = logsumexps[query * args.logsumexp.row_stride];
     if (logsumexp == -INFINITY) continue;  // neither a key nor the sink has weight
-    sum -= expf(sink - logsumexp) * deltas[query * args.group.divisor() + place_in_group];
+    sum -= fminf(expf(sink - logsumexp), 1) * deltas[query * args.group.divisor() + place_in_group];
   }
   sum = sum_of_block<kThreads>(sum);
   if (threadIdx.x == 0) args.grad_sink[blockIdx.x] = sum;

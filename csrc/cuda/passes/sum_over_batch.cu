@@ -1,5 +1,5 @@
-// The gradient of a number per head from those of each sequence.
-#include "cuda/attention.h"
+#include "sum_over_batch.h"
+
 #include "cuda/common/device.h"
 
 namespace attnx::cuda {

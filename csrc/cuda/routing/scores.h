@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attnx/params.h"
-#include "cuda/attention.h"
+#include "cuda/common/launch.h"
 
 namespace attnx::cuda {
 

@@ -1,8 +1,7 @@
-// What the device draws for every block of a round: a hook for the test that it is what the host draws.
+#include "sampled_blocks.h"
+
 #include <math_constants.h>
 
-#include "attnx/block_sampling.h"
-#include "cuda/attention.h"
 #include "cuda/common/device.h"
 
 namespace attnx::cuda {

@@ -1,7 +1,7 @@
-// The sigmoid of the kernels on an array of logits: a hook for the tests of its accuracy.
+#include "sigmoid_weights.h"
+
 #include <type_traits>
 
-#include "cuda/attention.h"
 #include "cuda/common/device.h"
 #include "cuda/common/geometry.h"
 #include "cuda/score/sigmoid_formulas.h"

@@ -2,6 +2,8 @@
 // sink of gpt-oss.
 #pragma once
 
+#include <cfloat>
+
 #include "cuda/score/softmax.h"
 
 namespace attnx::cuda {
@@ -21,7 +23,8 @@ struct SoftmaxSink {
     // A row starts from the sink as if that had been its first logit, in the first share of its keys alone.
     __device__ __forceinline__ void set_row(int row, const Parameters& parameters, const Band&, int head, int,
                                             int split) {
-      const float sink = split == 0 ? of_head(parameters.sink, head) * kLog2E : -INFINITY;
+      // A sink beyond the largest float is kept finite, so that weights are 0 there and no difference of infinities.
+      const float sink = split == 0 ? fminf(of_head(parameters.sink, head) * kLog2E, FLT_MAX) : -INFINITY;
       const float highest = fmaxf(sink, this->kLowest);
       // One of the four lanes that share the row counts it.
       this->start_row(row, highest, threadIdx.x % 4 == 0 ? exp2_approx(sink - highest) : 0);

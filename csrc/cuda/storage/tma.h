@@ -11,7 +11,8 @@ namespace attnx::cuda {
 template <class Input_>
 struct Tma {
   using Input = Input_;
-  // Threads of the producer warpgroup that have copies made, each of which arrives at the barrier of a full stage.
+  // Threads of the producer warpgroup that have copies made, one or a warp. Each arrives once at the barrier of a full
+  // stage: here when it announces what comes, elsewhere it may be when its copies have ended.
   static constexpr int kProducers = 1;
 
   struct ForwardTensors {
@@ -24,7 +25,7 @@ struct Tma {
     Tensor grad_key, grad_value;
   };
 
-  // For tiles of so many rows and keys, and stores of so many rows.
+  // Boxes hold `rows` rows, `keys` keys and, on the way out, `stored_rows` rows.
   static ForwardTensors tensors(const ForwardParams& p, int group, int rows, int keys, int stored_rows) {
     const TmaForwardViews views = tma_views(p, group);
     ForwardTensors tensors{make_tensor_map(views.query, rows),
@@ -59,12 +60,51 @@ struct Tma {
     prefetch(tensors.grad_output);
   }
 
-  // Has a tile of rows of a head copied, whose bytes the barrier gets; `row` counts from the start of the tensor.
-  template <class Tile>
-  static __device__ __forceinline__ void load(std::uint32_t tile, const CUtensorMap& from, int row, int head, int batch,
-                                              std::uint32_t barrier, std::uint64_t cache_policy) {
-    int at[5] = {0, 0, row, head, batch};
+  // Announces tiles of so many bytes, and what else the caller has copied, at the barrier that gets them.
+  static __device__ __forceinline__ void announce(std::uint32_t barrier, int tile_bytes, int other_bytes = 0) {
+    arrive_expecting(barrier, tile_bytes + other_bytes);
+  }
+  // Has a tile brought that begins with this row or key of a sequence and head, between announce() and finish(). Rows
+  // are (query, head of the group); where heads do not share a tile, the one head stands among all.
+  template <class Tile, class Args>
+  static __device__ __forceinline__ void load_rows(std::uint32_t tile, const CUtensorMap& from, const Args& args,
+                                                   const Sequence& sequence, int batch, int head, int row,
+                                                   std::uint32_t barrier, std::uint64_t cache_policy) {
+    int at[5] = {0, 0, int(sequence.first_q) + args.group.divide(row), head, args.cu_seqlens_q ? 0 : batch};
     Tile::load(tile, from, at, barrier, cache_policy);
+  }
+  template <class Tile, class Args>
+  static __device__ __forceinline__ void load_keys(std::uint32_t tile, const CUtensorMap& from, const Args& args,
+                                                   const Sequence& sequence, int batch, int head, int key,
+                                                   std::uint32_t barrier, std::uint64_t cache_policy) {
+    int at[5] = {0, 0, int(sequence.first_k) + key, head, args.cu_seqlens_k ? 0 : batch};
+    Tile::load(tile, from, at, barrier, cache_policy);
+  }
+  static __device__ __forceinline__ void finish(std::uint32_t) {}
+
+  // Stores a warp's 16 rows of the output from shared memory, where no one writes them before wait_stores_read().
+  template <class Tile, class Args>
+  static __device__ __forceinline__ void store_output(std::uint32_t tile, const Args& args, const Sequence& sequence,
+                                                      int batch, int head, int warp_row, int row, int row_end,
+                                                      int lane) {
+    const auto& tensors = args.tensors;
+    if (tensors.stores_boxes) {
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) {
+#pragma unroll
+        for (int p = 0; p < Tile::kPanels; ++p)
+          store_box(tensors.output, {p * Tile::kPanelFeatures, 0, args.group.divide(row), head, batch},
+                    tile + p * Tile::kPanelBytes + warp_row * 128);
+        commit_stores();
+      }
+    } else {
+      __syncwarp();
+      const GroupedRows<Input> rows{
+          rows_of<Input>(tensors.output_rows, batch, query_head_of(args, head), sequence.first_q),
+          tensors.output_rows.row_stride, tensors.output_rows.head_stride, args.group};
+      store_tile<true, Tile, 16, 32>(tile, warp_row, rows, row, row_end, int(args.value_dim), lane);
+    }
   }
 };
 

@@ -1,9 +1,7 @@
 // Tiles under a band: dense, causal and window masks, which differ in two numbers only.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "cuda/common/band.h"
 
 namespace attnx {
 struct ForwardParams;
@@ -11,29 +9,6 @@ struct BackwardParams;
 }  // namespace attnx
 
 namespace attnx::cuda {
-
-// The keys [first, end) that a query sees.
-struct Visible {
-  int first, end;
-};
-
-struct Band {
-  int length_k;
-  int offset;       // length_k - length_q: the last query meets the last key
-  int left, right;  // how far a query sees; at most 2^30
-
-  __device__ __forceinline__ Visible visible(int query) const {
-    return {max(query + offset - left, 0), min(query + offset + right + 1, length_k)};
-  }
-  // The queries of length_q that see one of the keys [first, end).
-  __device__ __forceinline__ Visible seen_by(int first, int end, int length_q) const {
-    return {max(first - offset - right, 0), min(end - offset + left, length_q)};
-  }
-  // The keys that every query in [first_query, last_query] sees.
-  __device__ __forceinline__ Visible seen_by_all(int first_query, int last_query) const {
-    return {visible(last_query).first, visible(first_query).end};
-  }
-};
 
 // A range of tiles of kSize keys, or of rows, numbered [begin, end).
 template <int kSize>

@@ -10,7 +10,7 @@
 
 namespace attnx::cuda {
 
-// Which of a unit's instantiations.
+// It picks one of a unit's instantiations.
 struct Variant {
   bool wide, listed, aligned;
 };

@@ -8,7 +8,7 @@
 
 namespace attnx::cpu::ATTNX_ISA {
 
-// In elements, or in keys, as in the names.
+// Sizes count elements, or keys where their names say so.
 template <class Sum>
 struct BackwardSizes {
   std::int64_t head_stride, value_stride;  // of rows of queries and keys, and of values

@@ -135,7 +135,6 @@ class RoutedBackward {
         store_keys(m, first, unit / key_units * group_, unit % key_units * kRowsOfUnit);
       });
       for (std::int64_t head = 0; head < heads; ++head) add_memory(m, first, head);
-      if (p_.grad_sink) store_sinks(m, first, heads);
     });
     store_memory(m.memory_key, p_.head_dim, Sum(p_.scale), p_.grad_memory_key);
     store_memory(m.memory_value, p_.value_dim, 1, p_.grad_memory_value);
@@ -146,7 +145,6 @@ class RoutedBackward {
     Sum* grad_queries;               // [heads, slots, head_dim]
     Sum *grad_keys, *grad_values;    // [heads, key_sums, lanes]
     Sum *memory_key, *memory_value;  // [heads_k, memory, dim]
-    double* grad_sinks;              // [heads, clusters]
     Places queries, keys;
     char* loop;
     std::int64_t bytes;
@@ -158,7 +156,6 @@ class RoutedBackward {
           grad_values(arena.take<Sum>(f.heads_ * f.key_sums() * f.value_lanes_)),
           memory_key(arena.take<Sum>(f.p_.heads_k * f.p_.gather->memory * f.p_.head_dim)),
           memory_value(arena.take<Sum>(f.p_.heads_k * f.p_.gather->memory * f.p_.value_dim)),
-          grad_sinks(arena.take<double>(f.p_.grad_sink ? f.heads_ * f.p_.gather->clusters : 0)),
           queries(arena, f.p_.gather->queries, f.p_.gather->clusters, f.heads_),
           keys(arena, f.p_.gather->keys, f.p_.gather->clusters, f.heads_) {
       Gather gather;
@@ -186,8 +183,7 @@ class RoutedBackward {
       part.logsumexp = {row_of<Sum>(p_.logsumexp, 0, 0, slot), 0, 0, 1};
       part.grad_logsumexp = {row_of<Sum>(p_.grad_logsumexp, 0, 0, slot), 0, 0, 1};
     }
-    part.grad_bias = part.grad_alibi_slopes = nullptr;
-    if (part.grad_sink) part.grad_sink = m.grad_sinks;
+    part.grad_bias = part.grad_alibi_slopes = part.grad_sink = nullptr;
     return part;
   }
 
@@ -230,14 +226,6 @@ class RoutedBackward {
     };
     add(m.grad_keys, head_lanes_, p_.head_dim, m.memory_key);
     add(m.grad_values, value_lanes_, p_.value_dim, m.memory_value);
-  }
-
-  void store_sinks(const Memory& m, std::int64_t first, std::int64_t heads) const {
-    for (std::int64_t head = 0; head < heads; ++head) {
-      double sum = 0;
-      for (std::int64_t c = 0; c < p_.gather->clusters; ++c) sum += m.grad_sinks[head * p_.gather->clusters + c];
-      p_.grad_sink[first + head] = sum;
-    }
   }
 
   void store_memory(const Sum* from, std::int64_t dim, Sum factor, const Tensor& to) const {

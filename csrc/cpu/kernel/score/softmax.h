@@ -17,7 +17,8 @@ class SoftmaxForward {
   static constexpr Sum kInfinity = __builtin_huge_valf();
 
  public:
-  // A row begins with its sink, where it has one: with the first part of its keys, so that the sink counts once.
+  // A row begins with its sink, which plain softmax has none of: with the first part of its keys, so that the sink
+  // counts once.
   void begin(const AttentionParams& p, const Panel<Sum>& panel, bool first_keys) {
     for (int lane = 0; lane < kPanelLanes<Sum>; ++lane) {
       maximum_[lane] = first_keys ? panel.per_head(p.sink, panel.head[lane], -kInfinity) : -kInfinity;

@@ -59,21 +59,23 @@ __device__ __forceinline__ void produce_tiles(const Args& args, const BackwardMe
   using KeyTile = typename BackwardMemory<Tile>::KeyTile;
   using RowTile = typename BackwardMemory<Tile>::RowTile;
   using Place = BackwardPlace<Tiles, Tile>;
+  constexpr int kTermBytes = Tile::kM * 4;  // a number for each row
   const auto& tensors = args.tensors;
   Storage::prepare(tensors);
 
   const Place own = Place::again(args);
-  const auto batch_of = [&](const Place& place) { return args.cu_seqlens_q ? 0 : place.batch; };
-  arrive_expecting(shared.keys_full(), 2 * KeyTile::kBytes);
-  const int first_key = int(own.sequence.first_k) + own.key_begin;
-  Storage::template load<KeyTile>(shared.key, tensors.key, first_key, own.head, batch_of(own), shared.keys_full(),
-                                  kEvictFirst);
-  Storage::template load<KeyTile>(shared.value(), tensors.value, first_key, own.head, batch_of(own), shared.keys_full(),
-                                  kEvictFirst);
+  Storage::announce(shared.keys_full(), 2 * KeyTile::kBytes);
+  Storage::template load_keys<KeyTile>(shared.key, tensors.key, args, own.sequence, own.batch, own.head, own.key_begin,
+                                       shared.keys_full(), kEvictFirst);
+  Storage::template load_keys<KeyTile>(shared.value(), tensors.value, args, own.sequence, own.batch, own.head,
+                                       own.key_begin, shared.keys_full(), kEvictFirst);
+  Storage::finish(shared.keys_full());
+  const auto load_terms = [&](std::uint32_t to, const float* from, std::uint32_t barrier) {
+    if (Storage::kProducers == 1 || threadIdx.x == 0) load_bytes(to, from, kTermBytes, barrier);
+  };
 
   Step<Tile::kStages> step;
   own.for_each(args, [&](int row_head, const auto& tiles, int at_tile, int row) {
-    constexpr int kTermBytes = Tile::kM * 4;
     const int stage = step.stage();
     const std::uint32_t before = step.parity() ^ 1;
     ++step.number;
@@ -95,19 +97,19 @@ __device__ __forceinline__ void produce_tiles(const Args& args, const BackwardMe
     if (Tiles::kPacked && args.cu_seqlens_q && row + Tile::kM > place.row_end) tile.masked |= PublishedTile::kRagged;
     tile.store(shared.tile(stage));
 
-    const int first_query = int(place.sequence.first_q) + args.group.divide(row);
     const std::int64_t first_term = std::int64_t(row_tile) * Tile::kM;
-    arrive_expecting(shared.query_full(stage), RowTile::kBytes + kTermBytes);
-    Storage::template load<RowTile>(shared.query(stage), tensors.query, first_query, row_head, batch_of(place),
-                                    shared.query_full(stage), kEvictLast);
-    load_bytes(shared.offset(stage), args.offset + first_term, kTermBytes, shared.query_full(stage));
+    Storage::announce(shared.query_full(stage), RowTile::kBytes, kTermBytes);
+    Storage::template load_rows<RowTile>(shared.query(stage), tensors.query, args, place.sequence, place.batch,
+                                         row_head, row, shared.query_full(stage), kEvictLast);
+    load_terms(shared.offset(stage), args.offset + first_term, shared.query_full(stage));
+    Storage::finish(shared.query_full(stage));
 
     wait(shared.grad_output_empty(stage), before);
-    arrive_expecting(shared.grad_output_full(stage), RowTile::kBytes + kHasDelta * kTermBytes);
-    Storage::template load<RowTile>(shared.grad_output(stage), tensors.grad_output, first_query, row_head,
-                                    batch_of(place), shared.grad_output_full(stage), kEvictLast);
-    if constexpr (kHasDelta)
-      load_bytes(shared.delta(stage), args.delta + first_term, kTermBytes, shared.grad_output_full(stage));
+    Storage::announce(shared.grad_output_full(stage), RowTile::kBytes, kHasDelta * kTermBytes);
+    Storage::template load_rows<RowTile>(shared.grad_output(stage), tensors.grad_output, args, place.sequence,
+                                         place.batch, row_head, row, shared.grad_output_full(stage), kEvictLast);
+    if constexpr (kHasDelta) load_terms(shared.delta(stage), args.delta + first_term, shared.grad_output_full(stage));
+    Storage::finish(shared.grad_output_full(stage));
   });
   wait(shared.query_empty(step.stage()), step.parity() ^ 1);
   PublishedTile{-1, 0, 0, 0, 0, 0}.store(shared.tile(step.stage()));

@@ -18,12 +18,6 @@ __device__ __forceinline__ void store_output(const Accumulators<16, Tile::kHeadD
                                              int lane) {
   using Input = typename Storage::Input;
   using OutputTile = typename ForwardMemory<Tile>::QueryTile;
-  const auto& tensors = args.tensors;
-  const auto rows_of_place = [&]<class Element>(const Tensor& x, Element*) {
-    return GroupedRows<Element>{
-        rows_of<Element>(x, place.batch, query_head_of(args, place.head), place.sequence.first_q), x.row_stride,
-        x.head_stride, args.group};
-  };
   const int row = place.row_begin + warp_row;
   if (lane == 0) wait_stores_read();  // the last rows have left
   __syncwarp();
@@ -34,24 +28,12 @@ __device__ __forceinline__ void store_output(const Accumulators<16, Tile::kHeadD
       store_shared(shared.output() + OutputTile::offset(warp_row + lane / 4 + row_of(r), d) + lane % 4 * 4,
                    pack(output[0][d][r * 2], output[0][d][r * 2 + 1], Input()));
   }
-  if (tensors.stores_boxes) {
-    fence_async_proxy();
-    __syncwarp();
-    if (lane == 0) {
-#pragma unroll
-      for (int p = 0; p < OutputTile::kPanels; ++p)
-        store_box(tensors.output, {p * OutputTile::kPanelFeatures, 0, args.group.divide(row), place.head, place.batch},
-                  shared.output() + p * OutputTile::kPanelBytes + warp_row * 128);
-      commit_stores();
-    }
-  } else {
-    __syncwarp();
-    store_tile<true, OutputTile, 16, 32>(shared.output(), warp_row,
-                                         rows_of_place(tensors.output_rows, static_cast<Input*>(nullptr)), row,
-                                         place.row_end, int(args.value_dim), lane);
-  }
+  Storage::template store_output<OutputTile>(shared.output(), args, place.sequence, place.batch, place.head, warp_row,
+                                             row, place.row_end, lane);
   if (args.logsumexp.data && lane % 4 == 0) {
-    const auto rows = rows_of_place(args.logsumexp, static_cast<float*>(nullptr));
+    const GroupedRows<float> rows{
+        rows_of<float>(args.logsumexp, place.batch, query_head_of(args, place.head), place.sequence.first_q),
+        args.logsumexp.row_stride, args.logsumexp.head_stride, args.group};
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       if (row + lane / 4 + row_of(r) < place.row_end) *rows.at(row + lane / 4 + row_of(r)) = logsumexp[r];
