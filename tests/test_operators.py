@@ -141,12 +141,8 @@ def test_default_device_does_not_move_a_cache(device: torch.device) -> None:
     inputs, _ = random_inputs(Shape(length_k=10, heads=2, kv_heads=2, head_dim=32), torch.float32, device)
     cache = attnx.StaircaseCache(1, 2, 32, 200, device=device)
     cache.append(inputs["key"], inputs["key"])
-    before = torch.get_default_device()
-    torch.set_default_device("meta")
-    try:
+    with torch.device("meta"):
         cache.crop(7)
-    finally:
-        torch.set_default_device(before)
     assert cache.length == 7
 
 
