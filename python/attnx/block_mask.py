@@ -150,14 +150,16 @@ def _targets(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
 
 
 def to_dense(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
-    dense = torch.zeros(*indices.shape[:-1], blocks + 1, dtype=torch.bool, device=indices.device)
-    return dense.scatter(-1, _targets(counts, indices, blocks), True)[..., :blocks]
+    targets = _targets(counts, indices, blocks)  # either half may serve all heads, or sequences
+    dense = torch.zeros(*targets.shape[:-1], blocks + 1, dtype=torch.bool, device=indices.device)
+    return dense.scatter(-1, targets, True)[..., :blocks]
 
 
 def dense_bias(counts: Tensor, indices: Tensor, bias: Tensor, blocks: int) -> Tensor:
     """(batch or 1, heads or 1, rows, blocks): the bias of each listed block, 0 for the others."""
-    shape = torch.broadcast_shapes(bias.shape, indices.shape)
-    targets = _targets(counts, indices, blocks).expand(shape)
+    targets = _targets(counts, indices, blocks)
+    shape = torch.broadcast_shapes(bias.shape, targets.shape)
+    targets = targets.expand(shape)
     dense = torch.zeros(*shape[:-1], blocks + 1, dtype=bias.dtype, device=bias.device)
     return dense.scatter(-1, targets, bias.expand(shape))[..., :blocks]
 
