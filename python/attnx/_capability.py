@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnx import _C
+from attnx._policies import SCORES
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# The features that these arguments are: the distances' slopes, and the parameters of scores.
+_NUMBERS_PER_HEAD = {"alibi_slopes": "alibi"} | {name: name for score in SCORES.values() for name in score.parameters}
+
+
 @dataclass(frozen=True)
 class Requirement:
     """What a call needs, in the words of the table. Arguments are those of the torch operator, by name."""
@@ -71,16 +76,14 @@ class Requirement:
             "value_dim": query.shape[-1:] != value.shape[-1:],
             "causal": arguments.get("is_causal", False),
             "window": max(arguments.get("window_left", -1), arguments.get("window_right", -1)) >= 0,
-            "bias": arguments.get("bias") is not None,
-            "alibi": arguments.get("alibi_slopes") is not None,
-            "sink": arguments.get("sink") is not None,
             "block_bias": arguments.get("block_bias") is not None,
             "importance": arguments.get("importance", False),
             "memory_kv": any(arguments.get(name) is not None for name in ("memory_key", "memory_kv")),
         }
-        for name, feature in (("bias", "bias_gradient"), ("alibi_slopes", "alibi_gradient"), ("sink", "sink_gradient")):
+        for name, feature in _NUMBERS_PER_HEAD.items():
             argument = arguments.get(name)
-            wanted[feature] = isinstance(argument, Tensor) and argument.requires_grad
+            wanted[feature] = argument is not None
+            wanted[f"{feature}_gradient"] = isinstance(argument, Tensor) and argument.requires_grad
         return cls(
             operator=base,
             backend=backend_of(query.device),

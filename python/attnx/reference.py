@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnx._scores import ScoreName
 from attnx.block_mask import BlockMask, dense_bias
 from attnx.functional import SigmoidBias
 from attnx.probabilistic import BlockGrid, Keep, Mode, Sampling, solve
@@ -150,7 +151,7 @@ def block_sparse_attention(
     value: Tensor,
     block_mask: BlockMask,
     *,
-    score: Literal["softmax", "sigmoid"] = "softmax",
+    score: ScoreName = "softmax",
     bias: SigmoidBias = None,
     block_bias: Tensor | None = None,
     sink: Tensor | None = None,
@@ -266,7 +267,7 @@ def probabilistic_attention(
     density: float | None = None,
     mode: Mode = "bernoulli",
     importance: bool = False,
-    score: Literal["softmax", "sigmoid"] = "softmax",
+    score: ScoreName = "softmax",
     bias: SigmoidBias = None,
     scale: float | None = None,
     block_size: tuple[int, int] = (64, 64),
@@ -412,7 +413,7 @@ def staircase_attention(
     key: Tensor,
     value: Tensor,
     *,
-    score: Literal["softmax", "sigmoid"] = "softmax",
+    score: ScoreName = "softmax",
     is_causal: bool = True,
     scale: float | None = None,
     bias: SigmoidBias = None,
@@ -580,7 +581,7 @@ def routing_attention(
     is_causal: bool = False,
     shared_qk: bool | None = None,
     normalize_qk: bool = False,
-    score: Literal["softmax", "sigmoid"] = "softmax",
+    score: ScoreName = "softmax",
     bias: SigmoidBias = None,
     memory_kv: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
