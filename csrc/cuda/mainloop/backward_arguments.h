@@ -1,4 +1,4 @@
-// What the backward kernels are passed.
+// This defines the arguments of the backward kernels.
 #pragma once
 
 #include "cuda/common/geometry.h"
@@ -11,7 +11,7 @@ struct BackwardGeometry : Geometry {
   std::int64_t row_tiles;         // to a head
 };
 
-// Partial results by tile of rows, [head][row tile][...], in the workspace.
+// These are partial results by tile of rows, [head][row tile][...], in the workspace.
 struct BackwardScratch {
   float* offset;  // [row]: what a row's logits get, times log2(e): the bias of a pointwise score, or -logsumexp
   float* delta;   // [row]: a normalised score's rowsum(grad_output * output) - grad_logsumexp

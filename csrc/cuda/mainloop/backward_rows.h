@@ -1,4 +1,4 @@
-// What the backward mainloops share: the store of their results, and the turns in which tiles of keys add to a tile of
+// The backward mainloops share this: the store of their results, and the turns in which tiles of keys add to a tile of
 // rows.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace attnx::cuda {
 
-// Stores a warp's accumulators, rounded, as rows of a tile from (row, column) on; lane is the warp's.
+// This stores a warp's accumulators, rounded, as rows of a tile from (row, column) on; lane is the warp's.
 template <class Tile, class Input, int kStride = 1, int kM, int kN>
 __device__ __forceinline__ void store_accumulators(std::uint32_t tile, int row, int column, int lane,
                                                    const float (&x)[kM][kN][4], float factor) {

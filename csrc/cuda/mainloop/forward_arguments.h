@@ -1,4 +1,4 @@
-// What the forward kernels are passed.
+// This defines the arguments of the forward kernels.
 #pragma once
 
 #include "cuda/common/geometry.h"
@@ -9,7 +9,7 @@ struct ForwardGeometry : Geometry {
   Divisor splits;  // shares of the keys
 };
 
-// Results by split, where there are several: [split][tile][row][feature] and [tile][row][split].
+// These are the results by split, where there are several: [split][tile][row][feature] and [tile][row][split].
 struct PartialResults {
   float *output = nullptr, *logsumexp = nullptr;
 };

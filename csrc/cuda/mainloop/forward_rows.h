@@ -1,4 +1,4 @@
-// What the forward mainloops share: which rows a tile holds, its weights as an operand, and its results where the keys
+// The forward mainloops share this: which rows a tile holds, its weights as an operand, and its results where the keys
 // are split.
 #pragma once
 
@@ -8,13 +8,13 @@
 
 namespace attnx::cuda {
 
-// Which tile of rows a block owns.
+// This says which tile of rows a block owns.
 struct ForwardPlace {
   int split, query_block, head, batch;
   Sequence sequence;
   int row_begin, row_end;  // of the tile; of the sequence
 
-  // Neighbouring blocks share keys. Where the window ends at the query the longest rows go first.
+  // Neighbouring blocks share keys. Where the window ends at the query, the longest rows go first.
   template <class Tile>
   static __device__ __forceinline__ ForwardPlace of(const ForwardGeometry& args, int block, Tile) {
     ForwardPlace place;
@@ -30,7 +30,7 @@ struct ForwardPlace {
   }
 };
 
-// P as operand A: the accumulators of S hold the elements where the operand wants them, in pairs.
+// This is P as operand A: the accumulators of S hold the elements where the operand wants them, in pairs.
 template <class ScorePolicy, int kM, int kN>
 struct Weights {
   float (&s)[kM][kN][4];
@@ -47,8 +47,8 @@ struct Weights {
   }
 };
 
-// Stores a thread's results of one share of the keys in the workspace: kRowsOfTile rows to a tile, `row` is the
-// thread's first.
+// This stores a thread's results of one share of the keys in the workspace. A tile has kRowsOfTile rows, and `row` is
+// the thread's first.
 template <bool kNormalised, int kRowsOfTile, int kM, int kD>
 __device__ __forceinline__ void store_partial(const float (&output)[kM][kD][4], const float (&logsumexp)[kM * 2],
                                               const ForwardGeometry& args, const PartialResults& partial,

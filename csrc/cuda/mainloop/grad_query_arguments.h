@@ -1,4 +1,4 @@
-// What the kernels that make dQ from its sums are passed.
+// This defines the arguments of the kernels that make dQ from its sums.
 #pragma once
 
 #include "cuda/mainloop/backward_arguments.h"

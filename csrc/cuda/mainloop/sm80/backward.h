@@ -1,16 +1,18 @@
-// The backward mainloop for sm_80 (FlashAttention-2, Dao 2023): dK and dV of a tile of keys, and its part of dQ.
+// This is the backward mainloop for sm_80 (FlashAttention-2, Dao 2023): it makes dK and dV of a tile of keys, and the
+// tile's part of dQ.
 //
-// A block owns a tile of keys and walks over the tiles of rows (query, head of the group) that see it. A step:
+// A block owns a tile of keys and walks over the tiles of rows (query, head of the group) that see it. A step does
+// this:
 //
 //   wait for Q and dO, all threads meet, copy the next ones | S = Q K^T | P to shared memory | dP = dO V^T
 //   dS = derivative * (dP - delta) to shared memory, meet | dV += P^T dO | dQ += dS K, to global memory | dK += dS^T Q
 //
 // P and dS pass through shared memory, because the products that sum over rows want them transposed. dQ is summed in
 // float32 by atomics, in the order of the threads' registers so that a warp's 32 sums lie in one line; a last pass
-// scales, rounds and puts them in place. A deterministic backward adds in the order of the tiles of keys: each block
-// waits for its turn, which cannot wait for ever, as blocks start in the same order.
+// scales them, rounds them and puts them in place. A deterministic backward adds in the order of the tiles of keys:
+// each block waits for its turn, and it cannot wait for ever, because blocks start in the same order.
 //
-// A pointwise score has no delta, and no pass over dO and O.
+// A pointwise score has no delta, so it needs no pass over dO and O.
 #pragma once
 
 #include "cuda/common/logits.h"
@@ -19,7 +21,7 @@
 
 namespace attnx::cuda {
 
-// Tells the next block of keys that this one has added to a tile of rows.
+// This tells the next block of keys that this one has added to a tile of rows.
 __device__ __forceinline__ void end_turn(int* turns) {
   __threadfence();
   __syncthreads();
@@ -70,13 +72,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const int score_row = warp % Tile::kScoreWarps * kScoreRows, score_key = warp / Tile::kScoreWarps * kScoreKeys;
   const int grad_key = warp % Tile::kKeyWarps * kGradKeys, grad_feature = warp / Tile::kKeyWarps * 16;
   const int query_row = warp % Tile::kRowWarps * kQueryRows, query_feature = warp / Tile::kRowWarps * 16;
-  constexpr int kRows = kScoreRows / 8;  // of S that a thread has a part of
+  constexpr int kRows = kScoreRows / 8;  // rows of S that a thread has a part of
 
   Accumulators<kGradKeys, kGradFeatures> grad_keys, grad_values;
   clear(grad_keys);
   clear(grad_values);
 
-  // Each query head of the group has its own tiles of rows, or one tile holds rows of all.
+  // Either each query head of the group has its own tiles of rows, or one tile holds rows of all of them.
   const int turns = Tiles::kPerHead ? int(args.heads_q / args.heads_k) : 1;
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         delta[r] = Score::kNormalised ? __ldg(args.delta + row) : 0;
       }
 
-      // S, which becomes what dP - delta is multiplied with.
+      // S is computed first, and then becomes what dP - delta is multiplied with.
       Accumulators<kScoreRows, kScoreKeys> s;
       clear(s);
       multiply<Input, kHeadDim>(s, OperandA<RowTile>(shared_query + stage, fresh(lane), score_row),
@@ -168,7 +170,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       __syncthreads();
 
       if (args.bias_sum || args.slope_sum) {
-        // A row's sum over the warp's keys; one warp of a column of them adds to one place.
+        // This sums each row over the warp's keys. Of the warps that share those keys, only one adds to a given place.
         const std::int64_t place = (row_tile * Tile::kScoreWarpsN + score_key / kScoreKeys) * kM + score_row + lane / 4;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
@@ -219,7 +221,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
     }
     wait_copies<0>();
-    __syncthreads();  // the last tile's readers, before the next head's copies and the results
+    __syncthreads();  // all have read the last tile before the next head's copies and the results
   }
 
   store_accumulators<KeyTile, Input, Tile::kKeyWarpsD>(shared_key, grad_key, grad_feature, lane, grad_keys, args.scale);

@@ -1,13 +1,14 @@
-// The forward mainloop for sm_80: mma.sync on tiles that cp.async brings to shared memory (FlashAttention-2, Dao 2023).
+// This is the forward mainloop for sm_80: it uses mma.sync on tiles that cp.async brings to shared memory
+// (FlashAttention-2, Dao 2023).
 //
-// A block owns a tile of rows (query, head of the group) and walks over the tiles of keys. A step:
+// A block owns a tile of rows (query, head of the group) and walks over the tiles of keys. A step does this:
 //
 //   wait for K, all threads meet | copy the V of this step | S = Q K^T | wait for V, meet | copy the next K |
 //   place logits, if the tile is not whole | score | O += P V
 //
-// so that V's copy runs under the first product and the next K's under the score and the second. With two stages each
-// copy starts one step earlier. A thread's weights are made, packed and multiplied 16 keys at a time: P stays in the
-// registers of S, and the special functions of one chunk run beside the products of the one before.
+// V's copy thus runs under the first product, and the next K's under the score and the second product. With two stages
+// each copy starts one step earlier. A thread's weights are made, packed and multiplied 16 keys at a time: P stays in
+// the registers of S, and the special functions of one chunk run beside the products of the one before.
 #pragma once
 
 #include "cuda/common/tile.h"
@@ -22,7 +23,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   using QueryTile = SharedTile<Tile::kM, Tile::kHeadDim>;
   using KeyTile = SharedTile<Tile::kN, Tile::kHeadDim>;
   constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages, kN = Tile::kN, kHeadDim = Tile::kHeadDim;
-  constexpr int kRows = Tile::kWarpRows / 8;  // that a thread has a part of
+  constexpr int kRows = Tile::kWarpRows / 8;  // rows that a thread has a part of
 
   extern __shared__ uint4 shared[];
   const std::uint32_t shared_query = shared_address(shared);
@@ -58,7 +59,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
                                                 band.length_k, int(args.value_dim));
     commit_copies();
   };
-  // The first keys of this tile and the next ones. Those in memory are read well before they are needed.
+  // These are the first keys of this tile and the next ones. Where they come from memory, they are read well before
+  // they are needed.
   int first_keys[kStages + 1] = {};
   const auto key_of = [&](int tile) { return tile < end ? tiles.first(tile) : 0; };
   const auto key_ahead = [&](int tile, int ahead) {
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
               query = args.group.divide(row);
     score.set_row(r, args.score, band, query_head_of(args, head) + row - query * args.group.divisor(), query, split);
   }
-  // The keys whose logits are a positive multiple of the products, for all rows.
+  // For all rows, the logits of these keys are a positive multiple of the products.
   Visible plain = band.seen_by_all(first_query, last_query);
   if (args.alibi_slopes.data || !(args.scale_log2 > 0)) plain.end = -1;
 
@@ -147,7 +149,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     }
   }
 
-  // The place is found again, rather than kept in registers through the loop.
+  // The place is found again here, because keeping it through the loop would cost registers.
   const ForwardPlace own = ForwardPlace::of(args, fresh(blockIdx.x), Tile());
   const int thread_row = own.row_begin + warp_row + lane / 4;
   if (args.splits.divisor() > 1) {
@@ -155,8 +157,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     return;
   }
 
-  // Through the warp's own rows of the query's tile, which no one else reads any more, to 16-byte stores. Where there
-  // was no tile of keys, other threads' copies of the query have only now ended.
+  // The output goes through the warp's own rows of the query's tile, which no one else reads any more, so that stores
+  // can be 16 bytes wide. Where there was no tile of keys, other threads' copies of the query have only now ended.
   __syncthreads();
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {

@@ -1,4 +1,4 @@
-// dQ from its sums, which attnx_backward_sm80 leaves in the order of its threads' registers.
+// This makes dQ from its sums, which attnx_backward_sm80 leaves in the order of its threads' registers.
 #pragma once
 
 #include "cuda/mainloop/backward_rows.h"

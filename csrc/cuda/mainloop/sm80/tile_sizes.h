@@ -1,13 +1,13 @@
-// Tile sizes by head dimension: the table to tune. Plain C++, for the launchers' arithmetic too.
+// This is the table to tune: tile sizes by head dimension. It is plain C++, because the launchers compute with it too.
 //
-// Wide tiles serve long queries on devices that have the shared memory; narrow ones the rest: short queries, devices of
-// 99 KiB (sm_86, sm_89, sm_120), and lists, whose blocks of 64 they divide. With 32 rows a warp a product reads half
-// the shared memory that 16 rows need; above 128 features 32 rows exceed the registers.
+// Wide tiles serve long queries on devices that have the shared memory. Narrow ones serve the rest: short queries,
+// devices of 99 KiB (sm_86, sm_89, sm_120), and lists, whose blocks of 64 they divide. With 32 rows a warp a product
+// reads half the shared memory that 16 rows need; above 128 features 32 rows exceed the registers.
 #pragma once
 
 namespace attnx::cuda {
 
-inline constexpr int kLeastSharedBytes = 99 * 1024;  // that a block can have on every device since sm_80
+inline constexpr int kLeastSharedBytes = 99 * 1024;  // what a block can have on every device since sm_80
 
 template <int kHeadDim_, int kM_, int kN_, int kWarps_, int kStages_, int kBlocksPerSm_>
 struct ForwardTile {
@@ -53,7 +53,7 @@ struct ForwardTiles<256> {
   using Wide = Narrow;
 };
 
-// S and dP are rows x keys, dK and dV keys x features, dQ rows x features; the warps stand along both.
+// S and dP are rows x keys, dK and dV are keys x features, and dQ is rows x features; the warps stand along both.
 template <int kHeadDim_, int kM_, int kN_, int kWarps_, int kStages_, int kScoreWarps_, int kKeyWarps_, int kRowWarps_>
 struct BackwardTile {
   static constexpr int kHeadDim = kHeadDim_, kM = kM_, kN = kN_;

@@ -1,4 +1,5 @@
-// Consumers of the backward that share the work by keys: each warpgroup has dK and dV of 64 keys of its own. A step:
+// These consumers of the backward share the work by keys: each warpgroup has dK and dV of 64 keys of its own. A step
+// does this:
 //
 //   S^T = K Q^T starts, behind the last step's dK | wait for all | place logits, if the tile is not whole | 16 rows at
 //   a time: weights are made and packed, dV += P^T dO starts | the last step's dQ = dS K, to global memory | dP^T = V
@@ -24,7 +25,7 @@ __device__ __forceinline__ void consume_by_keys(const Warpgroup& own) {
 
   Step<Tile::kStages> step;
   Step<Tile::kLogitStages> logit_step;
-  int last_tile = -1, last_before = 0;  // of the last step, whose dQ is to come
+  int last_tile = -1, last_before = 0;  // of the last step, whose dQ is still due
   const auto add_last_grad_query = [&] {
     own.add_grad_query(Step<Tile::kLogitStages>{logit_step.number - 1}, last_tile, last_before);
   };
@@ -60,7 +61,7 @@ __device__ __forceinline__ void consume_by_keys(const Warpgroup& own) {
     wait_products<0>();
     pin(grad_values);
 
-    // Once dQ and the weights have left their registers.
+    // dP starts only here, because its registers held dQ and the weights until now.
     typename Warpgroup::Logits grad_logits;
     own.start_logits(grad_logits, own.own_values, shared.grad_output(stage));
     wait_products<0>();
@@ -82,7 +83,7 @@ __device__ __forceinline__ void consume_by_keys(const Warpgroup& own) {
   pin(grad_keys);
   if (last_tile >= 0) add_last_grad_query();
 
-  // dK and dV, through the shared memory of K and V, once no product reads it any more.
+  // dK and dV leave through the shared memory of K and V, once no product reads it any more.
   meet(1, Tile::kConsumers);
   own.store_grad_keys(grad_keys, args.scale, shared.key, args.tensors.grad_key, args.head_dim);
   own.store_grad_keys(grad_values, 1 / ScorePolicy::kWeightScale, shared.value(), args.tensors.grad_value,

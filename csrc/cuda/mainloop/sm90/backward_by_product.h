@@ -1,5 +1,5 @@
-// Consumers of the backward that share the work by product: of the same 64 keys one warpgroup has dV, the other dK.
-// What weights multiply their gradients with, in float32, passes from the one to the other. A step:
+// These consumers of the backward share the work by product: of the same 64 keys one warpgroup has dV, the other dK.
+// The first passes to the second, in float32, what the gradients of its weights are multiplied with. A step does this:
 //
 //   weights:    S^T = K Q^T | 16 rows at a time: weights, derivatives to shared memory, dV += P^T dO starts | half of
 //               the last step's dQ
@@ -10,7 +10,7 @@
 
 namespace attnx::cuda {
 
-// The consumer warpgroup that makes weights, and dV.
+// This consumer warpgroup makes the weights, and dV.
 template <class Warpgroup>
 __device__ __forceinline__ void consume_weights(const Warpgroup& own) {
   using Tile = typename Warpgroup::Tile;
@@ -22,7 +22,7 @@ __device__ __forceinline__ void consume_weights(const Warpgroup& own) {
   clear(grad_values);
 
   Step<Tile::kStages> step;
-  int last_tile = -1, last_before = 0;  // of the last step, whose dQ is to come
+  int last_tile = -1, last_before = 0;  // of the last step, whose dQ is still due
   const auto add_last_grad_query = [&](int number) {
     own.add_grad_query(Step<Tile::kLogitStages>{number}, last_tile, last_before);
   };
@@ -66,7 +66,7 @@ __device__ __forceinline__ void consume_weights(const Warpgroup& own) {
                       args.value_dim);
 }
 
-// The one that makes the gradients of logits, and dK.
+// This one makes the gradients of logits, and dK.
 template <class Warpgroup>
 __device__ __forceinline__ void consume_gradients(const Warpgroup& own) {
   using Tile = typename Warpgroup::Tile;

@@ -1,10 +1,11 @@
-// The shared memory of a backward block, its barriers, and what passes from the producer to the consumers.
+// This lays out the shared memory of a backward block, its barriers, and what passes from the producer to the
+// consumers.
 //
-// Barriers, with who arrives: keys_full (producer, bytes of K and V), query_full and grad_output_full by stage
-// (producer, bytes), query_empty and grad_output_empty by stage (a lane of each consumer warp), grad_logits_full by
-// stage of dS (a lane of each warp that makes it), and by product derivative_full and derivative_empty (a lane of each
-// warp that writes and reads them). dS needs no barrier to be empty: who has seen the next one full knows that all have
-// read this one.
+// These arrive at the barriers: at keys_full the producer and the bytes of K and V; at query_full and grad_output_full,
+// by stage, the producer and the bytes; at query_empty and grad_output_empty, by stage, a lane of each consumer warp;
+// at grad_logits_full, by stage of dS, a lane of each warp that makes it; and, where the work is shared by product, at
+// derivative_full and derivative_empty a lane of each warp that writes and reads them. dS needs no barrier to be empty:
+// a warp that has seen the next one full knows that all have read this one.
 #pragma once
 
 #include "cuda/mainloop/sm90/backward_ptx.h"
@@ -13,7 +14,7 @@
 
 namespace attnx::cuda {
 
-// The block's shared memory, by address.
+// This gives the addresses of the parts of the block's shared memory.
 template <class Tile>
 struct BackwardMemory {
   using KeyTile = SwizzledTile<Tile::kN, Tile::kHeadDim>;
@@ -31,14 +32,16 @@ struct BackwardMemory {
   __device__ __forceinline__ std::uint32_t grad_logits(int stage) const {
     return query(2 * kStages) + stage * LogitTile::kBytes;
   }
-  // float32 of each logit, in the order of a warpgroup's registers: what the gradient of its weight is multiplied with.
+  // The gradient of each weight is multiplied with this: a float32 of each logit, in the order of a warpgroup's
+  // registers.
   __device__ __forceinline__ std::uint32_t derivative() const { return grad_logits(kLogitStages); }
-  // float32 of each row: what its logits get, times log2(e); what the gradients of its weights lose.
+  // These hold a float32 of each row: the first is what its logits get, times log2(e); the second is what the gradients
+  // of its weights lose.
   __device__ __forceinline__ std::uint32_t offset(int stage) const {
     return derivative() + Tile::kDerivativeBytes + stage * Tile::kM * 4;
   }
   __device__ __forceinline__ std::uint32_t delta(int stage) const { return offset(kStages + stage); }
-  // What the producer says of a tile of rows (PublishedTile).
+  // Here the producer describes a tile of rows (PublishedTile).
   __device__ __forceinline__ std::uint32_t tile(int stage) const { return offset(2 * kStages) + stage * 32; }
   __device__ __forceinline__ std::uint32_t keys_full() const { return tile(kStages); }
   __device__ __forceinline__ std::uint32_t query_full(int stage) const { return keys_full() + 8 + stage * 8; }
@@ -70,8 +73,8 @@ struct BackwardMemory {
   }
 };
 
-// What the producer tells the consumers of a tile of rows, so that they need no place in their registers for where
-// their own tile stands.
+// The producer tells this to the consumers of a tile of rows, so that they need not keep in registers where their own
+// tile stands.
 struct PublishedTile {
   int row;       // the first; -1 after the last tile
   int row_tile;  // where its sums lie
@@ -98,7 +101,7 @@ struct PublishedTile {
   }
 };
 
-// Where a role stands in the rings.
+// This says where a role stands in the rings.
 template <int kStages>
 struct Step {
   int number = 0;

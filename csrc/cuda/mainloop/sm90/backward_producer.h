@@ -1,4 +1,4 @@
-// Which tiles a block of the backward walks over, and its producer: the threads that have them brought.
+// This defines which tiles a block of the backward walks over, and its producer: the threads that have them brought.
 #pragma once
 
 #include "cuda/mainloop/backward_rows.h"
@@ -6,7 +6,7 @@
 
 namespace attnx::cuda {
 
-// Which tile of keys a block owns, and the tiles of rows that see it.
+// This says which tile of keys a block owns, and which tiles of rows see it.
 template <class Tiles, class Tile>
 struct BackwardPlace {
   int key_begin, head, batch;
@@ -28,7 +28,7 @@ struct BackwardPlace {
     return row_head * args.row_tiles + row_tile_of(args, batch, sequence, row_begin / Tile::kM, Tile::kM);
   }
 
-  // Calls step(row_head, tiles, tile, row) for each tile of rows in order, `row` its first.
+  // This calls step(row_head, tiles, tile, row) for each tile of rows in order; `row` is the tile's first.
   template <class Args, class Step>
   __device__ __forceinline__ void for_each(const Args& args, const Step& step) const {
     if constexpr (Tiles::kPerHead) {
@@ -48,7 +48,7 @@ struct BackwardPlace {
     }
   }
 
-  // The same, computed anew: where it is needed in a loop, rather than kept in registers through it.
+  // This computes the place anew, for loops that should not keep it in registers.
   static __device__ __forceinline__ BackwardPlace again(const BackwardGeometry& args) {
     return {args, fresh(int(blockIdx.x))};
   }

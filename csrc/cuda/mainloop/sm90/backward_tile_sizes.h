@@ -1,10 +1,10 @@
-// Tile sizes of the backward for sm_90a by head dimension: the table to tune. Plain C++, for the launchers' arithmetic
-// too.
+// This is the table to tune: tile sizes of the backward for sm_90a by head dimension. It is plain C++, because the
+// launchers compute with it too.
 //
-// A warpgroup of consumers owns 64 keys, and has dK and dV of them in registers beside S and dP of kM rows; or, by
-// product, two have the same 64 keys, one with dV and S, the other with dK and dP.
-// dQ of the tile, in parts of kGradQueryRows rows and kGradQueryFeatures features, is shared out among the warpgroups.
-// It is computed transposed where the rows are no multiple of the 64 that wgmma makes.
+// A warpgroup of consumers owns 64 keys, and has dK and dV of them in registers beside S and dP of kM rows. Where the
+// work is shared by product, two have the same 64 keys, one with dV and S, the other with dK and dP. dQ of the tile, in
+// parts of kGradQueryRows rows and kGradQueryFeatures features, is shared out among the warpgroups. It is computed
+// transposed where the rows are no multiple of the 64 that wgmma makes.
 #pragma once
 
 #include "cuda/mainloop/sm90/tile_sizes.h"
@@ -19,15 +19,15 @@ struct TmaBackwardTile {
   static constexpr int kConsumers = kWarpgroups * 128, kThreads = 128 + kConsumers;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kStages = 2;  // copies of queries and output gradients in shared memory
-  static constexpr int kLogitStages = kWarpgroups == 1 ? 1 : 2;  // and of dS, which warpgroups read of each other
+  static constexpr int kLogitStages = kWarpgroups == 1 ? 1 : 2;  // copies of dS, which warpgroups read of each other
   static constexpr int kDerivativeBytes = kByProduct ? kM * kN * 4 : 0;
-  static constexpr int kLogitColumns = (kM + 63) / 64 * 64;  // of dS^T in shared memory, whose panels have 64
+  static constexpr int kLogitColumns = (kM + 63) / 64 * 64;  // columns of dS^T in shared memory, whose panels have 64
   static constexpr bool kSwapGradQuery = kM % 64 != 0;
   static constexpr int kGradQueryRows = kSwapGradQuery ? kM : 64, kGradQueryFeatures = kByProduct ? kHeadDim / 2 : 64;
-  // The columns of its accumulators, and how many parts a warpgroup has.
+  // These are the columns of dQ's accumulators, and how many parts of dQ a warpgroup has.
   static constexpr int kGradQueryColumns = kSwapGradQuery ? kGradQueryRows : kGradQueryFeatures;
   static constexpr int kGradQueryParts = (kM / kGradQueryRows) * (kHeadDim / kGradQueryFeatures) / kWarpgroups;
-  // To leave their registers before dQ starts, where these do not hold both.
+  // The weights must leave their registers before dQ starts where the registers do not hold both.
   static constexpr bool kWaitForWeights = kGradQueryParts > 1 || kM > 64 && kHeadDim > 64;
   static constexpr int first_row(int part) { return part % (kM / kGradQueryRows) * kGradQueryRows; }
   static constexpr int first_feature(int part) { return part / (kM / kGradQueryRows) * kGradQueryFeatures; }

@@ -1,4 +1,5 @@
-// What a consumer warpgroup of the backward does in a step, piece by piece: backward.h puts the pieces in order.
+// These are the pieces of a step that a consumer warpgroup of the backward does; backward_by_keys.h and
+// backward_by_product.h put them in order.
 //
 // S and dP are computed transposed, 64 keys by the tile's rows: they come out of the tensor cores as the products with
 // dO and Q want their operand A.
@@ -26,14 +27,14 @@ struct BackwardWarpgroup {
   using ScorePolicy = typename Score::template Backward<Input>;
   static constexpr int kM = Tile::kM, kN = Tile::kN, kHeadDim = Tile::kHeadDim;
   static constexpr int kChunks = kM / 16;       // of rows whose products start together
-  static constexpr int kKeyWarps = kN / 16;     // of the block's warps, those that make dS
+  static constexpr int kKeyWarps = kN / 16;     // warps of the block that make dS
   using Logits = float[1][kM / 8][4];           // S^T and what becomes of it
   using GradKeys = Accumulators<16, kHeadDim>;  // dK or dV of the warp's 16 keys
   using GradQuery = float[1][Tile::kGradQueryColumns / 8][4];
 
   const Arguments& args;
   const Memory& shared;
-  int number;               // of the warpgroup, from 0
+  int number;               // the warpgroup's, from 0
   int lane, warp;           // in the warp, the warpgroup
   int own_key;              // the warpgroup's first key of the tile
   int key_in_tile, column;  // the thread's first key and row of the tile
@@ -51,17 +52,17 @@ struct BackwardWarpgroup {
         own_keys(KeyTile::by_rows(shared.key) + KeyTile::step(own_key, 0)),
         own_values(KeyTile::by_rows(shared.value()) + KeyTile::step(own_key, 0)) {}
 
-  // In the warpgroup; not kept in a register.
+  // This is the thread's number in the warpgroup, which is not kept in a register.
   static __device__ __forceinline__ int thread() { return fresh(int(threadIdx.x)) % 128; }
 
-  // What the warp has read or written comes before.
+  // What the warp has read or written comes before its arrival.
   __device__ __forceinline__ void release(std::uint32_t barrier) const {
     __syncwarp();
     if (lane == 0) arrive(barrier);
   }
 
-  // Rows from `begin` on of tiles that hold another sequence's rows there: they must not meet weights of 0, as they may
-  // be no numbers.
+  // This clears the rows from `begin` on of tiles that hold another sequence's rows there: these must not meet weights
+  // of 0, because they may be no numbers.
   template <class Rows>
   static __device__ __forceinline__ void clear_rows(std::uint32_t first, std::uint32_t second, int begin) {
 #pragma unroll 1
@@ -83,7 +84,7 @@ struct BackwardWarpgroup {
     }
   }
 
-  // The next tile of rows, whose queries are there then.
+  // This waits for the next tile of rows, whose queries are there then.
   __device__ __forceinline__ PublishedTile wait_for_tile(int stage, std::uint32_t parity) const {
     wait(shared.query_full(stage), parity);
     const PublishedTile tile = PublishedTile::load(shared.tile(stage));
@@ -94,7 +95,7 @@ struct BackwardWarpgroup {
     return tile;
   }
 
-  // x = K Q^T or V dO^T of the warpgroup's keys.
+  // This starts x = K Q^T or V dO^T of the warpgroup's keys.
   __device__ __forceinline__ void start_logits(Logits& x, std::uint64_t keys, std::uint32_t rows) const {
     begin_products();
 #pragma unroll
@@ -104,7 +105,7 @@ struct BackwardWarpgroup {
     commit_products();
   }
 
-  // Masks S where the tile is not whole. What its elements are multiplied with then to be logits.
+  // This masks S where the tile is not whole. It returns what the elements of S are multiplied with to be logits.
   __device__ __forceinline__ float place(Logits& s, const PublishedTile& tile) const {
     if (!(tile.masked >> (own_key / 64) & 1)) return args.scale_log2;
     const Place place = Place::again(args);
@@ -113,7 +114,7 @@ struct BackwardWarpgroup {
     return 1;
   }
 
-  // The weights of 16 rows, packed; S becomes what dP - delta is multiplied with.
+  // This makes and packs the weights of 16 rows; S becomes what dP - delta is multiplied with.
   __device__ __forceinline__ void make_weights(std::uint32_t (&weights)[4], Logits& s, int chunk, float multiplier,
                                                const PublishedTile& tile, int stage) const {
 #pragma unroll
@@ -130,7 +131,7 @@ struct BackwardWarpgroup {
     }
   }
 
-  // dK or dV += a B, for 16 rows of the tile B.
+  // This starts dK or dV += a B, for 16 rows of the tile B.
   __device__ __forceinline__ void start_grad_keys(GradKeys& sums, const std::uint32_t (&a)[4], std::uint32_t rows,
                                                   int chunk) const {
     begin_products();
@@ -138,7 +139,8 @@ struct BackwardWarpgroup {
     commit_products();
   }
 
-  // What rows of S have become, to the warpgroup that has dP, and 8 rows of it there: in the order of their registers.
+  // These pass what rows of S have become to the warpgroup that has dP, which loads 8 rows at a time. Both keep the
+  // order of their registers.
   __device__ __forceinline__ void store_derivatives(const Logits& s, int chunk) const {
 #pragma unroll
     for (int n = chunk * 2; n < chunk * 2 + 2; ++n)
@@ -148,7 +150,7 @@ struct BackwardWarpgroup {
     load_shared(x, shared.derivative() + (n * 128 + warp * 32 + lane) * 16);
   }
 
-  // dP becomes dS; `derivatives(x, n)` gives what 8 rows of it are multiplied with.
+  // This turns dP into dS; `derivatives(x, n)` gives what 8 rows of it are multiplied with.
   template <class Derivatives>
   __device__ __forceinline__ void make_grad_logits(Logits& x, int stage, const Derivatives& derivatives) const {
 #pragma unroll
@@ -165,15 +167,15 @@ struct BackwardWarpgroup {
     }
   }
 
-  // In deterministic order each warpgroup takes its own turn at the sums of a tile of rows, and ends it with those of
-  // dQ.
+  // In deterministic order each warpgroup takes its own turn at the sums of a tile of rows, and ends it when it has
+  // added those of dQ.
   __device__ __forceinline__ void begin_turn(int row_tile, int before) const {
     if (!args.deterministic) return;
     if (thread() == 0) wait_for_turn(args.turns + row_tile, before * Tile::kWarpgroups);
     meet(2 + number, 128);
   }
 
-  // Of the gradients of bias and slopes: a row's sums over the warp's keys.
+  // This adds a row's sums over the warp's keys, which the gradients of bias and slopes are made from.
   __device__ __forceinline__ void add_parameter_sums(const Logits& grad_logits, const PublishedTile& tile) const {
     if (!args.bias_sum && !args.slope_sum) return;
     begin_turn(tile.row_tile, tile.before);
@@ -196,7 +198,7 @@ struct BackwardWarpgroup {
       }
   }
 
-  // dK += dS^T Q starts, and dS goes to shared memory for dQ.
+  // This starts dK += dS^T Q, and puts dS in shared memory for dQ.
   __device__ __forceinline__ void publish_grad_logits(const Logits& grad_logits, GradKeys& grad_keys, int stage,
                                                       int logit_stage) const {
 #pragma unroll
@@ -216,8 +218,8 @@ struct BackwardWarpgroup {
     release(shared.grad_logits_full(logit_stage));
   }
 
-  // The warpgroup's parts of dQ = dS K to the sums in global memory. Every product has ended then, but no accumulators
-  // are pinned.
+  // This adds the warpgroup's parts of dQ = dS K to the sums in global memory. Every product has ended when it returns,
+  // but only the sums of dQ are pinned.
   __device__ __forceinline__ void add_grad_query(const Step<Tile::kLogitStages>& step, int row_tile, int before) const {
     wait(shared.grad_logits_full(step.stage()), step.parity());
 #pragma unroll
@@ -238,7 +240,7 @@ struct BackwardWarpgroup {
       wait_products<0>();
       pin(sums);
       if (p == 0) begin_turn(row_tile, before);
-      constexpr int kVectors = Tile::kGradQueryColumns / 8;  // of a thread
+      constexpr int kVectors = Tile::kGradQueryColumns / 8;  // a thread's vectors of four sums
       float* const to =
           args.grad_query_sum + std::int64_t(row_tile) * (kM * kHeadDim) + (part * kVectors * 128 + thread()) * 4;
 #pragma unroll
@@ -251,7 +253,7 @@ struct BackwardWarpgroup {
     }
   }
 
-  // dK or dV of the warp's keys, rounded, by way of a tile of shared memory that no product reads any more.
+  // This stores dK or dV of the warp's keys, rounded, by way of a tile of shared memory that no product reads any more.
   __device__ __forceinline__ void store_grad_keys(const GradKeys& sums, float factor, std::uint32_t tile,
                                                   const Tensor& to, std::int64_t features) const {
     const int row = own_key + warp * 16;

@@ -1,14 +1,14 @@
-// The forward mainloop for sm_90a: wgmma on tiles that TMA brings, by warps of two roles (FlashAttention-3, Shah et al.
-// 2024).
+// This is the forward mainloop for sm_90a: it uses wgmma on tiles that TMA brings, and its warps have two roles
+// (FlashAttention-3, Shah et al. 2024).
 //
 // A block stays and takes tiles of rows (query, head of the group) from a counter, the longest first. Its first
-// warpgroup, the producer, has copies made: Q, and K and V in rings of two stages, V one step behind K. Each
-// other warpgroup owns 64 rows and walks over the tiles of keys. A step:
+// warpgroup, the producer, has copies made: Q, and K and V in rings of two stages, V one step behind K. Each other
+// warpgroup owns 64 rows and walks over the tiles of keys. A step does this:
 //
 //   S = Q K^T starts, behind the last step's products | wait for all | place logits, if the tile is not whole | score;
 //   and 16 keys at a time: weights are made and packed, O += P V starts
 //
-// so that the tensor cores multiply the weights of 16 keys while those of the next 16 are made, and the warpgroups'
+// The tensor cores thus multiply the weights of 16 keys while those of the next 16 are made, and the warpgroups'
 // products run under each other's scores. A sigmoid needs nothing of S but the element; softmax looks at the row's
 // maximum first.
 #pragma once
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   }
   __syncthreads();
 
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same in all lanes, as the compiler can see
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the compiler sees that all lanes agree
   if (warpgroup == 0) {
     release_registers_down_to<Tile::kProducerRegisters>();
     if (threadIdx.x < Storage::kProducers) produce<Tiles, Storage>(args, shared);

@@ -1,4 +1,4 @@
-// A consumer warpgroup of the forward: 64 rows, which walk over the tiles of keys.
+// This is a consumer warpgroup of the forward: its 64 rows walk over the tiles of keys.
 #pragma once
 
 #include "cuda/common/tile.h"
@@ -10,7 +10,7 @@
 
 namespace attnx::cuda {
 
-// Stores a warp's 16 rows, from this one of the tile on, through its own part of shared memory.
+// This stores a warp's 16 rows, which begin with warp_row of the tile, through its own part of shared memory.
 template <class Storage, class Tile, class Args>
 __device__ __forceinline__ void store_output(const Accumulators<16, Tile::kHeadDim>& output,
                                              const float (&logsumexp)[2], const Args& args,
@@ -79,13 +79,13 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
       score.set_row(r, args.score, band, query_head_of(args, place.head) + own - at * args.group.divisor(), at,
                     place.split);
     }
-    // The keys whose logits are a positive multiple of the products, for all rows of the warpgroup.
+    // For all rows of the warpgroup, the logits of these keys are a positive multiple of the products.
     const int first_row = min(place.row_begin + warpgroup * 64, place.row_end - 1);
     Visible plain =
         band.seen_by_all(args.group.divide(first_row), args.group.divide(min(first_row + 64, place.row_end) - 1));
     if (args.alibi_slopes.data || !(args.scale_log2 > 0)) plain.end = -1;
 
-    // Where the next sequence follows in memory, its values must not meet weights of 0: they may be no numbers.
+    // Where the next sequence follows in memory, its values must not meet weights of 0, because they may be no numbers.
     if (Tiles::kPacked && args.cu_seqlens_k && count > 0) {
       const int rows = band.length_k - tiles.first(tiles.end() - 1);
       if (rows < kN) {
@@ -101,12 +101,12 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
     Accumulators<16, kHeadDim> output;
     clear(output);
 
-    // Tile i. Whether it must be masked is known beforehand, but for tiles from memory, whose keys are known once they
-    // are here.
+    // This does tile i. Whether a tile must be masked is known beforehand, except for tiles from memory, whose keys are
+    // known only once they are here.
     const auto first_key = [&](int i) { return tiles.first(tiles.end() - 1 - i); };
     const auto is_plain = [&](int key) { return key >= plain.first && key + kN <= plain.end; };
     const auto step = [&]<bool kPlain>(std::bool_constant<kPlain>, int i) {
-      // S = Q K^T, behind the products of the last tile's weights.
+      // S = Q K^T starts behind the products of the last tile's weights.
       wait(shared.key_full(keys.stage), keys.phase);
       Scores s;
       begin_products();
@@ -142,7 +142,7 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
       }
       score.template begin<Tiles::kHasBias>(s, output, multiplier, bias);
 
-      // O += P V.
+      // O += P V starts 16 keys at a time.
       wait(shared.value_full(values.stage), values.phase);
       const Weights<decltype(score), 1, kN / 8> weights{s, score};
 #pragma unroll
@@ -181,7 +181,7 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
       }
     }
 
-    // The place is found again, rather than kept in registers through the loop.
+    // The place is found again here, because keeping it through the loop would cost registers.
     const ForwardPlace again = ForwardPlace::of(args, args.in_order(fresh(tile)), Tile());
     if (args.splits.divisor() > 1) {
       store_partial<Score::kNormalised, Tile::kM>(output, logsumexp, args, args.partial, again,

@@ -1,8 +1,8 @@
-// The shared memory of a forward block and its barriers, with who arrives at them: query_full (producer, bytes of Q),
-// query_empty (a lane of each consumer warp), key_full and value_full by stage (producer, bytes), key_empty and
-// value_empty by stage (a lane of each consumer warp). The number of the tile of rows stands in shared memory under
-// query_full and query_empty, as the first key and the bias of a tile that comes from memory do under key_full and
-// key_empty.
+// This lays out the shared memory of a forward block and its barriers. These arrive at them: at query_full the producer
+// and the bytes of Q; at query_empty a lane of each consumer warp; at key_full and value_full, by stage, the producer
+// and the bytes; at key_empty and value_empty, by stage, a lane of each consumer warp. query_full and query_empty also
+// guard the number of the tile of rows, and key_full and key_empty guard the first key and the bias of a tile that
+// comes from memory.
 #pragma once
 
 #include "cuda/common/ptx_sm90.h"
@@ -10,7 +10,7 @@
 
 namespace attnx::cuda {
 
-// A ring of stages: where it stands, and the parity of the phase there.
+// A ring of stages has the stage where it stands, and the parity of the phase there.
 template <int kStages>
 struct Ring {
   int stage = 0;
@@ -21,7 +21,7 @@ struct Ring {
   }
 };
 
-// It gives addresses.
+// This gives the addresses of the parts.
 template <class Tile>
 struct ForwardMemory {
   using QueryTile = SwizzledTile<Tile::kM, Tile::kHeadDim>;
@@ -43,7 +43,7 @@ struct ForwardMemory {
   __device__ __forceinline__ std::uint32_t key_empty(int stage) const { return key_full(kStages + stage); }
   __device__ __forceinline__ std::uint32_t value_full(int stage) const { return key_full(2 * kStages + stage); }
   __device__ __forceinline__ std::uint32_t value_empty(int stage) const { return key_full(3 * kStages + stage); }
-  // The number of the tile of rows; the first key and the bias of a tile of keys that comes from memory.
+  // These hold the number of the tile of rows, and the first key and the bias of a tile of keys that comes from memory.
   __device__ __forceinline__ std::uint32_t row_tile() const { return key_full(4 * kStages); }
   __device__ __forceinline__ std::uint32_t first_key(int stage) const { return row_tile() + 8 + stage * 8; }
   static_assert(16 + 4 * kStages * 8 + 8 + kStages * 8 <= Tile::kBarrierBytes);

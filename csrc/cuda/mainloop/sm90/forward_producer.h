@@ -1,4 +1,4 @@
-// The producer of the forward: the threads that have the tiles of a storage brought to shared memory.
+// This is the producer of the forward: the threads that have the tiles of a storage brought to shared memory.
 #pragma once
 
 #include "cuda/mainloop/forward_rows.h"
@@ -7,7 +7,7 @@
 
 namespace attnx::cuda {
 
-// The next tile of rows, the same for all producers.
+// This takes the next tile of rows, which is the same for all producers.
 template <int kProducers>
 __device__ __forceinline__ int take_tile(int* taken) {
   static_assert(kProducers == 1 || kProducers == 32);
@@ -34,7 +34,7 @@ __device__ __forceinline__ void produce(const Args& args, const ForwardMemory<Ti
   };
 
   while (tile < args.row_tiles) {
-    const int next = take_tile<Storage::kProducers>(args.taken);  // well before it is needed
+    const int next = take_tile<Storage::kProducers>(args.taken);  // it is taken well before it is needed
     const ForwardPlace place = ForwardPlace::of(args, args.in_order(tile), Tile());
     if (place.row_begin < place.row_end) {
       const auto tiles = Tiles::template keys<Tile>(args, place);

@@ -1,4 +1,4 @@
-// dQ from its sums, which attnx_backward_sm90 leaves in the order of its threads' registers.
+// This makes dQ from its sums, which attnx_backward_sm90 leaves in the order of its threads' registers.
 #pragma once
 
 #include "cuda/mainloop/backward_rows.h"
@@ -7,7 +7,7 @@
 
 namespace attnx::cuda {
 
-// The same as store_accumulators() for the transposed: a warp's accumulators, rounded, as columns of a tile.
+// This does what store_accumulators() does, but transposed: a warp's accumulators, rounded, become columns of a tile.
 template <class Tile, class Input, int kN>
 __device__ __forceinline__ void store_transposed(std::uint32_t tile, int row, int column, int lane,
                                                  const float (&x)[1][kN][4], float factor) {

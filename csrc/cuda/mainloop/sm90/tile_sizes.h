@@ -1,22 +1,22 @@
-// Tile sizes of the forward for sm_90a by head dimension: the table to tune. Plain C++, for the launchers' arithmetic
-// too.
+// This is the table to tune: tile sizes of the forward for sm_90a by head dimension. It is plain C++, because the
+// launchers compute with it too.
 //
-// A warpgroup of consumers owns 64 rows. Registers allow three of them with 64 features, else two.
-// Lists have blocks of 64 rows and of 64 keys: one warpgroup to a block, more blocks to a multiprocessor.
+// A warpgroup of consumers owns 64 rows. Registers allow three of them with 64 features, else two. Lists have blocks of
+// 64 rows and of 64 keys, so they get one warpgroup to a block and more blocks to a multiprocessor.
 #pragma once
 
 namespace attnx::cuda {
 
-inline constexpr int kMostSharedBytes = 227 * 1024;  // that a block can have on sm_90
+inline constexpr int kMostSharedBytes = 227 * 1024;  // what a block can have on sm_90
 
-// kOutputOverQuery: output leaves through the query's shared memory, where there is no room for both.
+// With kOutputOverQuery the output leaves through the query's shared memory, where there is no room for both.
 template <int kHeadDim_, int kM_, int kN_, bool kOutputOverQuery_, int kBlocksPerSm_>
 struct TmaForwardTile {
   static constexpr int kHeadDim = kHeadDim_, kM = kM_, kN = kN_;  // features, rows, keys
   static constexpr int kWarpgroups = kM / 64, kThreads = (1 + kWarpgroups) * 128;
   static constexpr bool kOutputOverQuery = kOutputOverQuery_;
-  // With 64 features special functions take as long as the tensor cores, and nothing is gained by more of them with
-  // others.
+  // With 64 features special functions take as long as the tensor cores; with more features nothing is gained by using
+  // more of them.
   static constexpr bool kSparesSpecialFunctions = true;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kStages = 2;  // copies of keys and of values in shared memory

@@ -1,5 +1,6 @@
-// wgmma: the products of a warpgroup, 64 rows by 64, 80, 128 or 256 columns by 16, asynchronous (PTX ISA 9.0, section
-// 9.7.15). Operands lie in shared memory as SwizzledTile has them, or A in registers; sums are float32 in registers.
+// This is wgmma: the asynchronous products of a warpgroup, 64 rows by 64, 80, 128 or 256 columns by 16 (PTX ISA 9.0,
+// section 9.7.15). Operands lie in shared memory as SwizzledTile has them, or A lies in registers; sums are float32 in
+// registers.
 //
 // Of a warp's 16 rows a lane holds those that Accumulators (tile.h) says, for the sums and for A in registers alike.
 #pragma once
@@ -8,16 +9,16 @@
 
 namespace attnx::cuda {
 
-// Before the first product that reads or adds to registers which ordinary instructions wrote.
+// This comes before the first product that reads or adds to registers which ordinary instructions wrote.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until at most this many of the warpgroup's newest groups are under way.
+// This waits until at most this many of the warpgroup's newest groups are under way.
 template <int kGroups>
 __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
-// The compiler does not know that products write the sums while it goes on: what it does with them stays on its side of
-// this.
+// The compiler does not know that products write the sums while it goes on, so this keeps what it does with the sums on
+// its own side.
 template <int kM, int kN>
 __device__ __forceinline__ void pin(float (&sums)[kM][kN][4]) {
 #pragma unroll
@@ -49,8 +50,8 @@ __device__ __forceinline__ void pin(float (&sums)[kM][kN][4]) {
 #define ATTNX_SUMS_64(i) ATTNX_SUMS_32(i), ATTNX_SUMS_32(i + 8)
 #define ATTNX_SUMS_128(i) ATTNX_SUMS_64(i), ATTNX_SUMS_64(i + 16)
 
-// c = A B, or c += A B where `add`. An operand in shared memory is transposed where its rows, of 64 features, are those
-// of k. The numbers are those of the asm operands behind kColumns / 2 sums.
+// This computes c = A B, or c += A B where `add`. An operand in shared memory is transposed where its rows, of 64
+// features, are those of k. O0 and on are the numbers of the asm operands behind kColumns / 2 sums.
 #define ATTNX_PRODUCTS(kColumns, kSums, TYPE, INPUT, O0, O1, O2, O3, O4, O5, O6)                                   \
   template <bool kTransposedA, bool kTransposedB>                                                                  \
   __device__ __forceinline__ void multiply_shared(float (&c)[kColumns / 8][4], std::uint64_t a, std::uint64_t b,   \
