@@ -1,4 +1,4 @@
-// The CUDA kernels' entry points. They launch on a stream and return: no synchronisation, no allocation.
+// These are the CUDA kernels' entry points. They launch on a stream and return: they neither synchronise nor allocate.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@
 
 namespace attnx::cuda {
 
-// What forward and backward need of device memory besides their tensors, in bytes, on the current device.
+// Forward and backward need this much device memory besides their tensors, in bytes, on the current device.
 std::size_t forward_workspace(const ForwardParams& params, const Launch& launch);
 std::size_t backward_workspace(const BackwardParams& params, const Launch& launch);
 
@@ -21,7 +21,7 @@ std::size_t backward_workspace(const BackwardParams& params, const Launch& launc
 void forward(const ForwardParams& params, const Launch& launch);
 void backward(const BackwardParams& params, const Launch& launch);
 
-// The kernel that a call would run.
+// This describes the kernel that a call would run.
 struct KernelDescription {
   std::string kernel;        // as profilers show it: "attnx_forward_sm80"
   std::string mainloop;      // "sm80"
@@ -29,7 +29,7 @@ struct KernelDescription {
   int head_dim = 0;          // what it is padded to
   bool aligned = true;       // whether rows lie on 16 bytes
   int splits = 1;            // shares of the keys
-  std::string why_not_sm90;  // on a device for it
+  std::string why_not_sm90;  // on a device that could run it
 };
 KernelDescription describe(const ForwardParams& params);
 KernelDescription describe(const BackwardParams& params);

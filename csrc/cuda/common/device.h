@@ -1,4 +1,4 @@
-// The device underneath, and the launch of one kernel on it.
+// This describes the device underneath, and launches one kernel on it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,15 +12,15 @@ namespace attnx::cuda {
 struct Device {
   int major;  // of the compute capability
   int sm_count;
-  int shared_bytes;  // that a block can have
+  int shared_bytes;  // what a block can have
 };
-// The current one. It throws std::runtime_error where that has no kernels.
+// This returns the current device. It throws std::runtime_error where the device has no kernels.
 const Device& current_device();
 
-// Throws std::runtime_error with the name of what failed.
+// This throws std::runtime_error with the name of what failed.
 void check(cudaError_t status, const char* what);
 
-// Launches blocks of a kernel that wants this much dynamic shared memory.
+// This launches blocks of a kernel that wants this much dynamic shared memory.
 void launch_kernel(const char* name, const void* kernel, std::int64_t blocks, int threads, int shared_bytes,
                    cudaStream_t stream, void** arguments);
 

@@ -1,4 +1,4 @@
-// Division by a number that is known at launch.
+// This divides by a number that is known at launch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -21,7 +21,7 @@ class Divisor {
   __host__ __device__ __forceinline__ int divisor() const { return int(divisor_); }
 #ifdef __CUDACC__
   __device__ __forceinline__ int divide(int n) const { return int((__umulhi(n, multiplier_) + n) >> shift_); }
-  // Divides n in place and returns the remainder.
+  // This divides n in place and returns the remainder.
   __device__ __forceinline__ int split(int& n) const {
     const int before = n;
     n = divide(before);

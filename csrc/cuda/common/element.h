@@ -1,4 +1,4 @@
-// The CUDA type of a dtype.
+// This maps a dtype to its CUDA type.
 #pragma once
 
 #include <cuda_bf16.h>

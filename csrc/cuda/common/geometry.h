@@ -1,4 +1,4 @@
-// Which rows and keys a call has, and how they fall into tiles: what every kernel of attention is passed. It is plain
+// Every kernel of attention is passed this: which rows and keys a call has, and how they fall into tiles. It is plain
 // data, which the host fills in; sequence.h reads it on the device.
 #pragma once
 
@@ -8,21 +8,21 @@
 namespace attnx::cuda {
 
 inline constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-inline constexpr int kUnbounded = 1 << 30;  // lengths are below, windows at most
+inline constexpr int kUnbounded = 1 << 30;  // lengths are below it, windows at most it
 
 struct Geometry {
   std::int64_t batch, heads_q, heads_k;
   std::int64_t length_q, length_k;  // of the longest sequence
   std::int64_t head_dim, value_dim;
   const std::int32_t *cu_seqlens_q, *cu_seqlens_k;  // null: every sequence has the full length
-  // Query heads on a key head whose rows share a tile, as (query, head of the group).
+  // So many query heads on a key head have rows that share a tile, as (query, head of the group).
   Divisor group;
-  Divisor heads;         // of tiles of rows
+  Divisor heads;         // heads of tiles of rows
   Divisor query_blocks;  // tiles along the longest sequence's rows
   int left, right;       // the window, at most kUnbounded
 };
 
-// What is done to a product to make it a logit.
+// This is done to a product to make it a logit.
 struct LogitScaling {
   float scale, scale_log2;  // the latter is times log2(e)
   PerHead alibi_slopes;

@@ -1,4 +1,4 @@
-// Where kernels are launched, and with what memory.
+// This says where kernels are launched, and with what memory.
 #pragma once
 
 #include "cuda/common/mainloop_choice.h"
@@ -12,7 +12,7 @@ struct Launch {
   std::optional<Mainloop> mainloop = asked_mainloop();  // looked up once: workspace and kernel agree
 };
 
-// Whether the CUDA runtime underneath is the emulator, whose device memory is host memory.
+// This tells whether the CUDA runtime underneath is the emulator, whose device memory is host memory.
 bool emulated();
 
 }  // namespace attnx::cuda

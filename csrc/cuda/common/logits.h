@@ -1,15 +1,15 @@
-// What a tile of products goes through before the score, where it is not whole or has distances: ALiBi and the mask.
+// A tile of products goes through this before the score, where it is not whole or has distances: ALiBi and the mask.
 #pragma once
 
 #include "cuda/common/sequence.h"
 
 namespace attnx::cuda {
 
-// The rows of a tile that a lane's accumulators hold, numbered as [block of 16 rows][half].
+// This numbers the rows of a tile that a lane's accumulators hold, as [block of 16 rows][half].
 __device__ __forceinline__ constexpr int row_of(int number) { return number / 2 * 16 + number % 2 * 8; }
 
-// s becomes s * scale - slope |distance|, times log2(e), or -inf where the query does not see the key. `row` is the
-// thread's first (query, head) row, whose heads count from first_head; `key` is its first key.
+// This turns s into s * scale - slope |distance|, times log2(e), or -inf where the query does not see the key. `row` is
+// the thread's first (query, head) row, whose heads count from first_head; `key` is its first key.
 template <class Args, int kM, int kN>
 __device__ __forceinline__ void place_logits(float (&s)[kM][kN][4], const Args& args, const Band& band, int first_head,
                                              int row, int key) {
@@ -35,7 +35,8 @@ __device__ __forceinline__ void place_logits(float (&s)[kM][kN][4], const Args& 
   }
 }
 
-// The same where s is transposed: its rows are keys, `key` the thread's first, and its columns (query, head) rows.
+// This does the same where s is transposed: its rows are keys, its columns are (query, head) rows, and `key` is the
+// thread's first.
 template <class Args, int kM, int kN>
 __device__ __forceinline__ void place_transposed_logits(float (&s)[kM][kN][4], const Args& args, const Band& band,
                                                         int first_head, int key, int row) {

@@ -1,4 +1,4 @@
-// Which mainloop serves calls, where the device has a choice.
+// This says which mainloop serves calls, where the device has a choice.
 #pragma once
 
 #include <optional>
@@ -9,12 +9,12 @@ namespace attnx::cuda {
 enum class Mainloop { kSm80, kSm90 };
 std::string name_of(Mainloop mainloop);  // "sm80"
 
-// The one that is asked for, "sm80", "sm90" or "auto", by use_mainloop, else by ATTNX_CUDA_MAINLOOP; none where the
-// fastest may run. Throws std::invalid_argument where the variable has another value.
+// This is the mainloop that is asked for, "sm80", "sm90" or "auto", by use_mainloop, else by ATTNX_CUDA_MAINLOOP. There
+// is none where the fastest may run. It throws std::invalid_argument where the variable has another value.
 std::optional<Mainloop> asked_mainloop();
 std::string asked_mainloop_name();
 
-// From now on, in all threads. Throws std::invalid_argument on another name.
+// The choice holds from now on, in all threads. This throws std::invalid_argument on another name.
 void use_mainloop(const std::string& name);
 
 }  // namespace attnx::cuda

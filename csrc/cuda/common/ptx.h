@@ -1,6 +1,7 @@
-// The instructions of sm_80 that CUDA C++ has no name for, one function each (PTX ISA 9.0, section 9.7).
+// These are the instructions of sm_80 that CUDA C++ has no name for, one function each (PTX ISA 9.0, section 9.7).
 //
-// CuTe's atoms wrap the same instructions; including them costs every translation unit 4 seconds, as long as a kernel.
+// CuTe's atoms wrap the same instructions, but including them costs every translation unit 4 seconds, as long as a
+// kernel.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,8 +15,8 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// The same value, of which the compiler knows nothing: what is computed from it inside a loop is not kept in registers
-// around the loop.
+// This returns the same value, but the compiler knows nothing of it, so that what is computed from it inside a loop is
+// not kept in registers around the loop.
 __device__ __forceinline__ int fresh(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -26,17 +27,18 @@ __device__ __forceinline__ T* fresh(T* x) {
   return x;
 }
 
-// cp.async: 16 bytes of global memory to shared memory, or 16 zero bytes. The source is not read for zeros.
+// cp.async copies 16 bytes of global memory to shared memory, or writes 16 zero bytes. For zeros it does not read the
+// source.
 __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from, bool inside) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0)
                : "memory");
 }
-// As above, without the case of zeros.
+// This copies as above, without the case of zeros.
 __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most this many of the thread's newest groups are under way.
+// This waits until at most this many of the thread's newest groups are under way.
 template <int kGroups>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
@@ -62,7 +64,7 @@ __device__ __forceinline__ uint4 load_shared(std::uint32_t from) {
   return x;
 }
 
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+// These load four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(std::uint32_t (&x)[4], std::uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -76,7 +78,7 @@ __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&x)[4], 
                : "memory");
 }
 
-// c += a b, a 16x16 and b 16x8 in 16 bits, c in float32.
+// This computes c += a b, where a is 16x16 and b is 16x8 in 16 bits, and c is in float32.
 __device__ __forceinline__ void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                                              std::uint32_t b1, __half) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -92,7 +94,7 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const std::uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Two floats, rounded to 16 bits, the first in the low half.
+// This rounds two floats to 16 bits, and puts the first in the low half.
 __device__ __forceinline__ std::uint32_t pack(float low, float high, __half) {
   std::uint32_t x;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
@@ -104,7 +106,7 @@ __device__ __forceinline__ std::uint32_t pack(float low, float high, __nv_bfloat
   return x;
 }
 
-// As above, with 0 for what is below it. NaN stays NaN.
+// This packs as above, with 0 for what is below it. NaN stays NaN.
 __device__ __forceinline__ std::uint32_t pack_nonnegative(float low, float high, __half) {
   std::uint32_t x;
   asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
@@ -116,7 +118,7 @@ __device__ __forceinline__ std::uint32_t pack_nonnegative(float low, float high,
   return x;
 }
 
-// Special functions, relative error 2^-22 and 2^-23; subnormals are flushed to zero.
+// These special functions have relative errors of 2^-22 and 2^-23; they flush subnormals to zero.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -1,5 +1,6 @@
-// The instructions of sm_90a that CUDA C++ has no name for, one function each (PTX ISA 9.0, sections 9.7.9, 9.7.13 and
-// 9.7.19): mbarriers, the tensor memory accelerator (TMA), named barriers, and registers that move between roles.
+// These are the instructions of sm_90a that CUDA C++ has no name for, one function each (PTX ISA 9.0, sections 9.7.9,
+// 9.7.13 and 9.7.19): mbarriers, the tensor memory accelerator (TMA), named barriers, and registers that move between
+// roles.
 #pragma once
 
 #include <cuda.h>
@@ -8,8 +9,8 @@
 
 namespace attnx::cuda {
 
-// Registers of a warpgroup's threads, from those the block was launched with: all four warps, once, at the start of
-// their role. A multiple of 8.
+// These change the registers of a warpgroup's threads from those that the block was launched with. All four warps call
+// them, once, at the start of their role. The number is a multiple of 8.
 template <int kRegisters>
 __device__ __forceinline__ void release_registers_down_to() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -19,18 +20,18 @@ __device__ __forceinline__ void claim_registers_up_to() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// A named barrier of the block, 1 to 15, at which this many threads meet.
+// At a named barrier of the block, 1 to 15, this many threads meet.
 __device__ __forceinline__ void meet(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// mbarriers, by their addresses in shared memory. A phase ends when `arrivals` and all announced bytes have come in; a
-// wait is for the end of the phase of this parity. Of a fresh barrier the phase before the first, of parity 1, counts
-// as ended.
+// mbarriers are named by their addresses in shared memory. A phase ends when `arrivals` and all announced bytes have
+// come in; a wait is for the end of the phase of this parity. Of a fresh barrier the phase before the first, of parity
+// 1, counts as ended.
 __device__ __forceinline__ void init_barrier(std::uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// Makes the initialisation visible to TMA; then the block meets.
+// This makes the initialisation visible to TMA; then the block meets.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -53,17 +54,17 @@ __device__ __forceinline__ void wait(std::uint32_t barrier, std::uint32_t parity
 }
 
 // What this thread wrote to shared memory, or read of it, comes before what TMA and wgmma do there after the next
-// barrier: they are another proxy.
+// barrier. The fence is needed because they are another proxy.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// How long lines stay in L2: as the policies that createpolicy makes for whole lines.
+// These policies, as createpolicy makes them for whole lines, say how long lines stay in L2.
 inline constexpr std::uint64_t kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000;
 
 __device__ __forceinline__ void prefetch(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
-// TMA: a box of a tensor of five dimensions, from these coordinates on, to shared memory; the barrier gets its bytes.
-// What lies outside the tensor becomes 0, and counts.
+// TMA loads a box of a tensor of five dimensions, from these coordinates on, to shared memory; the barrier gets its
+// bytes. What lies outside the tensor becomes 0, and counts.
 __device__ __forceinline__ void load_box(std::uint32_t to, const CUtensorMap& from, const int (&at)[5],
                                          std::uint32_t barrier, std::uint64_t cache_policy) {
   asm volatile(
@@ -72,7 +73,7 @@ __device__ __forceinline__ void load_box(std::uint32_t to, const CUtensorMap& fr
       "l"(&from), "r"(barrier), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]), "l"(cache_policy)
       : "memory");
 }
-// The other way, as part of the thread's next group. What lies outside the tensor is not written.
+// This goes the other way, as part of the thread's next group. What lies outside the tensor is not written.
 __device__ __forceinline__ void store_box(const CUtensorMap& to, const int (&at)[5], std::uint32_t from) {
   asm volatile(
       "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&to),
@@ -80,7 +81,8 @@ __device__ __forceinline__ void store_box(const CUtensorMap& to, const int (&at)
       : "memory");
 }
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until all groups of this thread have read their shared memory; or have been written, too.
+// The first waits until all groups of this thread have read their shared memory; the second until they have been
+// written, too.
 __device__ __forceinline__ void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 

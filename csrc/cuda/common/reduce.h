@@ -1,4 +1,4 @@
-// Reductions over the lanes of a warp that share a row or a column of accumulators (tile.h), and over a block.
+// These reduce over the lanes of a warp that share a row or a column of accumulators (tile.h), and over a block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -28,7 +28,7 @@ __device__ __forceinline__ double sum_of_block(double x) {
   __shared__ double of_warp[kThreads / 32];
 #pragma unroll
   for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
-  __syncthreads();  // the readers of an earlier sum
+  __syncthreads();  // the readers of an earlier sum are done
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
   __syncthreads();
   x = 0;

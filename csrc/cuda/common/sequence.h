@@ -1,4 +1,4 @@
-// The device's view of a call's geometry: one sequence, its rows in tensors, and the numbers of its tiles.
+// This is the device's view of a call's geometry: one sequence, its rows in tensors, and the numbers of its tiles.
 #pragma once
 
 #include "cuda/common/band.h"
@@ -6,7 +6,7 @@
 
 namespace attnx::cuda {
 
-// One sequence, and which of its keys a query sees.
+// This is one sequence, and which of its keys a query sees.
 struct Sequence {
   int length_q;
   std::int64_t first_q, first_k;  // rows before it in packed tensors
@@ -26,20 +26,20 @@ __device__ __forceinline__ Sequence sequence_of(const Geometry& g, int batch) {
   return s;
 }
 
-// Where a tile of rows stands among those of its head.
+// This says where a tile of rows stands among those of its head.
 __device__ __forceinline__ std::int64_t row_tile_of(const Geometry& g, int batch, const Sequence& sequence,
                                                     int query_block, int rows_of_tile) {
   if (!g.cu_seqlens_q) return std::int64_t(batch) * g.query_blocks.divisor() + query_block;
   return sequence.first_q * g.group.divisor() / rows_of_tile + batch + query_block;
 }
 
-// The first query head in the tiles of this head, and the key head that they see.
+// These return the first query head in the tiles of this head, and the key head that they see.
 __device__ __forceinline__ int query_head_of(const Geometry& g, int head) { return head * g.group.divisor(); }
 __device__ __forceinline__ int key_head_of(const Geometry& g, int head) {
   return g.heads.divisor() == g.heads_k ? head : head / int(g.heads_q / g.heads_k);
 }
 
-// The first row of a sequence and head in a tensor.
+// This returns the first row of a sequence and head in a tensor.
 template <class Element>
 __device__ __forceinline__ Element* rows_of(const Tensor& x, int batch, int head, std::int64_t first) {
   return static_cast<Element*>(x.data) + batch * x.batch_stride + head * x.head_stride + first * x.row_stride;

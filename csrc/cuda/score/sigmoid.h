@@ -1,4 +1,4 @@
-// The sigmoid score: each weight on its own, without row maximum, row sum or rescaling.
+// This is the sigmoid score: it makes each weight on its own, without row maximum, row sum or rescaling.
 #pragma once
 
 #include <type_traits>
@@ -8,7 +8,7 @@
 
 namespace attnx::cuda {
 
-// A thread's kRows rows in the forward.
+// This has a thread's kRows rows in the forward.
 template <class Input_, class Formula, int kRows>
 class SigmoidForward {
   float negative_bias_[kRows];
@@ -25,7 +25,7 @@ class SigmoidForward {
     negative_bias_[row] = -parameters.row_bias_log2(band, head, query);
   }
 
-  // Starts a tile: a logit is s * multiplier + bias, times log2(e).
+  // This starts a tile: a logit is s * multiplier + bias, times log2(e).
   template <bool kHasBias, int kM, int kN, int kD>
   __device__ __forceinline__ void begin(const float (&)[kM][kN][4], float (&)[kM][kD][4], float multiplier,
                                         float bias) {
@@ -38,12 +38,12 @@ class SigmoidForward {
     return Formula::template weight<Input>(fmaf(s, multiplier_, offset_[row]));
   }
 
-  // What the row's sums are multiplied with in the end.
+  // This returns what the row's sums are multiplied with in the end.
   __device__ __forceinline__ float finish(int) { return 1 / Formula::template kScale<Input>; }
   __device__ __forceinline__ float logsumexp(int) const { return 0; }
 };
 
-// The score policy.
+// This is the score policy.
 struct Sigmoid {
   static constexpr bool kNormalised = false;
 
@@ -52,7 +52,7 @@ struct Sigmoid {
     float value;
     PerHead bias;
 
-    // What a row adds to its logits, times log2(e).
+    // This returns what a row adds to its logits, times log2(e).
     __device__ __forceinline__ float row_bias_log2(const Band& band, int head, int query) const {
       float x = value + of_head(bias, head);
       if (rule == BiasRule::kLength) x -= logf(float(max(band.length_k, 1)));
@@ -69,12 +69,12 @@ struct Sigmoid {
   using Forward =
       SigmoidForward<Input, std::conditional_t<Tile::kSparesSpecialFunctions, NewtonSigmoid, ExactSigmoid>, kRows>;
 
-  // It sees a logit with its row's offset, its bias, times log2(e).
+  // The backward sees a logit with its row's offset, its bias, times log2(e).
   template <class Input>
   struct Backward {
     static constexpr float kWeightScale = cuda::kWeightScale<Input>;
 
-    // The weight times kWeightScale, and what the gradient of the weight is multiplied with.
+    // This returns the weight times kWeightScale, and sets what the gradient of the weight is multiplied with.
     static __device__ __forceinline__ float weight(float logit, float& factor) {
       return ExactSigmoid::weight_and_derivative(-logit, factor) * kWeightScale;
     }

@@ -1,4 +1,5 @@
-// The sigmoid on the special-function units and the FMA pipe: what a tensor core's product leaves time for.
+// This computes the sigmoid on the special-function units and the FMA pipe, in the time that a tensor core's product
+// leaves.
 //
 // A logit x comes as y = -x log2(e). The relative error of a weight counts, as weights near 1/length are the working
 // regime, so forms such as 0.5 + 0.5 tanh(x / 2), whose absolute error is small, are no use. 1 - p is t p with
@@ -11,7 +12,7 @@
 
 namespace attnx::cuda {
 
-// float16 weights below 6e-5 would be subnormal: they are kept times 2^15, and the sums divided at the end.
+// float16 weights below 6e-5 would be subnormal, so they are kept times 2^15, and the sums are divided at the end.
 template <class Input>
 inline constexpr float kWeightScale = std::is_same_v<Input, __half> ? 0x1p15f : 1.0f;
 
@@ -21,10 +22,10 @@ __device__ __forceinline__ float min_keeping_nan(float x, float y) {
   return z;
 }
 
-// 1 / (1 + 2^y) with two special functions; relative error 2^-19.
+// This computes 1 / (1 + 2^y) with two special functions; its relative error is 2^-19.
 struct ExactSigmoid {
   template <class Input>
-  static constexpr float kScale = kWeightScale<Input>;  // of weight()
+  static constexpr float kScale = kWeightScale<Input>;  // the scale of weight()
 
   template <class Input>
   static __device__ __forceinline__ float weight(float y) {
@@ -32,7 +33,8 @@ struct ExactSigmoid {
     return reciprocal_approx(fmaf(exp2_approx(y), kUnit, kUnit));
   }
 
-  // The weight, unscaled, and its derivative t p p. At 2^127, the largest power whose successor is finite, both are 0.
+  // This returns the weight, unscaled, and sets its derivative t p p. At 2^127, the largest power whose successor is
+  // finite, both are 0.
   static __device__ __forceinline__ float weight_and_derivative(float y, float& derivative) {
     const float t = exp2_approx(min_keeping_nan(y, 127)), p = reciprocal_approx(1 + t);
     derivative = t * p * p;
@@ -40,12 +42,13 @@ struct ExactSigmoid {
   }
 };
 
-// One special function. The reciprocal starts from the bits of d, which are a piecewise linear logarithm, and takes one
-// step of Newton's method with constants fitted to the relative error over one period (kernels' notes: docs/notes).
-// Rounded to bfloat16 the weight is within 2^-7.6 of the truth; for float16 a quadratic step brings 2^-16.
+// This uses one special function. The reciprocal starts from the bits of d, which are a piecewise linear logarithm, and
+// takes one step of Newton's method with constants fitted to the relative error over one period (the kernels' notes in
+// docs/notes say more). Rounded to bfloat16 the weight is within 2^-7.6 of the truth; for float16 a quadratic step
+// brings 2^-16.
 //
 // Nothing bounds the power: the scale keeps d below 2^126 as long as the power is finite, where the bits of r are those
-// of a positive number. An infinite one, of a masked key, makes the weight -inf, which pack_nonnegative turns into 0.
+// of a positive number. An infinite power, of a masked key, makes the weight -inf, which pack_nonnegative turns into 0.
 struct NewtonSigmoid {
   template <class Input>
   static constexpr float kScale = std::is_same_v<Input, __half> ? kWeightScale<Input> : 4;
@@ -54,8 +57,8 @@ struct NewtonSigmoid {
   static __device__ __forceinline__ float weight(float y) {
     constexpr float kUnit = 1 / kScale<Input>;
     const float d = fmaf(exp2_approx(y), kUnit, kUnit);
-    // A difference would run on the integer pipe, which has the packing to do: the launch is one block high, which the
-    // assembler does not know, so that this is a multiplication and an addition.
+    // A difference would run on the integer pipe, which has the packing to do. The launch is one block high, but the
+    // assembler does not know it, so that this is a multiplication and an addition.
     const int negative = __float_as_int(d) * -int(gridDim.y);
     if constexpr (std::is_same_v<Input, __half>) {
       const float r = __int_as_float(0x7EE00000 + negative), e = d * r;

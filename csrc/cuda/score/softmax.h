@@ -1,4 +1,5 @@
-// The softmax score: the running maximum and sum of each row (Milakov and Gimelshein 2018; Dao et al. 2022).
+// This is the softmax score: it keeps the running maximum and sum of each row (Milakov and Gimelshein 2018; Dao et al.
+// 2022).
 #pragma once
 
 #include "cuda/common/ptx.h"
@@ -7,14 +8,14 @@
 
 namespace attnx::cuda {
 
-// A thread's kRows rows in the forward.
+// This has a thread's kRows rows in the forward.
 template <class Input_, int kRows>
 class SoftmaxForward {
   float max_[kRows], sum_[kRows];  // the maximum times log2(e), less the tile's bias; the thread's part of the sum
   float multiplier_, bias_ = 0;
 
  protected:
-  // The maximum before the first key: finite, so that what is masked can be subtracted from it.
+  // This is the maximum before the first key. It is finite, so that what is masked can be subtracted from it.
   static constexpr float kLowest = -0x1p100f;
 
   __device__ __forceinline__ void start_row(int row, float max, float sum) {
@@ -31,7 +32,7 @@ class SoftmaxForward {
     start_row(row, kLowest, 0);
   }
 
-  // Starts a tile: a logit is s * multiplier + bias, times log2(e); the multiplier is positive.
+  // This starts a tile: a logit is s * multiplier + bias, times log2(e); the multiplier is positive.
   template <bool kHasBias, int kM, int kN, int kD>
   __device__ __forceinline__ void begin(const float (&s)[kM][kN][4], float (&o)[kM][kD][4], float multiplier,
                                         float bias) {
@@ -43,14 +44,14 @@ class SoftmaxForward {
       float highest = -INFINITY;
 #pragma unroll
       for (int n = 0; n < kN; ++n) highest = fmaxf(highest, fmaxf(s[r / 2][n][r % 2 * 2], s[r / 2][n][r % 2 * 2 + 1]));
-      // Kept relative to the tile's bias, which is the same for all rows.
+      // The maximum is kept relative to the tile's bias, which is the same for all rows.
       const float before = kHasBias ? max_[r] + bias_ - bias : max_[r];
       max_[r] = fmaxf(before, max_of_quad(highest) * multiplier);
       rescale[r] = exp2_approx(before - max_[r]);
       sum_[r] *= rescale[r];
       risen |= before != max_[r];
     }
-    // Maxima rise in the first tiles and seldom later: most tiles leave O alone (FlashAttention-4).
+    // Maxima rise in the first tiles and seldom later, so that most tiles leave O alone (FlashAttention-4).
     if (__any_sync(~0u, risen)) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
@@ -70,33 +71,33 @@ class SoftmaxForward {
     return p;
   }
 
-  // What the row's sums are multiplied with in the end. A row that sees no key has sums of 0.
+  // This returns what the row's sums are multiplied with in the end. A row that sees no key has sums of 0.
   __device__ __forceinline__ float finish(int row) {
     sum_[row] = sum_of_quad(sum_[row]);
     return sum_[row] == 0 ? 1 : 1 / sum_[row];
   }
-  // After finish().
+  // This is valid after finish().
   __device__ __forceinline__ float logsumexp(int row) const {
     return sum_[row] == 0 ? -INFINITY : (max_[row] + bias_ + log2f(sum_[row])) * kLn2;
   }
 };
 
-// The score policy.
+// This is the score policy.
 struct Softmax {
   // Rows have a logsumexp, which is an output and what the backward starts from, and a delta there.
   static constexpr bool kNormalised = true;
 
-  struct Parameters {};  // that rows read in the forward
+  struct Parameters {};  // what rows read in the forward
   static Parameters parameters(const AttentionParams&) { return {}; }
 
   template <class Input, class Tile, int kRows>
   using Forward = SoftmaxForward<Input, kRows>;
 
-  // It sees a logit with its row's offset, -logsumexp, times log2(e).
+  // The backward sees a logit with its row's offset, -logsumexp, times log2(e).
   template <class Input>
   struct Backward {
     static constexpr float kWeightScale = 1;
-    // The weight, and what the gradient of the weight less the row's delta is multiplied with.
+    // This returns the weight, and sets what the gradient of the weight less the row's delta is multiplied with.
     static __device__ __forceinline__ float weight(float logit, float& factor) {
       factor = exp2_approx(logit);
       return factor;

@@ -1,5 +1,5 @@
-// Softmax whose rows have one more logit, a learned number per head, that takes weight and has no value: the attention
-// sink of gpt-oss.
+// This is softmax whose rows have one more logit, a learned number per head, that takes weight and has no value: the
+// attention sink of gpt-oss.
 #pragma once
 
 #include <cfloat>
@@ -8,7 +8,7 @@
 
 namespace attnx::cuda {
 
-// The score policy. Softmax's backward serves it, as the sink changes nothing there but the logsumexp.
+// This is the score policy. Softmax's backward serves it, as the sink changes nothing there but the logsumexp.
 struct SoftmaxSink {
   static constexpr bool kNormalised = true;
 
@@ -23,7 +23,7 @@ struct SoftmaxSink {
     // A row starts from the sink as if that had been its first logit, in the first share of its keys alone.
     __device__ __forceinline__ void set_row(int row, const Parameters& parameters, const Band&, int head, int,
                                             int split) {
-      // A sink beyond the largest float is kept finite, so that weights are 0 there and no difference of infinities.
+      // A sink beyond the largest float is kept finite, so that weights are 0 there and infinities are not subtracted.
       const float sink = split == 0 ? fminf(of_head(parameters.sink, head) * kLog2E, FLT_MAX) : -INFINITY;
       const float highest = fmaxf(sink, this->kLowest);
       // One of the four lanes that share the row counts it.

@@ -1,4 +1,4 @@
-// Rows that lie at a fixed stride in global memory, to and from tiles in shared memory.
+// This moves rows that lie at a fixed stride in global memory to and from tiles in shared memory.
 #pragma once
 
 #include "cuda/common/sequence.h"
@@ -6,14 +6,14 @@
 
 namespace attnx::cuda {
 
-// The rows of one head.
+// These are the rows of one head.
 template <class Element>
 struct StridedRows {
   Element* first;
   std::int64_t row_stride;
 
   __device__ __forceinline__ Element* at(int row) const { return first + row * row_stride; }
-  // The row `step` rows after `row`, which is at `from`.
+  // This returns the row `step` rows after `row`, which is at `from`.
   __device__ __forceinline__ Element* after(Element* from, int, int step) const { return from + step * row_stride; }
 };
 
@@ -22,7 +22,7 @@ __device__ __forceinline__ StridedRows<Element> fresh(const StridedRows<Element>
   return {fresh(rows.first), rows.row_stride};
 }
 
-// The rows of the query heads that share a key head, in the order (query, head).
+// These are the rows of the query heads that share a key head, in the order (query, head).
 template <class Element>
 struct GroupedRows {
   Element* first;
@@ -36,15 +36,15 @@ struct GroupedRows {
   __device__ __forceinline__ Element* after(Element*, int row, int step) const { return at(row + step); }
 };
 
-// How the threads of a block share the 16-byte chunks of a tile: neighbours take neighbours in a row.
+// The threads of a block share the 16-byte chunks of a tile: neighbours take neighbours in a row.
 template <class Tile, int kThreads>
 struct Chunks {
   static constexpr int kLanes = Tile::kLanes, kRowStep = kThreads / kLanes;
   static_assert(Tile::kRows % kRowStep == 0);
 };
 
-// Starts copying rows [row, end) of `features` elements each to the tile; the rest of the tile becomes 0. Rows that are
-// not kAligned need not lie on 16 bytes, nor be a multiple of them: they are copied one element at a time.
+// This starts copying rows [row, end) of `features` elements each to the tile; the rest of the tile becomes 0. Rows
+// that are not kAligned need not lie on 16 bytes, nor be a multiple of them: they are copied one element at a time.
 template <bool kAligned, class Tile, int kThreads, class Rows>
 __device__ __forceinline__ void load_tile(std::uint32_t tile, const Rows& rows, int row, int end, int features) {
   using Plan = Chunks<Tile, kThreads>;
@@ -52,7 +52,7 @@ __device__ __forceinline__ void load_tile(std::uint32_t tile, const Rows& rows, 
   if constexpr (kAligned) {
     const int in_tile = thread / Plan::kLanes, lane = thread % Plan::kLanes;
     auto* from = rows.at(row + in_tile);
-    const int count = end - row - in_tile;  // of rows from the thread's first on
+    const int count = end - row - in_tile;  // rows from the thread's first on
 #pragma unroll
     for (int r = 0; r < Tile::kRows; r += Plan::kRowStep) {
       if (r > 0) from = rows.after(from, row + in_tile + r - Plan::kRowStep, Plan::kRowStep);
@@ -76,7 +76,7 @@ __device__ __forceinline__ void load_tile(std::uint32_t tile, const Rows& rows, 
   }
 }
 
-// Writes tile rows [begin, begin + kRows) to global rows [row, end), the lanes of `kThreads` threads numbered from 0.
+// This writes tile rows [begin, begin + kRows) to global rows [row, end). `thread` counts the kThreads threads from 0.
 template <bool kAligned, class Tile, int kRows, int kThreads, class Rows>
 __device__ __forceinline__ void store_tile(std::uint32_t tile, int begin, const Rows& rows, int row, int end,
                                            int features, int thread) {
@@ -101,7 +101,7 @@ __device__ __forceinline__ void store_tile(std::uint32_t tile, int begin, const 
   }
 }
 
-// The storage policy of mainloops whose threads all copy. Rows that are not kAligned need not lie on 16 bytes.
+// This is the storage policy of mainloops whose threads all copy. Rows that are not kAligned need not lie on 16 bytes.
 template <class Input_, bool kAligned>
 struct Strided {
   using Input = Input_;
@@ -117,7 +117,7 @@ struct Strided {
     return {p.query, p.key, p.value, p.grad_output, p.grad_key, p.grad_value};
   }
 
-  // Where the rows of a tensor lie: of all query heads in a tile, from this one on, or of one key head.
+  // These say where the rows of a tensor lie: those of all query heads in a tile, from this one on, or of one key head.
   template <class Element, class Args>
   static __device__ __forceinline__ GroupedRows<Element> query_rows(const Args& args, const Tensor& x, int batch,
                                                                     int query_head, const Sequence& sequence) {

@@ -16,7 +16,7 @@ constexpr std::int64_t kElementBytes = 2, kGranule = 16;  // bytes
 
 struct Dimensions {
   cuuint64_t sizes[5];
-  std::int64_t strides[4];  // bytes, of all but the features
+  std::int64_t strides[4];  // in bytes, of all but the features
 };
 
 Dimensions dimensions(const TmaTensor& x) {

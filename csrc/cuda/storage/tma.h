@@ -1,4 +1,4 @@
-// Rows at fixed strides that the tensor memory accelerator brings and takes away: the storage of Hopper's mainloops.
+// The tensor memory accelerator brings and takes away rows at fixed strides: this is the storage of Hopper's mainloops.
 #pragma once
 
 #include "cuda/common/ptx_sm90.h"
@@ -7,12 +7,12 @@
 
 namespace attnx::cuda {
 
-// The storage policy. Tensor maps have dimensions (feature, head of the group, row, head, batch).
+// This is the storage policy. Tensor maps have dimensions (feature, head of the group, row, head, batch).
 template <class Input_>
 struct Tma {
   using Input = Input_;
-  // Threads of the producer warpgroup that have copies made, one or a warp. Each arrives once at the barrier of a full
-  // stage: here when it announces what comes, elsewhere it may be when its copies have ended.
+  // So many threads of the producer warpgroup have copies made, one or a warp. Each arrives once at the barrier of a
+  // full stage: here when it announces what comes, but in another storage it may be when its copies have ended.
   static constexpr int kProducers = 1;
 
   struct ForwardTensors {
@@ -60,12 +60,12 @@ struct Tma {
     prefetch(tensors.grad_output);
   }
 
-  // Announces tiles of so many bytes, and what else the caller has copied, at the barrier that gets them.
+  // This announces tiles of so many bytes, and what else the caller has copied, at the barrier that gets them.
   static __device__ __forceinline__ void announce(std::uint32_t barrier, int tile_bytes, int other_bytes = 0) {
     arrive_expecting(barrier, tile_bytes + other_bytes);
   }
-  // Has a tile brought that begins with this row or key of a sequence and head, between announce() and finish(). Rows
-  // are (query, head of the group); where heads do not share a tile, the one head stands among all.
+  // These have a tile brought that begins with this row or key of a sequence and head, between announce() and finish().
+  // Rows are (query, head of the group); where heads do not share a tile, the one head stands among all.
   template <class Tile, class Args>
   static __device__ __forceinline__ void load_rows(std::uint32_t tile, const CUtensorMap& from, const Args& args,
                                                    const Sequence& sequence, int batch, int head, int row,
@@ -82,7 +82,7 @@ struct Tma {
   }
   static __device__ __forceinline__ void finish(std::uint32_t) {}
 
-  // Stores a warp's 16 rows of the output from shared memory, where no one writes them before wait_stores_read().
+  // This stores a warp's 16 rows of the output from shared memory, where no one writes them before wait_stores_read().
   template <class Tile, class Args>
   static __device__ __forceinline__ void store_output(std::uint32_t tile, const Args& args, const Sequence& sequence,
                                                       int batch, int head, int warp_row, int row, int row_end,

@@ -1,4 +1,4 @@
-// The tensors of a call as the tensor memory accelerator sees them. Host code.
+// These are the tensors of a call as the tensor memory accelerator sees them. This is host code.
 #pragma once
 
 #include "attnx/params.h"
@@ -13,7 +13,7 @@ struct TmaBackwardViews {
   TmaTensor query, key, value, grad_output;
 };
 
-// Rows of `group` query heads, which is 1 or all that share a key head, are in one box.
+// One box holds rows of `group` query heads, which is 1 or all that share a key head.
 TmaForwardViews tma_views(const ForwardParams& params, std::int64_t group);
 TmaBackwardViews tma_views(const BackwardParams& params, std::int64_t group);
 

@@ -1,4 +1,4 @@
-// Tiles under a band: dense, causal and window masks, which differ in two numbers only.
+// These are the tiles under a band: dense, causal and window masks, which differ in two numbers only.
 #pragma once
 
 #include "cuda/common/band.h"
@@ -10,7 +10,7 @@ struct BackwardParams;
 
 namespace attnx::cuda {
 
-// A range of tiles of kSize keys, or of rows, numbered [begin, end).
+// This is a range of tiles of kSize keys, or of rows, numbered [begin, end).
 template <int kSize>
 class BandTiles {
   int begin_, end_;
@@ -20,20 +20,20 @@ class BandTiles {
 
   __device__ __forceinline__ int begin() const { return begin_; }
   __device__ __forceinline__ int end() const { return end_; }
-  // The first key, or row, of a tile.
+  // This returns the first key, or row, of a tile.
   __device__ __forceinline__ int first(int tile) const { return tile * kSize; }
   __device__ __forceinline__ float bias(int) const { return 0; }
 };
 
-// The tiles policy.
+// This is the tiles policy.
 struct Banded {
   // Query heads that share a key head share tiles of rows.
   static constexpr bool kPerHead = false;
-  // Tiles are numbers that need not be read from memory, ahead of their use.
+  // Tiles follow from numbers at hand, so that nothing need be read from memory ahead of their use.
   static constexpr bool kFromMemory = false;
   // No tile has a bias of its own.
   static constexpr bool kHasBias = false;
-  // Sequences may be packed: a tile may reach into the next one's rows.
+  // Sequences may be packed, so that a tile may reach into the next one's rows.
   static constexpr bool kPacked = true;
 
   struct ForwardParameters {};
@@ -41,7 +41,7 @@ struct Banded {
   static ForwardParameters parameters(const ForwardParams&) { return {}; }
   static BackwardParameters parameters(const BackwardParams&, const int*) { return {}; }
 
-  // The tiles of keys that some row of a tile sees, or one split's share of them.
+  // This returns the tiles of keys that some row of a tile sees, or one split's share of them.
   template <class Tile, class Args, class Place>
   static __device__ __forceinline__ BandTiles<Tile::kN> keys(const Args& args, const Place& place) {
     constexpr int kKeys = Tile::kN;
@@ -54,7 +54,7 @@ struct Banded {
     return {first, min(first + share, end)};
   }
 
-  // The tiles of rows of a head that see some key of a tile.
+  // This returns the tiles of rows of a head that see some key of a tile.
   template <class Tile, class Args, class Sequence>
   static __device__ __forceinline__ BandTiles<Tile::kM> rows(const Args& args, const Sequence& sequence, int, int,
                                                              int key_begin) {
@@ -64,8 +64,8 @@ struct Banded {
     return {begin, max((queries.end * args.group.divisor() + kRows - 1) / kRows, begin)};
   }
 
-  // How many tiles of keys add to the tile of rows from row_begin on before the one from key_begin on does: all that
-  // its first query sees up to there.
+  // This counts the tiles of keys that add to the tile of rows from row_begin on before the one from key_begin on does:
+  // they are all that its first query sees up to there.
   template <int kKeys, class Args, int kRows>
   static __device__ __forceinline__ int before(const Args& args, const Band& band, int row_begin, int key_begin,
                                                const BandTiles<kRows>&, int) {

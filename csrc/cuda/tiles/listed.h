@@ -1,4 +1,4 @@
-// Tiles of the blocks that a list names: block-sparse attention.
+// These are the tiles of the blocks that a list names: they serve block-sparse attention.
 #pragma once
 
 #include "attnx/params.h"
@@ -7,7 +7,7 @@
 
 namespace attnx::cuda {
 
-// Where one list, of one block of queries (or of keys, transposed), stands.
+// This says where one list stands: that of one block of queries or, transposed, of keys.
 class List {
   const std::int32_t* indices_;
   const float* bias_;
@@ -28,7 +28,7 @@ class List {
   __device__ __forceinline__ float bias(int entry) const { return bias_ ? __ldg(bias_ + entry) : 0; }
 };
 
-// The tiles of kSize keys, or rows, in the listed blocks: one, two or four to a block.
+// These are the tiles of kSize keys, or rows, in the listed blocks: one, two or four to a block.
 template <int kSize>
 class ListedTiles {
   List list_;
@@ -47,11 +47,11 @@ class ListedTiles {
   __device__ __forceinline__ const std::int32_t* entry(int tile) const { return list_.entry(tile >> shift_); }
 };
 
-// The tiles policy.
+// This is the tiles policy.
 struct Listed {
   // Each query head has lists, and so tiles of rows, of its own.
   static constexpr bool kPerHead = true;
-  // Which keys a tile has is read from memory, ahead of its use.
+  // The keys of a tile are read from memory, ahead of their use.
   static constexpr bool kFromMemory = true;
   static constexpr bool kHasBias = true;
   static constexpr bool kPacked = false;
@@ -63,8 +63,8 @@ struct Listed {
   struct BackwardParameters {
     BlockList query_blocks;  // of each block of keys
     int block_q, block_k;
-    // In deterministic order, of each entry of query_blocks, laid out as its indices: how many blocks the list of its
-    // block of queries has before the block of keys whose entry it is.
+    // In deterministic order this tells of each entry of query_blocks, laid out as its indices, how many blocks the
+    // list of its block of queries has before the block of keys whose entry it is.
     const int* order;
   };
   static ForwardParameters parameters(const ForwardParams& p) { return {p.key_blocks, int(p.block_q), int(p.block_k)}; }
@@ -85,12 +85,12 @@ struct Listed {
     return {List(lists.query_blocks, batch, query_head, key_begin / lists.block_k), lists.block_q};
   }
 
-  // As for a band, where the list of the block of rows names the blocks before.
+  // This counts as for a band, but here the list of the block of rows names the blocks before.
   template <int kKeys, class Args, int kRows>
   static __device__ __forceinline__ int before(const Args& args, const Band&, int, int key_begin,
                                                const ListedTiles<kRows>& tiles, int tile) {
     const auto& lists = args.tiles;
-    const int per_block = fresh(lists.block_k) / kKeys;  // not kept in a register through the loop
+    const int per_block = fresh(lists.block_k) / kKeys;  // it is not kept in a register through the loop
     return lists.order[tiles.entry(tile) - lists.query_blocks.indices] * per_block + key_begin / kKeys % per_block;
   }
 };
