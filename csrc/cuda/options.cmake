@@ -1,4 +1,4 @@
-# How every CUDA unit is compiled, whatever it holds: attnx_cuda_options(target...)
+# Every CUDA unit is compiled like this, whatever it holds: attnx_cuda_options(target...)
 if(ATTNX_CUDART STREQUAL "shared")
   set(lineinfo ON)
 else()

@@ -1,8 +1,9 @@
-# The units of kernels. One is called direction:score:dtype:head_dim, as in forward_sm90:softmax:bfloat16:128.
+# This lists the units of kernels. One is called direction:score:dtype:head_dim, as in
+# forward_sm90:softmax:bfloat16:128.
 set(ATTNX_CUDA_ONLY "" CACHE STRING
     "Units to build, for development: forward:softmax:bfloat16:128;backward_sm80. A field may be empty or hold *")
 
-# What head dimensions are padded to, by mainloop and direction.
+# Head dimensions are padded to these, by mainloop and direction.
 set(head_dims_sm80 32 64 96 128 192 256)
 set(head_dims_sm90 64 128 256)
 foreach(mainloop sm80 sm90)
@@ -15,8 +16,8 @@ set(enum_float16 kFloat16)
 set(class_forward Forward)
 set(class_backward Backward)
 
-# Names of the units of a mainloop: one for each direction, score and dtype, and head dimension. A score that another
-# one's backward serves has no backward of its own.
+# This names the units of a mainloop: there is one for each direction, score and dtype, and head dimension. A score that
+# another one's backward serves has no backward of its own.
 function(attnx_unit_names out mainloop)
   get_property(scores GLOBAL PROPERTY ATTNX_SCORES)
   set(units ${${out}})
@@ -35,7 +36,8 @@ function(attnx_unit_names out mainloop)
   set(${out} ${units} PARENT_SCOPE)
 endfunction()
 
-# The regular expression of units that a pattern of ATTNX_CUDA_ONLY means; a direction means that of every mainloop.
+# This makes the regular expression of the units that a pattern of ATTNX_CUDA_ONLY means; a direction means that of
+# every mainloop.
 function(attnx_unit_regex out pattern)
   set(field "([a-z0-9_*]*)")
   if(NOT "${pattern}:::" MATCHES "^${field}:${field}:${field}:${field}:*$")
@@ -55,7 +57,8 @@ function(attnx_unit_regex out pattern)
   set(${out} ${regex} PARENT_SCOPE)
 endfunction()
 
-# Splits names of units into those that ATTNX_CUDA_ONLY asks for and the rest: attnx_select_units(selected rest unit...)
+# This splits names of units into those that ATTNX_CUDA_ONLY asks for and the rest:
+# attnx_select_units(selected rest unit...)
 function(attnx_select_units selected rest)
   set(remaining ${ARGN})
   if(ATTNX_CUDA_ONLY STREQUAL "")
@@ -77,7 +80,7 @@ function(attnx_select_units selected rest)
   set(${rest} ${remaining} PARENT_SCOPE)
 endfunction()
 
-# Sets what the templates of units ask for, from a unit's name.
+# This sets what the templates of units ask for, from a unit's name.
 macro(attnx_unit_variables name)
   string(REPLACE ":" ";" fields ${name})
   list(GET fields 0 unit)
@@ -92,7 +95,7 @@ macro(attnx_unit_variables name)
   get_property(score_class GLOBAL PROPERTY ATTNX_SCORE_${score}_CLASS)
 endmacro()
 
-# Writes each unit from units/mainloop.cu.in: attnx_write_units(files unit...)
+# This writes each unit from units/mainloop.cu.in: attnx_write_units(files unit...)
 function(attnx_write_units files)
   set(written "")
   foreach(name ${ARGN})
@@ -104,7 +107,8 @@ function(attnx_write_units files)
   set(${files} ${written} PARENT_SCOPE)
 endfunction()
 
-# Writes one file in which each of these units throws, so that the rest links: attnx_write_absent_units(file unit...)
+# This writes one file in which each of these units throws, so that the rest links:
+# attnx_write_absent_units(file unit...)
 function(attnx_write_absent_units file)
   set(absent_units "")
   foreach(name ${ARGN})
@@ -116,7 +120,7 @@ function(attnx_write_absent_units file)
   set(${file} ${written} PARENT_SCOPE)
 endfunction()
 
-# Writes the passes around the backward: one unit for each score that has a backward, and for each dtype.
+# This writes the passes around the backward: one unit for each score that has a backward, and for each dtype.
 function(attnx_write_passes files mainloop)
   set(written "")
   if(mainloop STREQUAL sm80)

@@ -46,7 +46,7 @@ void launch_kernel(const char* name, const void* kernel, std::int64_t blocks, in
   if (blocks == 0) return;
   if (blocks > INT32_MAX)
     throw std::runtime_error(std::string(name) + ": expected at most 2^31 - 1 tiles, got " + std::to_string(blocks));
-  // This call takes a microsecond, which is worth it: no one need record which kernel had it on which device.
+  // This call takes a microsecond, and repeating it spares a record of which kernel had it on which device.
   if (shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name);
   check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), arguments, std::size_t(shared_bytes),

@@ -106,7 +106,7 @@ __device__ __forceinline__ std::uint32_t pack(float low, float high, __nv_bfloat
   return x;
 }
 
-// This packs as above, with 0 for what is below it. NaN stays NaN.
+// This packs as above, but puts 0 for what is below 0. NaN stays NaN.
 __device__ __forceinline__ std::uint32_t pack_nonnegative(float low, float high, __half) {
   std::uint32_t x;
   asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));

@@ -14,7 +14,7 @@ namespace attnx::cuda {
 
 namespace {
 
-// Calls action.template operator()<Score>() for the score whose backward kernels serve the call's.
+// This calls action.template operator()<Score>() for the score whose backward kernels serve the call's.
 template <class Action>
 void with_backward_score(Score score, const Action& action) {
   with_score(score, [&]<Score kScore>() { action.template operator()<backward_score(kScore)>(); });

@@ -51,7 +51,7 @@ std::string plan_sm90(const BackwardParams& p, BackwardPlan& plan) {
   return {};
 }
 
-// Entries that the transposed lists span, unused ones included.
+// This counts the entries that the transposed lists span, unused ones included.
 std::int64_t list_entries(const BackwardParams& p) {
   const BlockList& lists = p.query_blocks;
   const std::int64_t last = (p.batch - 1) * lists.indices_batch_stride + (p.heads_q - 1) * lists.indices_head_stride +

@@ -1,4 +1,4 @@
-// What explain is told.
+// This describes the kernel of a call, for explain.
 #include "cuda/attention.h"
 #include "cuda/dispatch/plan.h"
 

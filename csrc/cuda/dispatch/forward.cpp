@@ -15,7 +15,8 @@ namespace attnx::cuda {
 
 namespace {
 
-// As many of the heads, a divisor of their number, as leave their keys and values in most of an L2 of 50 MB.
+// This returns as many of the heads, a divisor of their number, as keep their keys and values within most of an L2 of
+// 50 MB.
 std::int64_t heads_in_section(const ForwardParams& p, std::int64_t heads, std::int64_t heads_on_key_head) {
   constexpr std::int64_t kBytes = 32 << 20;
   const std::int64_t bytes = std::max<std::int64_t>(p.length_k * (p.head_dim + p.value_dim) * 2, 1);
@@ -24,7 +25,7 @@ std::int64_t heads_in_section(const ForwardParams& p, std::int64_t heads, std::i
   return most;
 }
 
-// Blocks that stay and take tiles from a counter.
+// This schedules blocks that stay and take tiles from a counter.
 void schedule_sm90(const ForwardPlan& plan, ForwardCall& call) {
   if (call.blocks > INT32_MAX)
     throw std::runtime_error("query: expected at most 2^31 - 1 tiles of rows, got " + std::to_string(call.blocks));

@@ -1,4 +1,5 @@
-// From a call to launches: which mainloop, in which tiles, how many blocks, and where partial results lie.
+// A plan leads from a call to launches: it says which mainloop runs, in which tiles, in how many blocks, and where
+// partial results lie.
 #pragma once
 
 #include <optional>
@@ -11,16 +12,16 @@
 
 namespace attnx::cuda {
 
-// A tile's sizes, as far as the host needs them.
+// These are a tile's sizes, as far as the host needs them.
 struct TileSizes {
   int rows, keys;
   int blocks_per_sm, shared_bytes;  // forward
-  int score_warps;                  // backward: that have sums of a row each, for the gradients of bias and slopes
+  int score_warps;                  // backward: warps that each have a row's sums for the gradients of bias and slopes
 };
 
 struct Plan {
   Mainloop mainloop = Mainloop::kSm80;
-  std::string why_not_sm90;  // on a device for it
+  std::string why_not_sm90;  // on a device that could run it
   int head_dim = 0;          // what it is padded to
   TileSizes tile{};
   Variant variant{};
@@ -47,9 +48,9 @@ ForwardPlan make_plan(const ForwardParams& params, std::optional<Mainloop> asked
 BackwardPlan make_plan(const BackwardParams& params, std::optional<Mainloop> asked, bool deterministic,
                        void* workspace);
 
-// Sets what depends on the mainloop: sm_90's where the device has it and nothing speaks against it, else sm_80's.
-// `plan_sm90` returns what speaks against it, or nothing. It throws std::runtime_error where sm_90's is asked for in
-// vain; `what` is the direction.
+// This sets what depends on the mainloop. It takes sm_90's where the device has it and nothing speaks against it, else
+// sm_80's. `plan_sm90` returns what speaks against it, or nothing. It throws std::runtime_error where sm_90's is asked
+// for in vain; `what` is the direction.
 template <class Plan, class PlanSm80, class PlanSm90>
 void plan_mainloop(const char* what, std::optional<Mainloop> asked, Plan& plan, const PlanSm80& plan_sm80,
                    const PlanSm90& plan_sm90) {

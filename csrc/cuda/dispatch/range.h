@@ -1,4 +1,4 @@
-// A call's range on the timeline of Nsight Systems.
+// This shows a call as a range on the timeline of Nsight Systems.
 #pragma once
 
 #include <nvtx3/nvToolsExt.h>
@@ -11,7 +11,7 @@ namespace attnx::cuda {
 
 class Range {
  public:
-  // "attnx::softmax_attention" and a suffix.
+  // The name is "attnx::softmax_attention", or that of another score, and a suffix.
   Range(Score score, const char* suffix) {
     nvtxRangePushA(("attnx::" + std::string(score_name(score)) + "_attention" + suffix).c_str());
   }

@@ -30,7 +30,7 @@ std::int64_t whole_heads_in_tile(const AttentionParams& p, int rows_of_tile) {
 }
 
 Geometry geometry_of(const AttentionParams& p, int rows_of_tile, std::int64_t group) {
-  // With lists rows count up to the end of the last block, whose tiles the backward visits all.
+  // With lists, rows count up to the end of the last block, because the backward visits all of its tiles.
   const std::int64_t rows = p.key_blocks.counts ? ceil_div(p.length_q, p.block_q) * p.block_q : group * p.length_q;
   const auto check_length = [](const char* name, std::int64_t length) {
     if (length >= kUnbounded)

@@ -1,4 +1,4 @@
-// How a call falls into tiles: what the plans of both directions and mainloops share.
+// This says how a call falls into tiles; the plans of both directions and mainloops share it.
 #pragma once
 
 #include <initializer_list>
@@ -12,21 +12,22 @@ namespace attnx::cuda {
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Whether every row starts on 16 bytes and fills whole ones, as copies of 16 bytes need.
+// These tell whether every row starts on 16 bytes and fills whole ones, as copies of 16 bytes need.
 bool is_aligned(const AttentionParams& params, const Tensor& x, std::int64_t heads, std::int64_t features);
 bool are_aligned(const AttentionParams& params, std::initializer_list<Tensor> of_query,
                  std::initializer_list<Tensor> of_key, std::initializer_list<Tensor> of_value);
 
-// Query heads whose rows share a tile: all that share a key head, but with lists, which each query head has of its own.
+// This counts the query heads whose rows share a tile. All that share a key head do, but with lists each query head is
+// alone, because it has lists of its own.
 std::int64_t heads_in_tile(const AttentionParams& params);
-// The same where tiles of so many rows must hold whole groups, as boxes of TMA do.
+// This counts the same where tiles of so many rows must hold whole groups, as boxes of TMA do.
 std::int64_t whole_heads_in_tile(const AttentionParams& params, int rows_of_tile);
 
 // It throws std::runtime_error where there are too many rows or keys.
 Geometry geometry_of(const AttentionParams& params, int rows_of_tile, std::int64_t group);
 LogitScaling scaling_of(const AttentionParams& params);
 
-// The first of the table's head dimensions that holds the call's.
+// This returns the first of the table's head dimensions that holds the call's.
 template <const auto& kTable>
 int padded_head_dim(const AttentionParams& p) {
   const auto wanted = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
@@ -35,7 +36,7 @@ int padded_head_dim(const AttentionParams& p) {
   return *found;
 }
 
-// Calls action.template operator()<head_dim>() for the padded head dimension of the table.
+// This calls action.template operator()<head_dim>() for the padded head dimension of the table.
 template <const auto& kTable, class Action>
 void with_head_dim(const AttentionParams& p, const Action& action) {
   const int head_dim = padded_head_dim<kTable>(p);
@@ -44,7 +45,7 @@ void with_head_dim(const AttentionParams& p, const Action& action) {
   }(std::make_index_sequence<std::size(kTable)>());
 }
 
-// Calls action.template operator()<DType>() for one of the dtypes that have kernels.
+// This calls action.template operator()<DType>() for one of the dtypes that have kernels.
 template <class Action>
 void with_dtype(DType dtype, const Action& action) {
   if (dtype == DType::kBFloat16) return action.template operator()<DType::kBFloat16>();

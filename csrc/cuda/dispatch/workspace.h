@@ -1,4 +1,4 @@
-// Arrays in a call's workspace.
+// This places arrays in a call's workspace.
 #pragma once
 
 #include <cstddef>
@@ -6,13 +6,13 @@
 
 namespace attnx::cuda {
 
-// It places consecutive arrays, each on 256 bytes.
+// The arrays are consecutive, and each lies on 256 bytes.
 class WorkspaceLayout {
   std::size_t bytes_ = 0;
 
  public:
   std::size_t bytes() const { return bytes_; }
-  // Where n elements lie; in a workspace at null the addresses are the offsets.
+  // This returns where n elements lie; in a workspace at null the addresses are the offsets.
   template <class T>
   T* place(void* workspace, std::int64_t n) {
     T* const at = reinterpret_cast<T*>(reinterpret_cast<std::uintptr_t>(workspace) + bytes_);

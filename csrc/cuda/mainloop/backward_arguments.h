@@ -15,7 +15,7 @@ struct BackwardGeometry : Geometry {
 struct BackwardScratch {
   float* offset;  // [row]: what a row's logits get, times log2(e): the bias of a pointwise score, or -logsumexp
   float* delta;   // [row]: a normalised score's rowsum(grad_output * output) - grad_logsumexp
-  // [element of a thread][thread]: the tile's grad_query / scale, by threads of the main kernel
+  // This is the tile's grad_query / scale, by threads of the main kernel: [element of a thread][thread].
   float* grad_query_sum;
   float *bias_sum, *slope_sum;  // [warp][row]: sums of grad_logits, and of them times distance; null: not wanted
   int* turns;                   // in deterministic order: how many tiles of keys have added theirs to grad_query_sum

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) attnx_combine(const __grid_constant_
   const auto weight = [&](int s) {
     if constexpr (kNormalised) {
       const float x = args.partial.logsumexp[warp * args.splits.divisor() + s];
-      return x == -INFINITY ? 0.0f : exp2_approx((x - highest) * kLog2E);  // NaN stays NaN
+      return x == -INFINITY ? 0.0f : exp2_approx((x - highest) * kLog2E);  // it lets NaN stay NaN
     } else {
       return 1.0f;
     }

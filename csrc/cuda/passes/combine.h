@@ -1,4 +1,4 @@
-// The second pass of a forward whose keys are split: one output from the partial ones.
+// This is the second pass of a forward whose keys are split: it makes one output from the partial ones.
 #pragma once
 
 #include "cuda/mainloop/forward_arguments.h"

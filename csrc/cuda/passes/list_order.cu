@@ -5,7 +5,7 @@
 
 namespace attnx::cuda {
 
-// A block has the list of a block of keys, a warp an entry of it.
+// A block has the list of a block of keys, and a warp has an entry of it.
 __global__ void __launch_bounds__(256) attnx_list_order(const __grid_constant__ ListOrderArguments args) {
   const int key_block = blockIdx.x % args.block_rows, head = blockIdx.x / args.block_rows % args.heads;
   const int batch = blockIdx.x / args.block_rows / args.heads;

@@ -1,4 +1,4 @@
-// The pass before a deterministic backward over lists: the order in which tiles of keys add to a tile of rows.
+// This pass before a deterministic backward over lists counts the order in which tiles of keys add to a tile of rows.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,4 @@
-// The pass after the backward that makes the gradients of bias and slopes from the sums of its tiles.
+// This pass after the backward makes the gradients of bias and slopes from the sums of its tiles.
 #pragma once
 
 #include "cuda/mainloop/backward_arguments.h"

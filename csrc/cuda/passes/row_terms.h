@@ -1,5 +1,5 @@
-// The pass before the backward: what a row adds to its logits, and what a normalised score subtracts from the gradients
-// of its weights.
+// This pass before the backward computes what a row adds to its logits, and what a normalised score subtracts from the
+// gradients of its weights.
 #pragma once
 
 #include "cuda/common/device.h"
@@ -17,7 +17,7 @@ struct RowTermsArguments : BackwardGeometry {
   int rows_of_tile;
 };
 
-// A block has a tile of rows, eight lanes a row. Rows past the sequence weigh nothing.
+// A block has a tile of rows, and eight lanes share a row. Rows past the sequence weigh nothing.
 template <class Score, class Input, bool kAligned>
 __global__ void __launch_bounds__(256) attnx_row_terms(const __grid_constant__ RowTermsArguments<Score> args) {
   constexpr int kLanes = 8;
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(256) attnx_row_terms(const __grid_constant__ R
   const int head = block / int(args.batch);
   const Sequence sequence = sequence_of(args, batch);
   const int row_begin = query_block * args.rows_of_tile, row_end = sequence.length_q * args.group.divisor();
-  if (row_begin >= row_end && args.cu_seqlens_q) return;  // the place of another sequence's tile
+  if (row_begin >= row_end && args.cu_seqlens_q) return;  // the place is that of another sequence's tile
   const std::int64_t row_tile =
       head * args.row_tiles + row_tile_of(args, batch, sequence, query_block, args.rows_of_tile);
 

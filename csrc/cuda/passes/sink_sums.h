@@ -1,4 +1,4 @@
-// The pass after the backward that makes the gradient of the sinks: of a row -exp(sink - logsumexp) * delta.
+// This pass after the backward makes the gradient of the sinks: a row adds -exp(sink - logsumexp) * delta to it.
 #pragma once
 
 #include "cuda/mainloop/backward_arguments.h"

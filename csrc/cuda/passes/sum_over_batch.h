@@ -1,4 +1,4 @@
-// The gradient of a number per head from those of each sequence.
+// This makes the gradient of a number per head from those of each sequence.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace attnx::cuda {
 
-// to[h] = the sum over b of from[b][h], on device memory.
+// This sets to[h] to the sum over b of from[b][h], on device memory.
 void sum_over_batch(const double* from, float* to, std::int64_t batch, std::int64_t heads, const Launch& launch);
 
 }  // namespace attnx::cuda

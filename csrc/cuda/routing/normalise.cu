@@ -1,4 +1,4 @@
-// The two matrices that scores.cu multiplies, from the tensors of a call. A warp makes a row.
+// This makes the two matrices that scores.cu multiplies, from the tensors of a call. A warp makes a row.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -17,12 +17,12 @@ constexpr int kPerLane = kMaxHeadDim / 32;
 struct RowArguments {
   Tensor rows;
   float* to;
-  std::int64_t count, heads, length;  // count: rows of all
+  std::int64_t count, heads, length;  // count: rows of all heads and sequences
   int features, padded;
 };
 
-// Reads the row of this warp, changes its numbers, and writes it with zeros behind it; change(x, lane) has those of a
-// lane.
+// This reads the row of this warp, changes its numbers, and writes it with zeros behind it; change(x, lane) changes
+// those that a lane has.
 template <class Input, class Change>
 __device__ __forceinline__ void make_row(const RowArguments& args, Change change) {
   const int lane = threadIdx.x % 32;

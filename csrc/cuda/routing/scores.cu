@@ -1,5 +1,5 @@
-// Scores by CUTLASS. A float32 is split into two TF32, and three of their four products are added up: the tensor cores'
-// way to float32 accuracy, at several times the rate of plain float32.
+// CUTLASS computes the scores. A float32 is split into two TF32, and three of their four products are added up: this is
+// the tensor cores' way to float32 accuracy, at several times the rate of plain float32.
 #include "scores.h"
 
 #include <cutlass/epilogue/thread/linear_combination.h>
@@ -64,7 +64,7 @@ void routing_scores(const ScoreParams& p, const Launch& launch) {
   check_matrix("row_matrix", p.row_matrix, p.features);
   check_matrix("centroid_matrix", p.centroid_matrix, p.features);
   check_matrix("score_matrix", p.score_matrix, p.rows);
-  constexpr std::int64_t kBlocks = 65535;  // of a grid, but for the first dimension
+  constexpr std::int64_t kBlocks = 65535;  // the most blocks of a grid, but for the first dimension
   check_at_most("problems", p.problems, kBlocks);
   check_at_most("rows", p.rows, kBlocks * Tile::kN);
   check_at_most("centroids", p.centroids, INT32_MAX - Tile::kM);

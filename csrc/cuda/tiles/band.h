@@ -29,7 +29,7 @@ class BandTiles {
 struct Banded {
   // Query heads that share a key head share tiles of rows.
   static constexpr bool kPerHead = false;
-  // Tiles follow from numbers at hand, so that nothing need be read from memory ahead of their use.
+  // A tile's number says where it lies, so that nothing need be read from memory ahead of its use.
   static constexpr bool kFromMemory = false;
   // No tile has a bias of its own.
   static constexpr bool kHasBias = false;

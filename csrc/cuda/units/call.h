@@ -1,5 +1,6 @@
-// What dispatch tells a unit of kernels, and the units there are: one translation unit for each score, dtype and padded
-// head dimension, so that each compiles in seconds. CMake writes them; nothing but them includes a mainloop.
+// This is what dispatch tells a unit of kernels, and the list of units: there is one translation unit for each score,
+// dtype and padded head dimension, so that each compiles in seconds. CMake writes them; nothing but them includes a
+// mainloop.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,7 +11,7 @@
 
 namespace attnx::cuda {
 
-// It picks one of a unit's instantiations.
+// This picks one of a unit's instantiations.
 struct Variant {
   bool wide, listed, aligned;
 };
@@ -47,7 +48,7 @@ void launch_backward_sm80(const BackwardCall& call);
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_backward_sm90(const BackwardCall& call);
 
-// The passes around the backward that depend on the score, or on the tiles of its mainloop.
+// These passes around the backward depend on the score, or on the tiles of its mainloop.
 template <Score kScore>
 void launch_row_terms(const BackwardCall& call);
 template <DType kDType, int kHeadDim>

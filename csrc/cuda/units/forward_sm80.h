@@ -1,4 +1,4 @@
-// The forward kernels for sm_80 of one score, dtype and padded head dimension.
+// These are the forward kernels for sm_80 of one score, dtype and padded head dimension.
 #pragma once
 
 #include "cuda/common/device.h"

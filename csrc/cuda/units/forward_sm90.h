@@ -1,4 +1,4 @@
-// The forward kernels for sm_90a of one score, dtype and padded head dimension.
+// These are the forward kernels for sm_90a of one score, dtype and padded head dimension.
 #pragma once
 
 #include "cuda/common/device.h"
@@ -16,7 +16,7 @@ struct ForwardSm90 {
   template <class Tiles, class Tile>
   static void launch(const ForwardCall& call) {
     using Storage = Tma<Input>;
-    constexpr int kWarpRows = 16;  // that leave together
+    constexpr int kWarpRows = 16;  // rows that leave together
     const auto& p = call.params;
     const PersistentForwardArguments<Score, Tiles, Storage> args{
         {call.geometry, call.scaling, Storage::tensors(p, call.geometry.group.divisor(), Tile::kM, Tile::kN, kWarpRows),

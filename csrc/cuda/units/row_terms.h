@@ -1,4 +1,4 @@
-// The pass before the backward of one score.
+// This is the pass before the backward of one score.
 #pragma once
 
 #include "cuda/common/element.h"
