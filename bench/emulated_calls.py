@@ -1,6 +1,6 @@
-"""Calls that together launch every CUDA kernel, on an emulator of the CUDA runtime; prints a line of JSON a launch.
+"""These calls together launch every CUDA kernel on an emulator of the CUDA runtime; it prints a line of JSON a launch.
 
-Run by emulation.py in a process of its own, for the emulator is loaded when a process starts. The emulator appends a
+emulation.py runs this in a process of its own, for the emulator is loaded when a process starts. The emulator appends a
 profile of each launch to the file CUDAEMU_PROFILE; this adds which call the launch belongs to.
 """
 
@@ -34,7 +34,7 @@ class Call:
     parameters: tuple[str, ...] = ()  # of a head; in a backward they get gradients
 
     def run(self) -> None:
-        """With constant inputs, whose counts are the same everywhere: a row's maximum rises in its first tile alone."""
+        """Runs on constant inputs, whose counts are the same everywhere: a row's maximum rises in its first tile."""
         query, key, value = (
             torch.ones(1, 1, length, self.head_dim, dtype=getattr(torch, self.dtype), requires_grad=self.backward)
             for length in (self.rows, self.keys, self.keys)
@@ -71,13 +71,13 @@ def _tile(score: Score, dtype: str, head_dim: int, rows: int, direction: str = "
     return _Tile(kernel["rows"], kernel["keys"], kernel["head_dim"])
 
 
-# What chooses a kernel of its own: a score, and a parameter that makes it another one.
+# Each of these chooses a kernel of its own: a score, and a parameter that makes it another one.
 _SCORES: tuple[tuple[Score, tuple[str, ...]], ...] = (("sigmoid", ()), ("softmax", ()), ("softmax", ("sink",)))
 _PARAMETERS: tuple[tuple[Score, tuple[str, ...]], ...] = (("sigmoid", ("bias", "alibi_slopes")), ("softmax", ("sink",)))
 
 
 def hopper_calls() -> Iterator[Call]:
-    """As below, of the kernels for sm_90a."""
+    """The calls for sm_90a, in pairs like those of ``calls``."""
     for (score, parameters), dtype, head_dim in product(_SCORES, ("bfloat16", "float16"), (64, 128, 256)):
         keys = _tile(score, dtype, head_dim, 192).keys
         yield Call(score, dtype, head_dim, 384, 2 * keys, parameters=parameters)
@@ -95,7 +95,7 @@ def hopper_calls() -> Iterator[Call]:
 
 
 def calls() -> Iterator[Call]:
-    """In pairs of which the second runs the kernel's loop twice as often: over keys forward, over rows backward."""
+    """The calls for sm_80, in pairs: the second runs the loop over keys, or rows in a backward, twice as often."""
     head_dims = dict.fromkeys(_tile("softmax", "bfloat16", d, 64).head_dim for d in range(32, 257, 32))
     for (score, parameters), dtype in product(_SCORES, ("bfloat16", "float16")):
         # A head dimension less one is padded, and its rows do not lie on 16 bytes.

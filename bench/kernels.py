@@ -1,4 +1,4 @@
-"""How the reports call a CUDA kernel, from the demangled name that disassemblers, emulators and profilers show."""
+"""Reports call a CUDA kernel by a label, made from the name that disassemblers, emulators and profilers show."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 _NAME = re.compile(r"attnx_(\w+?)(?:_(sm\d+))?(?:<(.*)>)?\(")
 _TILE = re.compile(r"\w+Tile<(\d+), (\d+), (\d+)")
 _DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16"}
-# What a policy says, where its name does not say it: a band of strided or TMA's rows is the ordinary case.
+# These are the words of policies that are not their names: a band of strided or TMA's rows is the ordinary case.
 _POLICIES = {"Banded": "", "Listed": "listed", "Tma": "", "Strided": ""}
-# What false and true say where they are a kernel's own arguments.
+# These are the words of false and true where they are a kernel's own arguments, or a policy's.
 _FLAGS = {"row_terms": ("unaligned", ""), "combine": ("pointwise", "normalised"), "Strided": ("unaligned", "")}
 
 
@@ -25,7 +25,7 @@ def _split(arguments: str) -> Iterator[str]:
 
 
 def _words(owner: str, argument: str) -> Iterator[str]:
-    """Those of one template argument of a kernel or policy."""
+    """The words of one template argument of a kernel or policy."""
     name, _, inner = argument.removesuffix(">").partition("<")
     name = name.rpartition("::")[2]
     if tile := _TILE.search(argument):
@@ -47,7 +47,7 @@ _LAST = ("listed", "unaligned")
 def label(demangled: str) -> str:
     """A kernel in words: "forward softmax bfloat16 32 128x64 listed" has 32 features and tiles of 128 rows, 64 keys.
 
-    It is one for sm_80, or has sm90 after its name.
+    A kernel for sm_90a has sm90 after its name; one for sm_80 has nothing there.
     """
     match = _NAME.search(demangled)
     if match is None:
@@ -59,7 +59,7 @@ def label(demangled: str) -> str:
 
 
 def mainloop(name: str) -> str:
-    """The one that the kernel of this label belongs to."""
+    """The mainloop that the kernel of this label belongs to."""
     return "sm90" if " sm90 " in name else "sm80"
 
 
@@ -73,5 +73,5 @@ def in_bfloat16(name: str) -> str:
 
 
 def order(name: str) -> list[tuple[bool, int, str]]:
-    """A key to sort labels by: the numbers in them as numbers."""
+    """A key that sorts labels with the numbers in them as numbers."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]

@@ -72,7 +72,7 @@ def test_everything_is_registered(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if ROWS[name].implementation is None])
 def test_other_devices_are_refused(name: str) -> None:
-    """Here by what awaits the tensors of another backend, reached with those of the CPU."""
+    """The refusal awaits the tensors of another backend; this reaches it with those of the CPU."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
     with pytest.raises(NotImplementedError, match=r"(?s)^\w+: no kernel for this call.*supported: .*backend"):
         signature(name).operator.redispatch(keys, *arguments_of(name).values())
@@ -80,7 +80,7 @@ def test_other_devices_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_derivative_or_refusal(name: str) -> None:
-    """On meta tensors, where shapes are all there is."""
+    """Tensors are on meta, where shapes are all there is."""
     row, arguments = ROWS[name], arguments_of(name, "meta", requires_grad=True)
     if isinstance(row.derivative, NoDerivative) and signature(name).written:
         with pytest.raises(NotImplementedError, match=f"^{name}: no derivative; {row.derivative.why}"):

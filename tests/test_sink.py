@@ -15,7 +15,7 @@ from compare import Attention, check, forward_backward
 
 
 def _sink(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Near the logits, so that it has a good part of the weight."""
+    """A sink near the logits, so that it has a good part of the weight."""
     return random_parameter(shape, dtype, device) * 8
 
 
@@ -65,7 +65,7 @@ def test_varlen(dtype: torch.dtype, device: torch.device) -> None:
 
 @pytest.mark.parametrize("block_size", [(64, 64), (128, 64)], ids=str)
 def test_lists(block_size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-    """Rows that no block serves, too."""
+    """Some rows have no block."""
     shape = Shape(256, 256, 64, heads=2)
     visited = torch.rand(1, 2, 256 // block_size[0], 4, generator=torch.Generator().manual_seed(0)) < 0.5
     visited[:, :, 1] = False
@@ -81,7 +81,7 @@ def test_lists(block_size: tuple[int, int], dtype: torch.dtype, device: torch.de
 
 
 def test_logsumexp_includes_it(dtype: torch.dtype, device: torch.device) -> None:
-    """A row without keys has the sink's, and gives 0."""
+    """A row without keys has the sink as its logsumexp, and gives 0."""
     inputs, _ = random_inputs(Shape(9, 4), dtype, device)
     sink = _sink((2,), dtype, device)
     output, logsumexp = attnx.softmax_attention(**inputs, sink=sink, is_causal=True, return_logsumexp=True)
@@ -95,7 +95,7 @@ def test_logsumexp_includes_it(dtype: torch.dtype, device: torch.device) -> None
 
 
 def test_gradient_of_the_logsumexp_reaches_it(dtype: torch.dtype, device: torch.device) -> None:
-    """Also from rows that see no key, whose logsumexp is the sink."""
+    """It also comes from rows that see no key, whose logsumexp is the sink."""
     inputs, _ = random_inputs(Shape(9, 4), dtype, device)
     sink = _sink((2,), dtype, device)
 
@@ -111,7 +111,7 @@ def test_gradient_of_the_logsumexp_reaches_it(dtype: torch.dtype, device: torch.
 
 
 def test_minus_infinity_is_no_sink(dtype: torch.dtype, device: torch.device, deterministic: None) -> None:
-    """Bit for bit, gradients too, but for that of the sink, which is 0."""
+    """Output and gradients are equal bit for bit; the gradient of the sink is 0."""
     inputs, grad_output = random_inputs(Shape(70, 150, 64, heads=4, kv_heads=2), dtype, device)
     plain = forward_backward(attnx.softmax_attention, inputs, grad_output, is_causal=True)
     inputs["sink"] = torch.full((4,), -math.inf, dtype=parameter_dtype(dtype), device=device)
@@ -129,7 +129,7 @@ def test_an_enormous_sink_takes_all_weight(sink: float, dtype: torch.dtype, devi
 
 
 def test_it_leaves_less_for_the_keys(dtype: torch.dtype, device: torch.device) -> None:
-    """Values of 1 make the output what the keys have together."""
+    """Values of 1 make the output the weight that the keys have together."""
     inputs, _ = random_inputs(Shape(), dtype, device)
     inputs["value"] = torch.ones_like(inputs["value"])
     output, logsumexp = attnx.softmax_attention(**inputs, return_logsumexp=True)

@@ -1,4 +1,4 @@
-// What libattnx shows to the Python module.
+// This marks what libattnx shows to the Python module.
 #pragma once
 
 #define ATTNX_API __attribute__((visibility("default")))

@@ -1,4 +1,4 @@
-// What the selections of blocks are told: sampling, labels of a map, and lists from labels.
+// The selections of blocks are told these: sampling, labels of a map, and lists from labels.
 #pragma once
 
 #include "attnx/block_sampling.h"
@@ -6,7 +6,8 @@
 
 namespace attnx {
 
-// The blocks of keys that one round keeps for each block of queries, ascending. What of a row is not in use holds 0.
+// The kernel lists the blocks of keys that one round keeps for each block of queries, ascending. Entries of a row that
+// are not in use hold 0.
 struct SampleBlocksParams {
   BlockGrid grid;
   std::int64_t heads = 0;              // of the whole batch
@@ -18,8 +19,8 @@ struct SampleBlocksParams {
   std::int32_t* indices = nullptr;  // [heads, query blocks, key blocks]
 };
 
-// What makes up for the blocks that were not sampled: -log p of each listed block, which is added to its logits, or p,
-// by which its weights are divided. Entries that are not in use are not written.
+// The kernel writes what makes up for the blocks that were not sampled: -log p of each listed block, which is added to
+// its logits, or p, by which its weights are divided. Entries that are not in use are not written.
 struct CorrectionParams {
   BlockGrid grid;
   std::int64_t heads = 0;
@@ -30,7 +31,8 @@ struct CorrectionParams {
   float* corrections = nullptr;  // like indices
 };
 
-// Which blocks of keys are critical (1), marginal (0) and negligible (-1) to each block of queries, by their products.
+// The kernel tells which blocks of keys are critical (1), marginal (0) and negligible (-1) to each block of queries, by
+// their products.
 struct LabelBlocksParams {
   BlockGrid grid;
   std::int64_t heads = 0;
@@ -41,7 +43,8 @@ struct LabelBlocksParams {
   std::int8_t* labels = nullptr;        // like products
 };
 
-// The critical blocks of each row of labels as lists, ascending. What of a row is not in use is not written.
+// The kernel lists the critical blocks of each row of labels, ascending. Entries of a row that are not in use are not
+// written.
 struct CriticalBlocksParams {
   std::int64_t rows = 0, blocks = 0;
   const std::int8_t* labels = nullptr;  // [rows, blocks]

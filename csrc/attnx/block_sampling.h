@@ -1,13 +1,13 @@
-// Which blocks of keys a block of queries visits in one round of probabilistic attention. The same bits on the host
-// and the device, and in attnx.reference: everything is integers, but for one comparison and one division in IEEE
-// double.
+// This decides which blocks of keys a block of queries visits in one round of probabilistic attention. The bits are the
+// same on the host, on the device and in attnx.reference, as everything is integers but for one comparison and one
+// division in IEEE double.
 #pragma once
 
 #include "attnx/philox.h"
 
 namespace attnx {
 
-// Blocks of queries by blocks of keys, aligned bottom-right: query i stands at the position of key
+// The grid is blocks of queries by blocks of keys, aligned bottom-right: query i stands at the position of key
 // i + length_k - length_q, or of the nearest key there is.
 struct BlockGrid {
   std::int64_t length_q, length_k;
@@ -18,9 +18,9 @@ struct BlockGrid {
   ATTNX_HOST_DEVICE std::int64_t key_blocks() const { return (length_k + block_k - 1) / block_k; }
 };
 
-// A row of blocks, whose diagonal blocks are those of keys at which one of its queries stands. They are one where the
-// lengths are aligned and block_q is at most block_k. All of them count as distance 0, which is always kept, so that
-// no query that sees a key is left without one.
+// The diagonal blocks of a row of blocks are those of keys at which one of its queries stands. There is one of them
+// where the lengths are aligned and block_q is at most block_k. All of them count as distance 0, which is always kept,
+// so that no query that sees a key is left without one.
 struct BlockRow {
   std::int64_t diagonal_begin, diagonal_end;
   std::int64_t candidates;  // the blocks [0, candidates) may take part: when causal, those that some query sees
@@ -47,16 +47,18 @@ struct SamplingRound {
   std::uint64_t seed;
   std::uint32_t offset;
 
-  // The word w that decides about block (i, j) of a head, counted over the batch; it stands for u = (w + 1/2) 2^-32.
+  // It returns the word w that decides about block (i, j) of a head, which is counted over the batch. The word stands
+  // for u = (w + 1/2) 2^-32.
   ATTNX_HOST_DEVICE std::uint32_t draw(std::int64_t head, std::int64_t i, std::int64_t j) const {
     return philox({{std::uint32_t(j), std::uint32_t(i), std::uint32_t(head), offset}}, seed).word[0];
   }
 };
 
-// Bernoulli: whether u < p.
+// This is the Bernoulli draw, which keeps a block where u < p.
 ATTNX_HOST_DEVICE inline bool is_kept(std::uint32_t word, float p) { return (word + 0.5) * 0x1p-32 < double(p); }
 
-// -log2(u) in units of 2^-24, bit by bit, as no two libraries' logarithms agree to the last one.
+// It returns -log2(u) in units of 2^-24, which it finds bit by bit, as no two libraries' logarithms agree to the last
+// one.
 ATTNX_HOST_DEVICE inline std::uint32_t exponential(std::uint32_t word) {
   constexpr int kFractionBits = 24;
   const std::uint64_t odd = 2 * std::uint64_t(word) + 1;  // u 2^33
@@ -73,8 +75,9 @@ ATTNX_HOST_DEVICE inline std::uint32_t exponential(std::uint32_t word) {
   return (std::uint32_t(33) << kFractionBits) - log;
 }
 
-// Gumbel-top-m on log p is a race: a block arrives at a time that is exponential with rate p, and the first m are
-// kept; of those that arrive together the ones with the lower index. p is above 0: without it a block never comes.
+// Gumbel-top-m on log p is a race: a block arrives at a time that is exponential with rate p, and the first m are kept;
+// of those that arrive together the ones with the lower index come first. p is above 0, as a block of p = 0 never
+// comes.
 ATTNX_HOST_DEVICE inline double arrival_time(std::uint32_t word, float p) { return exponential(word) / double(p); }
 
 }  // namespace attnx

@@ -1,5 +1,5 @@
-// What each operator supports on each backend. The rows stand in capabilities.json, from which CMake writes
-// capability_table.h; refusals, attnx.explain, the README's table and the tests all read them.
+// The table says what each operator supports on each backend. The rows stand in capabilities.json, from which CMake
+// writes capability_table.h; refusals, attnx.explain, the README's table and the tests all read them.
 #pragma once
 
 #include <string_view>
@@ -20,14 +20,14 @@ struct Capability {
 
 namespace attnx {
 
-// Null where the operator has no kernel on the backend.
+// It returns null where the operator has no kernel on the backend.
 constexpr const Capability* find_capability(std::string_view op, std::string_view backend) {
   for (const Capability& row : kCapabilities)
     if (row.op == op && row.backend == backend) return &row;
   return nullptr;
 }
 
-// Whether a list like "causal, window" holds the name.
+// It tells whether a list like "causal, window" holds the name.
 constexpr bool lists(std::string_view list, std::string_view name) {
   while (!list.empty()) {
     const auto end = list.find(", ");

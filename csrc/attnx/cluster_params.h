@@ -1,12 +1,13 @@
-// What is done with clusters of rows besides products with their centroids (RouteParams and its kind, params.h).
+// Kernels that work on clusters of rows are told these, besides those that take products with their centroids
+// (RouteParams and its kind, params.h).
 #pragma once
 
 #include "attnx/params.h"
 
 namespace attnx {
 
-// The lists that SelectParams asks for, cluster_size slots to each cluster, moved together: a cluster is shorter only
-// where rows are NaN. What of a head's slots is not in use becomes 0.
+// The kernel moves together the lists that SelectParams asks for, which have cluster_size slots for each cluster: a
+// cluster is shorter only where rows are NaN. Slots that a head does not use become 0.
 struct CompactClustersParams {
   std::int64_t heads = 0, clusters = 0, cluster_size = 0;  // heads of the whole batch
   const std::int32_t* counts = nullptr;                    // [heads, clusters]
@@ -14,8 +15,8 @@ struct CompactClustersParams {
   std::int32_t* offsets = nullptr;                         // [heads, clusters + 1]
 };
 
-// The rows of each cluster, ascending, from the cluster of each row; -1 stands for none. What of a head's slots is not
-// in use becomes 0.
+// The kernel lists the rows of each cluster, ascending, from the cluster of each row; -1 stands for none. Slots that a
+// head does not use become 0.
 struct SortByClusterParams {
   std::int64_t heads = 0, length = 0, clusters = 0;  // heads of the whole batch
   const std::int32_t* nearest = nullptr;             // [heads, length]
@@ -23,15 +24,15 @@ struct SortByClusterParams {
   std::int32_t* offsets = nullptr;                   // [heads, clusters + 1]
 };
 
-// The statistics that centroids follow, of queries and keys half each: half of sums over both.
+// The kernel halves sums over queries and keys, which each count half in the statistics that centroids follow.
 struct HalveSumsParams {
   std::int64_t count = 0;
   const double* sums = nullptr;
   float* halves = nullptr;
 };
 
-// The exponential moving average of sums over that of counts, the latter with Laplace smoothing over the clusters of a
-// head. A centroid without members keeps its place.
+// A centroid follows the exponential moving average of sums over that of counts, the latter with Laplace smoothing over
+// the clusters of a head. A centroid without members keeps its place.
 struct UpdateCentroidsParams {
   std::int64_t heads = 0, clusters = 0, head_dim = 0;
   double decay = 0;

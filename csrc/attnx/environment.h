@@ -1,4 +1,4 @@
-// Switches that the environment sets to 1 before the library is loaded.
+// These are switches that the environment sets to 1 before the library is loaded.
 #pragma once
 
 #include <cstdlib>
@@ -14,7 +14,7 @@ inline bool is_one(const char* variable) {
 // Calls on CPU tensors are meant for the CUDA kernels, which the emulator runs on host memory.
 inline const bool kCudaOnHost = is_one("ATTNX_CUDA_ON_HOST");
 
-// Check what lies in device memory, too, although that waits for the device.
+// With this checks cover what lies in device memory, too, although that waits for the device.
 inline const bool kDebug = is_one("ATTNX_DEBUG");
 
 }  // namespace attnx

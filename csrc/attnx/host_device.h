@@ -1,4 +1,4 @@
-// Functions that host and device share.
+// This marks functions that host and device share.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,4 +1,4 @@
-// What every attention kernel is told: plain pointers, sizes and strides, the same for the CPU and the GPU.
+// Every attention kernel is told these: plain pointers, sizes and strides, the same for the CPU and the GPU.
 #pragma once
 
 #include <cstdint>
@@ -12,32 +12,33 @@ inline constexpr std::int64_t kMaxHeadDim = 256;
 
 enum class DType : std::uint8_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
-// What the sigmoid adds to the logits of a row besides the constant and the tensor.
+// The rule is what the sigmoid adds to the logits of a row besides the constant and the tensor.
 enum class BiasRule : std::uint8_t {
   kNone,
   kLength,  // -log(length_k of the sequence)
   kRow,     // -log(number of keys that the row sees)
 };
 
-// A (batch, head, row, feature) tensor whose features are contiguous. Strides count elements. Packed
-// sequences, (row, head, feature), have no batch stride: their rows are found by cu_seqlens.
+// This is a (batch, head, row, feature) tensor whose features are contiguous. Strides count elements. Packed sequences,
+// (row, head, feature), have no batch stride: their rows are found by cu_seqlens.
 struct Tensor {
   void* data = nullptr;
   std::int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
 };
 
-// One number per head: [heads], or a scalar with stride 0. Null where absent.
+// This is one number per head: [heads], or a scalar with stride 0. It is null where absent.
 struct PerHead {
   const void* data = nullptr;
   std::int64_t stride = 0;
 };
 
-// Which blocks of keys each block of queries visits, in the format of torch.nn.attention.flex_attention.BlockMask; or,
-// transposed, which blocks of queries visit each block of keys. Strides count elements, 0 where one list serves all.
+// The list says which blocks of keys each block of queries visits, in the format of
+// torch.nn.attention.flex_attention.BlockMask; or, transposed, which blocks of queries visit each block of keys.
+// Strides count elements, and are 0 where one list serves all.
 struct BlockList {
   const std::int32_t* counts = nullptr;   // [batch, heads_q, blocks]
   const std::int32_t* indices = nullptr;  // [batch, heads_q, blocks, width], the first `count` of each row in use
-  // Like indices, with the strides of bias; may be null.
+  // These two are shaped like indices, with the strides of bias, and may be null.
   const float* bias = nullptr;     // added to the logits of the block
   const float* divisor = nullptr;  // of the block's weights; sigmoid only
   std::int64_t counts_batch_stride = 0, counts_head_stride = 0;
@@ -46,7 +47,7 @@ struct BlockList {
   std::int64_t bias_batch_stride = 0, bias_head_stride = 0, bias_row_stride = 0;
 };
 
-// Clusters of rows of each query head: cluster c of a head holds the rows indices[offsets[c]] up to
+// Each query head has clusters of rows: cluster c of a head holds the rows indices[offsets[c]] up to
 // indices[offsets[c + 1] - 1], ascending.
 struct Clusters {
   const std::int32_t* indices = nullptr;  // [batch, heads_q, slots]
@@ -55,16 +56,16 @@ struct Clusters {
   std::int64_t rows = 0;  // of a head, in clusters or not
 };
 
-// Gathered rows: a query attends, in each cluster of queries that holds it, to the keys of the cluster of the same
+// With gathered rows a query attends, in each cluster of queries that holds it, to the keys of the cluster of the same
 // number; its output is the mean over these clusters, 0 without any.
 struct Gather {
   std::int64_t clusters = 0;  // of a head
   Clusters queries, keys;
-  // Learned keys and values, [heads_k, memory, dim], which every cluster sees before its own.
+  // These are learned keys and values, [heads_k, memory, dim], which every cluster sees before its own.
   std::int64_t memory = 0;
   Tensor memory_key, memory_value;
 
-  // What one run of the loop is about, of batch * heads_q heads; the kernel fills this in.
+  // These say what one run of the loop is about, of batch * heads_q heads; the kernel fills them in.
   std::int64_t first_head = 0, heads = 0;
   const std::int32_t* query_starts = nullptr;  // [heads, queries.rows + 1]: differences count a query's clusters
 };
@@ -85,7 +86,8 @@ struct AttentionParams {
   Tensor key;    // [batch, heads_k, length_k, head_dim]
   Tensor value;  // [batch, heads_k, length_k, value_dim]
 
-  // Rows of sequence b are [cu_seqlens[b], cu_seqlens[b + 1]). Null: every sequence has the full length.
+  // Rows of sequence b are [cu_seqlens[b], cu_seqlens[b + 1]). Where these are null, every sequence has the full
+  // length.
   const std::int32_t* cu_seqlens_q = nullptr;
   const std::int32_t* cu_seqlens_k = nullptr;
   std::int64_t packed_rows_q = 0, packed_rows_k = 0;  // of all sequences, with cu_seqlens
@@ -94,31 +96,34 @@ struct AttentionParams {
   // Query i sees key j where -left <= j - (i + length_k - length_q) <= right; negative means no bound.
   std::int64_t window_left = -1, window_right = -1;
 
-  // Logit additions, in the accumulator's type (float, or double for kFloat64).
+  // These are additions to the logits, in the accumulator's type (float, or double for kFloat64).
   BiasRule bias_rule = BiasRule::kNone;
   double bias_value = 0;
   PerHead bias;          // added
   PerHead alibi_slopes;  // times |i + length_k - length_q - j|, subtracted
 
-  // One more logit of every row, in the accumulator's type, which takes weight and has no value; softmax_sink only.
+  // The sink is one more logit of every row, in the accumulator's type, which takes weight and has no value. Only
+  // softmax_sink has it.
   PerHead sink;
 
-  // Listed tiles: only the listed blocks take part, under the same window. Not with cu_seqlens.
+  // With lists only the listed blocks take part, under the same window. On CUDA lists do not go with cu_seqlens.
   std::int64_t block_q = 0, block_k = 0;  // rows and keys of a block
   BlockList key_blocks;                   // of each block of queries; null counts: every block takes part
 
-  // Rows that are gathered, or null. length_q and length_k are then those of the longest clusters, memory included.
+  // This says which rows are gathered, or is null. length_q and length_k are then those of the longest clusters, memory
+  // included.
   const Gather* gather = nullptr;
 
-  // A quantised cache in the place of key and value, or null; forward only. length_k is its longest sequence.
+  // This is a quantised cache in the place of key and value, or null; only the forward takes it. length_k is its
+  // longest sequence.
   const Staircase* cache = nullptr;
   const std::int64_t* query_lengths = nullptr;  // [batch], queries of each sequence; null: length_q of all
 };
 
 struct ForwardParams : AttentionParams {
   Tensor output;  // [batch, heads_q, length_q, value_dim]
-  // [batch, heads_q, length_q] in the accumulator's type, or [batch, heads_q, slots] where rows are gathered;
-  // row_stride is 1; softmax only
+  // It is [batch, heads_q, length_q] in the accumulator's type, or [batch, heads_q, slots] where rows are gathered. Its
+  // row_stride is 1, and only softmax has it.
   Tensor logsumexp;
 };
 
@@ -133,18 +138,18 @@ struct BackwardParams : AttentionParams {
   Tensor grad_query;  // like query
   Tensor grad_key;    // like key
   Tensor grad_value;  // like value
-  // [batch, heads_q] in double, the sums over each sequence; null where they are not wanted.
+  // These are [batch, heads_q] in double, the sums over each sequence; they are null where they are not wanted.
   double* grad_bias = nullptr;
   double* grad_alibi_slopes = nullptr;
   double* grad_sink = nullptr;
   Tensor grad_memory_key, grad_memory_value;  // like gather.memory_key and memory_value
 
-  // Where a run of the loop leaves what each cluster adds to the gradients of its keys: rows of sums, as long as
-  // vectors fill. The kernel fills this in.
+  // A run of the loop leaves here what each cluster adds to the gradients of its keys: rows of sums, as long as vectors
+  // fill. The kernel fills these in.
   void *key_sums = nullptr, *value_sums = nullptr;
 };
 
-// to[h] = the sum over b of from[b][h]: the gradients of numbers per head.
+// to[h] becomes the sum over b of from[b][h]. These are the gradients of numbers per head.
 struct SumOverBatchParams {
   DType dtype = DType::kFloat32;  // of the result: kFloat32 or kFloat64
   std::int64_t batch = 0, heads = 0;
@@ -152,14 +157,15 @@ struct SumOverBatchParams {
   void* to = nullptr;            // [heads]
 };
 
-// phi of linear attention, on the features of one query or key.
+// This is phi of linear attention, a function of the features of one query or key.
 enum class FeatureMap : std::uint8_t { kSoftmax, kElu, kRelu };  // kElu: elu(x) + 1
 
-// Linear attention over the blocks of keys whose label is in a scope: phi(q_i) . phi(k_j) weighs value j, over the sum
-// of these weights. Of AttentionParams the score, the bias and the lists have no part in it.
+// Linear attention runs over the blocks of keys whose label is in a scope: phi(q_i) . phi(k_j) weighs value j, over the
+// sum of these weights. The score, the bias and the lists of AttentionParams have no part in it.
 struct LinearParams : AttentionParams {
   FeatureMap feature_map = FeatureMap::kSoftmax;
-  // [batch, heads_q, query blocks, key blocks] of -1, 0 and 1; strides count elements, 0 where one map serves all.
+  // The labels are [batch, heads_q, query blocks, key blocks] of -1, 0 and 1. Strides count elements, and are 0 where
+  // one map serves all.
   const std::int8_t* labels = nullptr;
   std::int64_t labels_batch_stride = 0, labels_head_stride = 0, labels_row_stride = 0;
   std::int8_t scope_low = 0, scope_high = 0;  // labels in scope, both included
@@ -174,7 +180,8 @@ struct LinearBackwardParams : LinearParams {
   Tensor grad_query, grad_key, grad_value;  // added to
 };
 
-// Rows, normalised over their features as by LayerNorm without scale and bias, against the centroids of each head.
+// Rows, normalised over their features as by LayerNorm without scale and bias, are compared with the centroids of each
+// head.
 struct RouteParams {
   DType dtype = DType::kFloat32;
   std::int64_t batch = 0, heads = 0, length = 0, head_dim = 0;
@@ -184,27 +191,29 @@ struct RouteParams {
   const float* centroids = nullptr;  // [heads, clusters, head_dim]
 };
 
-// The cluster_size rows with the largest products for each centroid, ascending: of equals those with lower indices, and
-// none whose product is NaN.
+// The kernel lists the cluster_size rows with the largest products for each centroid, ascending. Of equals it takes
+// those with lower indices, and it takes none whose product is NaN.
 struct SelectParams : RouteParams {
   std::int64_t cluster_size = 0;
   std::int32_t* indices = nullptr;  // [batch, heads, clusters, cluster_size]
   std::int32_t* counts = nullptr;   // [batch, heads, clusters]: how many of them are in use
 };
 
-// The centroid with the largest product for each row, of equals that with the lower index; -1 where all are NaN.
+// The kernel finds the centroid with the largest product for each row, of equals that with the lower index. It writes
+// -1 where all are NaN.
 struct NearestParams : RouteParams {
   std::int32_t* nearest = nullptr;  // [batch, heads, length]
 };
 
-// The sum of the normalised rows of each centroid, and their number.
+// The kernel sums the normalised rows of each centroid, and counts them.
 struct CentroidSumsParams : RouteParams {
   const std::int32_t* nearest = nullptr;  // [batch, heads, length]
   double* sums = nullptr;                 // [heads, clusters, head_dim], added to
   double* counts = nullptr;               // [heads, clusters], added to
 };
 
-// New tokens at the end of each sequence of a cache. The state is replaced when everything else is written.
+// The kernel puts new tokens at the end of each sequence of a cache. The state is replaced when everything else is
+// written.
 struct StaircaseAppendParams {
   DType dtype = DType::kFloat32;
   std::int64_t batch = 0;
@@ -217,7 +226,7 @@ struct StaircaseAppendParams {
   const std::int64_t* next_state = nullptr;  // [batch][state_size]; what runs the kernel fills this in
 };
 
-// The last tokens of each sequence dropped. The state is replaced when everything else is written.
+// The kernel drops the last tokens of each sequence. The state is replaced when everything else is written.
 struct StaircaseCropParams {
   DType dtype = DType::kFloat32;
   std::int64_t batch = 0;

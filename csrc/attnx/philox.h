@@ -1,5 +1,5 @@
-// Philox4x32-10: random words from a counter and a key, without state. The same bits on every backend.
-// Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
+// Philox4x32-10 makes random words from a counter and a key, without state. The bits are the same on every backend. It
+// comes from Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// How the numbers of a staircase KV cache lie in memory, the same for the CPU and the GPU; docs/notes/staircase.md
-// draws it.
+// This says how the numbers of a staircase KV cache lie in memory, which is the same for the CPU and the GPU;
+// docs/notes/staircase.md draws it.
 //
 // Keys and values of a window are matrices whose columns are quantised in groups that share a range: keys with
 // channels as rows and tokens as columns, values with tokens as rows and channels as columns.
@@ -39,8 +39,8 @@ struct StaircaseLayout {
   StaircasePlane plane[kMaxPlanes] = {};
   std::int64_t words = 0;  // of codes, of a matrix of one head
 
-  // levels: 16, then 8, 4, 2 or 1, none larger than the one before. The first plane has the bits of the last level,
-  // and each further one doubles what stands before it.
+  // The levels are 16, then 8, 4, 2 or 1, none larger than the one before. The first plane has the bits of the last
+  // level, and each further one doubles what stands before it.
   StaircaseLayout() = default;
   StaircaseLayout(const std::int64_t* levels, int count, std::int64_t window, std::int64_t group, std::int64_t head_dim,
                   std::int64_t max_length)
@@ -62,7 +62,7 @@ struct StaircaseLayout {
 
   ATTNX_LAYOUT_INLINE std::int64_t window_words(int p) const { return window * head_dim * plane[p].bits / 32; }
   ATTNX_LAYOUT_INLINE std::int64_t block_words(int p) const { return kCodeBlock * plane[p].bits; }
-  // Where the block of codes of these tokens and channels starts within its window.
+  // It tells where the block of codes of these tokens and channels starts within its window.
   ATTNX_LAYOUT_INLINE std::int64_t block_offset(int p, std::int64_t token, std::int64_t channel) const {
     return (token / kCodeBlock * (head_dim / kCodeBlock) + channel / kCodeBlock) * block_words(p);
   }
@@ -76,12 +76,12 @@ struct StaircaseLayout {
   ATTNX_LAYOUT_INLINE std::int64_t tail_slot() const { return window * head_dim; }
   ATTNX_LAYOUT_INLINE std::int64_t matrix_tail() const { return kTailSlots * tail_slot(); }
 
-  // What is known of a sequence: its length, the slot of its tail, and of each plane but the first the slot of the
-  // newest window and how many of the newest windows it holds.
+  // The state is what is known of a sequence: its length, the slot of its tail, and of each plane but the first the
+  // slot of the newest window and how many of the newest windows it holds.
   ATTNX_LAYOUT_INLINE std::int64_t state_size() const { return 2 * planes; }
 };
 
-// State of a sequence, as it is stored.
+// This is the state of a sequence, as it is stored.
 struct StaircaseState {
   const std::int64_t* row;
 
@@ -90,7 +90,7 @@ struct StaircaseState {
   ATTNX_LAYOUT_INLINE std::int64_t newest(int plane) const { return row[2 * plane]; }
   ATTNX_LAYOUT_INLINE std::int64_t refined(int plane) const { return row[2 * plane + 1]; }
 
-  // The slot of a window in a plane, -1 where the plane does not hold it.
+  // It returns the slot of a window in a plane, or -1 where the plane does not hold it.
   ATTNX_LAYOUT_INLINE std::int64_t slot(const StaircaseLayout& layout, int plane, std::int64_t window) const {
     if (plane == 0) return window;
     const std::int64_t age = length() / layout.window - window;  // 1 for the newest
@@ -100,7 +100,7 @@ struct StaircaseState {
   }
 };
 
-// The memory of a cache, contiguous: [batch][heads][2 matrices][...] but for the state.
+// The memory of a cache is contiguous: [batch][heads][2 matrices][...] but for the state.
 struct Staircase {
   StaircaseLayout layout;
   std::int64_t heads = 0;

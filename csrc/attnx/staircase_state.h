@@ -1,13 +1,13 @@
-// How the state of a sequence in a staircase cache moves on when tokens come or go, the same for the CPU and the GPU.
-// New windows go to slots that the present state does not read, and a new tail to the other one of its two slots: so a
-// call that fails before it publishes the next state leaves the cache as it was.
+// This says how the state of a sequence in a staircase cache moves on when tokens come or go, which is the same for the
+// CPU and the GPU. New windows go to slots that the present state does not read, and a new tail to the other one of its
+// two slots: so a call that fails before it publishes the next state leaves the cache as it was.
 #pragma once
 
 #include "attnx/staircase.h"
 
 namespace attnx {
 
-// Whether a state is one that the functions below lead to.
+// It tells whether a state is one that the functions below lead to.
 ATTNX_HOST_DEVICE inline bool is_reachable(const StaircaseLayout& layout, std::int64_t max_length,
                                            const StaircaseState& state) {
   const std::int64_t length = state.length();
@@ -24,7 +24,7 @@ ATTNX_HOST_DEVICE inline bool is_reachable(const StaircaseLayout& layout, std::i
   return true;
 }
 
-// The state after `tokens` more.
+// It writes the state after `tokens` more.
 ATTNX_HOST_DEVICE inline void next_state_of_append(const StaircaseLayout& layout, const StaircaseState& state,
                                                    std::int64_t tokens, std::int64_t* next) {
   const std::int64_t full = (state.length() + tokens) / layout.window - state.length() / layout.window;
@@ -42,7 +42,7 @@ ATTNX_HOST_DEVICE inline void next_state_of_append(const StaircaseLayout& layout
   }
 }
 
-// The state when only the first `length` tokens stay.
+// It writes the state when only the first `length` tokens stay.
 ATTNX_HOST_DEVICE inline void next_state_of_crop(const StaircaseLayout& layout, const StaircaseState& state,
                                                  std::int64_t length, std::int64_t* next) {
   const std::int64_t dropped = state.length() / layout.window - length / layout.window;

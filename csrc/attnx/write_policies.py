@@ -89,7 +89,7 @@ def quoted(names: Any) -> str:
 
 
 def cpp(scores: list[Score]) -> dict[str, str]:
-    """What stands between @ in the headers' templates."""
+    """The texts that replace the names between @ in the headers' templates."""
     enum = {score.name: f"k{score.class_name}" for score in scores}
 
     def cases(answer: Any) -> str:

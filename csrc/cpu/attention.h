@@ -1,4 +1,4 @@
-// Attention on the CPU, by the kernels of one instruction set chosen at run time.
+// Attention runs on the CPU by the kernels of one instruction set, which is chosen at run time.
 #pragma once
 
 #include <string>
@@ -17,17 +17,17 @@ void forward(const ForwardParams& params, const Executor& executor);
 void backward(const BackwardParams& params, const Executor& executor);
 void sum_over_batch(const SumOverBatchParams& params, const Executor& executor);
 
-// Sparse-linear attention: its map, and its linear part.
+// These make the map of sparse-linear attention, and its linear part.
 void label_blocks(const LabelBlocksParams& params, const Executor& executor);
 void critical_blocks(const CriticalBlocksParams& params, const Executor& executor);
 void linear_forward(const LinearForwardParams& params, const Executor& executor);
 void linear_backward(const LinearBackwardParams& params, const Executor& executor);
 
-// Probabilistic attention: its blocks.
+// These draw the blocks of probabilistic attention, and make up for the others.
 void sample_blocks(const SampleBlocksParams& params, const Executor& executor);
 void corrections(const CorrectionParams& params, const Executor& executor);
 
-// Routing attention: its clusters and their centroids.
+// These make the clusters of routing attention, and move their centroids.
 void select(const SelectParams& params, const Executor& executor);
 void compact_clusters(const CompactClustersParams& params, const Executor& executor);
 void nearest(const NearestParams& params, const Executor& executor);
@@ -36,16 +36,16 @@ void centroid_sums(const CentroidSumsParams& params, const Executor& executor);
 void halve_sums(const HalveSumsParams& params, const Executor& executor);
 void update_centroids(const UpdateCentroidsParams& params, const Executor& executor);
 
-// The staircase cache.
+// These serve the staircase cache.
 void staircase_append(const StaircaseAppendParams& params, const Executor& executor);
 void staircase_crop(const StaircaseCropParams& params, const Executor& executor);
 void staircase_read(const StaircaseReadParams& params, const Executor& executor);
 
-// Those that were built and that this machine runs, the plainest first.
+// It lists the instruction sets that were built and that this machine runs, the plainest first.
 ATTNX_API std::vector<std::string> instruction_sets();
-// The one in use: the last of them, or what ATTNX_CPU_ISA names.
+// It returns the one in use: the last of them, or what ATTNX_CPU_ISA names.
 ATTNX_API std::string instruction_set();
-// For tests and comparisons; throws std::invalid_argument for a name that instruction_sets() does not list.
+// It is for tests and comparisons, and throws std::invalid_argument for a name that instruction_sets() does not list.
 ATTNX_API void use_instruction_set(const std::string& name);
 
 }  // namespace attnx::cpu

@@ -1,4 +1,4 @@
-// Clusters of rows around centroids, and the centroids that follow them.
+// These functions make clusters of rows around centroids, and move the centroids that follow them.
 #include <vector>
 
 #include "attention.h"
@@ -30,7 +30,7 @@ void centroid_sums(const CentroidSumsParams& p, const Executor& executor) {
 
 namespace {
 
-// So many heads, of so many steps each, that a thread has at least some thousand steps to do.
+// It returns so many heads, of so many steps each, that a thread has at least some thousand steps to do.
 std::int64_t heads_of_part(std::int64_t steps) {
   constexpr std::int64_t kStepsOfPart = 16384;
   return std::max<std::int64_t>(kStepsOfPart / std::max<std::int64_t>(steps, 1), 1);

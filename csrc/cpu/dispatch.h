@@ -1,4 +1,4 @@
-// Running a kernel of the instruction set in use, on as many of the executor's threads as the work is worth.
+// This runs a kernel of the instruction set in use, on as many of the executor's threads as the work is worth.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace attnx::cpu {
 
-// Those of the instruction set in use.
+// It returns the kernels of the instruction set in use.
 const Kernels& chosen_kernels(DType dtype);
 
 struct Free {

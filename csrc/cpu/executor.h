@@ -1,9 +1,9 @@
-// How a kernel gets its threads: whoever calls it brings them.
+// A kernel gets its threads from whoever calls it.
 #pragma once
 
 namespace attnx::cpu {
 
-// Runs task(context, worker) for worker 0 .. threads - 1, on as many threads or on fewer, one after the other.
+// It runs task(context, worker) for worker 0 .. threads - 1, on as many threads or on fewer, one after the other.
 struct Executor {
   int threads;
   void (*start)(const Executor& self, void (*task)(void* context, int worker), void* context);

@@ -1,4 +1,4 @@
-// The instruction sets that were built, and the one in use.
+// This knows the instruction sets that were built, and the one in use.
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -14,7 +14,7 @@ namespace attnx::cpu {
   std::size_t name##_workspace(const Params&, const Executor&); \
   void name(const Params&, const Executor&, char*);
 #define ATTNX_POINT_TO_KERNEL(name, Params) name##_workspace, name,
-// A name of the dtype's namespace, or else of the instruction set's.
+// A kernel's name is found in the dtype's namespace, or else in the instruction set's.
 #define ATTNX_DECLARE_DTYPE(dtype)                                                    \
   namespace dtype {                                                                   \
   ATTNX_FOR_EACH_LOOP(ATTNX_DECLARE_KERNEL)                                           \

@@ -1,4 +1,4 @@
-// The kernels of one instruction set and dtype, as the dispatcher sees them.
+// These are the kernels of one instruction set and dtype, as the dispatcher sees them.
 #pragma once
 
 #include <cstddef>
@@ -8,14 +8,14 @@
 
 namespace attnx::cpu {
 
-// Those of the loop, each compiled for one dtype.
+// These are the kernels of the loop, each of which is compiled for one dtype.
 #define ATTNX_FOR_EACH_LOOP(X)     \
   X(forward, ForwardParams)        \
   X(backward, BackwardParams)      \
   X(routed_forward, ForwardParams) \
   X(routed_backward, BackwardParams)
 
-// Those beside it, each for all dtypes, with a switch.
+// These are the kernels beside it, each of which serves all dtypes, with a switch.
 #define ATTNX_FOR_EACH_OTHER(X)              \
   X(linear_forward, LinearForwardParams)     \
   X(linear_backward, LinearBackwardParams)   \
@@ -28,7 +28,7 @@ namespace attnx::cpu {
 
 #define ATTNX_FOR_EACH_KERNEL(X) ATTNX_FOR_EACH_LOOP(X) ATTNX_FOR_EACH_OTHER(X)
 
-// Each run, and how many bytes of workspace it needs, aligned to 64.
+// Each kernel has a function that runs it, and one that tells how many bytes of workspace it needs, aligned to 64.
 struct Kernels {
 #define ATTNX_MEMBERS(name, Params)                                \
   std::size_t (*name##_workspace)(const Params&, const Executor&); \

@@ -1,5 +1,5 @@
-// The map of sparse-linear attention: labels of blocks by their products, and lists of the critical ones. Selection
-// instead of sorting: of a row only three sets matter.
+// This makes the map of sparse-linear attention: it labels blocks by their products, and lists the critical ones. It
+// selects instead of sorting, as only three sets of a row matter.
 #include <bit>
 #include <cmath>
 #include <vector>
@@ -11,7 +11,7 @@ namespace attnx::cpu {
 
 namespace {
 
-// Ranks like the number, with -0 as 0 and NaN above all.
+// The result ranks like the number, with -0 as 0 and NaN above all.
 std::uint64_t rank_of(double x) {
   if (x != x) return ~std::uint64_t(0) - 1;
   const auto bits = std::bit_cast<std::uint64_t>(x + 0.0);
@@ -24,18 +24,18 @@ struct Block {
   std::uint64_t rank;
   std::int64_t index;
 
-  bool operator<(const Block& other) const {  // the better first, of equals the lower index
+  bool operator<(const Block& other) const {  // the better comes first, of equals the lower index
     return rank != other.rank ? rank > other.rank : index < other.index;
   }
 };
 
-// How many keys a query sees: the first ones.
+// It returns how many keys a query sees; these are the first ones.
 std::int64_t seen(const BlockGrid& grid, std::int64_t query) {
   if (!grid.is_causal) return grid.length_k;
   return std::clamp<std::int64_t>(query + grid.length_k - grid.length_q + 1, 0, grid.length_k);
 }
 
-// share * count, without the last bits in which a product that should be whole is not.
+// It returns share * count, without the last bits in which a product that should be whole is not.
 double share_of(double share, std::int64_t count) { return std::nearbyint(share * double(count) * 0x1p30) * 0x1p-30; }
 
 template <class Product>
@@ -48,7 +48,7 @@ void label_row(const LabelBlocksParams& p, std::int64_t row, const Product* prod
   const std::int64_t last = seen(grid, std::min((row + 1) * grid.block_q, grid.length_q) - 1);
   const std::int64_t some = (last + grid.block_k - 1) / grid.block_k;  // candidates: some query sees them
   if (some == 0) return;
-  // Critical whatever their rank: blocks that other queries of the row do not see, and the last of the candidates.
+  // Blocks that other queries of the row do not see, and the last of the candidates, are critical whatever their rank.
   std::int64_t every = blocks;
   if (grid.is_causal) every = std::min(first == grid.length_k ? blocks : first / grid.block_k, some - 1);
   const std::int64_t protect = std::min((p.protect + grid.block_k - 1) / grid.block_k, some);
@@ -79,7 +79,7 @@ void label_rows(const LabelBlocksParams& p, std::int64_t begin, std::int64_t end
     label_row(p, r % rows, products + r * blocks, ranked, p.labels + r * blocks);
 }
 
-// How many rows are worth a thread.
+// It returns how many rows are worth a thread.
 std::int64_t rows_of_part(std::int64_t blocks) {
   constexpr std::int64_t kBlocksOfPart = 16384;
   return std::max<std::int64_t>(kBlocksOfPart / std::max<std::int64_t>(blocks, 1), 1);

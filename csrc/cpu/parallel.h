@@ -1,4 +1,4 @@
-// Ranges dealt to the threads of an executor.
+// Ranges are dealt to the threads of an executor.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace attnx::cpu {
 
-// Calls task(begin, end) on parts of [0, count), none of which is shorter than `grain` unless count is.
+// It calls task(begin, end) on parts of [0, count), none of which is shorter than `grain` unless count is.
 template <class Task>
 void parallel_for(Executor executor, std::int64_t count, std::int64_t grain, const Task& task) {
   const std::int64_t parts = std::clamp<std::int64_t>(count / grain, 1, executor.threads);

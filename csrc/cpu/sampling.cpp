@@ -1,4 +1,4 @@
-// The blocks of a round of probabilistic attention, and what makes up for the others.
+// This draws the blocks of a round of probabilistic attention, and computes what makes up for the others.
 #include <cmath>
 #include <utility>
 #include <vector>
@@ -10,7 +10,7 @@ namespace attnx::cpu {
 
 namespace {
 
-// The kept blocks of one row, ascending; returns how many.
+// It writes the kept blocks of one row, ascending, and returns how many they are.
 std::int32_t sample_row(const SampleBlocksParams& p, const SamplingRound& round, std::int64_t head, std::int64_t i,
                         std::int32_t* kept) {
   const BlockRow row(p.grid, i);
@@ -37,7 +37,7 @@ std::int32_t sample_row(const SampleBlocksParams& p, const SamplingRound& round,
   return std::int32_t(end - kept);
 }
 
-// Calls task(head, row, number of the row over all heads), on all threads.
+// It calls task(head, row, number of the row over all heads), on all threads.
 template <class Task>
 void for_each_row(const BlockGrid& grid, std::int64_t heads, const Executor& executor, const Task& task) {
   constexpr std::int64_t kBlocksOfPart = 4096;

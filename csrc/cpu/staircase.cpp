@@ -1,5 +1,5 @@
-// What a staircase cache takes in, gives back and drops. All else is written first, and the states that make it count
-// last.
+// A staircase cache takes in, gives back and drops tokens here. All else is written first, and the states that make it
+// count last.
 #include <vector>
 
 #include "attention.h"
@@ -16,7 +16,7 @@ double operations(const Params& p, std::int64_t tokens) {
   return 64.0 * double(p.batch * p.cache.heads * tokens * p.cache.layout.head_dim);
 }
 
-// The next state of every sequence, as advance(batch, state, next) writes it.
+// It returns the next state of every sequence, as advance(batch, state, next) writes it.
 template <class Advance>
 std::vector<std::int64_t> next_states(const Staircase& cache, std::int64_t batch, const Advance& advance) {
   const std::int64_t size = cache.layout.state_size();

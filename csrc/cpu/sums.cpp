@@ -1,4 +1,4 @@
-// Sums that belong to no kernel.
+// These sums belong to no kernel.
 #include "attention.h"
 
 namespace attnx::cpu {

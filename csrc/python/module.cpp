@@ -1,4 +1,4 @@
-// attnx._C: importing it loads libattnx, which registers torch.ops.attnx.*; it also tells what was built.
+// This is attnx._C. Importing it loads libattnx, which registers torch.ops.attnx.*; it also tells what was built.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -54,7 +54,7 @@ attnx::DType sixteen_bits(const std::string& dtype) {
   throw std::invalid_argument("dtype: expected bfloat16 or float16, got " + dtype);
 }
 
-// Where a tensor lies: its address, and its strides over batch, heads and rows.
+// This says where a tensor lies by its address, and its strides over batch, heads and rows.
 using Layout = std::array<std::int64_t, 4>;
 
 attnx::Tensor tensor_of(const std::optional<Layout>& layout, std::int64_t heads, std::int64_t rows,
@@ -76,7 +76,7 @@ py::dict as_dict(const attnx::cuda::KernelDescription& x) {
   return d;
 }
 
-// The kernel that a call of these sizes, and of these tensors where they are given, would run.
+// It describes the kernel that a call of these sizes, and of these tensors where they are given, would run.
 template <bool kBackward>
 py::dict cuda_kernel(const std::string& op, const std::string& dtype, std::int64_t batch, std::int64_t heads_q,
                      std::int64_t heads_k, std::int64_t length_q, std::int64_t length_k, std::int64_t head_dim,
@@ -156,7 +156,7 @@ void cuda_pad_centroids(std::uintptr_t centroids, std::int64_t heads, std::int64
   attnx::ops::cuda_pad_centroids(p, reinterpret_cast<float*>(padded));
 }
 
-// Where a matrix of each problem lies: its address, and its strides over problems and rows.
+// This says where a matrix of each problem lies by its address, and its strides over problems and rows.
 using Matrix = std::array<std::int64_t, 3>;
 
 void cuda_routing_scores(std::int64_t problems, std::int64_t rows, std::int64_t centroids, std::int64_t features,

@@ -10,7 +10,7 @@ namespace attnx::ops {
 
 namespace {
 
-// The longest sequence, after checking that the offsets, in host memory, rise from 0 to rows.
+// It returns the longest sequence, after checking that the offsets, in host memory, rise from 0 to rows.
 std::int64_t read_lengths(const char* name, const StableTensor& x, std::int64_t rows) {
   const auto* offsets = data<const std::int32_t>(x);
   const std::int64_t last = x.size(0) - 1;
@@ -26,7 +26,7 @@ std::int64_t read_lengths(const char* name, const StableTensor& x, std::int64_t 
   return longest;
 }
 
-// What no sequence is longer than.
+// It returns a length that no sequence exceeds.
 std::int64_t read_offsets(const char* name, const StableTensor& x, std::int64_t rows, const char* max_name,
                           std::int64_t max_seqlen, const Target& target) {
   check_dtype(name, x, ScalarType::Int, "");
@@ -36,7 +36,7 @@ std::int64_t read_offsets(const char* name, const StableTensor& x, std::int64_t 
   const auto values = values_on_host(x);
   const std::int64_t longest = values ? read_lengths(name, *values, rows) : 0;
   check(max_seqlen >= longest, max_name, ": expected at least the longest sequence, ", longest, ", got ", max_seqlen);
-  // CUDA kernels need no more than a bound, and with it lengths that were read change nothing.
+  // CUDA kernels need only a bound; with the bound a call is the same whether or not lengths were read.
   return target.on_cuda() ? std::min(max_seqlen, rows) : longest;
 }
 

@@ -1,4 +1,4 @@
-// The groups of arguments that operators share: checked, then written into AttentionParams.
+// These are the groups of arguments that operators share. They are checked, then written into AttentionParams.
 #pragma once
 
 #include "attnx/params.h"
@@ -12,7 +12,7 @@ struct Inputs {
   ATTNX_FIELDS(query, key, value)
 };
 
-// How sequences lie in memory: (batch, heads, length, dim), or packed end to end, (rows, heads, dim).
+// Sequences lie in memory as (batch, heads, length, dim), or packed end to end as (rows, heads, dim).
 struct Dense {
   ATTNX_FIELDS()
 };
@@ -39,7 +39,7 @@ struct BlockSize {
   ATTNX_FIELDS(block_q, block_k)
 };
 
-// What operators take that have a choice of scores.
+// Operators that have a choice of scores take these.
 struct ScoreOptions {
   std::string score, bias_rule;
   double bias_value;
@@ -51,7 +51,8 @@ struct Deterministic {
   ATTNX_FIELDS(deterministic)
 };
 
-// An optional number for each query head, where AttentionParams holds it, and where BackwardParams its gradient.
+// This is an optional number for each query head. The template's arguments say where AttentionParams holds it, and
+// where BackwardParams holds its gradient.
 template <PerHead AttentionParams::* kPlace, double* BackwardParams::* kGradientPlace>
 struct HeadParameter {
   using OnStack = std::optional<StableTensor>;
@@ -65,7 +66,7 @@ using Bias = HeadParameter<&AttentionParams::bias, &BackwardParams::grad_bias>;
 using AlibiSlopes = HeadParameter<&AttentionParams::alibi_slopes, &BackwardParams::grad_alibi_slopes>;
 using Sink = HeadParameter<&AttentionParams::sink, &BackwardParams::grad_sink>;
 
-// Calls visit(name, parameter) for each field of a group that is a number for each head.
+// It calls visit(name, parameter) for each field of a group that is a number for each head.
 template <class Group, class Visit>
 void for_each_head_parameter(Group& group, const Visit& visit) {
   for_each_field(group, [&](std::string_view name, auto& field) {
@@ -86,7 +87,7 @@ void read_window(const Window& window, AttentionParams& params);
 inline void read_window(const Causal& causal, AttentionParams& params) {
   read_window({causal.scale, causal.is_causal, -1, -1}, params);
 }
-// What the sigmoid adds to its logits. rule is "none", "length" or "row".
+// The rule and the value say what the sigmoid adds to its logits. The rule is "none", "length" or "row".
 void read_bias(const std::string& rule, double value, AttentionParams& params);
 inline void read_score(const ScoreOptions& options, AttentionParams& params) {
   params.score = read_score(options.score);
@@ -108,9 +109,10 @@ void read_head_parameters(const Target& target, const Group& group, AttentionPar
 
 Tensor view_rows(const StableTensor& x);
 Tensor view_logsumexp(const StableTensor& x);
-// counts (batch or 1, heads or 1, blocks) and indices (batch or 1, heads or 1, blocks, width).
+// The counts are (batch or 1, heads or 1, blocks), and the indices (batch or 1, heads or 1, blocks, width).
 BlockList view_lists(const StableTensor& counts, const StableTensor& indices);
-// Numbers of listed blocks, (batch or 1, heads or 1, blocks, width), in one of the two places that list has for them.
+// It puts numbers of listed blocks, (batch or 1, heads or 1, blocks, width), in one of the two places that the list has
+// for them.
 void add_per_block(const StableTensor& numbers, const float*& place, BlockList& list);
 
 std::int64_t blocks_of(std::int64_t length, std::int64_t block);

@@ -13,7 +13,8 @@
 
 namespace attnx::cuda {
 
-// The call that the parameters of the CPU's kernel make. Results are float32, as CUDA has no kernels of float64.
+// These make the call of CUDA's kernel from the parameters of the CPU's. Results are float32, as CUDA has no kernels of
+// float64.
 inline std::size_t sum_over_batch_workspace(const SumOverBatchParams&, const Launch&) { return 0; }
 inline void sum_over_batch(const SumOverBatchParams& p, const Launch& launch) {
   sum_over_batch(p.from, static_cast<float*>(p.to), p.batch, p.heads, launch);
@@ -36,7 +37,8 @@ cpu::Executor executor() {
           }};
 }
 
-// In libtorch_cuda, which only CUDA builds of torch have, so that libattnx cannot link it.
+// The function is in libtorch_cuda, which only CUDA builds of torch have, so libattnx cannot link it and looks it up
+// here.
 void* current_stream(std::int32_t device) {
   using Getter = AOTITorchError (*)(std::int32_t, void**);
   static const auto getter = [] {
@@ -49,8 +51,8 @@ void* current_stream(std::int32_t device) {
   return stream;
 }
 
-// Where a launch goes, for as long as this lives: the device of the target, which becomes the current one, and its
-// stream; or the emulator, which has one of each and runs on host memory.
+// This says where launches go for as long as it lives: to the device of the target, which becomes the current one, and
+// its stream; or to the emulator, which has one of each and runs on host memory.
 class CudaContext {
  public:
   explicit CudaContext(const Target& target) : target_(target) {

@@ -1,4 +1,4 @@
-// Which kernels serve a call, and running them.
+// This chooses the kernels that serve a call, and runs them.
 #pragma once
 
 #include "attnx/block_params.h"
@@ -12,13 +12,13 @@ struct Capability;
 
 namespace attnx::ops {
 
-// What a call is of, and where it runs.
+// A target says which operator a call belongs to, and where it runs.
 struct Target {
   const char* system;          // its operator in the capability table
-  const StableTensor& tensor;  // whose device, and stream there, is meant
+  const StableTensor& tensor;  // its device, and the stream there, are meant
   bool deterministic = false;
 
-  // Whether the CUDA kernels serve it, or else those of the CPU.
+  // It tells whether the CUDA kernels serve the call, or else those of the CPU.
   bool on_cuda() const;
   const Capability& capability() const;
 };
@@ -44,7 +44,8 @@ struct Target {
   X(staircase_crop, StaircaseCropParams)     \
   X(staircase_read, StaircaseReadParams)
 
-// Enqueue the CUDA kernel on the current stream of the target's device, or run the CPU's on torch's threads.
+// Each of these enqueues the CUDA kernel on the current stream of the target's device, or runs the CPU's on torch's
+// threads.
 #define ATTNX_DECLARE(name, Params) void run(const Params& params, const Target& target);
 ATTNX_FOR_EACH_RUN(ATTNX_DECLARE)
 #undef ATTNX_DECLARE

@@ -1,4 +1,5 @@
-// torch.ops.attnx.block_sparse_attention and its backward: either score on the blocks that a list names.
+// This file registers torch.ops.attnx.block_sparse_attention and its backward, which apply either score to the blocks
+// that a list names.
 #include <algorithm>
 
 #include "results.h"
@@ -20,7 +21,8 @@ struct Additions {
   ATTNX_FIELDS(sink)
 };
 
-// The same lists transposed, which CUDA needs: the CPU sums the gradients of keys over blocks of queries as they come.
+// These are the same lists transposed. CUDA needs them; the CPU sums the gradients of keys over blocks of queries as
+// they come.
 struct QueryLists {
   std::optional<StableTensor> q_num_blocks, q_indices, q_block_bias;
   ATTNX_FIELDS(q_num_blocks, q_indices, q_block_bias)
@@ -32,8 +34,8 @@ struct Lists {
   const std::optional<StableTensor>& bias;
 };
 
-// Whether the first `count` of each row are blocks there are, on values in host memory. One of the two may serve all
-// heads, or sequences, while the other does not.
+// It checks, on values in host memory, that the first `count` indices of each row name blocks that exist. One of the
+// two tensors may serve all heads, or all sequences, while the other does not.
 void check_values(const Lists& lists, const StableTensor& counts, const StableTensor& indices, std::int64_t blocks) {
   const std::int64_t width = indices.size(3);
   const BlockList list = view_lists(counts, indices);
@@ -51,7 +53,7 @@ void check_values(const Lists& lists, const StableTensor& counts, const StableTe
       }
 }
 
-// Lists of some of `listed` blocks, for each of `rows` blocks.
+// It reads lists that name some of `listed` blocks for each of `rows` blocks.
 BlockList read_lists(const Lists& lists, const AttentionParams& p, const StableTensor& query, std::int64_t rows,
                      std::int64_t listed) {
   const auto check_list = [&](const char* name, const StableTensor& x, ScalarType dtype, std::int64_t rank) {

@@ -1,6 +1,6 @@
-// Checks of what a user passed. They throw std::runtime_error, RuntimeError in Python like those of torch's own
-// operators: the one type that torch 2.13, 2.14 and 2.15 alike pass through the boxed call (2.15 turns all others
-// into it).
+// These check what a user passed. They throw std::runtime_error, which is RuntimeError in Python, like the errors of
+// torch's own operators. It is the one type that torch 2.13, 2.14 and 2.15 alike pass through the boxed call (2.15
+// turns all others into it).
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -31,28 +31,28 @@ void check(bool ok, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-// "(2, 8, 128, 64)"
+// It returns text like "(2, 8, 128, 64)".
 std::string shape_of(const StableTensor& x);
 std::string to_string(std::initializer_list<std::int64_t> shape);
-// "float32", as torch names it.
+// It returns the name that torch has for it, like "float32".
 std::string dtype_of(const StableTensor& x);
 std::string to_string(ScalarType dtype);
-// The dtype as kernels know it; what they do not take counts as float32.
+// It returns the dtype as kernels know it; one that they do not take counts as float32.
 DType to_dtype(ScalarType dtype);
-// The type that sums are kept in, which bias, slopes, sinks and logsumexp have.
+// It returns the type that sums are kept in, which bias, slopes, sinks and logsumexp have.
 ScalarType sum_type(const StableTensor& query);
-// "cpu", "cuda:1".
+// It returns text like "cpu" or "cuda:1".
 std::string device_of(const StableTensor& x);
 
 void check_dtype(std::string_view name, const StableTensor& x, ScalarType expected, const char* why);
 void check_shape(std::string_view name, const StableTensor& x, std::initializer_list<std::int64_t> expected);
 void check_device(std::string_view name, const StableTensor& x, const StableTensor& query);
-// The last dimension contiguous.
+// It checks that the last dimension is contiguous.
 void check_layout(std::string_view name, const StableTensor& x);
 void check_contiguous(std::string_view name, const StableTensor& x);
 
-// The tensor in host memory, for checks that read its values: a CPU tensor itself, another one's copy under
-// ATTNX_DEBUG=1, and none otherwise, as copying waits for the device.
+// It returns the tensor in host memory, for checks that read its values: a CPU tensor itself, a copy of another one
+// under ATTNX_DEBUG=1, and none otherwise, as copying waits for the device.
 std::optional<StableTensor> values_on_host(const StableTensor& x);
 
 }  // namespace attnx::ops

@@ -1,4 +1,4 @@
-// What the Python module asks of the CUDA kernels, in builds that have them. Sees no torch header.
+// The Python module asks these of the CUDA kernels, in builds that have them. This header includes none of torch's.
 #pragma once
 
 #include "attnx/api.h"

@@ -26,7 +26,7 @@ std::string schema_of(const char* name, const std::vector<std::string>& argument
   const bool unnamed = results == std::vector<std::string>{"Tensor"};
   std::string text = std::string(name).append("(").append(join(arguments)).append(") -> ");
   text.append(unnamed ? "" : "(").append(join(results)).append(unnamed ? "" : ")");
-  char letter = 'a';  // tells the tensors that are written to apart
+  char letter = 'a';  // it tells apart the tensors that are written to
   for (auto at = text.find("(!)"); at != text.npos; at = text.find("(!)")) text.insert(at + 1, 1, letter++);
   return text;
 }

@@ -1,5 +1,6 @@
-// An operator from one function. It takes groups of arguments and returns groups of results, structs whose members
-// ATTNX_FIELDS lists; the operator's schema and the boxed form that torch calls follow from its signature.
+// An operator is made from one function. The function takes groups of arguments and returns groups of results, structs
+// whose members ATTNX_FIELDS lists; the operator's schema and the boxed form that torch calls follow from its
+// signature.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -13,7 +14,7 @@
 #include "attnx/environment.h"  // its switches are then set before anything is registered
 #include "check.h"
 
-// Lists the members of a group, in the order in which they are declared.
+// This lists the members of a group, in the order in which they are declared.
 #define ATTNX_FIELDS(...)                             \
   static constexpr const char* kNames = #__VA_ARGS__; \
   auto fields() { return std::tie(__VA_ARGS__); }     \
@@ -21,7 +22,7 @@
 
 namespace attnx::ops {
 
-// An int that torch.compile may leave symbolic.
+// This is an int that torch.compile may leave symbolic.
 struct SymInt {
   using OnStack = std::int64_t;
   static constexpr const char* kSchemaType = "SymInt";
@@ -31,13 +32,13 @@ struct SymInt {
   operator std::int64_t() const { return value; }
 };
 
-// A tensor that the operator writes to.
+// This is a tensor that the operator writes to.
 struct MutableTensor : StableTensor {
   using OnStack = StableTensor;
   static constexpr const char* kSchemaType = "Tensor(!)";  // a letter follows in the whole schema
 };
 
-// What schemas call a type of fields.
+// This is the name that schemas have for a type of fields.
 template <class T>
 inline constexpr std::string_view kSchemaType = T::kSchemaType;
 #define ATTNX_SCHEMA_TYPE(name, ...) \
@@ -53,7 +54,7 @@ ATTNX_SCHEMA_TYPE("float?", std::optional<double>)
 ATTNX_SCHEMA_TYPE("str", std::string)
 #undef ATTNX_SCHEMA_TYPE
 
-// Takes a value from torch's stack, which hands over what it owns.
+// It takes a value from torch's stack, which hands over what it owns.
 template <class T>
 T unbox(StableIValue value) {
   if constexpr (requires { typename T::OnStack; }) {
@@ -66,13 +67,13 @@ T unbox(StableIValue value) {
 template <>
 std::string unbox<std::string>(StableIValue value);
 
-// The name of field i of a list "query, key, value".
+// It returns the name of field i of a list like "query, key, value".
 constexpr std::string_view field_name(std::string_view names, std::size_t i) {
   for (; i > 0; --i) names.remove_prefix(names.find(", ") + 2);
   return names.substr(0, names.find(", "));
 }
 
-// Calls visit(name, field) for each field of a group.
+// It calls visit(name, field) for each field of a group.
 template <class Group, class Visit>
 void for_each_field(Group& group, const Visit& visit) {
   std::apply(
@@ -83,11 +84,11 @@ void for_each_field(Group& group, const Visit& visit) {
       group.fields());
 }
 
-// A tuple of references to the fields.
+// This is a tuple of references to the fields.
 template <class Group>
 using FieldTypes = decltype(std::declval<Group&>().fields());
 
-// Calls visit(name, std::type_identity<type>) for each field of a group, without a group at hand.
+// It calls visit(name, std::type_identity<type>) for each field of a group, and needs no group at hand.
 template <class Group, class Visit>
 void for_each_field_type(const Visit& visit) {
   [&]<class... Fields>(std::type_identity<std::tuple<Fields&...>>) {
@@ -96,7 +97,7 @@ void for_each_field_type(const Visit& visit) {
   }(std::type_identity<FieldTypes<Group>>());
 }
 
-// The fields of groups as a schema lists them, "Tensor query" and so on.
+// It adds the fields of a group to a list as a schema has them, "Tensor query" and so on.
 template <class Group>
 void describe(std::vector<std::string>& list) {
   if constexpr (std::is_same_v<Group, StableTensor>) {
@@ -110,7 +111,7 @@ void describe(std::vector<std::string>& list) {
   }
 }
 
-// Takes a group from the stack, whose next place moves on. Braces promise that this goes from the left to the right.
+// It takes a group from the stack and moves `next` past it. Braces promise that this goes from the left to the right.
 template <class Group>
 Group unbox_group(StableIValue*& next) {
   return [&]<class... Fields>(std::type_identity<std::tuple<Fields&...>>) {
@@ -129,7 +130,7 @@ void box_group(const Group& group, StableIValue*& next) {
   }
 }
 
-// What a function returns: nothing, a tensor without a name, a group, or a tuple of groups.
+// A function returns nothing, a tensor without a name, a group, or a tuple of groups.
 template <class Result>
 struct Results {
   static void describe(std::vector<std::string>& list) { ops::describe<Result>(list); }
@@ -147,7 +148,7 @@ struct Results<std::tuple<Groups...>> {
   }
 };
 
-// "name(Tensor query, ...) -> (Tensor output, ...)"
+// It returns "name(Tensor query, ...) -> (Tensor output, ...)".
 std::string schema_of(const char* name, const std::vector<std::string>& arguments,
                       const std::vector<std::string>& results);
 
@@ -184,11 +185,12 @@ Operator define(const char* name) {
   return {name, Boxed<kFunction>::schema(name), Boxed<kFunction>::call};
 }
 
-// Where the capability table has no row of CUDA for a system, and calls on CPU tensors are meant for the CUDA kernels.
+// This is what becomes of calls on CPU tensors that are meant for the CUDA kernels, where the capability table has no
+// row of CUDA for the system.
 enum class OnHost { kRefused, kServed };
 
-// Registers operators for as long as it lives: on the CPU, and on CUDA where the capability table has a row of it for
-// `system`. Elsewhere the table's refusal answers, from Python.
+// It registers operators for as long as it lives: on the CPU, and on CUDA where the capability table has a row of it
+// for `system`. Elsewhere the table's refusal answers, from Python.
 class Registration {
  public:
   Registration(const char* system, OnHost on_host, std::initializer_list<Operator> operators);

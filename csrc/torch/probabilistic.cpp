@@ -1,4 +1,5 @@
-// torch.ops.attnx.probabilistic_attention, its backward, and the lists of blocks that they sample.
+// This file registers torch.ops.attnx.probabilistic_attention, its backward, and the operator that returns the lists of
+// blocks that they sample.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -12,14 +13,14 @@ namespace {
 
 constexpr const char* kSystem = "probabilistic_attention";
 
-// What a round is drawn from.
+// A round is drawn from these.
 struct Draw {
   StableTensor keep, seed, offset;
   ATTNX_FIELDS(keep, seed, offset)
 };
 
 struct Choice {
-  std::int64_t blocks_per_row;  // 0: each block on its own
+  std::int64_t blocks_per_row;  // 0: each block is kept or not on its own
   bool importance;
   ATTNX_FIELDS(blocks_per_row, importance)
 };
@@ -34,7 +35,7 @@ struct ListOptions {
   ATTNX_FIELDS(blocks_per_row, is_causal)
 };
 
-// What of a row of kv_indices is not in use holds 0.
+// Entries of a row of kv_indices that are not in use hold 0.
 struct Lists {
   StableTensor kv_num_blocks, kv_indices;
   ATTNX_FIELDS(kv_num_blocks, kv_indices)
@@ -109,7 +110,7 @@ StableTensor corrections(const Target& target, const Lists& lists, const BlockGr
   return result;
 }
 
-// What AttentionParams points into.
+// AttentionParams points into these.
 struct SampledBlocks {
   Lists lists;
   std::optional<StableTensor> corrections;

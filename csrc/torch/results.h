@@ -1,4 +1,4 @@
-// What attention operators return, allocated and written into the parameters of kernels.
+// What attention operators return is allocated here and written into the parameters of kernels.
 #pragma once
 
 #include "arguments.h"
@@ -26,23 +26,23 @@ StableTensor empty_logsumexp(const StableTensor& query);
 // It allocates the results of a kernel and tells the kernel where they are.
 InputGradients empty_gradients(const Inputs& inputs, BackwardParams& params);
 
-// Allocates the outputs and runs the forward kernel. The logsumexp of scores without one is 0.
+// It allocates the outputs and runs the forward kernel. The logsumexp of scores without one is 0.
 Outputs run_forward(const Target& target, const Inputs& inputs, ForwardParams& params);
 
-// A tensor of the shape of the output, or of its rows, that a backward gets.
+// These read a tensor that a backward gets, which has the shape of the output, or a number for each of its rows.
 Tensor read_output(const char* name, const StableTensor& x, const Inputs& inputs);
 Tensor read_logsumexp(const char* name, const StableTensor& x, const Inputs& inputs);
 void read_outputs(const OutputGradients& gradients, const Outputs& outputs, const Inputs& inputs,
                   BackwardParams& params);
 
-// The gradient of one number per head as kernels sum it for each sequence, (batch, heads) in double; none where the
-// call has no such number.
+// It allocates the gradient of one number per head as kernels sum it for each sequence, (batch, heads) in double, and
+// returns none where the call has no such number.
 std::optional<StableTensor> empty_sums(const std::optional<StableTensor>& parameter, const StableTensor& query,
                                        const AttentionParams& params);
-// (heads,) in the type of sums; zeros from none.
+// The result is (heads,) in the type of sums, and zeros where there are no sums.
 StableTensor sum_over_batch(const std::optional<StableTensor>& sums, const Target& target);
 
-// The gradients of all numbers per head of a group of arguments: "grad_bias" of "bias".
+// These are the gradients of all numbers per head of a group of arguments. That of "bias" is called "grad_bias".
 template <class Group>
 class HeadGradients {
  public:
@@ -73,7 +73,7 @@ class HeadGradients {
 template <class Group>
 using Gradients = std::tuple<InputGradients, HeadGradients<Group>>;
 
-// Allocates the gradients, runs the backward kernel and sums what it left for each sequence.
+// It allocates the gradients, runs the backward kernel and sums what the kernel left for each sequence.
 template <class Group>
 Gradients<Group> run_backward(const Target& target, const Inputs& inputs, const Group& group, BackwardParams& params) {
   Gradients<Group> gradients{empty_gradients(inputs, params), HeadGradients<Group>(target, group, params)};

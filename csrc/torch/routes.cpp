@@ -1,5 +1,5 @@
-// torch.ops.attnx.route: which rows of each head form clusters around its centroids; and what the centroids follow.
-// Roy et al., arXiv 2003.05997.
+// This file registers torch.ops.attnx.route, which tells which rows of each head form clusters around its centroids,
+// and the operators for what the centroids follow. The method is that of Roy et al., arXiv 2003.05997.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -30,13 +30,13 @@ struct RouteOptions {
   ATTNX_FIELDS(routing, shared_qk)
 };
 
-// Indices (batch, heads, slots) and offsets (batch, heads, clusters + 1); what of a head's slots is not in use holds 0.
+// Indices are (batch, heads, slots), and offsets (batch, heads, clusters + 1). Slots that a head does not use hold 0.
 struct Routes {
   StableTensor query_indices, query_offsets, key_indices, key_offsets;
   ATTNX_FIELDS(query_indices, query_offsets, key_indices, key_offsets)
 };
 
-// Rows against centroids, which belong to the heads of queries.
+// It reads rows and the centroids that they are compared with, which belong to the heads of queries.
 RouteParams read_rows(std::string_view name, const StableTensor& rows, const StableTensor& centroids) {
   const Capability& row = Target{kSystem, rows}.capability();
   check(rows.dim() == 4, name, ": expected 4 dimensions, (batch, heads, length, head_dim), got shape ", shape_of(rows));

@@ -1,4 +1,5 @@
-// torch.ops.attnx.routing_attention and its backward: attention within clusters of rows. Roy et al., arXiv 2003.05997.
+// This file registers torch.ops.attnx.routing_attention and its backward: attention within clusters of rows. The method
+// is that of Roy et al., arXiv 2003.05997.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -31,13 +32,13 @@ struct Lists {
   const StableTensor &indices, &offsets;
 };
 
-// Bounds, where values are not read.
+// These are only bounds where values are not read.
 struct LongestAndCounts {
   std::int64_t longest;  // no cluster is longer
   bool once;             // no row is in two clusters
 };
 
-// Checks that clusters are lists of ascending rows.
+// It checks that clusters are lists of ascending rows.
 LongestAndCounts read_clusters(const Lists& lists, const AttentionParams& p, std::int64_t rows, const char* rows_name,
                                const StableTensor& query, Clusters& clusters) {
   const std::int64_t heads = p.batch * p.heads_q;
@@ -111,7 +112,7 @@ void read_memory(const Memory& memory, const AttentionParams& p, const StableTen
   g.memory_value = view_memory(*value);
 }
 
-// Returns whether no query is in two clusters.
+// It returns whether no query is in two clusters.
 bool read(const Target& target, const Inputs& x, const Routes& routes, const Memory& memory,
           const ScoreOptions& options, const Causal& causal, AttentionParams& p, Gather& g) {
   read_score(options, p);
@@ -138,7 +139,7 @@ Outputs forward(const Inputs& x, const Routes& routes, const Memory& memory, con
   ForwardParams p;
   Gather gather;
   read(target, x, routes, memory, options, causal, p, gather);
-  // What of a head's slots is not in use holds 0.
+  // Slots that a head does not use hold 0.
   Outputs y{empty_rows(x.query, p.value_dim),
             torch::stable::new_zeros(x.query, routes.query_indices.sizes(), sum_type(x.query))};
   p.output = view_rows(y.output);

@@ -1,4 +1,4 @@
-// torch.ops.attnx.softmax_attention and its packed and backward forms.
+// This file registers torch.ops.attnx.softmax_attention and its packed and backward forms.
 #include "results.h"
 
 namespace attnx::ops {

@@ -1,5 +1,5 @@
-// torch.ops.attnx.sparse_linear_attention and its packed and backward forms: softmax over the critical blocks of a map,
-// linear attention over others. arXiv 2509.24006.
+// This file registers torch.ops.attnx.sparse_linear_attention and its packed and backward forms: softmax over the
+// critical blocks of a map, and linear attention over others. The method is that of arXiv 2509.24006.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -36,7 +36,7 @@ void check_map(const StableTensor& map, const AttentionParams& p, const StableTe
   check_dtype("block_map", map, ScalarType::Char, "");
   check_device("block_map", map, query);
   const std::int64_t rows = blocks_of(p.length_q, p.block_q), blocks = blocks_of(p.length_k, p.block_k);
-  // Packed sequences: as wide as the longest or as its promised maximum.
+  // A map of packed sequences may be as wide as the longest or as its promised maximum.
   const auto fits = [&](std::int64_t size, std::int64_t needed) {
     return p.cu_seqlens_q ? size >= needed : size == needed;
   };
@@ -47,7 +47,7 @@ void check_map(const StableTensor& map, const AttentionParams& p, const StableTe
   check_contiguous("block_map", map);
 }
 
-// Returns what no row has more critical blocks than.
+// It returns a number of critical blocks that no row exceeds.
 std::int64_t check_labels(const StableTensor& map) {
   const auto values = values_on_host(map);
   if (!values) return map.size(3);
@@ -68,7 +68,8 @@ std::int64_t check_labels(const StableTensor& map) {
   return width;
 }
 
-// The critical blocks of a map as lists, none longer than width. What AttentionParams points into.
+// These are the critical blocks of a map as lists, none of which is longer than width. AttentionParams points into
+// them.
 struct CriticalBlocks {
   StableTensor counts, indices;
 };

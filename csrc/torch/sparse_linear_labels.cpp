@@ -1,5 +1,5 @@
-// torch.ops.attnx.sparse_linear_labels: which blocks of keys are critical, marginal and negligible to each block of
-// queries, from the products of their means.
+// This file registers torch.ops.attnx.sparse_linear_labels, which tells which blocks of keys are critical, marginal and
+// negligible to each block of queries, from the products of their means.
 #include <torch/csrc/stable/ops.h>
 
 #include "backend.h"

@@ -1,5 +1,5 @@
-// torch.ops.attnx.staircase_append_, staircase_crop_, staircase_dequantize and staircase_attention: a KV cache of
-// fewer and fewer bits.
+// This file registers torch.ops.attnx.staircase_append_, staircase_crop_, staircase_dequantize and staircase_attention,
+// which work on a KV cache of fewer and fewer bits.
 #include <torch/csrc/stable/ops.h>
 
 #include "results.h"
@@ -149,7 +149,7 @@ Outputs attend(const Query& x, const CacheMemory& memory, const Additions& addit
     check(lengths[b] >= 0 && lengths[b] <= p.length_q, "query_lengths: expected from 0 to the length of query, ",
           p.length_q, ", got ", lengths[b], " at ", b);
   p.query_lengths = lengths.address();
-  // Rows beyond query_lengths are not written.
+  // The kernel does not write rows beyond query_lengths, so they are zeroed here.
   Outputs y{empty_rows(x.query, p.value_dim), empty_logsumexp(x.query)};
   p.output = view_rows(y.output);
   p.logsumexp = view_logsumexp(y.logsumexp);

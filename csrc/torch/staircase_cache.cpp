@@ -34,7 +34,7 @@ void check_memory(const char* name, const StableTensor& x, ScalarType dtype, con
   check(x.is_contiguous(), name, ": expected a contiguous tensor");
 }
 
-// Finds the longest sequence.
+// It finds the longest sequence.
 void read_state(const StableTensor& state, std::int64_t max_length, Cache& cache) {
   cache.state = values_on_host(state);
   if (!cache.state) cache.length = max_length;
@@ -45,7 +45,8 @@ void read_state(const StableTensor& state, std::int64_t max_length, Cache& cache
   }
 }
 
-// The smallest bits of |x| that stand for no number of a float16 range: beyond 65504, infinite, or NaN.
+// It tells whether no |x| has bits above `limit`, those of the largest number that is in the range of float16. Numbers
+// beyond 65504, infinities and NaN have bits above it.
 template <class Bits>
 bool all_below(const Bits* x, std::int64_t n, Bits limit) {
   constexpr Bits kMagnitude = Bits(~Bits(0)) >> 1;

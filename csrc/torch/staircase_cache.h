@@ -1,4 +1,5 @@
-// A staircase cache among the arguments of an operator, and what comes with a number for each of its sequences.
+// These read a staircase cache among the arguments of an operator, and arguments that have a number for each of its
+// sequences.
 #pragma once
 
 #include "attnx/staircase_state.h"
@@ -7,7 +8,7 @@
 
 namespace attnx::ops {
 
-// How the memory of a cache is laid out.
+// This says how the memory of a cache is laid out.
 struct CacheLayout {
   std::vector<std::int64_t> levels;
   std::int64_t window, group, max_length;
@@ -39,24 +40,24 @@ Cache read_cache(const Memory& m, const CacheLayout& layout) {
   return read_cache(m.state, m.codes, m.ranges, m.tail, layout);
 }
 
-// A tensor beside the cache: of its dtype, and where it is.
+// It checks that a tensor beside the cache has four dimensions, the dtype of the cache and its device.
 void check_like_cache(const char* name, const StableTensor& x, const Cache& cache);
 
-// A number for each sequence, or the same for all.
+// This is a number for each sequence, or the same for all.
 struct Numbers {
   std::optional<StableTensor> tensor = {}, values = {};  // the latter on the host, where they are known there
   std::int64_t otherwise = 0;
 
-  // Null for the same number.
+  // It is null where all have the same number.
   const std::int64_t* address() const { return tensor ? data<std::int64_t>(*tensor) : nullptr; }
-  // Whether all are known on the host.
+  // It tells whether all are known on the host.
   bool known() const { return !tensor || values; }
   std::int64_t operator[](std::int64_t b) const { return tensor ? data<std::int64_t>(*values)[b] : otherwise; }
 };
 Numbers read_numbers(const char* name, const std::optional<StableTensor>& x, const Cache& cache,
                      std::int64_t otherwise);
 
-// New keys or values, of which each sequence gets the first `counts`.
+// It checks new keys or values, of which each sequence gets the first `counts`.
 void check_new_tokens(const char* name, const StableTensor& x, const Cache& cache, std::int64_t tokens,
                       const Numbers& counts);
 

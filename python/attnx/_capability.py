@@ -51,7 +51,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# The features that these arguments are: the distances' slopes, and the parameters of scores.
+# These arguments each are a feature: the distances' slopes, and the parameters of scores.
 _NUMBERS_PER_HEAD = {"alibi_slopes": "alibi"} | {name: name for score in SCORES.values() for name in score.parameters}
 
 
@@ -94,7 +94,7 @@ class Requirement:
         )
 
     def missing(self, row: Capability) -> list[str]:
-        """What this row lacks, empty where it serves the call."""
+        """What this row lacks; the list is empty where the row serves the call."""
         low, high = row.head_dim
         missing = [] if row.backend == self.backend else [f"backend {self.backend}"]
         if row.backend == self.backend == "cuda" and _C.build_info()["cuda"] is None:
@@ -119,7 +119,7 @@ def describe(row: Capability) -> str:
 
 
 def nearest(requirement: Requirement) -> Capability:
-    """The row of the operator that lacks least, that of the call's backend before others."""
+    """The row of the operator that lacks least; of equals, that of the call's backend comes first."""
     rows = [row for row in table() if row.operator == requirement.operator]
     return min(rows, key=lambda row: (len(requirement.missing(row)), row.backend != requirement.backend))
 
@@ -137,7 +137,7 @@ def refusal(operator: str, arguments: dict[str, Any]) -> str:
 
 
 def check_placement(arguments: dict[str, Any]) -> None:
-    """Every tensor is strided, and where query is, or where the first tensor is in a call without query."""
+    """Checks that all tensors are strided and on one device, that of query, or of the first tensor without query."""
     tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
     first = "query" if "query" in tensors else next(iter(tensors))
     device = tensors[first].device

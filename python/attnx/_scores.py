@@ -1,4 +1,4 @@
-"""The scores, and what users say of one, as operators take it."""
+"""The scores, and how operators take what users say of one."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def resolve_score(
     """The operator arguments for a user's ``score``, ``bias`` and ``return_logsumexp``.
 
     Args:
-        score: by name.
-        bias: of a score that takes one.
-        sink: of a score that takes one; it chooses a variant of the score, and is an argument of its own.
+        score: the name of the score.
+        bias: the bias, for a score that takes one.
+        sink: the sink, for a score that takes one; it chooses a variant of the score, and is an argument of its own.
         return_logsumexp: whether the caller wants it; normalised scores alone have it.
         tensor_bias: whether the operator takes a tensor as bias.
         default_rule: what ``bias=None`` adds: -log of the key length, or of the number of keys that the row sees.

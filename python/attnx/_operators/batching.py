@@ -21,7 +21,7 @@ def register(row: Operator, name: str) -> None:
 
 
 def _by_heads(of: Signature) -> Rule:
-    """What is summed or shared by head stays apart between the examples."""
+    """Examples are more heads, so what is summed or shared by head stays apart between the examples."""
     packed = "cu_seqlens_q" in of.arguments
 
     def heads_at(tensor: str) -> int:

@@ -1,4 +1,4 @@
-"""What is said of an operator, where its schema does not say it."""
+"""A row of the table says of an operator what its schema does not say."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BackwardOperator:
     x as grad_x, and ``deterministic``; each result grad_x of it is the gradient of the argument x.
 
     Attributes:
-        more: arguments of the backward operator that are computed from all others.
+        more: computes further arguments of the backward operator from all others.
     """
 
     more: Callable[[Arguments], Arguments] | None = None
@@ -49,7 +49,7 @@ class Operator:
     gradient; it needs no entry here.
 
     Attributes:
-        name: of the operator in ``torch.ops.attnx``.
+        name: the operator's name in ``torch.ops.attnx``.
         derivative: where gradients come from.
         varlen: whether there is ``{name}_varlen``, too, for packed sequences.
         shapes: the result of each name that does not follow the rules of the module ``shapes``.
@@ -60,7 +60,7 @@ class Operator:
             point tensors become float32. Without any the operator takes its arguments as they come.
         refusal: the message where no kernel serves the call, from the operator's name and its arguments.
         implementation: serves calls that no kernel serves, instead of the refusal.
-        schema: of an operator that is defined here and not in C++.
+        schema: the schema of an operator that is defined here and not in C++.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What answers where no kernel serves the device of a call."""
+"""This answers where no kernel serves the device of a call."""
 
 from __future__ import annotations
 

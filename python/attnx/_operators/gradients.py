@@ -1,4 +1,4 @@
-"""Gradients, or that there are none."""
+"""Operators get their gradients here, or a refusal where they have none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attnx._operators.schema import LIBRARY, signature
 
 
 def register(row: Operator, name: str) -> None:
-    """Registers the derivative of a forward, and of its backward operator that there is no second one."""
+    """Registers the derivative of a forward, and a refusal of the second derivative for its backward operator."""
     derivative = row.derivative
     if isinstance(derivative, BackwardOperator):
         _by_operator(name, derivative)
@@ -23,7 +23,7 @@ def register(row: Operator, name: str) -> None:
         _refuse(name, f"{name}: no derivative; {derivative.why}")
 
 
-_SAVED = object()  # stands among the arguments for a tensor that autograd keeps
+_SAVED = object()  # it stands among the arguments for a tensor that autograd keeps
 
 
 def _by_operator(name: str, derivative: BackwardOperator) -> None:

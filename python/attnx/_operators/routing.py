@@ -75,7 +75,7 @@ def refusal(name: str, arguments: Arguments) -> str:
 
 @torch.no_grad()
 def update(centroids: Tensor, counts: Tensor, query: Tensor, key: Tensor, decay: float, group: str) -> None:
-    """Moves centroids after adding up what the processes of the group have; of one process where it has no name."""
+    """Moves centroids by what the processes of the group have together, or this process alone without a group."""
     sums, members = torch.ops.attnx.centroid_sums(query, key, centroids)
     if group:
         collectives = torch.ops._c10d_functional

@@ -19,9 +19,9 @@ class Signature:
     """An operator and the names in its schema.
 
     Attributes:
-        operator: as torch calls it.
-        arguments: names, in order.
-        results: names, in order; a result without one is "output".
+        operator: the operator as torch calls it.
+        arguments: their names, in order.
+        results: their names, in order; a result without one is "output".
         optional: the arguments that are a tensor or None.
         written: the arguments that the operator changes in place.
     """
@@ -54,5 +54,5 @@ def signature(name: str) -> Signature:
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
-    """What sums over x are kept in, and with them numbers of a head and logsumexp."""
+    """The dtype of sums over x, which numbers of a head and logsumexp have, too."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -13,7 +13,7 @@ def labels(products: Tensor, **others: object) -> Tensor:
 
 
 def _share_of(share: float, count: Tensor) -> Tensor:
-    """share * count, without the last bits in which a product that should be whole is not."""
+    """The product share * count, without the last bits in which a product that should be whole is not."""
     return (share * count.double() * 2**30).round() / 2**30
 
 

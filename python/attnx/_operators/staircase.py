@@ -12,7 +12,7 @@ from attnx._operators.shapes import empty_rows
 
 
 def refusal(name: str, arguments: Arguments) -> str:
-    """What the capability table answers: the cache stands for key and value where the call has none."""
+    """The capability table answers, and the cache stands for key and value where the call has none."""
     rows = arguments["tail"][:, :, 0, 0]
     call = {"key": rows, "value": rows} | {argument: x for argument, x in arguments.items() if argument != "state"}
     return _capability.refusal("staircase_attention", {"query": call["key"]} | call)

@@ -1,4 +1,4 @@
-"""Every operator of ``torch.ops.attnx``, a row for those that differ in ``_varlen`` and ``_backward`` only."""
+"""Every operator of ``torch.ops.attnx`` has a row; those that differ only in ``_varlen`` and ``_backward`` share it."""
 
 from __future__ import annotations
 

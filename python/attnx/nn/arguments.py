@@ -20,14 +20,14 @@ class ProjectionArguments(TypedDict, total=False):
     Attributes:
         num_kv_heads: key and value heads, a divisor of num_heads; num_heads by default.
         head_dim: features of a head; embed_dim / num_heads by default.
-        linear_bias: give the four projections a bias.
-        qk_norm: normalise every head's query and key over head_dim, ahead of ``rotary``.
-        output_norm: normalise every head's output over head_dim, ahead of the output projection.
+        linear_bias: whether the four projections have a bias.
+        qk_norm: whether every head's query and key are normalised over head_dim, ahead of ``rotary``.
+        output_norm: whether every head's output is normalised over head_dim, ahead of the output projection.
         norm_layer: what ``qk_norm`` and ``output_norm`` build, ``torch.nn.LayerNorm`` or ``torch.nn.RMSNorm``.
         rotary: (query, key) -> (query, key), both (batch, heads, length, head_dim), called ahead of the attention;
             a module becomes a submodule.
-        device: of the parameters and buffers.
-        dtype: of the parameters.
+        device: the device of the parameters and buffers.
+        dtype: the dtype of the parameters.
     """
 
     num_kv_heads: int | None

@@ -1,5 +1,5 @@
-// Working storage of the backward loop: what a panel of rows holds, what a worker needs for a tile of keys, and what a
-// unit sums over its rows.
+// This is the working storage of the backward loop: what a panel of rows holds, what a worker needs for a tile of keys,
+// and what a unit sums over its rows.
 #pragma once
 
 #include "../arena.h"
@@ -28,13 +28,14 @@ struct BackwardSizes {
         group(p.heads_q / p.heads_k) {}
 
  private:
-  // Wide enough for blocks of rows (as an A operand contracted over rows) and for vectors (as a B operand).
+  // The stride is wide enough for blocks of rows (as an A operand contracted over rows) and for vectors (as a B
+  // operand).
   static std::int64_t row_stride(std::int64_t dim) {
     return larger(round_up(dim, kRowMultiple), round_up(dim, kLanes<Sum>));
   }
 };
 
-// What one panel of rows holds through the loop over the keys.
+// One panel of rows holds these through the loop over the keys.
 template <class A, class Score>
 struct BackwardRows {
   using Element = typename A::Element;
@@ -87,7 +88,7 @@ struct BackwardBuffers {
   }
 };
 
-// What a unit sums over its query rows.
+// A unit sums these over its query rows.
 template <class Sum>
 struct BackwardSums {
   Sum *grad_key, *grad_value;                  // [keys][lanes]

@@ -1,4 +1,4 @@
-// What the backward loop does with one panel of rows and one tile of keys.
+// The backward loop does this with one panel of rows and one tile of keys.
 #pragma once
 
 #include "memory.h"
@@ -17,7 +17,7 @@ class BackwardTile {
  public:
   BackwardTile(const BackwardParams& p, const BackwardSizes<Sum>& sizes) : p_(p), sizes_(sizes) {}
 
-  // S and dP of one tile.
+  // It computes S and dP of one tile.
   void multiply(Buffers& b, const Rows& r, std::int64_t keys) const {
     constexpr int kStep = A::kStep;
     gemm<A>({b.keys, sizes_.head_stride, kStep, r.query, kWidth * kStep, b.products, kWidth}, keys, r.panel->vectors,

@@ -1,5 +1,5 @@
-// P = sigmoid(logit): every weight stands alone, so the forward keeps nothing of a row and the backward needs
-// nothing of the forward. Ramapuram et al., arXiv 2409.04431.
+// The weight is P = sigmoid(logit). Every weight stands alone, so the forward keeps nothing of a row and the backward
+// needs nothing of the forward. Ramapuram et al. describe it in arXiv 2409.04431.
 #pragma once
 
 #include "../math.h"
@@ -7,7 +7,8 @@
 
 namespace attnx::cpu::ATTNX_ISA {
 
-// e^-x with x bounded so that 1 + e^-x and its reciprocal stay normal; the weight of a lower logit stays at 4e-38.
+// It returns e^-x with x bounded so that 1 + e^-x and its reciprocal stay normal; the weight of a lower logit stays at
+// 4e-38.
 template <class V>
 ATTNX_INLINE V exp_minus(V x) {
   if constexpr (sizeof(x[0]) == 4)
@@ -23,7 +24,7 @@ class SigmoidForward {
  public:
   void begin(const AttentionParams&, const Panel<Sum>&, bool /*first_keys*/) {}
 
-  // Turns the products s[keys][lanes] into weights, a B operand over keys.
+  // It turns the products s[keys][lanes] into weights, a B operand over keys.
   void weigh(Sum* s, std::int64_t keys, Sum scale, const Panel<Sum>& panel, const PanelOnTile<Sum>& on_tile,
              typename A::Element* weights, Sum* /*output*/, std::int64_t /*value_dim*/) {
     for (int v = 0; v < panel.vectors; ++v) {
@@ -39,7 +40,7 @@ class SigmoidForward {
     }
   }
 
-  // The same for one row, s[keys]: the weights are an A operand.
+  // It does the same for one row, s[keys]: the weights are an A operand.
   void weigh_row(Sum* s, std::int64_t keys, Sum scale, const Panel<Sum>& panel, const PanelOnTile<Sum>& on_tile,
                  int row, typename A::Element* weights, Sum* /*output*/, std::int64_t /*value_dim*/) {
     for_each_logit_of_row<A>(s, keys, scale, panel, on_tile, row, [&](auto key, auto x, auto visible, auto masked) {
@@ -60,8 +61,9 @@ class SigmoidBackward {
   template <class Input, class Sequence>
   void begin(const BackwardParams&, const Sequence&, const Panel<Sum>&) {}
 
-  // The weight of a logit, and its derivative times dP: p (1 - p) dP with 1 - p = e^-x p, exact to rounding where
-  // p - p^2 would cancel. Where a list divides the weights, p times the divisor takes the place of p in 1 - p.
+  // It computes the weight of a logit, and its derivative times dP: p (1 - p) dP with 1 - p = e^-x p, which is exact to
+  // rounding where p - p^2 would cancel. Where a list divides the weights, p times the divisor takes the place of p
+  // in 1 - p.
   ATTNX_INLINE void differentiate(Vec<Sum> x, Vec<Sum> dp, int /*lane*/, const PanelOnTile<Sum>& on_tile, Vec<Sum>& p,
                                   Vec<Sum>& ds) const {
     const Vec<Sum> e = exp_minus(x) * on_tile.divisor;

@@ -1,4 +1,5 @@
-// P = exp(logit - logsumexp of the row), with the running maximum and sum of Milakov and Gimelshein, arXiv 1805.02867.
+// The weight is P = exp(logit - logsumexp of the row), with the running maximum and sum of Milakov and Gimelshein,
+// arXiv 1805.02867.
 #pragma once
 
 #include "../math.h"
@@ -17,8 +18,8 @@ class SoftmaxForward {
   static constexpr Sum kInfinity = __builtin_huge_valf();
 
  public:
-  // A row begins with its sink, which plain softmax has none of: with the first part of its keys, so that the sink
-  // counts once.
+  // A row begins with its sink, which plain softmax does not have. It does so only with the first part of its keys, so
+  // that the sink counts once.
   void begin(const AttentionParams& p, const Panel<Sum>& panel, bool first_keys) {
     for (int lane = 0; lane < kPanelLanes<Sum>; ++lane) {
       maximum_[lane] = first_keys ? panel.per_head(p.sink, panel.head[lane], -kInfinity) : -kInfinity;
@@ -26,7 +27,7 @@ class SoftmaxForward {
     }
   }
 
-  // As for the sigmoid; output[value_dim][lanes] is rescaled where a maximum rises.
+  // It does what the sigmoid's weigh does; output[value_dim][lanes] is rescaled where a maximum rises.
   void weigh(Sum* s, std::int64_t keys, Sum scale, const Panel<Sum>& panel, const PanelOnTile<Sum>& on_tile,
              typename A::Element* weights, Sum* output, std::int64_t value_dim) {
     constexpr int kWidth = kPanelLanes<Sum>;
@@ -41,7 +42,7 @@ class SoftmaxForward {
           store(s + (key + k) * kWidth + lane, x[k]);
         }
       });
-      // A row that has seen no key yet: any finite maximum will do.
+      // Any finite maximum will do for a row that has seen no key yet.
       const Vec<Sum> shift = highest == -kInfinity ? Vec<Sum>{} : highest;
       Vec<Sum> sum = {};
       for (std::int64_t key = 0; key < keys; key += A::kStep) {
@@ -65,7 +66,7 @@ class SoftmaxForward {
     }
   }
 
-  // The same for one row, s[keys], and its output[value_dim]: the weights are an A operand.
+  // It does the same for one row, s[keys], and its output[value_dim]: the weights are an A operand.
   void weigh_row(Sum* s, std::int64_t keys, Sum scale, const Panel<Sum>& panel, const PanelOnTile<Sum>& on_tile,
                  int row, typename A::Element* weights, Sum* output, std::int64_t value_dim) {
     Vec<Sum> highest = splat(maximum_[row]);
@@ -76,7 +77,7 @@ class SoftmaxForward {
     });
     const Sum before = maximum_[row];
     maximum_[row] = largest_lane<Sum>(highest);
-    // A row that has seen no key yet: any finite maximum will do.
+    // Any finite maximum will do for a row that has seen no key yet.
     const Sum shift = maximum_[row] == -kInfinity ? 0 : maximum_[row];
     Vec<Sum> sum = {};
     for (std::int64_t key = 0; key < keys; key += kLanes<Sum>) {
@@ -109,8 +110,8 @@ class SoftmaxBackward {
   static constexpr Sum kInfinity = __builtin_huge_valf();
 
  public:
-  // Per row: the logsumexp, and what dP is measured from: sum_j P_ij dP_ij, which is dO . O, less the gradient of the
-  // logsumexp, whose derivative by a logit is P itself.
+  // It finds, for each row, the logsumexp and what dP is measured from: sum_j P_ij dP_ij, which is dO . O, less the
+  // gradient of the logsumexp, whose derivative by a logit is P itself.
   template <class Input, class Sequence>
   void begin(const BackwardParams& p, const Sequence& s, const Panel<Sum>& panel) {
     for (int lane = 0; lane < kPanelLanes<Sum>; ++lane) {
@@ -128,7 +129,7 @@ class SoftmaxBackward {
     }
   }
 
-  // Adds P dP over some of the keys, where that is not known from the output.
+  // It adds P dP over some of the keys, where that is not known from the output.
   ATTNX_INLINE void add_products(int lane, Vec<Sum> products) {
     store(offset_ + lane, load(offset_ + lane) + products);
   }
@@ -141,7 +142,7 @@ class SoftmaxBackward {
     ds = p * (dp - load(offset_ + lane));
   }
 
-  // The derivative by the sink, whose dP is 0. Its weight is all that a row without keys has.
+  // It returns the derivative by the sink, whose dP is 0. The sink's weight is all that a row without keys has.
   double grad_sink(const AttentionParams& p, const Panel<Sum>& panel, int lane) const {
     const Sum sink = panel.per_head(p.sink, panel.head[lane], -kInfinity);
     if (sink == -kInfinity) return 0;
