@@ -11,8 +11,8 @@ from torch import Tensor
 
 import attnx
 from attnx.block_mask import transpose
-from attnx.testing import assert_close
-from cases import DTYPES, Shape, random_inputs
+from attnx.testing import assert_close, parameter_at_logits
+from cases import DTYPES, Shape, random_inputs, random_parameter
 from compare import forward_backward
 
 SCORES = ["sigmoid", "softmax"]
@@ -41,6 +41,7 @@ def eager(
     score: str,
     is_causal: bool = False,
     block_bias: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch, every step rounded to the dtype of query."""
     groups, (block_q, block_k) = query.shape[1] // key.shape[1], block_mask.block_size
@@ -60,7 +61,10 @@ def eager(
         logits = logits + elements(every.scatter(-1, block_mask.kv_indices.long(), block_bias)).to(logits.dtype)
     if score == "sigmoid":
         return (logits - math.log(length_k)).sigmoid().masked_fill(~visible, 0.0) @ value
-    return logits.masked_fill(~visible, torch.finfo(logits.dtype).min).softmax(-1).masked_fill(~visible, 0.0) @ value
+    logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+    if sink is not None:
+        logits = torch.cat([logits, parameter_at_logits(sink, query).expand(*logits.shape[:-1], 1)], -1)
+    return logits.softmax(-1)[..., :length_k].masked_fill(~visible, 0.0) @ value
 
 
 def check(inputs: dict[str, Tensor], grad_output: Tensor, mask: attnx.BlockMask, **options: Any) -> dict[str, Tensor]:
@@ -70,7 +74,7 @@ def check(inputs: dict[str, Tensor], grad_output: Tensor, mask: attnx.BlockMask,
     expected = forward_backward(reference, exact, grad_output.double(), block_mask=mask, **options)
     baseline = forward_backward(eager, inputs, grad_output, block_mask=mask, **options)
     for name, actual in results.items():
-        assert_close(actual, expected[name], baseline[name], name=name)
+        assert_close(actual, expected[name], baseline[name], name=name, dtype=grad_output.dtype)
     return results
 
 
@@ -105,6 +109,18 @@ def test_block_bias(score: str, dtype: torch.dtype, device: torch.device) -> Non
     mask = random_mask(shape, (64, 64), 0.6, device)
     bias = torch.randn(mask.kv_indices.shape, generator=torch.Generator().manual_seed(3)).to(device)
     check(*random_inputs(shape, dtype, device), mask, score=score, block_bias=bias)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sink(dtype: torch.dtype, block_size: tuple[int, int], device: torch.device) -> None:
+    """Rows that no block serves have it as well."""
+    shape = Shape(length_q=330, length_k=320, head_dim=64, heads=4, kv_heads=2)
+    inputs, grad_output = random_inputs(shape, dtype, device)
+    inputs["sink"] = random_parameter((shape.heads,), dtype, device) * 8
+    mask = random_mask(shape, block_size, 0.3, device)
+    assert (mask.kv_num_blocks == 0).any()
+    check(inputs, grad_output, mask, score="softmax")
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import attnx
-from attnx import reference
+from attnx.testing import assert_close
 from cases import DTYPES, FEW_SHAPES, MASKS, Shape, pack, parameter_dtype, random_inputs, random_parameter
-from compare import Attention, check, forward_backward
+from compare import check, forward_backward
 
 
 def _sink(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -63,51 +65,36 @@ def test_varlen(dtype: torch.dtype, device: torch.device) -> None:
     check("softmax_attention_varlen", inputs, grad_output, is_causal=True, **sizes)
 
 
-@pytest.mark.parametrize("block_size", [(64, 64), (128, 64)], ids=str)
-def test_lists(block_size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-    """Some rows have no block."""
-    shape = Shape(256, 256, 64, heads=2)
-    visited = torch.rand(1, 2, 256 // block_size[0], 4, generator=torch.Generator().manual_seed(0)) < 0.5
-    visited[:, :, 1] = False
-    inputs, grad_output = random_inputs(shape, dtype, device)
-    inputs["sink"] = _sink((2,), dtype, device)
-    mask = attnx.BlockMask.from_dense(visited.to(device), block_size)
-    exact = {name: x.double() for name, x in inputs.items()}
-    actual = forward_backward(attnx.block_sparse_attention, inputs, grad_output, block_mask=mask)
-    expected = forward_backward(reference.block_sparse_attention, exact, grad_output.double(), block_mask=mask)
-    eps = torch.finfo(dtype).eps
-    for name, want in expected.items():
-        torch.testing.assert_close(actual[name].double(), want, rtol=4 * eps, atol=8 * eps * float(want.abs().max()))
+def _logsumexp(query: Tensor, key: Tensor, value: Tensor, sink: Tensor, **options: Any) -> Tensor:
+    return attnx.softmax_attention(query, key, value, sink=sink, return_logsumexp=True, **options)[1]
+
+
+def _plain_logsumexp(query: Tensor, key: Tensor, sink: Tensor) -> Tensor:
+    """The causal one in plain PyTorch, in the dtype of the sums, from inputs as they are."""
+    query, key = query.to(sink.dtype), key.to(sink.dtype)
+    visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    logits = (query * query.shape[3] ** -0.5 @ key.mT).where(visible.tril(key.shape[2] - query.shape[2]), -math.inf)
+    return torch.cat([logits, sink[:, None, None].expand(*logits.shape[:-1], 1)], -1).logsumexp(-1)
 
 
 def test_logsumexp_includes_it(dtype: torch.dtype, device: torch.device) -> None:
-    """A row without keys has the sink as its logsumexp, and gives 0."""
-    inputs, _ = random_inputs(Shape(9, 4), dtype, device)
-    sink = _sink((2,), dtype, device)
-    output, logsumexp = attnx.softmax_attention(**inputs, sink=sink, is_causal=True, return_logsumexp=True)
-    _, expected = reference.softmax_attention(
-        **{name: x.double() for name, x in inputs.items()}, sink=sink.double(), is_causal=True, return_logsumexp=True
-    )
-    eps = torch.finfo(parameter_dtype(dtype)).eps
-    torch.testing.assert_close(logsumexp.double(), expected, rtol=16 * eps, atol=64 * eps)
+    """A row without keys has the sink as its logsumexp, and gives 0; gradients come from it, too."""
+    inputs, _ = random_inputs(Shape(9, 4, 64), dtype, device)
+    query, key = inputs["query"], inputs["key"]
+    sinks = _sink((2,), dtype, device)
+
+    def value_and_gradient(sink: Tensor, logsumexp: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        sink = sink.clone().requires_grad_()
+        result = logsumexp(sink)
+        return result.detach(), torch.autograd.grad(result.sum(), sink)[0]
+
+    actual = value_and_gradient(sinks, lambda sink: _logsumexp(**inputs, sink=sink, is_causal=True))
+    expected = value_and_gradient(sinks.double(), lambda sink: _plain_logsumexp(query, key, sink))
+    baseline = value_and_gradient(sinks, lambda sink: _plain_logsumexp(query, key, sink))
+    for name, *three in zip(("logsumexp", "grad_sink"), actual, expected, baseline, strict=True):
+        assert_close(*three, name=name)
+    output = attnx.softmax_attention(**inputs, sink=sinks, is_causal=True)
     assert (output[:, :, :5] == 0).all()
-    torch.testing.assert_close(logsumexp[:, :, :5], sink[:, None].expand(1, 2, 5), rtol=4 * eps, atol=4 * eps)
-
-
-def test_gradient_of_the_logsumexp_reaches_it(dtype: torch.dtype, device: torch.device) -> None:
-    """It also comes from rows that see no key, whose logsumexp is the sink."""
-    inputs, _ = random_inputs(Shape(9, 4), dtype, device)
-    sink = _sink((2,), dtype, device)
-
-    def gradient(attention: Attention, precision: torch.dtype) -> Tensor:
-        leaf = sink.to(parameter_dtype(precision)).requires_grad_()
-        own = {name: x.to(precision) for name, x in inputs.items()}
-        _, logsumexp = attention(**own, sink=leaf, is_causal=True, return_logsumexp=True)
-        return torch.autograd.grad(logsumexp.sum(), leaf)[0]
-
-    expected = gradient(reference.softmax_attention, torch.float64)
-    actual = gradient(attnx.softmax_attention, dtype)
-    torch.testing.assert_close(actual.double(), expected, rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_minus_infinity_is_no_sink(dtype: torch.dtype, device: torch.device, deterministic: None) -> None:
