@@ -352,8 +352,22 @@ def test_bad_input(options: dict[str, Any], message: str, device: torch.device) 
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.backends("emulated", "cuda")
-def test_cuda_is_refused_by_the_table(dtype: torch.dtype, device: torch.device) -> None:
-    inputs, _ = random_inputs(Shape(), dtype, device)
-    with pytest.raises(NotImplementedError, match="missing:   backend cuda"):
-        attnx.sparse_linear_attention(**inputs)
+@pytest.mark.backends("cuda", "emulated")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("blocks", [(1, 1), (3, 33), (40, 70), (300, 31), (513, 200), (0, 5), (5, 0)], ids=str)
+def test_lists_of_critical_blocks(blocks: tuple[int, int], transposed: bool, device: torch.device) -> None:
+    """Of maps larger than those that tests attend by; a label out of range is no critical one."""
+    shape = (3, *blocks)
+    labels = torch.randint(-1, 4, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8).to(device)
+    labels[0, : blocks[0] // 2] = 1
+    critical = (labels.mT if transposed else labels) == 1
+    counts = torch.full(critical.shape[:2], -1, dtype=torch.int32, device=device)
+    indices = torch.full(critical.shape, -1, dtype=torch.int32, device=device)
+    attnx._C.cuda_critical_blocks(labels.data_ptr(), *shape, transposed, counts.data_ptr(), indices.data_ptr())
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(counts.long(), critical.sum(-1))
+    each = torch.arange(critical.shape[2], device=device).expand(critical.shape)
+    in_use = each < counts[..., None]
+    assert torch.equal(indices[in_use].long(), each[critical])
+    assert (indices[~in_use] == -1).all(), "entries that are not in use are not written"

@@ -43,14 +43,17 @@ struct LabelBlocksParams {
   std::int8_t* labels = nullptr;        // like products
 };
 
-// The kernel lists the critical blocks of each row of labels, ascending. Entries of a row that are not in use are not
+// The kernel lists the blocks of keys that are critical to each block of queries, a row of labels, or, transposed, the
+// blocks of queries that each block of keys is critical to. Both are ascending. Entries that are not in use are not
 // written.
 struct CriticalBlocksParams {
-  std::int64_t rows = 0, blocks = 0;
-  const std::int8_t* labels = nullptr;  // [rows, blocks]
-  std::int64_t width = 0;               // no row has more critical blocks
-  std::int32_t* counts = nullptr;       // [rows]
-  std::int32_t* indices = nullptr;      // [rows, width]
+  std::int64_t heads = 0;  // of the whole batch, those with labels of their own
+  std::int64_t query_blocks = 0, key_blocks = 0;
+  const std::int8_t* labels = nullptr;  // [heads, query blocks, key blocks]
+  bool transposed = false;
+  std::int64_t width = 0;           // no list is longer
+  std::int32_t* counts = nullptr;   // [heads, query blocks], or [heads, key blocks] where transposed
+  std::int32_t* indices = nullptr;  // like counts, [..., width]
 };
 
 }  // namespace attnx

@@ -95,13 +95,17 @@ void label_blocks(const LabelBlocksParams& p, const Executor& executor) {
 }
 
 void critical_blocks(const CriticalBlocksParams& p, const Executor& executor) {
-  parallel_for(executor, p.rows, rows_of_part(p.blocks), [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row) {
-      std::int32_t* const first = p.indices + row * p.width;
+  const std::int64_t lists = p.transposed ? p.key_blocks : p.query_blocks;
+  const std::int64_t blocks = p.transposed ? p.query_blocks : p.key_blocks;  // that a list may name
+  const std::int64_t list_stride = p.transposed ? 1 : p.key_blocks, block_stride = p.transposed ? p.key_blocks : 1;
+  parallel_for(executor, p.heads * lists, rows_of_part(blocks), [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t list = begin; list < end; ++list) {
+      const std::int8_t* const labels = p.labels + list / lists * lists * blocks + list % lists * list_stride;
+      std::int32_t* const first = p.indices + list * p.width;
       std::int32_t* next = first;
-      for (std::int64_t block = 0; block < p.blocks; ++block)
-        if (p.labels[row * p.blocks + block] == 1) *next++ = std::int32_t(block);
-      p.counts[row] = std::int32_t(next - first);
+      for (std::int64_t block = 0; block < blocks; ++block)
+        if (labels[block * block_stride] == 1) *next++ = std::int32_t(block);
+      p.counts[list] = std::int32_t(next - first);
     }
   });
 }

@@ -134,6 +134,18 @@ void cuda_sampled_blocks(std::uintptr_t keep, std::int64_t seed, std::uint32_t o
                                   reinterpret_cast<double*>(arrival));
 }
 
+void cuda_critical_blocks(std::uintptr_t labels, std::int64_t heads, std::int64_t query_blocks, std::int64_t key_blocks,
+                          bool transposed, std::uintptr_t counts, std::uintptr_t indices) {
+  attnx::ops::cuda_critical_blocks({.heads = heads,
+                                    .query_blocks = query_blocks,
+                                    .key_blocks = key_blocks,
+                                    .labels = reinterpret_cast<const std::int8_t*>(labels),
+                                    .transposed = transposed,
+                                    .width = transposed ? query_blocks : key_blocks,
+                                    .counts = reinterpret_cast<std::int32_t*>(counts),
+                                    .indices = reinterpret_cast<std::int32_t*>(indices)});
+}
+
 void cuda_normalise_rows(const Layout& rows, const std::string& dtype, std::int64_t batch, std::int64_t heads,
                          std::int64_t length, std::int64_t head_dim, std::uintptr_t normalised) {
   attnx::RouteParams p;
@@ -203,6 +215,9 @@ PYBIND11_MODULE(_C, m) {
           py::arg("heads"), py::arg("length_q"), py::arg("length_k"), py::arg("block_q"), py::arg("block_k"),
           py::arg("is_causal"), py::arg("kept"), py::arg("arrival"),
           "For tests: what the device draws for every block of a round, in device memory.");
+    m.def("cuda_critical_blocks", cuda_critical_blocks, py::arg("labels"), py::arg("heads"), py::arg("query_blocks"),
+          py::arg("key_blocks"), py::arg("transposed"), py::arg("counts"), py::arg("indices"),
+          "For tests: the lists of the critical blocks of a map, in device memory.");
     m.def("cuda_normalise_rows", cuda_normalise_rows, py::arg("rows"), py::arg("dtype"), py::arg("batch"),
           py::arg("heads"), py::arg("length"), py::arg("head_dim"), py::arg("normalised"),
           "For tests: the rows that routing compares with centroids, in device memory.");

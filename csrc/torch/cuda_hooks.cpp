@@ -22,6 +22,8 @@ void cuda_sampled_blocks(const BlockGrid& grid, const SamplingRound& round, cons
   cuda::sampled_blocks(grid, round, keep, heads, kept, arrival, {});
 }
 
+void cuda_critical_blocks(const CriticalBlocksParams& params) { cuda::critical_blocks(params, {}); }
+
 void cuda_normalise_rows(const RouteParams& params, float* normalised) { cuda::normalise_rows(params, normalised, {}); }
 
 void cuda_pad_centroids(const RouteParams& params, float* padded) { cuda::pad_centroids(params, padded, {}); }

@@ -74,6 +74,15 @@ def cuda_sampled_blocks(
     kept: int,
     arrival: int,
 ) -> None: ...
+def cuda_critical_blocks(
+    labels: int,
+    heads: int,
+    query_blocks: int,
+    key_blocks: int,
+    transposed: bool,
+    counts: int,
+    indices: int,
+) -> None: ...
 def cuda_normalise_rows(
     rows: tuple[int, int, int, int],
     dtype: str,
