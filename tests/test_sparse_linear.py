@@ -14,6 +14,7 @@ import attnx
 from attnx import SparseLinearMap
 from attnx._operators.sparse_linear import labels_by_sorting
 from attnx.testing import assert_close
+from backends import Backend
 from cases import DTYPES, Shape, pack, random_inputs
 
 cpu = pytest.mark.backends("cpu")
@@ -250,10 +251,19 @@ def test_block_map(
     assert not actual.labels.requires_grad
 
 
+def check_selection(products: Tensor, backend: Backend, *arguments: Any) -> None:
+    """The kernel beside torch's own operators, which serve other devices."""
+    products = products.to(backend.device)
+    selected = torch.ops.attnx.sparse_linear_labels(products, *arguments)
+    assert torch.equal(selected, labels_by_sorting(products, *arguments))
+    if torch.float64 in backend.dtypes():
+        assert torch.equal(torch.ops.attnx.sparse_linear_labels(products.double(), *arguments), selected)
+
+
 @pytest.mark.parametrize("options", MAPS.values(), ids=MAPS)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-def test_selection_is_what_sorting_gives(is_causal: bool, options: dict[str, Any]) -> None:
-    """The kernel of the CPU beside torch's own operators, which serve other devices; ties and NaN included."""
+def test_selection_is_what_sorting_gives(is_causal: bool, options: dict[str, Any], backend: Backend) -> None:
+    """Ties and NaN included."""
     for lengths, block_size in (((700, 1000), (64, 64)), ((1000, 700), (64, 128)), ((300, 300), (128, 64))):
         sizes = [-(-n // b) for n, b in zip(lengths, block_size, strict=True)]
         products = torch.randn(2, 3, *sizes, generator=torch.Generator().manual_seed(0)).round(decimals=1)
@@ -261,10 +271,28 @@ def test_selection_is_what_sorting_gives(is_causal: bool, options: dict[str, Any
         products[0, 1] = -0.0
         products[0, 1, :, ::2] = 0.0
         shares = options.get("critical", 0.05), options.get("negligible", 0.1)
-        arguments = (products, *lengths, *block_size, *shares, is_causal, options.get("protect", 0))
-        selected = torch.ops.attnx.sparse_linear_labels(*arguments)
-        assert torch.equal(selected, labels_by_sorting(*arguments))
-        assert torch.equal(torch.ops.attnx.sparse_linear_labels(products.double(), *arguments[1:]), selected)
+        check_selection(products, backend, *lengths, *block_size, *shares, is_causal, options.get("protect", 0))
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "wide", "infinite", "nan", "tiny"])
+@pytest.mark.parametrize("blocks", [33, 500, 4099, 60_001])
+def test_selection_of_long_rows(blocks: int, kind: str, backend: Backend) -> None:
+    """Rows of any numbers, and longer ones than shared memory holds."""
+    generator = torch.Generator().manual_seed(0)
+    products = torch.randn(1, 1 if blocks > 500 else 7, 1, blocks, generator=generator)
+    match kind:
+        case "ties":
+            products = products.round(decimals=1)
+        case "wide":
+            products = products * (20 * torch.randn(products.shape, generator=generator)).exp()
+        case "infinite":
+            products[..., ::3], products[..., 1::3] = torch.inf, -torch.inf
+        case "nan":
+            products[..., ::2] = torch.nan
+        case "tiny":
+            products = products * 1e-42
+    for shares in ((0.05, 0.1), (0.4, 0.6), (0.0, 0.0)):
+        check_selection(products, backend, 64, blocks * 64 - 5, 64, 64, *shares, False, 130)
 
 
 def test_block_map_ties_go_to_the_lower_index() -> None:

@@ -1,6 +1,7 @@
 // The selections of blocks are told these: sampling, labels of a map, and lists from labels.
 #pragma once
 
+#include "attnx/block_labels.h"
 #include "attnx/block_sampling.h"
 #include "attnx/params.h"
 
@@ -36,11 +37,19 @@ struct CorrectionParams {
 struct LabelBlocksParams {
   BlockGrid grid;
   std::int64_t heads = 0;
-  DType dtype = DType::kFloat32;        // of products: kFloat32 or kFloat64
-  const void* products = nullptr;       // [heads, query blocks, key blocks]
-  double critical = 0, negligible = 0;  // shares of the blocks that some query of the row sees
-  std::int64_t protect = 0;             // the first keys, whose blocks are critical whatever their products
-  std::int8_t* labels = nullptr;        // like products
+  DType dtype = DType::kFloat32;   // of products: kFloat32 or, on the CPU, kFloat64
+  const void* products = nullptr;  // [heads, query blocks, key blocks]
+  BlockShares shares;
+  std::int8_t* labels = nullptr;  // like products
+};
+
+// The kernel makes the labels of queries and keys: it labels blocks by the products of their means. It has no part for
+// the CPU, where torch's own operators do that. Value, score and lists of AttentionParams have no part in it, and of
+// the scale only the sign.
+struct BlockMapParams : AttentionParams {
+  bool smooth_k = false;  // subtract the mean key from the keys first
+  BlockShares shares;
+  std::int8_t* labels = nullptr;  // [batch, heads_q, query blocks, key blocks] of the longest sequences
 };
 
 // The kernel lists the blocks of keys that are critical to each block of queries, a row of labels, or, transposed, the
