@@ -238,10 +238,15 @@ MAPS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (64, 128)], ids=str)
 @pytest.mark.parametrize("lengths", [(200, 330), (1000, 1000), (64, 700), (700, 64), (1, 300)], ids=str)
 def test_block_map(
-    lengths: tuple[int, int], block_size: tuple[int, int], is_causal: bool, options: dict[str, Any]
+    lengths: tuple[int, int],
+    block_size: tuple[int, int],
+    is_causal: bool,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     shape = Shape(*lengths, head_dim=8, heads=4, kv_heads=2)
-    inputs, _ = random_inputs(shape, torch.float32, torch.device("cpu"))
+    inputs, _ = random_inputs(shape, dtype, device)
     query, key = inputs["query"], inputs["key"]
     options = options | {"block_size": block_size, "is_causal": is_causal}
     actual = attnx.sparse_linear_block_map(query, key, **options)
@@ -295,15 +300,15 @@ def test_selection_of_long_rows(blocks: int, kind: str, backend: Backend) -> Non
         check_selection(products, backend, 64, blocks * 64 - 5, 64, 64, *shares, False, 130)
 
 
-def test_block_map_ties_go_to_the_lower_index() -> None:
-    x = torch.ones(1, 1, 640, 4)
+def test_block_map_ties_go_to_the_lower_index(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.ones(1, 1, 640, 4, dtype=dtype, device=device)
     labels = attnx.sparse_linear_block_map(x, x, critical=0.2, negligible=0.3).labels
     assert labels[0, 0, 0].tolist() == [1] * 2 + [0] * 5 + [-1] * 3
 
 
-def test_shares_count_whole_blocks() -> None:
+def test_shares_count_whole_blocks(dtype: torch.dtype, device: torch.device) -> None:
     """0.07 * 100 is a little more than 7 in floating point."""
-    query, key = torch.randn(1, 1, 64, 4), torch.randn(1, 1, 6400, 4)
+    query, key = (torch.randn(1, 1, n, 4, dtype=dtype, device=device) for n in (64, 6400))
     labels = attnx.sparse_linear_block_map(query, key, critical=0.07, negligible=0.29).labels
     assert (labels == 1).sum() == 7
     assert (labels == -1).sum() == 29
