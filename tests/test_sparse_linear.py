@@ -12,6 +12,7 @@ from torch import Tensor
 
 import attnx
 from attnx import SparseLinearMap
+from attnx._capability import dtype_name
 from attnx._operators.sparse_linear import labels_by_sorting
 from attnx.testing import assert_close
 from backends import Backend
@@ -298,6 +299,126 @@ def test_selection_of_long_rows(blocks: int, kind: str, backend: Backend) -> Non
             products = products * 1e-42
     for shares in ((0.05, 0.1), (0.4, 0.6), (0.0, 0.0)):
         check_selection(products, backend, 64, blocks * 64 - 5, 64, 64, *shares, False, 130)
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    """The same numbers in other places of a larger tensor, which is NaN elsewhere."""
+    batch, heads, length, dim = x.shape
+    if layout == "heads_inside":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    whole = x.new_full((batch, heads + 1, length + 2, dim + 5), math.nan)
+    part = whole[:, 1:, 1:-1, 3:-2]
+    return part.copy_(x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "heads_inside", "slice", "expanded"])
+@pytest.mark.parametrize("head_dim", [1, 7, 16, 41, 96, 129, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_block_map_of_any_layout(dtype: torch.dtype, head_dim: int, layout: str, device: torch.device) -> None:
+    shape = Shape(length_q=150, length_k=1000, head_dim=head_dim, batch=2, heads=6, kv_heads=2)
+    inputs, _ = random_inputs(shape, dtype, device)
+    query, key = inputs["query"], inputs["key"]
+    if layout == "expanded":
+        query, key = query[:1].expand_as(query), key[:, :1].expand_as(key)
+    elif layout != "contiguous":
+        query, key = in_layout(query, layout), in_layout(key, layout)
+    options: dict[str, Any] = {"critical": 0.3, "negligible": 0.3, "smooth_k": True, "scale": -1.0}
+    actual = attnx.sparse_linear_block_map(query, key, **options)
+    expected = attnx.reference.sparse_linear_block_map(query, key, **options)
+    assert torch.equal(actual.labels, expected.labels)
+
+
+@pytest.mark.parametrize("options", MAPS.values(), ids=MAPS)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("beyond", [None, 0, 100])
+@pytest.mark.parametrize(
+    "lengths", [([70, 1, 500], [70, 1, 500]), ([5, 0, 130], [140, 300, 64]), ([5, 200], [0, 70])], ids=str
+)
+def test_block_map_varlen(
+    lengths: tuple[list[int], list[int]],
+    beyond: int | None,
+    is_causal: bool,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Each sequence by itself, negligible beyond it; the longest may be told, and may be less than what is told."""
+    inputs, _, sizes = pack(lengths, dtype, device)
+    query, key = inputs["query"], inputs["key"]
+    options = options | {"is_causal": is_causal}
+    longest = [max(n) if beyond is None else min(max(n) + beyond, sum(n)) for n in lengths]
+    told = {} if beyond is None else {f"max_seqlen_{x}": max(n) + beyond for x, n in zip("qk", lengths, strict=True)}
+    cu_seqlens = sizes["cu_seqlens_q"], sizes["cu_seqlens_k"]
+    labels = attnx.sparse_linear_block_map_varlen(query, key, *cu_seqlens, **told, **options).labels
+    assert labels.shape == (len(lengths[0]), query.shape[1], *(-(-n // 64) for n in longest))
+    expected = torch.full_like(labels, -1)
+    for b, (q, k) in enumerate(zip(query.split(lengths[0]), key.split(lengths[1]), strict=True)):
+        if q.shape[0] and k.shape[0]:
+            own = attnx.reference.sparse_linear_block_map(
+                *(x.transpose(0, 1)[None].contiguous() for x in (q, k)), **options
+            ).labels
+            expected[b, :, : own.shape[2], : own.shape[3]] = own[0]
+    assert torch.equal(labels, expected)
+
+
+def test_block_map_refuses_a_maximum_below_the_longest(dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _, sizes = pack(([70, 3], [70, 3]), dtype, device)
+    cu_seqlens = sizes["cu_seqlens_q"], sizes["cu_seqlens_k"]
+    with pytest.raises(RuntimeError, match="max_seqlen_q: expected at least the longest sequence, 70, got 69"):
+        attnx.sparse_linear_block_map_varlen(inputs["query"], inputs["key"], *cu_seqlens, 69, 70)
+
+
+@pytest.mark.backends("cuda", "emulated")
+def test_map_of_more_products_than_are_made_at_once(dtype: torch.dtype, device: torch.device) -> None:
+    """The means of small integers, and their products, are exact: so are the ties between them."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [131_072, 100_000]
+    query, key = (torch.randint(-1, 2, (sum(lengths), 1, 2), generator=generator).to(device, dtype) for _ in range(2))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    labels = attnx.sparse_linear_block_map_varlen(query, key, cu_seqlens, cu_seqlens, max(lengths), max(lengths)).labels
+    for own, q, k in zip(labels, query.split(lengths), key.split(lengths), strict=True):
+        q, k = (torch.stack([part.float().mean(0) for part in x[:, 0].split(64)]) for x in (q, k))
+        rows, blocks, length = len(q), len(k), len(k) * 64
+        expected = labels_by_sorting((q @ k.mT)[None, None], length, length, 64, 64, 0.05, 0.1, False, 0)
+        assert torch.equal(own[:, :rows, :blocks], expected[0])
+
+
+@pytest.mark.backends("cuda", "emulated")
+@pytest.mark.parametrize("offset", [0.0, 30.0], ids=["centred", "far"])
+@pytest.mark.parametrize("smooth_k", [False, True], ids=["plain", "smooth"])
+@pytest.mark.parametrize("head_dim", [3, 64, 256])
+@pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (64, 128)], ids=str)
+def test_products_are_as_accurate_as_float32(
+    block_size: tuple[int, int], head_dim: int, smooth_k: bool, offset: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    """The error is at most some roundings of the products of magnitudes."""
+    shape = Shape(length_q=300, length_k=470, head_dim=head_dim, batch=2, heads=4, kv_heads=2)
+    inputs, _ = random_inputs(shape, dtype, device)
+    query, key = inputs["query"], inputs["key"] + offset
+    blocks = [-(-n // b) for n, b in zip((shape.length_q, shape.length_k), block_size, strict=True)]
+    padded = (blocks[1] + 3) // 4 * 4
+    products = torch.full((*query.shape[:2], blocks[0], padded), math.nan, device=device)
+    arguments = (
+        *((x.data_ptr(), *x.stride()[:3]) for x in (query, key)),
+        dtype_name(dtype),
+        *(shape.batch, shape.heads, 2, shape.length_q, shape.length_k, head_dim, block_size, smooth_k, -2.0),
+        products.data_ptr(),
+    )
+    workspace = torch.empty(attnx._C.cuda_block_products(*arguments, 0) + 256, dtype=torch.uint8, device=device)
+    attnx._C.cuda_block_products(*arguments, (workspace.data_ptr() + 255) // 256 * 256)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+    def means(x: Tensor, block: int) -> Tensor:
+        return torch.stack([part.double().mean(2) for part in x.split(block, 2)], 2)
+
+    mean_q, mean_k = means(query, block_size[0]), means(key, block_size[1])
+    magnitudes = mean_k.abs() + key.double().mean(2, keepdim=True).abs() * smooth_k
+    if smooth_k:
+        mean_k = mean_k - key.double().mean(2, keepdim=True)
+    mean_k, magnitudes = (x.repeat_interleave(2, 1) for x in (mean_k, magnitudes))
+    error = (products[..., : blocks[1]].double() + mean_q @ mean_k.mT).abs()
+    assert (error <= 8 * 2.0**-24 * (means(query.abs(), block_size[0]) @ magnitudes.mT)).all()
 
 
 def test_block_map_ties_go_to_the_lower_index(dtype: torch.dtype, device: torch.device) -> None:

@@ -16,6 +16,8 @@ ATTNX_API void cuda_sigmoid_weights(const float* logits, float* weights, std::in
 ATTNX_API void cuda_sampled_blocks(const BlockGrid& grid, const SamplingRound& round, const float* keep,
                                    std::int64_t heads, std::uint8_t* kept, double* arrival);
 ATTNX_API void cuda_critical_blocks(const CriticalBlocksParams& params);
+// It returns the bytes that the workspace takes, and does no more where there is none.
+ATTNX_API std::size_t cuda_block_products(const BlockMapParams& params, float* products, void* workspace);
 ATTNX_API void cuda_normalise_rows(const RouteParams& params, float* normalised);
 ATTNX_API void cuda_pad_centroids(const RouteParams& params, float* padded);
 ATTNX_API void cuda_routing_scores(const cuda::ScoreParams& params);

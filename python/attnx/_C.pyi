@@ -83,6 +83,22 @@ def cuda_critical_blocks(
     counts: int,
     indices: int,
 ) -> None: ...
+def cuda_block_products(
+    query: tuple[int, int, int, int],
+    key: tuple[int, int, int, int],
+    dtype: str,
+    batch: int,
+    heads_q: int,
+    heads_k: int,
+    length_q: int,
+    length_k: int,
+    head_dim: int,
+    block_size: tuple[int, int],
+    smooth_k: bool,
+    scale: float,
+    products: int,
+    workspace: int,
+) -> int: ...
 def cuda_normalise_rows(
     rows: tuple[int, int, int, int],
     dtype: str,

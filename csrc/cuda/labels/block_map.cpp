@@ -48,8 +48,13 @@ MapPlan make_plan(const BlockMapParams& p, void* memory) {
   return plan;
 }
 
-void label(const BlockMapParams& p, const MapPlan& plan, std::int64_t first, const Launch& launch) {
-  const std::int64_t problems = std::min(plan.at_once, plan.problems - first), rows = plan.group * plan.query.blocks;
+void pool(const BlockMapParams& p, const MapPlan& plan, const Launch& launch) {
+  pool_blocks(p, plan.query, plan.key, launch);
+  if (p.smooth_k) smooth_blocks(p, plan.key, launch);
+}
+
+void multiply(const MapPlan& plan, std::int64_t first, std::int64_t problems, float* products, const Launch& launch) {
+  const std::int64_t rows = plan.group * plan.query.blocks;
   const std::int64_t of_queries = rows * plan.features, of_keys = plan.key.blocks * plan.features;
   routing_scores({.problems = problems,
                   .rows = plan.key.blocks,
@@ -57,8 +62,12 @@ void label(const BlockMapParams& p, const MapPlan& plan, std::int64_t first, con
                   .features = plan.features,
                   .row_matrix = {plan.key.means + first * of_keys, of_keys, plan.features},
                   .centroid_matrix = {plan.query.means + first * of_queries, of_queries, plan.features},
-                  .score_matrix = {plan.products, rows * plan.row_stride, plan.row_stride}},
+                  .score_matrix = {products, rows * plan.row_stride, plan.row_stride}},
                  launch);
+}
+
+void label(const BlockMapParams& p, const MapPlan& plan, std::int64_t first, std::int64_t problems,
+           const Launch& launch) {
   launch_label_blocks({.grid = {p.length_q, p.length_k, p.block_q, p.block_k, p.window_right == 0},
                        .cu_seqlens_q = p.cu_seqlens_q,
                        .cu_seqlens_k = p.cu_seqlens_k,
@@ -68,7 +77,7 @@ void label(const BlockMapParams& p, const MapPlan& plan, std::int64_t first, con
                        .products = plan.products,
                        .row_stride = plan.row_stride,
                        .shares = p.shares,
-                       .labels = p.labels + first * rows * plan.key.blocks},
+                       .labels = p.labels + first * plan.group * plan.query.blocks * plan.key.blocks},
                       launch);
 }
 
@@ -79,9 +88,18 @@ std::size_t block_map_workspace(const BlockMapParams& p, const Launch&) { return
 void block_map(const BlockMapParams& p, const Launch& launch) {
   const Range range("attnx::sparse_linear_block_map");
   const MapPlan plan = make_plan(p, launch.workspace);
-  pool_blocks(p, plan.query, plan.key, launch);
-  if (p.smooth_k) smooth_blocks(p, plan.key, launch);
-  for (std::int64_t first = 0; first < plan.problems; first += plan.at_once) label(p, plan, first, launch);
+  pool(p, plan, launch);
+  for (std::int64_t first = 0; first < plan.problems; first += plan.at_once) {
+    const std::int64_t problems = std::min(plan.at_once, plan.problems - first);
+    multiply(plan, first, problems, plan.products, launch);
+    label(p, plan, first, problems, launch);
+  }
+}
+
+void block_products(const BlockMapParams& p, float* products, const Launch& launch) {
+  const MapPlan plan = make_plan(p, launch.workspace);
+  pool(p, plan, launch);
+  multiply(plan, 0, plan.problems, products, launch);
 }
 
 }  // namespace attnx::cuda
