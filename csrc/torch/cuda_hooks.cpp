@@ -17,11 +17,6 @@ void cuda_sigmoid_weights(const float* logits, float* weights, std::int64_t n, D
   cuda::sigmoid_weights(logits, weights, n, dtype, exact, {});
 }
 
-void cuda_sampled_blocks(const BlockGrid& grid, const SamplingRound& round, const float* keep, std::int64_t heads,
-                         std::uint8_t* kept, double* arrival) {
-  cuda::sampled_blocks(grid, round, keep, heads, kept, arrival, {});
-}
-
 void cuda_normalise_rows(const RouteParams& params, float* normalised) { cuda::normalise_rows(params, normalised, {}); }
 
 void cuda_pad_centroids(const RouteParams& params, float* padded) { cuda::pad_centroids(params, padded, {}); }

@@ -10,22 +10,29 @@ namespace attnx::cuda {
 // This says where one list stands: that of one block of queries or, transposed, of keys.
 class List {
   const std::int32_t* indices_;
-  const float* bias_;
+  const float *bias_, *divisor_;
   int count_;
 
  public:
   __device__ __forceinline__ List(const BlockList& list, int batch, int head, int block)
       : indices_(list.indices + batch * list.indices_batch_stride + head * list.indices_head_stride +
                  block * list.indices_row_stride),
-        bias_(list.bias ? list.bias + batch * list.bias_batch_stride + head * list.bias_head_stride +
-                              block * list.bias_row_stride
-                        : nullptr),
+        bias_(numbers(list.bias, list, batch, head, block)),
+        divisor_(numbers(list.divisor, list, batch, head, block)),
         count_(__ldg(list.counts + batch * list.counts_batch_stride + head * list.counts_head_stride + block)) {}
 
   __device__ __forceinline__ int count() const { return count_; }
   __device__ __forceinline__ const std::int32_t* entry(int i) const { return indices_ + i; }
   __device__ __forceinline__ int index(int entry) const { return __ldg(indices_ + entry); }
   __device__ __forceinline__ float bias(int entry) const { return bias_ ? __ldg(bias_ + entry) : 0; }
+  __device__ __forceinline__ float divisor(int entry) const { return divisor_ ? __ldg(divisor_ + entry) : 1; }
+
+ private:
+  static __device__ __forceinline__ const float* numbers(const float* of_all, const BlockList& list, int batch,
+                                                         int head, int block) {
+    if (!of_all) return nullptr;
+    return of_all + batch * list.bias_batch_stride + head * list.bias_head_stride + block * list.bias_row_stride;
+  }
 };
 
 // These are the tiles of kSize keys, or rows, in the listed blocks: one, two or four to a block.
@@ -44,6 +51,7 @@ class ListedTiles {
     return list_.index(tile >> shift_) * block_ + (tile & ((1 << shift_) - 1)) * kSize;
   }
   __device__ __forceinline__ float bias(int tile) const { return list_.bias(tile >> shift_); }
+  __device__ __forceinline__ float divisor(int tile) const { return list_.divisor(tile >> shift_); }
   __device__ __forceinline__ const std::int32_t* entry(int tile) const { return list_.entry(tile >> shift_); }
 };
 
@@ -54,7 +62,6 @@ struct Listed {
   // The keys of a tile are read from memory, ahead of their use.
   static constexpr bool kFromMemory = true;
   static constexpr bool kHasBias = true;
-  static constexpr bool kPacked = false;
 
   struct ForwardParameters {
     BlockList key_blocks;  // of each block of queries
