@@ -22,9 +22,10 @@ struct TmaForwardTile {
   static constexpr bool kSparesSpecialFunctions = true;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kStages = 2;  // copies of keys and of values in shared memory
-  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
+  // Four boxes to a tile take the producer more registers.
+  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kHeadDim == 256 ? 56 : 40;
   static constexpr int kConsumerRegisters = kWarpgroups == 3    ? 160
-                                            : kWarpgroups == 2  ? 232
+                                            : kWarpgroups == 2  ? (504 - kProducerRegisters) / 2
                                             : kBlocksPerSm == 1 ? 240
                                                                 : 512 / kBlocksPerSm - 40;
   static constexpr int kBarrierBytes = 256;
