@@ -32,6 +32,7 @@ def hopper_calls() -> Iterator[tuple[str, Results]]:
         yield f"{score} {head_dim} float16", _hopper_dense(score, torch.float16, head_dim)
         for kind in (_hopper_dense, _hopper_causal, _hopper_varlen, _hopper_shares, _hopper_many, *LISTED):
             yield f"{score} {head_dim} {kind.__name__[1:]}", kind(score, torch.bfloat16, head_dim)
+    yield from _block_maps()
 
 
 def _hopper_dense(score: str, dtype: torch.dtype, head_dim: int) -> Results:
@@ -76,6 +77,25 @@ def calls() -> Iterator[tuple[str, Results]]:
     for score, dtype, head_dim in product(SCORES, DTYPES, PADDED_HEAD_DIMS):
         for kind in (_dense, _causal, _window, _varlen, _decode, *LISTED):
             yield f"{score} {dtype} {head_dim} {kind.__name__[1:]}", kind(score, dtype, head_dim)
+    yield from _block_maps()
+
+
+def _block_maps() -> Iterator[tuple[str, Results]]:
+    """Aligned queries and others; packed ones; a row of blocks that does not fit in shared memory.
+
+    64 blocks fill whole tiles of CUTLASS, which reads, but does not use, what no copy has written of others.
+    """
+    options: dict[str, Any] = {"critical": 0.3, "negligible": 0.3, "smooth_k": True}
+    for dtype, head_dim in product(DTYPES, [45, 128]):
+        inputs, _ = random_inputs(Shape(4090, 4050, head_dim, heads=2, kv_heads=1), dtype, CPU)
+        block_map = attnx.sparse_linear_block_map(inputs["query"], inputs["key"], is_causal=True, **options)
+        yield f"block map {dtype} {head_dim}", {"labels": block_map.labels.float()}
+        inputs, _, sizes = pack(([70, 4050, 0], [4090, 7, 130]), dtype, CPU, 2, 1, head_dim)
+        block_map = attnx.sparse_linear_block_map_varlen(inputs["query"], inputs["key"], **sizes, **options)
+        yield f"block map {dtype} {head_dim} varlen", {"labels": block_map.labels.float()}
+    products = torch.randn(1, 1, 1, 60_001, generator=torch.Generator().manual_seed(0))
+    labels = torch.ops.attnx.sparse_linear_labels(products, 64, 60_001 * 64, 64, 64, 0.1, 0.1, False, 0)
+    yield "labels of a long row", {"labels": labels.float()}
 
 
 def _dense(score: str, dtype: torch.dtype, head_dim: int) -> Results:

@@ -31,6 +31,7 @@ BLOCKS = "int block_q, int block_k"
 DRAWN = f"Tensor keep, Tensor seed, Tensor offset, int blocks_per_row, bool importance, {BLOCKS}"
 
 MAP = f"Tensor block_map, {BLOCKS}, str feature_map, str linear_scope, float? scale, bool is_causal"
+MAPPED = f"{BLOCKS}, float critical, float negligible, bool smooth_k, SymInt protect, float? scale, bool is_causal"
 PARTS = "Tensor sparse, Tensor linear, Tensor logsumexp"
 PART_GRADS = "Tensor grad_sparse, Tensor grad_linear, Tensor grad_logsumexp"
 
@@ -58,6 +59,8 @@ SCHEMAS = [
     f"sparse_linear_attention_backward({PART_GRADS}, {QKV}, {PARTS}, {MAP}, bool deterministic) -> ({GRADS})",
     f"sparse_linear_attention_varlen_backward({PART_GRADS}, {QKV}, {PARTS}, {PACKING}, {MAP}, bool deterministic) -> "
     f"({GRADS})",
+    f"sparse_linear_block_map(Tensor query, Tensor key, {MAPPED}) -> Tensor",
+    f"sparse_linear_block_map_varlen(Tensor query, Tensor key, {PACKING}, {MAPPED}) -> Tensor",
     f"sparse_linear_labels(Tensor products, SymInt length_q, SymInt length_k, {BLOCKS}, float critical, "
     "float negligible, bool is_causal, SymInt protect) -> Tensor",
     f"routing_attention({QKV}, {ROUTED}, {SCORE}) -> ({SOFTMAX_RESULTS})",

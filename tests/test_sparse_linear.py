@@ -12,8 +12,10 @@ from torch import Tensor
 
 import attnx
 from attnx import SparseLinearMap
+from attnx._capability import dtype_name
 from attnx._operators.sparse_linear import labels_by_sorting
 from attnx.testing import assert_close
+from backends import Backend
 from cases import DTYPES, Shape, pack, random_inputs
 
 cpu = pytest.mark.backends("cpu")
@@ -237,10 +239,15 @@ MAPS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (64, 128)], ids=str)
 @pytest.mark.parametrize("lengths", [(200, 330), (1000, 1000), (64, 700), (700, 64), (1, 300)], ids=str)
 def test_block_map(
-    lengths: tuple[int, int], block_size: tuple[int, int], is_causal: bool, options: dict[str, Any]
+    lengths: tuple[int, int],
+    block_size: tuple[int, int],
+    is_causal: bool,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     shape = Shape(*lengths, head_dim=8, heads=4, kv_heads=2)
-    inputs, _ = random_inputs(shape, torch.float32, torch.device("cpu"))
+    inputs, _ = random_inputs(shape, dtype, device)
     query, key = inputs["query"], inputs["key"]
     options = options | {"block_size": block_size, "is_causal": is_causal}
     actual = attnx.sparse_linear_block_map(query, key, **options)
@@ -250,10 +257,19 @@ def test_block_map(
     assert not actual.labels.requires_grad
 
 
+def check_selection(products: Tensor, backend: Backend, *arguments: Any) -> None:
+    """The kernel beside torch's own operators, which serve other devices."""
+    products = products.to(backend.device)
+    selected = torch.ops.attnx.sparse_linear_labels(products, *arguments)
+    assert torch.equal(selected, labels_by_sorting(products, *arguments))
+    if torch.float64 in backend.dtypes():
+        assert torch.equal(torch.ops.attnx.sparse_linear_labels(products.double(), *arguments), selected)
+
+
 @pytest.mark.parametrize("options", MAPS.values(), ids=MAPS)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-def test_selection_is_what_sorting_gives(is_causal: bool, options: dict[str, Any]) -> None:
-    """The kernel of the CPU beside torch's own operators, which serve other devices; ties and NaN included."""
+def test_selection_is_what_sorting_gives(is_causal: bool, options: dict[str, Any], backend: Backend) -> None:
+    """Ties and NaN included."""
     for lengths, block_size in (((700, 1000), (64, 64)), ((1000, 700), (64, 128)), ((300, 300), (128, 64))):
         sizes = [-(-n // b) for n, b in zip(lengths, block_size, strict=True)]
         products = torch.randn(2, 3, *sizes, generator=torch.Generator().manual_seed(0)).round(decimals=1)
@@ -261,21 +277,159 @@ def test_selection_is_what_sorting_gives(is_causal: bool, options: dict[str, Any
         products[0, 1] = -0.0
         products[0, 1, :, ::2] = 0.0
         shares = options.get("critical", 0.05), options.get("negligible", 0.1)
-        arguments = (products, *lengths, *block_size, *shares, is_causal, options.get("protect", 0))
-        selected = torch.ops.attnx.sparse_linear_labels(*arguments)
-        assert torch.equal(selected, labels_by_sorting(*arguments))
-        assert torch.equal(torch.ops.attnx.sparse_linear_labels(products.double(), *arguments[1:]), selected)
+        check_selection(products, backend, *lengths, *block_size, *shares, is_causal, options.get("protect", 0))
 
 
-def test_block_map_ties_go_to_the_lower_index() -> None:
-    x = torch.ones(1, 1, 640, 4)
+@pytest.mark.parametrize("kind", ["normal", "ties", "wide", "infinite", "nan", "tiny"])
+@pytest.mark.parametrize("blocks", [33, 500, 4099, 60_001])
+def test_selection_of_long_rows(blocks: int, kind: str, backend: Backend) -> None:
+    """Rows of any numbers, and longer ones than shared memory holds."""
+    generator = torch.Generator().manual_seed(0)
+    products = torch.randn(1, 1 if blocks > 500 else 7, 1, blocks, generator=generator)
+    match kind:
+        case "ties":
+            products = products.round(decimals=1)
+        case "wide":
+            products = products * (20 * torch.randn(products.shape, generator=generator)).exp()
+        case "infinite":
+            products[..., ::3], products[..., 1::3] = torch.inf, -torch.inf
+        case "nan":
+            products[..., ::2] = torch.nan
+        case "tiny":
+            products = products * 1e-42
+    for shares in ((0.05, 0.1), (0.4, 0.6), (0.0, 0.0)):
+        check_selection(products, backend, 64, blocks * 64 - 5, 64, 64, *shares, False, 130)
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    """The same numbers in other places of a larger tensor, which is NaN elsewhere."""
+    batch, heads, length, dim = x.shape
+    if layout == "heads_inside":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    whole = x.new_full((batch, heads + 1, length + 2, dim + 5), math.nan)
+    part = whole[:, 1:, 1:-1, 3:-2]
+    return part.copy_(x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "heads_inside", "slice", "expanded"])
+@pytest.mark.parametrize("head_dim", [1, 7, 16, 41, 96, 129, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_block_map_of_any_layout(dtype: torch.dtype, head_dim: int, layout: str, device: torch.device) -> None:
+    shape = Shape(length_q=150, length_k=1000, head_dim=head_dim, batch=2, heads=6, kv_heads=2)
+    inputs, _ = random_inputs(shape, dtype, device)
+    query, key = inputs["query"], inputs["key"]
+    if layout == "expanded":
+        query, key = query[:1].expand_as(query), key[:, :1].expand_as(key)
+    elif layout != "contiguous":
+        query, key = in_layout(query, layout), in_layout(key, layout)
+    options: dict[str, Any] = {"critical": 0.3, "negligible": 0.3, "smooth_k": True, "scale": -1.0}
+    actual = attnx.sparse_linear_block_map(query, key, **options)
+    expected = attnx.reference.sparse_linear_block_map(query, key, **options)
+    assert torch.equal(actual.labels, expected.labels)
+
+
+@pytest.mark.parametrize("options", MAPS.values(), ids=MAPS)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("beyond", [None, 0, 100])
+@pytest.mark.parametrize(
+    "lengths", [([70, 1, 500], [70, 1, 500]), ([5, 0, 130], [140, 300, 64]), ([5, 200], [0, 70])], ids=str
+)
+def test_block_map_varlen(
+    lengths: tuple[list[int], list[int]],
+    beyond: int | None,
+    is_causal: bool,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Each sequence by itself, negligible beyond it; the longest may be told, and may be less than what is told."""
+    inputs, _, sizes = pack(lengths, dtype, device)
+    query, key = inputs["query"], inputs["key"]
+    options = options | {"is_causal": is_causal}
+    longest = [max(n) if beyond is None else min(max(n) + beyond, sum(n)) for n in lengths]
+    told = {} if beyond is None else {f"max_seqlen_{x}": max(n) + beyond for x, n in zip("qk", lengths, strict=True)}
+    cu_seqlens = sizes["cu_seqlens_q"], sizes["cu_seqlens_k"]
+    labels = attnx.sparse_linear_block_map_varlen(query, key, *cu_seqlens, **told, **options).labels
+    assert labels.shape == (len(lengths[0]), query.shape[1], *(-(-n // 64) for n in longest))
+    expected = torch.full_like(labels, -1)
+    for b, (q, k) in enumerate(zip(query.split(lengths[0]), key.split(lengths[1]), strict=True)):
+        if q.shape[0] and k.shape[0]:
+            own = attnx.reference.sparse_linear_block_map(
+                *(x.transpose(0, 1)[None].contiguous() for x in (q, k)), **options
+            ).labels
+            expected[b, :, : own.shape[2], : own.shape[3]] = own[0]
+    assert torch.equal(labels, expected)
+
+
+def test_block_map_refuses_a_maximum_below_the_longest(dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _, sizes = pack(([70, 3], [70, 3]), dtype, device)
+    cu_seqlens = sizes["cu_seqlens_q"], sizes["cu_seqlens_k"]
+    with pytest.raises(RuntimeError, match="max_seqlen_q: expected at least the longest sequence, 70, got 69"):
+        attnx.sparse_linear_block_map_varlen(inputs["query"], inputs["key"], *cu_seqlens, 69, 70)
+
+
+@pytest.mark.backends("cuda", "emulated")
+def test_map_of_more_products_than_are_made_at_once(dtype: torch.dtype, device: torch.device) -> None:
+    """The means of small integers, and their products, are exact: so are the ties between them."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [131_072, 100_000]
+    query, key = (torch.randint(-1, 2, (sum(lengths), 1, 2), generator=generator).to(device, dtype) for _ in range(2))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    labels = attnx.sparse_linear_block_map_varlen(query, key, cu_seqlens, cu_seqlens, max(lengths), max(lengths)).labels
+    for own, q, k in zip(labels, query.split(lengths), key.split(lengths), strict=True):
+        q, k = (torch.stack([part.float().mean(0) for part in x[:, 0].split(64)]) for x in (q, k))
+        rows, blocks, length = len(q), len(k), len(k) * 64
+        expected = labels_by_sorting((q @ k.mT)[None, None], length, length, 64, 64, 0.05, 0.1, False, 0)
+        assert torch.equal(own[:, :rows, :blocks], expected[0])
+
+
+@pytest.mark.backends("cuda", "emulated")
+@pytest.mark.parametrize("offset", [0.0, 30.0], ids=["centred", "far"])
+@pytest.mark.parametrize("smooth_k", [False, True], ids=["plain", "smooth"])
+@pytest.mark.parametrize("head_dim", [3, 64, 256])
+@pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (64, 128)], ids=str)
+def test_products_are_as_accurate_as_float32(
+    block_size: tuple[int, int], head_dim: int, smooth_k: bool, offset: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    """The error is at most some roundings of the products of magnitudes."""
+    shape = Shape(length_q=300, length_k=470, head_dim=head_dim, batch=2, heads=4, kv_heads=2)
+    inputs, _ = random_inputs(shape, dtype, device)
+    query, key = inputs["query"], inputs["key"] + offset
+    blocks = [-(-n // b) for n, b in zip((shape.length_q, shape.length_k), block_size, strict=True)]
+    padded = (blocks[1] + 3) // 4 * 4
+    products = torch.full((*query.shape[:2], blocks[0], padded), math.nan, device=device)
+    arguments = (
+        *((x.data_ptr(), *x.stride()[:3]) for x in (query, key)),
+        dtype_name(dtype),
+        *(shape.batch, shape.heads, 2, shape.length_q, shape.length_k, head_dim, block_size, smooth_k, -2.0),
+        products.data_ptr(),
+    )
+    workspace = torch.empty(attnx._C.cuda_block_products(*arguments, 0) + 256, dtype=torch.uint8, device=device)
+    attnx._C.cuda_block_products(*arguments, (workspace.data_ptr() + 255) // 256 * 256)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+    def means(x: Tensor, block: int) -> Tensor:
+        return torch.stack([part.double().mean(2) for part in x.split(block, 2)], 2)
+
+    mean_q, mean_k = means(query, block_size[0]), means(key, block_size[1])
+    magnitudes = mean_k.abs() + key.double().mean(2, keepdim=True).abs() * smooth_k
+    if smooth_k:
+        mean_k = mean_k - key.double().mean(2, keepdim=True)
+    mean_k, magnitudes = (x.repeat_interleave(2, 1) for x in (mean_k, magnitudes))
+    error = (products[..., : blocks[1]].double() + mean_q @ mean_k.mT).abs()
+    assert (error <= 4 * 2.0**-24 * (means(query.abs(), block_size[0]) @ magnitudes.mT)).all()
+
+
+def test_block_map_ties_go_to_the_lower_index(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.ones(1, 1, 640, 4, dtype=dtype, device=device)
     labels = attnx.sparse_linear_block_map(x, x, critical=0.2, negligible=0.3).labels
     assert labels[0, 0, 0].tolist() == [1] * 2 + [0] * 5 + [-1] * 3
 
 
-def test_shares_count_whole_blocks() -> None:
+def test_shares_count_whole_blocks(dtype: torch.dtype, device: torch.device) -> None:
     """0.07 * 100 is a little more than 7 in floating point."""
-    query, key = torch.randn(1, 1, 64, 4), torch.randn(1, 1, 6400, 4)
+    query, key = (torch.randn(1, 1, n, 4, dtype=dtype, device=device) for n in (64, 6400))
     labels = attnx.sparse_linear_block_map(query, key, critical=0.07, negligible=0.29).labels
     assert (labels == 1).sum() == 7
     assert (labels == -1).sum() == 29
@@ -352,8 +506,22 @@ def test_bad_input(options: dict[str, Any], message: str, device: torch.device) 
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.backends("emulated", "cuda")
-def test_cuda_is_refused_by_the_table(dtype: torch.dtype, device: torch.device) -> None:
-    inputs, _ = random_inputs(Shape(), dtype, device)
-    with pytest.raises(NotImplementedError, match="missing:   backend cuda"):
-        attnx.sparse_linear_attention(**inputs)
+@pytest.mark.backends("cuda", "emulated")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("blocks", [(1, 1), (3, 33), (40, 70), (300, 31), (513, 200), (0, 5), (5, 0)], ids=str)
+def test_lists_of_critical_blocks(blocks: tuple[int, int], transposed: bool, device: torch.device) -> None:
+    """Of maps larger than those that tests attend by; a label out of range is no critical one."""
+    shape = (3, *blocks)
+    labels = torch.randint(-1, 4, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8).to(device)
+    labels[0, : blocks[0] // 2] = 1
+    critical = (labels.mT if transposed else labels) == 1
+    counts = torch.full(critical.shape[:2], -1, dtype=torch.int32, device=device)
+    indices = torch.full(critical.shape, -1, dtype=torch.int32, device=device)
+    attnx._C.cuda_critical_blocks(labels.data_ptr(), *shape, transposed, counts.data_ptr(), indices.data_ptr())
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(counts.long(), critical.sum(-1))
+    each = torch.arange(critical.shape[2], device=device).expand(critical.shape)
+    in_use = each < counts[..., None]
+    assert torch.equal(indices[in_use].long(), each[critical])
+    assert (indices[~in_use] == -1).all(), "entries that are not in use are not written"

@@ -1,6 +1,7 @@
 // The selections of blocks are told these: sampling, labels of a map, and lists from labels.
 #pragma once
 
+#include "attnx/block_labels.h"
 #include "attnx/block_sampling.h"
 #include "attnx/params.h"
 
@@ -34,21 +35,32 @@ struct SampleBlocksParams {
 struct LabelBlocksParams {
   BlockGrid grid;
   std::int64_t heads = 0;
-  DType dtype = DType::kFloat32;        // of products: kFloat32 or kFloat64
-  const void* products = nullptr;       // [heads, query blocks, key blocks]
-  double critical = 0, negligible = 0;  // shares of the blocks that some query of the row sees
-  std::int64_t protect = 0;             // the first keys, whose blocks are critical whatever their products
-  std::int8_t* labels = nullptr;        // like products
+  DType dtype = DType::kFloat32;   // of products: kFloat32 or, on the CPU, kFloat64
+  const void* products = nullptr;  // [heads, query blocks, key blocks]
+  BlockShares shares;
+  std::int8_t* labels = nullptr;  // like products
 };
 
-// The kernel lists the critical blocks of each row of labels, ascending. Entries of a row that are not in use are not
+// The kernel makes the labels of queries and keys: it labels blocks by the products of their means. It has no part for
+// the CPU, where torch's own operators do that. Value, score and lists of AttentionParams have no part in it, and of
+// the scale only the sign.
+struct BlockMapParams : AttentionParams {
+  bool smooth_k = false;  // subtract the mean key from the keys first
+  BlockShares shares;
+  std::int8_t* labels = nullptr;  // [batch, heads_q, query blocks, key blocks] of the longest sequences
+};
+
+// The kernel lists the blocks of keys that are critical to each block of queries, a row of labels, or, transposed, the
+// blocks of queries that each block of keys is critical to. Both are ascending. Entries that are not in use are not
 // written.
 struct CriticalBlocksParams {
-  std::int64_t rows = 0, blocks = 0;
-  const std::int8_t* labels = nullptr;  // [rows, blocks]
-  std::int64_t width = 0;               // no row has more critical blocks
-  std::int32_t* counts = nullptr;       // [rows]
-  std::int32_t* indices = nullptr;      // [rows, width]
+  std::int64_t heads = 0;  // of the whole batch, those with labels of their own
+  std::int64_t query_blocks = 0, key_blocks = 0;
+  const std::int8_t* labels = nullptr;  // [heads, query blocks, key blocks]
+  bool transposed = false;
+  std::int64_t width = 0;           // no list is longer
+  std::int32_t* counts = nullptr;   // [heads, query blocks], or [heads, key blocks] where transposed
+  std::int32_t* indices = nullptr;  // like counts, [..., width]
 };
 
 }  // namespace attnx

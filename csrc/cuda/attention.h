@@ -7,6 +7,9 @@
 
 #include "attnx/params.h"
 #include "cuda/common/launch.h"
+#include "cuda/labels/block_map.h"
+#include "cuda/labels/critical_blocks.h"
+#include "cuda/labels/label_blocks.h"
 #include "cuda/passes/sum_over_batch.h"
 #include "cuda/sampling/sample_blocks.h"
 #include "cuda/score/sigmoid_weights.h"

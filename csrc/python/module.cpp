@@ -126,6 +126,39 @@ void cuda_sigmoid_weights(std::uintptr_t logits, std::uintptr_t weights, std::in
                                    sixteen_bits(dtype), exact);
 }
 
+void cuda_critical_blocks(std::uintptr_t labels, std::int64_t heads, std::int64_t query_blocks, std::int64_t key_blocks,
+                          bool transposed, std::uintptr_t counts, std::uintptr_t indices) {
+  attnx::ops::cuda_critical_blocks({.heads = heads,
+                                    .query_blocks = query_blocks,
+                                    .key_blocks = key_blocks,
+                                    .labels = reinterpret_cast<const std::int8_t*>(labels),
+                                    .transposed = transposed,
+                                    .width = transposed ? query_blocks : key_blocks,
+                                    .counts = reinterpret_cast<std::int32_t*>(counts),
+                                    .indices = reinterpret_cast<std::int32_t*>(indices)});
+}
+
+std::size_t cuda_block_products(const Layout& query, const Layout& key, const std::string& dtype, std::int64_t batch,
+                                std::int64_t heads_q, std::int64_t heads_k, std::int64_t length_q,
+                                std::int64_t length_k, std::int64_t head_dim,
+                                std::pair<std::int64_t, std::int64_t> block_size, bool smooth_k, double scale,
+                                std::uintptr_t products, std::uintptr_t workspace) {
+  attnx::BlockMapParams p;
+  p.dtype = sixteen_bits(dtype);
+  p.batch = batch;
+  p.heads_q = heads_q;
+  p.heads_k = heads_k;
+  p.length_q = length_q;
+  p.length_k = length_k;
+  p.head_dim = head_dim;
+  p.query = tensor_of(query, heads_q, length_q, head_dim);
+  p.key = tensor_of(key, heads_k, length_k, head_dim);
+  std::tie(p.block_q, p.block_k) = block_size;
+  p.smooth_k = smooth_k;
+  p.scale = scale;
+  return attnx::ops::cuda_block_products(p, reinterpret_cast<float*>(products), reinterpret_cast<void*>(workspace));
+}
+
 void cuda_normalise_rows(const Layout& rows, const std::string& dtype, std::int64_t batch, std::int64_t heads,
                          std::int64_t length, std::int64_t head_dim, std::uintptr_t normalised) {
   attnx::RouteParams p;
@@ -191,6 +224,15 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_sigmoid_weights", cuda_sigmoid_weights, py::arg("logits"), py::arg("weights"), py::arg("n"),
           py::arg("dtype"), py::arg("exact"),
           "For tests: the sigmoid of n float32 in device memory as the kernels compute it, or by the exact formula.");
+    m.def("cuda_critical_blocks", cuda_critical_blocks, py::arg("labels"), py::arg("heads"), py::arg("query_blocks"),
+          py::arg("key_blocks"), py::arg("transposed"), py::arg("counts"), py::arg("indices"),
+          "For tests: the lists of the critical blocks of a map, in device memory.");
+    m.def("cuda_block_products", cuda_block_products, py::arg("query"), py::arg("key"), py::arg("dtype"),
+          py::arg("batch"), py::arg("heads_q"), py::arg("heads_k"), py::arg("length_q"), py::arg("length_k"),
+          py::arg("head_dim"), py::arg("block_size"), py::arg("smooth_k"), py::arg("scale"), py::arg("products"),
+          py::arg("workspace"),
+          "For tests: the products of pooled blocks, in device memory. It returns the bytes that the workspace takes, "
+          "and does no more where that is 0.");
     m.def("cuda_normalise_rows", cuda_normalise_rows, py::arg("rows"), py::arg("dtype"), py::arg("batch"),
           py::arg("heads"), py::arg("length"), py::arg("head_dim"), py::arg("normalised"),
           "For tests: the rows that routing compares with centroids, in device memory.");

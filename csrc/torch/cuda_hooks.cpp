@@ -17,6 +17,15 @@ void cuda_sigmoid_weights(const float* logits, float* weights, std::int64_t n, D
   cuda::sigmoid_weights(logits, weights, n, dtype, exact, {});
 }
 
+void cuda_critical_blocks(const CriticalBlocksParams& params) { cuda::critical_blocks(params, {}); }
+
+std::size_t cuda_block_products(const BlockMapParams& params, float* products, void* workspace) {
+  cuda::Launch launch;
+  launch.workspace = workspace;
+  if (workspace) cuda::block_products(params, products, launch);
+  return cuda::block_map_workspace(params, launch);
+}
+
 void cuda_normalise_rows(const RouteParams& params, float* normalised) { cuda::normalise_rows(params, normalised, {}); }
 
 void cuda_pad_centroids(const RouteParams& params, float* padded) { cuda::pad_centroids(params, padded, {}); }

@@ -40,7 +40,9 @@ Registration::Registration(const char* system, OnHost on_host, std::initializer_
   if (has_cuda) cuda_.emplace(StableLibrary::Kind::IMPL, "attnx", "CUDA", __FILE__, __LINE__);
   for (const Operator& op : operators) {
     schemas_.def(op.schema.c_str());
-    if (!kCudaOnHost || find_capability(system, "cuda") || on_host == OnHost::kServed) cpu_.impl(op.name, op.call);
+    const bool on_cuda = kCudaOnHost && find_capability(system, "cuda");  // else the CPU's kernels run
+    if (on_cuda || (kCudaOnHost ? on_host == OnHost::kServed : on_host != OnHost::kOnlyCuda))
+      cpu_.impl(op.name, op.call);
     if (cuda_) cuda_->impl(op.name, op.call);
   }
 }

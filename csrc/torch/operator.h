@@ -185,9 +185,9 @@ Operator define(const char* name) {
   return {name, Boxed<kFunction>::schema(name), Boxed<kFunction>::call};
 }
 
-// This is what becomes of calls on CPU tensors that are meant for the CUDA kernels, where the capability table has no
-// row of CUDA for the system.
-enum class OnHost { kRefused, kServed };
+// This is what becomes of calls on CPU tensors. Where they are meant for the CUDA kernels, but the capability table has
+// no row of CUDA for the system, the CPU's kernels serve them or not. Operators of kOnlyCuda have none.
+enum class OnHost { kRefused, kServed, kOnlyCuda };
 
 // It registers operators for as long as it lives: on the CPU, and on CUDA where the capability table has a row of it
 // for `system`. Elsewhere the table's refusal answers, from Python.

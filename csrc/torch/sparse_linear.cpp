@@ -72,15 +72,20 @@ std::int64_t check_labels(const StableTensor& map) {
 // them.
 struct CriticalBlocks {
   StableTensor counts, indices;
+
+  BlockList view() const { return view_lists(counts, indices); }
 };
-CriticalBlocks list_critical_blocks(const Target& target, const StableTensor& map, std::int64_t width) {
-  std::vector shape{map.size(0), map.size(1), map.size(2)};
-  StableTensor counts = torch::stable::new_empty(map, shape, ScalarType::Int);
+CriticalBlocks list_critical_blocks(const Target& target, const StableTensor& map, std::int64_t width,
+                                    bool transposed) {
+  std::vector shape{map.size(0), map.size(1), map.size(transposed ? 3 : 2)};
+  const StableTensor counts = torch::stable::new_empty(map, shape, ScalarType::Int);
   shape.push_back(width);
-  StableTensor indices = torch::stable::new_empty(map, shape, ScalarType::Int);
-  run(CriticalBlocksParams{.rows = counts.numel(),
-                           .blocks = map.size(3),
+  const StableTensor indices = torch::stable::new_empty(map, shape, ScalarType::Int);
+  run(CriticalBlocksParams{.heads = map.size(0) * map.size(1),
+                           .query_blocks = map.size(2),
+                           .key_blocks = map.size(3),
                            .labels = data<std::int8_t>(map),
+                           .transposed = transposed,
                            .width = width,
                            .counts = data<std::int32_t>(counts),
                            .indices = data<std::int32_t>(indices)},
@@ -117,8 +122,10 @@ CriticalBlocks read(const Target& target, const Inputs& x, const Layout& layout,
   check_map(map.block_map, sparse, x.query);
   const std::int64_t width = check_labels(map.block_map);
   read_linear(sparse, map.block_map, options, linear);
-  const CriticalBlocks critical = list_critical_blocks(target, map.block_map, width);
-  sparse.key_blocks = view_lists(critical.counts, critical.indices);
+  // On CUDA a call is the same whether or not labels were read.
+  const CriticalBlocks critical =
+      list_critical_blocks(target, map.block_map, target.on_cuda() ? map.block_map.size(3) : width, false);
+  sparse.key_blocks = critical.view();
   return critical;
 }
 
@@ -144,6 +151,11 @@ InputGradients backward(const PartGradients& grads, const Inputs& x, const Parts
   BackwardParams sparse;
   LinearBackwardParams linear;
   const CriticalBlocks critical = read(target, x, layout, map, options, causal, sparse, linear);
+  std::optional<CriticalBlocks> transposed;  // the CPU sums the gradients of keys without it
+  if (target.on_cuda()) {
+    transposed = list_critical_blocks(target, map.block_map, map.block_map.size(2), true);
+    sparse.query_blocks = transposed->view();
+  }
   sparse.grad_output = read_output("grad_sparse", grads.grad_sparse, x);
   sparse.grad_logsumexp = read_logsumexp("grad_logsumexp", grads.grad_logsumexp, x);
   sparse.output = read_output("sparse", parts.sparse, x);

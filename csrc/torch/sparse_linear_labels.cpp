@@ -29,18 +29,18 @@ StableTensor labels(const Arguments& a) {
   check(products.dim() == 4 && products.size(2) == grid.query_blocks() && products.size(3) == grid.key_blocks(),
         "products: expected shape (batch, heads, ", grid.query_blocks(), ", ", grid.key_blocks(), "), got ",
         shape_of(products));
-  if (products.scalar_type() != ScalarType::Double) check_dtype("products", products, ScalarType::Float, " or float64");
+  const Target target{kSystem, products};
+  if (target.on_cuda() || products.scalar_type() != ScalarType::Double)
+    check_dtype("products", products, ScalarType::Float, target.on_cuda() ? "" : " or float64");
   check_contiguous("products", products);
   StableTensor result = torch::stable::new_empty(products, products.sizes(), ScalarType::Char);
   run(LabelBlocksParams{.grid = grid,
                         .heads = products.size(0) * products.size(1),
                         .dtype = to_dtype(products.scalar_type()),
                         .products = products.data_ptr(),
-                        .critical = a.critical,
-                        .negligible = a.negligible,
-                        .protect = a.protect,
+                        .shares = {a.critical, a.negligible, a.protect},
                         .labels = data<std::int8_t>(result)},
-      {kSystem, products});
+      target);
   return result;
 }
 

@@ -61,6 +61,31 @@ def cuda_backward_kernel(
 def cuda_mainloop() -> str: ...
 def set_cuda_mainloop(name: str) -> None: ...
 def cuda_sigmoid_weights(logits: int, weights: int, n: int, dtype: str, exact: bool) -> None: ...
+def cuda_critical_blocks(
+    labels: int,
+    heads: int,
+    query_blocks: int,
+    key_blocks: int,
+    transposed: bool,
+    counts: int,
+    indices: int,
+) -> None: ...
+def cuda_block_products(
+    query: tuple[int, int, int, int],
+    key: tuple[int, int, int, int],
+    dtype: str,
+    batch: int,
+    heads_q: int,
+    heads_k: int,
+    length_q: int,
+    length_k: int,
+    head_dim: int,
+    block_size: tuple[int, int],
+    smooth_k: bool,
+    scale: float,
+    products: int,
+    workspace: int,
+) -> int: ...
 def cuda_normalise_rows(
     rows: tuple[int, int, int, int],
     dtype: str,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from attnx._operators.sparse_linear import longest
 from attnx.block_mask import BlockMask
 
 __all__ = [
@@ -66,6 +66,11 @@ def _check_block_size(block_size: tuple[int, int]) -> tuple[int, int]:
     return block_q, block_k
 
 
+def _check_protect(protect: int) -> None:
+    if isinstance(protect, bool) or not isinstance(protect, int) or protect < 0:
+        raise RuntimeError(f"protect: expected a number of keys, 0 or more, got {protect!r}")
+
+
 def _check_heads(query: Tensor, key: Tensor, rank: int) -> None:
     for name, x in (("query", query), ("key", key)):
         if x.dim() != rank:
@@ -76,22 +81,6 @@ def _check_heads(query: Tensor, key: Tensor, rank: int) -> None:
             "key: expected the head_dim of query and a divisor of its heads, "
             f"got shape {tuple(key.shape)} with query {tuple(query.shape)}"
         )
-
-
-# Tokens. Torch converts what it sums in another dtype, and a copy of all would leave the caches.
-_POOLED_TOGETHER = 2048
-
-
-def _pool(x: Tensor, block: int) -> Tensor:
-    """(batch, heads, blocks, head_dim): the mean of each block, of the ragged last one too."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    whole = x.shape[2] // block * block
-    converts = x.dtype != dtype and x.device.type == "cpu"
-    parts = x[:, :, :whole].split(_POOLED_TOGETHER if converts else max(whole, 1), dim=2)
-    means = [part.unflatten(2, (-1, block)).mean(3, dtype=dtype) for part in parts]
-    if whole < x.shape[2]:
-        means.append(x[:, :, whole:].mean(2, keepdim=True, dtype=dtype))
-    return torch.cat(means, dim=2)
 
 
 @torch.no_grad()
@@ -140,31 +129,21 @@ def sparse_linear_block_map(
     _check_shares(critical, negligible)
     block_q, block_k = _check_block_size(block_size)
     _check_heads(query, key, 4)
-    if isinstance(protect, bool) or not isinstance(protect, int) or protect < 0:
-        raise RuntimeError(f"protect: expected a number of keys, 0 or more, got {protect!r}")
-    length_q, length_k = query.shape[2], key.shape[2]
-    rows, blocks = -(-length_q // block_q), -(-length_k // block_k)
-    labels_shape = (*query.shape[:2], rows, blocks)
-    if 0 in labels_shape:
-        return SparseLinearMap(query.new_zeros(labels_shape, dtype=torch.int8), (block_q, block_k))
-
-    pooled = _pool(key, block_k)
-    if smooth_k:
-        pooled = pooled - key.mean(2, keepdim=True, dtype=pooled.dtype)
-    pooled = pooled.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    with torch.autocast(query.device.type, enabled=False):  # ranks as sums are kept: in float32
-        products = _pool(query, block_q) @ pooled.mT * (1.0 if scale is None else math.copysign(1.0, scale))
-    labels = _ops.sparse_linear_labels(
-        products, length_q, length_k, block_q, block_k, critical, negligible, is_causal, protect
+    _check_protect(protect)
+    labels = _ops.sparse_linear_block_map(
+        query, key, block_q, block_k, critical, negligible, smooth_k, protect, scale, is_causal
     )
     return SparseLinearMap(labels, (block_q, block_k))
 
 
+@torch.no_grad()
 def sparse_linear_block_map_varlen(
     query: Tensor,
     key: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     *,
     critical: float = 0.05,
     negligible: float = 0.10,
@@ -179,33 +158,35 @@ def sparse_linear_block_map_varlen(
     Args:
         query: (total_q, heads, head_dim).
         key: (total_k, kv_heads, head_dim).
-        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, where sequences start and end. They are read on the host, which
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, where sequences start and end.
+        max_seqlen_q, max_seqlen_k: the longest sequences, or more. Without them cu_seqlens are read on the host, which
             breaks a torch.compile graph and waits for the GPU.
 
     Returns:
-        Labels (batch, heads, query_blocks, key_blocks) as large as the longest sequences need, negligible beyond a
-        shorter one.
+        Labels (batch, heads, query_blocks, key_blocks) as large as max_seqlen needs, or all rows do, negligible beyond
+        a shorter sequence.
     """
+    _check_shares(critical, negligible)
+    block_q, block_k = _check_block_size(block_size)
     _check_heads(query, key, 3)
-    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    options: dict[str, Any] = {
-        "critical": critical,
-        "negligible": negligible,
-        "block_size": block_size,
-        "is_causal": is_causal,
-        "smooth_k": smooth_k,
-        "scale": scale,
-        "protect": protect,
-    }
-    maps = []
-    for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
-        q, k = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1]))
-        maps.append(sparse_linear_block_map(q, k, **options).labels)
-    rows, blocks = (max((x.shape[dim] for x in maps), default=0) for dim in (2, 3))
-    labels = query.new_full((len(maps), query.shape[1], rows, blocks), NEGLIGIBLE, dtype=torch.int8)
-    for b, x in enumerate(maps):
-        labels[b, :, : x.shape[2], : x.shape[3]] = x[0]
-    return SparseLinearMap(labels, _check_block_size(block_size))
+    _check_protect(protect)
+    labels = _ops.sparse_linear_block_map_varlen(
+        query,
+        key,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q,
+        longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k,
+        block_q,
+        block_k,
+        critical,
+        negligible,
+        smooth_k,
+        protect,
+        scale,
+        is_causal,
+    )
+    return SparseLinearMap(labels, (block_q, block_k))
 
 
 _MAP_DEFAULTS: dict[str, Any] = {
@@ -332,6 +313,8 @@ def sparse_linear_attention_varlen(
             key,
             cu_seqlens_q,
             cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
             critical=critical,
             negligible=negligible,
             block_size=block_size,

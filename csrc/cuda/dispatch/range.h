@@ -11,11 +11,10 @@ namespace attnx::cuda {
 
 class Range {
  public:
-  // The name is "attnx::softmax_attention", or that of another score, and a suffix.
-  Range(Score score, const char* suffix) {
-    nvtxRangePushA(("attnx::" + std::string(score_name(score)) + "_attention" + suffix).c_str());
-  }
   explicit Range(const char* name) { nvtxRangePushA(name); }
+  // The name is "attnx::softmax_attention", or that of another score, and a suffix.
+  Range(Score score, const char* suffix)
+      : Range(("attnx::" + std::string(score_name(score)) + "_attention" + suffix).c_str()) {}
   ~Range() { nvtxRangePop(); }
   Range(const Range&) = delete;
   Range& operator=(const Range&) = delete;

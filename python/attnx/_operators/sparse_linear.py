@@ -1,8 +1,9 @@
-"""What is special to the operator that sorts blocks into critical, marginal and negligible ones."""
+"""What is special to the operators that sort blocks into critical, marginal and negligible ones."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,3 +51,96 @@ def labels_by_sorting(
     by_rank = (j < count).to(torch.int8) - ((j >= least) & (j >= count)).to(torch.int8)
     labels = torch.empty(products.shape, dtype=torch.int8, device=device)
     return labels.scatter_(-1, order, by_rank.expand(products.shape))
+
+
+# Tokens. Torch converts what it sums in another dtype, and a copy of all would leave the caches.
+_POOLED_TOGETHER = 2048
+
+
+def _pool(x: Tensor, block: int) -> Tensor:
+    """(batch, heads, blocks, head_dim): the mean of each block, of the ragged last one too."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    whole = x.shape[2] // block * block
+    converts = x.dtype != dtype and x.device.type == "cpu"
+    parts = x[:, :, :whole].split(_POOLED_TOGETHER if converts else max(whole, 1), dim=2)
+    means = [part.unflatten(2, (-1, block)).mean(3, dtype=dtype) for part in parts]
+    if whole < x.shape[2]:
+        means.append(x[:, :, whole:].mean(2, keepdim=True, dtype=dtype))
+    return torch.cat(means, dim=2)
+
+
+def block_map(*args: Any) -> Tensor:
+    """The labels where no kernel makes them from queries and keys."""
+    return _block_map_varlen(*args) if args[0].dim() == 3 else _block_map(*args)
+
+
+def _block_map(
+    query: Tensor,
+    key: Tensor,
+    block_q: int,
+    block_k: int,
+    critical: float,
+    negligible: float,
+    smooth_k: bool,
+    protect: int,
+    scale: float | None,
+    is_causal: bool,
+) -> Tensor:
+    length_q, length_k = query.shape[2], key.shape[2]
+    labels = map_labels(query, key, block_q, block_k)
+    if labels.numel() == 0:
+        return labels
+    pooled = _pool(key, block_k)
+    if smooth_k:
+        pooled = pooled - key.mean(2, keepdim=True, dtype=pooled.dtype)
+    pooled = pooled.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    products = _pool(query, block_q) @ pooled.mT * (1.0 if scale is None else math.copysign(1.0, scale))
+    return torch.ops.attnx.sparse_linear_labels(
+        products, length_q, length_k, block_q, block_k, critical, negligible, is_causal, protect
+    )
+
+
+def longest(cu_seqlens: Tensor) -> int:
+    """The longest of packed sequences, which is read on the host."""
+    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+
+
+def _block_map_varlen(
+    query: Tensor,
+    key: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *options: Any,
+) -> Tensor:
+    labels = map_labels(query, key, *options[:2], cu_seqlens_q, max_seqlen_q, max_seqlen_k).fill_(-1)
+    for name, cu_seqlens, most in (("q", cu_seqlens_q, max_seqlen_q), ("k", cu_seqlens_k, max_seqlen_k)):
+        if most < (needed := longest(cu_seqlens)):
+            raise RuntimeError(f"max_seqlen_{name}: expected at least the longest sequence, {needed}, got {most}")
+    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for b, (q0, q1, k0, k1) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)):
+        q, k = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1]))
+        x = _block_map(q, k, *options)
+        labels[b, :, : x.shape[2], : x.shape[3]] = x[0]
+    return labels
+
+
+def map_labels(
+    query: Tensor,
+    key: Tensor,
+    block_q: int,
+    block_k: int,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    **others: object,
+) -> Tensor:
+    """Labels without values; of packed sequences as many as the longest need, or all rows do."""
+    if cu_seqlens_q is None:
+        batch, length_q, length_k = query.shape[0], query.shape[2], key.shape[2]
+    else:
+        batch = cu_seqlens_q.shape[0] - 1
+        length_q, length_k = min(max_seqlen_q, query.shape[0]), min(max_seqlen_k, key.shape[0])
+    blocks = -(-length_q // block_q), -(-length_k // block_k)
+    return query.new_empty(batch, query.shape[1], *blocks, dtype=torch.int8)

@@ -23,6 +23,14 @@ OPERATORS = (
     Operator("probabilistic_block_lists", _LISTS, fake=probabilistic.lists, refusal=probabilistic.refusal),
     Operator("sparse_linear_attention", varlen=True, autocast=_QKV),
     Operator(
+        "sparse_linear_block_map",
+        NoDerivative("the map has none"),
+        varlen=True,
+        autocast=("query", "key"),
+        fake=sparse_linear.map_labels,
+        implementation=sparse_linear.block_map,
+    ),
+    Operator(
         "sparse_linear_labels",
         _LISTS,
         fake=sparse_linear.labels,

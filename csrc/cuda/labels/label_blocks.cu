@@ -1,0 +1,70 @@
+#include "label_blocks.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/common/device.h"
+#include "ranking.h"
+
+namespace attnx::cuda {
+
+namespace {
+
+constexpr int kMaxWarps = 4;
+
+// A sequence that a row of blocks lies beyond has no keys for it.
+__device__ __forceinline__ BlockGrid grid_of(const LabelArguments& args, std::int64_t head, std::int64_t row) {
+  BlockGrid grid = args.grid;
+  if (args.cu_seqlens_q) {
+    const std::int64_t b = (args.first_head + head) / args.heads_of_sequence;
+    grid.length_q = args.cu_seqlens_q[b + 1] - args.cu_seqlens_q[b];
+    grid.length_k = row < grid.query_blocks() ? args.cu_seqlens_k[b + 1] - args.cu_seqlens_k[b] : 0;
+  }
+  return grid;
+}
+
+// A warp has a row.
+template <bool kShared>
+__global__ void __launch_bounds__(kMaxWarps * 32) attnx_label_blocks(const __grid_constant__ LabelArguments args) {
+  extern __shared__ float4 copies[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const std::int64_t rows = args.grid.query_blocks(), blocks = args.grid.key_blocks();
+  const std::int64_t at = std::int64_t(blockIdx.x) * (blockDim.x / 32) + warp;
+  if (at >= args.heads * rows) return;
+  const LabelRow row(grid_of(args, at / rows, at % rows), args.shares, at % rows);
+  const int begin = int(row.begin), end = int(row.end), candidates = int(row.candidates);
+  const Ranking<kShared> ranking(args.products + at * args.row_stride + begin, end - begin,
+                                 reinterpret_cast<float*>(copies + warp * ((blocks + 127) / 128 * 32)));
+  BestOfRow critical(ranking.best(int(row.critical))), others(ranking.best(int(row.not_negligible)));
+  std::int8_t* const labels = args.labels + at * blocks;
+  for (int first = 0; first < int(blocks); first += 32) {
+    const int block = first + lane;
+    const bool is_ranked = block >= begin && block < end;
+    const std::uint32_t key = is_ranked ? ranking.key(block - begin) : 0;
+    const bool is_critical = critical.takes(key), is_marginal = others.takes(key);
+    if (block >= int(blocks)) break;
+    labels[block] = is_ranked ? (is_critical ? 1 : is_marginal ? 0 : -1) : block < candidates ? 1 : -1;
+  }
+}
+
+}  // namespace
+
+void launch_label_blocks(const LabelArguments& args, const Launch& launch) {
+  const std::int64_t row_bytes = (args.grid.key_blocks() + 127) / 128 * 128 * std::int64_t(sizeof(float));
+  const std::int64_t fit = row_bytes > 0 ? current_device().shared_bytes / row_bytes : 0;
+  const int warps = fit > 0 ? int(std::min<std::int64_t>(fit, kMaxWarps)) : kMaxWarps;
+  const std::int64_t rows = args.heads * args.grid.query_blocks();
+  launch_kernel("attnx_label_blocks", fit > 0 ? attnx_label_blocks<true> : attnx_label_blocks<false>,
+                (rows + warps - 1) / warps, warps * 32, fit > 0 ? int(warps * row_bytes) : 0,
+                static_cast<cudaStream_t>(launch.stream), args);
+}
+
+void label_blocks(const LabelBlocksParams& p, const Launch& launch) {
+  if (p.dtype != DType::kFloat32)
+    throw std::runtime_error("label_blocks: products: expected float32, got another dtype");
+  launch_label_blocks({p.grid, nullptr, nullptr, 0, p.heads, p.heads, static_cast<const float*>(p.products),
+                       p.grid.key_blocks(), p.shares, p.labels},
+                      launch);
+}
+
+}  // namespace attnx::cuda

@@ -1,0 +1,50 @@
+// This file registers torch.ops.attnx.sparse_linear_block_map and its packed form, which label blocks from queries and
+// keys. Only CUDA has kernels of them.
+#include <torch/csrc/stable/ops.h>
+
+#include "arguments.h"
+
+namespace attnx::ops {
+
+namespace {
+
+constexpr const char* kSystem = "sparse_linear_attention";
+
+struct QueryAndKey {
+  StableTensor query, key;
+  ATTNX_FIELDS(query, key)
+};
+
+struct MapOptions {
+  double critical, negligible;
+  bool smooth_k;
+  SymInt protect;
+  ATTNX_FIELDS(critical, negligible, smooth_k, protect)
+};
+
+template <class Layout>
+StableTensor block_map(const QueryAndKey& x, const Layout& layout, const BlockSize& size, const MapOptions& options,
+                       const Causal& causal) {
+  const Target target{kSystem, x.query};
+  BlockMapParams p;
+  read_block_size(size, p);
+  read_inputs(target, {x.query, x.key, x.key}, layout, p);
+  read_window(causal, p);
+  check(options.protect >= 0, "protect: expected a number of keys, 0 or more, got ", options.protect.value);
+  p.smooth_k = options.smooth_k;
+  p.shares = {options.critical, options.negligible, options.protect};
+  const std::vector shape{p.batch, p.heads_q, blocks_of(p.length_q, p.block_q), blocks_of(p.length_k, p.block_k)};
+  StableTensor labels = torch::stable::new_empty(x.query, shape, ScalarType::Char);
+  p.labels = data<std::int8_t>(labels);
+  if (labels.numel() > 0) run(p, target);
+  return labels;
+}
+
+// On other devices torch's own operators do the same, from Python.
+const Registration registration(kSystem, OnHost::kOnlyCuda,
+                                {define<block_map<Dense>>("sparse_linear_block_map"),
+                                 define<block_map<Packed>>("sparse_linear_block_map_varlen")});
+
+}  // namespace
+
+}  // namespace attnx::ops
