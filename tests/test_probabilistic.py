@@ -282,6 +282,28 @@ def test_fits_torch(device: torch.device, dtype: torch.dtype) -> None:
     torch.testing.assert_close(torch.vmap(attention)(*stacked), each)
 
 
+@pytest.mark.backends("cuda")  # the emulator captures no graphs
+@pytest.mark.parametrize("mode", MODES)
+def test_a_captured_graph_draws_new_rounds(mode: Any, device: torch.device, dtype: torch.dtype) -> None:
+    inputs, grad_output = random_inputs(Shape(length_q=640, length_k=640, head_dim=64), dtype, device)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    seed, offset = (torch.tensor(x, device=device) for x in ROUND.values())
+
+    def step() -> list[Tensor]:
+        output = attnx.probabilistic_attention(*leaves, mode=mode, seed=seed, offset=offset)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
+
+    step()  # what is made once is made before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for number in (1, 2):
+        offset.fill_(number)
+        graph.replay()
+        for actual, expected in zip(captured, step(), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"density": 0.6}, {"mode": "topm"}, {"mode": "topm", "density": 0.6}], ids=str)
 def test_compiles_for_any_length(options: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
     """One graph, also where lengths and density are symbols; torch's seed draws the rounds of eager mode."""
