@@ -19,7 +19,7 @@ import torch
 import attnx
 
 Score = Literal["sigmoid", "softmax"]
-_BLOCK = 64  # queries and keys of a listed block
+_BLOCK = 64  # the least queries and keys of a listed block
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Call:
     rows: int
     keys: int
     backward: bool = False
-    listed: bool = False
+    block_size: tuple[int, int] | None = None  # of lists
     parameters: tuple[str, ...] = ()  # of a head; in a backward they get gradients
 
     def run(self) -> None:
@@ -40,9 +40,10 @@ class Call:
             for length in (self.rows, self.keys, self.keys)
         )
         parameters = {name: torch.zeros(1, requires_grad=self.backward) for name in self.parameters}
-        if self.listed:
-            every = torch.ones(1, 1, self.rows // _BLOCK, self.keys // _BLOCK, dtype=torch.bool)
-            lists = attnx.BlockMask.from_dense(every, (_BLOCK, _BLOCK))
+        if self.block_size:
+            block_q, block_k = self.block_size
+            every = torch.ones(1, 1, self.rows // block_q, self.keys // block_k, dtype=torch.bool)
+            lists = attnx.BlockMask.from_dense(every, self.block_size)
             output = attnx.block_sparse_attention(query, key, value, lists, score=self.score, **parameters)
         else:
             output = getattr(attnx, f"{self.score}_attention")(query, key, value, **parameters)
@@ -73,6 +74,7 @@ def _tile(score: Score, dtype: str, head_dim: int, rows: int, direction: str = "
 
 # Each of these chooses a kernel of its own: a score, and a parameter that makes it another one.
 _SCORES: tuple[tuple[Score, tuple[str, ...]], ...] = (("sigmoid", ()), ("softmax", ()), ("softmax", ("sink",)))
+_BLOCK_SIZES = ((64, 64), (128, 64), (128, 128))
 _PARAMETERS: tuple[tuple[Score, tuple[str, ...]], ...] = (("sigmoid", ("bias", "alibi_slopes")), ("softmax", ("sink",)))
 
 
@@ -82,14 +84,17 @@ def hopper_calls() -> Iterator[Call]:
         keys = _tile(score, dtype, head_dim, 192).keys
         yield Call(score, dtype, head_dim, 384, 2 * keys, parameters=parameters)
         yield Call(score, dtype, head_dim, 384, 4 * keys, parameters=parameters)
-        for keys in (128, 256):
-            yield Call(score, dtype, head_dim, 128, keys, listed=True, parameters=parameters)
+        for block_size, tiles in product(_BLOCK_SIZES, (2, 4)):
+            keys = tiles * block_size[1]
+            yield Call(score, dtype, head_dim, 128, keys, block_size=block_size, parameters=parameters)
         if parameters:
             continue  # softmax's backward serves it
-        rows = _tile(score, dtype, head_dim, 192, "backward").rows
+        tile = _tile(score, dtype, head_dim, 192, "backward")
         for tiles in (2, 4):
-            yield Call(score, dtype, head_dim, tiles * rows, 128, backward=True)
-            yield Call(score, dtype, head_dim, tiles * _BLOCK, 128, backward=True, listed=True)
+            yield Call(score, dtype, head_dim, tiles * tile.rows, 128, backward=True)
+            for block_size in _BLOCK_SIZES:
+                rows = tiles * block_size[0]
+                yield Call(score, dtype, head_dim, rows, 128, backward=True, block_size=block_size)
     for score, parameters in _PARAMETERS:
         yield Call(score, "bfloat16", 64, 128, 64, backward=True, parameters=parameters)
 
@@ -104,13 +109,14 @@ def calls() -> Iterator[Call]:
                 keys = _tile(score, dtype, head_dim, rows).keys
                 yield Call(score, dtype, head_dim, rows, 2 * keys, parameters=parameters)
                 yield Call(score, dtype, head_dim, rows, 4 * keys, parameters=parameters)  # more would be split
-            for keys in (128, 256):
-                yield Call(score, dtype, head_dim, 128, keys, listed=True, parameters=parameters)
+            for block_size, tiles in product(_BLOCK_SIZES, (2, 4)):
+                keys = tiles * block_size[1]
+                yield Call(score, dtype, head_dim, 128, keys, block_size=block_size, parameters=parameters)
             if parameters:
                 continue  # softmax's backward serves it
             for rows in (128, 256):
-                for listed in (False, True):
-                    yield Call(score, dtype, head_dim, rows, 128, backward=True, listed=listed)
+                for block_size in (None, *_BLOCK_SIZES):
+                    yield Call(score, dtype, head_dim, rows, 128, backward=True, block_size=block_size)
         yield Call(score, dtype, 64, 1, 1024, parameters=parameters)  # split along the keys
     for score, parameters in _PARAMETERS:
         yield Call(score, "bfloat16", 64, 128, 64, backward=True, parameters=parameters)

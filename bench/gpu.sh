@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# All that is asked of a GPU, in one command, without network and in under 10 minutes: bench/gpu.sh OUT_DIR
+# All that is asked of a GPU, in one command and without network: bench/gpu.sh OUT_DIR [PART...]
+#
+# All parts take up to 12 minutes, and named ones, besides the build, less: where a GPU is lent for 10 minutes, name
+# "tests probabilistic sparse-linear summary" in a second call.
 #
 # Builds for the GPU that is there, runs the tests on it, also under compute-sanitizer, measures attnx beside the peers
 # that are installed and in deterministic mode, and trains 3,000 steps beside the plain formula. OUT_DIR gets
@@ -10,8 +13,9 @@
 # CMAKE_ARGS=-DATTNX_CUTLASS_INCLUDE_DIR=...), pytest, hypothesis, psutil, numpy, matplotlib and rich. Where the checkout
 # has no .git, ATTNX_COMMIT names the commit.
 set -uo pipefail
-: "${1:?usage: bench/gpu.sh OUT_DIR}"
+: "${1:?usage: bench/gpu.sh OUT_DIR [PART...]}"
 out=$(mkdir -p "$1" && realpath "$1") || exit
+asked=" ${*:2} "
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
 work=$(mktemp -d)
@@ -23,6 +27,7 @@ failed=0
 part() {
   local name=$1 limit=$2 start=$SECONDS status
   shift 2
+  [[ $asked == "  " || $name == build || $asked == *" $name "* ]] || return 0
   printf '\n=== %s: %s\n' "$name" "$*" | tee -a "$out/log.txt"
   timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$out/log.txt"
   status=${PIPESTATUS[0]}
@@ -62,6 +67,8 @@ bench float16 20 --suite flash --dtype float16 --rounds 15 --case d128-4096
 bench varlen 20 --suite varlen --dtype bfloat16 --rounds 15
 bench deterministic 20 --suite deterministic --dtype bfloat16 --rounds 15
 bench flex 40 --suite flex --dtype bfloat16 --rounds 15
+bench probabilistic 60 --suite probabilistic-gpu --dtype bfloat16 --rounds 15
+bench sparse-linear 60 --suite sparse-linear-gpu --dtype bfloat16 --rounds 15
 part drift 50 "$python" bench/drift.py --device cuda --output "$out"
 part summary 20 "$python" bench/summary.py --output "$out" "$work"/runs/*.json
 

@@ -30,7 +30,7 @@ def hopper_calls() -> Iterator[tuple[str, Results]]:
     """float16 shares all with bfloat16 but the arithmetic."""
     for score, head_dim in product(SCORES, [64, 128, 256]):
         yield f"{score} {head_dim} float16", _hopper_dense(score, torch.float16, head_dim)
-        for kind in (_hopper_dense, _hopper_causal, _hopper_varlen, _hopper_shares, _hopper_many, _block_sparse):
+        for kind in (_hopper_dense, _hopper_causal, _hopper_varlen, _hopper_shares, _hopper_many, *LISTED):
             yield f"{score} {head_dim} {kind.__name__[1:]}", kind(score, torch.bfloat16, head_dim)
     yield from _block_maps()
 
@@ -75,7 +75,7 @@ def _forward(operator: str, inputs: dict[str, Tensor], **options: Any) -> Result
 def calls() -> Iterator[tuple[str, Results]]:
     """The name of each call and its results."""
     for score, dtype, head_dim in product(SCORES, DTYPES, PADDED_HEAD_DIMS):
-        for kind in (_dense, _causal, _window, _varlen, _decode, _block_sparse):
+        for kind in (_dense, _causal, _window, _varlen, _decode, *LISTED):
             yield f"{score} {dtype} {head_dim} {kind.__name__[1:]}", kind(score, dtype, head_dim)
     yield from _block_maps()
 
@@ -137,6 +137,25 @@ def _block_sparse(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     mask = attnx.BlockMask.from_dense(visited[None].bool(), (64, 64))
     inputs, grad_output = random_inputs(shape, dtype, CPU)
     return _run("block_sparse_attention", inputs, grad_output, block_mask=mask, score=score)
+
+
+def _tall_blocks(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Tiles of 128 rows and 64 keys, and what makes up for the blocks that are left out."""
+    return _probabilistic(score, dtype, head_dim, block_size=(128, 64), importance=True)
+
+
+def _large_blocks(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Tiles of 128 rows and keys, as many in each row."""
+    return _probabilistic(score, dtype, head_dim, block_size=(128, 128), mode="topm", is_causal=True)
+
+
+def _probabilistic(score: str, dtype: torch.dtype, head_dim: int, **options: Any) -> Results:
+    shape = Shape(length_q=260, length_k=300, head_dim=head_dim, heads=1)
+    inputs, grad_output = random_inputs(shape, dtype, CPU)
+    return _run("probabilistic_attention", inputs, grad_output, score=score, seed=1, offset=2, **options)
+
+
+LISTED = (_block_sparse, _tall_blocks, _large_blocks)
 
 
 def _run(operator: str, inputs: dict[str, Tensor], grad_output: Tensor, **options: Any) -> Results:

@@ -19,7 +19,7 @@ from attnx.testing import assert_close
 from cases import DTYPES, Shape, random_inputs
 from compare import forward_backward
 
-cpu = pytest.mark.backends("cpu")
+cpu = pytest.mark.backends("cpu")  # for what needs float64, or many rounds
 
 ROUND: dict[str, Any] = {"seed": 1234567890123, "offset": 42}
 FAMILIES: list[Any] = ["harmonic", "geometric", "power", "gaussian"]
@@ -52,39 +52,17 @@ def test_philox(counter: list[int], key: list[int], words: list[int]) -> None:
 @pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (64, 128)], ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_mask_is_the_reference_s(
-    lengths: tuple[int, int], block_size: tuple[int, int], mode: Any, is_causal: bool
+    lengths: tuple[int, int], block_size: tuple[int, int], mode: Any, is_causal: bool, device: torch.device
 ) -> None:
     for keep in FAMILIES:
         options = {"keep": keep, "mode": mode, "block_size": block_size, "is_causal": is_causal, **ROUND}
-        actual = attnx.probabilistic_block_mask(2, 3, *lengths, **options)
+        actual = attnx.probabilistic_block_mask(2, 3, *lengths, **options, device=device)
         expected = reference.probabilistic_block_mask(2, 3, *lengths, **options)
         blocks = -(-lengths[1] // block_size[1])
-        assert torch.equal(actual.to_dense(blocks), expected.to_dense(blocks))
-        used = torch.arange(actual.kv_indices.shape[-1]) < actual.kv_num_blocks[..., None]
+        assert torch.equal(actual.to_dense(blocks).cpu(), expected.to_dense(blocks))
+        used = torch.arange(actual.kv_indices.shape[-1], device=device) < actual.kv_num_blocks[..., None]
         steps = actual.kv_indices.diff(dim=-1)[used[..., 1:]]
         assert (steps > 0).all(), "lists ascend"
-
-
-@pytest.mark.backends("emulated", "cuda")
-@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_the_device_draws_what_the_host_draws(lengths: tuple[int, int], is_causal: bool, device: torch.device) -> None:
-    grid = BlockGrid(*lengths, 64, 64, is_causal)
-    shape = 6, grid.query_blocks, grid.key_blocks
-    keep = attnx.keep_probabilities("harmonic", grid.key_blocks, device=device)
-    kept = torch.empty(shape, dtype=torch.bool, device=device)
-    arrival = torch.empty(shape, dtype=torch.float64, device=device)
-    hook = attnx._C.cuda_sampled_blocks
-    hook(keep.data_ptr(), *ROUND.values(), 6, *lengths, 64, 64, is_causal, kept.data_ptr(), arrival.data_ptr())
-    options = {"is_causal": is_causal, **ROUND}
-    expected = reference.probabilistic_block_mask(2, 3, *lengths, **options).to_dense(grid.key_blocks)
-    assert torch.equal(kept.cpu(), expected.flatten(0, 1))
-    i, j = torch.arange(grid.query_blocks)[:, None], torch.arange(grid.key_blocks)
-    counter = torch.broadcast_tensors(j, i, torch.arange(6)[:, None, None], torch.tensor(ROUND["offset"]))
-    times = reference._negative_log2(reference.philox(counter, ROUND["seed"])[0])
-    times = times / keep.cpu().double()[reference._block_distance(grid)]
-    candidates = torch.tensor(grid.rows())[:, 2:]
-    assert torch.equal(arrival.cpu(), times.where(j < candidates, math.inf))
 
 
 def test_the_race_s_logarithm() -> None:
@@ -129,16 +107,15 @@ def test_topm_keeps_as_many_in_each_row(block_size: tuple[int, int], is_causal: 
         assert (counts == counts[0, 0]).all()
 
 
-@cpu
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (64, 128)], ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_no_row_is_empty(
-    lengths: tuple[int, int], block_size: tuple[int, int], is_causal: bool, device: torch.device
+    lengths: tuple[int, int], block_size: tuple[int, int], is_causal: bool, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Not even if nothing but the diagonal is kept: every query that sees a key keeps one."""
-    inputs, _ = random_inputs(Shape(*lengths, head_dim=4, heads=1), torch.float32, device)
-    keep = torch.zeros(-(-lengths[1] // block_size[1]))
+    inputs, _ = random_inputs(Shape(*lengths, head_dim=4, heads=1), dtype, device)
+    keep = torch.zeros(-(-lengths[1] // block_size[1]), device=device)
     keep[0] = 1
     options = {"is_causal": is_causal, "return_logsumexp": True}
     _, dense = attnx.softmax_attention(**inputs, **options)
@@ -166,18 +143,22 @@ def eager(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     length_q, length_k = query.shape[2], key.shape[2]
     names = ("keep", "density", "mode", "is_causal", "seed", "offset")
     masks = {name: options[name] for name in names if name in options}
-    mask = reference.probabilistic_block_mask(*query.shape[:2], length_q, length_k, **masks)
-    blocks = -(-length_k // 64)
+    block_q, block_k = options.get("block_size", (64, 64))
+    mask = reference.probabilistic_block_mask(
+        *query.shape[:2], length_q, length_k, block_size=(block_q, block_k), **masks
+    )
+    blocks = -(-length_k // block_k)
 
     def elements(x: Tensor) -> Tensor:
-        return x.repeat_interleave(64, -2).repeat_interleave(64, -1)[..., :length_q, :length_k]
+        x = x.repeat_interleave(block_q, -2).repeat_interleave(block_k, -1)[..., :length_q, :length_k]
+        return x.to(query.device)
 
     visible = elements(mask.to_dense(blocks))
     if is_causal:
         visible = visible & torch.ones_like(visible).tril(length_k - length_q)
-    p = torch.ones(length_q, length_k)
+    p = torch.ones(length_q, length_k, device=query.device)
     if importance:
-        distance = reference._block_distance(BlockGrid(length_q, length_k, 64, 64, bool(is_causal)))
+        distance = reference._block_distance(BlockGrid(length_q, length_k, block_q, block_k, bool(is_causal)))
         p = elements(attnx.keep_probabilities(options.get("keep", "harmonic"), blocks)[distance])
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -189,8 +170,18 @@ def eager(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     return logits.softmax(-1).masked_fill(~visible, 0.0) @ value
 
 
-@cpu
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"importance": True}, {"mode": "topm"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"importance": True},
+        {"importance": True, "is_causal": True, "block_size": (128, 64)},
+        {"importance": True, "block_size": (128, 128)},
+        {"mode": "topm", "block_size": (128, 128)},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_definition(dtype: torch.dtype, score: str, options: dict[str, Any], device: torch.device) -> None:
@@ -198,6 +189,7 @@ def test_definition(dtype: torch.dtype, score: str, options: dict[str, Any], dev
         Shape(length_q=330, length_k=330, head_dim=32),
         Shape(length_q=200, length_k=450, head_dim=20, value_dim=9, batch=2, heads=4, kv_heads=2),
         Shape(length_q=40, length_k=50, head_dim=16),
+        Shape(length_q=260, length_k=400, head_dim=128, heads=1),
     ):
         inputs, grad_output = random_inputs(shape, dtype, device)
         options = options | {"score": score, **ROUND}
@@ -261,12 +253,12 @@ def test_softmax_approaches_dense_as_the_density_grows(device: torch.device) -> 
 # How it lives with torch ----------------------------------------------------------------------------------------------
 
 
-@cpu
-def test_fits_torch(device: torch.device) -> None:
-    inputs, _ = random_inputs(Shape(length_q=320, length_k=320, head_dim=8), torch.float32, device)
+@pytest.mark.usefixtures("deterministic")
+def test_fits_torch(device: torch.device, dtype: torch.dtype) -> None:
+    inputs, _ = random_inputs(Shape(length_q=320, length_k=320, head_dim=8), dtype, device)
     leaves = [x.requires_grad_() for x in inputs.values()]
-    keep = attnx.keep_probabilities("harmonic", 5)
-    numbers = [torch.tensor(x) for x in ROUND.values()]
+    keep = attnx.keep_probabilities("harmonic", 5, device=device)
+    numbers = [torch.tensor(x, device=device) for x in ROUND.values()]
     arguments = (*leaves, keep, *numbers, 0, True, 64, 64, "softmax", "none", 0.0, None, True)
     torch.library.opcheck(torch.ops.attnx.probabilistic_attention, arguments)
     results = [x.detach() for x in torch.ops.attnx.probabilistic_attention(*arguments)]
@@ -290,9 +282,30 @@ def test_fits_torch(device: torch.device) -> None:
     torch.testing.assert_close(torch.vmap(attention)(*stacked), each)
 
 
-@cpu
+@pytest.mark.backends("cuda")  # the emulator captures no graphs
+@pytest.mark.parametrize("mode", MODES)
+def test_a_captured_graph_draws_new_rounds(mode: Any, device: torch.device, dtype: torch.dtype) -> None:
+    inputs, grad_output = random_inputs(Shape(length_q=640, length_k=640, head_dim=64), dtype, device)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    seed, offset = (torch.tensor(x, device=device) for x in ROUND.values())
+
+    def step() -> list[Tensor]:
+        output = attnx.probabilistic_attention(*leaves, mode=mode, seed=seed, offset=offset)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
+
+    step()  # what is made once is made before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for number in (1, 2):
+        offset.fill_(number)
+        graph.replay()
+        for actual, expected in zip(captured, step(), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"density": 0.6}, {"mode": "topm"}, {"mode": "topm", "density": 0.6}], ids=str)
-def test_compiles_for_any_length(options: dict[str, Any], device: torch.device) -> None:
+def test_compiles_for_any_length(options: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
     """One graph, also where lengths and density are symbols; torch's seed draws the rounds of eager mode."""
     torch._dynamo.reset()
 
@@ -301,23 +314,21 @@ def test_compiles_for_any_length(options: dict[str, Any], device: torch.device) 
 
     compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (320, 448):
-        query = random_inputs(Shape(length_q=length, head_dim=8), torch.float32, device)[0]["query"]
+        query = random_inputs(Shape(length_q=length, head_dim=8), dtype, device)[0]["query"]
         torch.manual_seed(0)
         actual = compiled(query, **options)
         torch.manual_seed(0)
         assert torch.equal(actual, attention(query, **options))
 
 
-@cpu
-def test_no_second_derivative(device: torch.device) -> None:
-    inputs, _ = random_inputs(Shape(), torch.float32, device)
+def test_no_second_derivative(device: torch.device, dtype: torch.dtype) -> None:
+    inputs, _ = random_inputs(Shape(), dtype, device)
     leaves = [x.requires_grad_() for x in inputs.values()]
     (gradient,) = torch.autograd.grad(attnx.probabilistic_attention(*leaves).sum(), leaves[0], create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         gradient.sum().backward()
 
 
-@cpu
 def test_autocast(device: torch.device) -> None:
     inputs, _ = random_inputs(Shape(length_q=320, length_k=320), torch.float32, device)
     with torch.autocast(device.type, torch.bfloat16):
@@ -350,21 +361,18 @@ def test_rounds() -> None:
     assert run.stdout.strip() == str(fixed.int().flatten().tolist())
 
 
-@cpu
-def test_evaluation(device: torch.device) -> None:
-    inputs, _ = random_inputs(Shape(length_q=320, length_k=320), torch.float32, device)
+def test_evaluation(device: torch.device, dtype: torch.dtype) -> None:
+    inputs, _ = random_inputs(Shape(length_q=320, length_k=320), dtype, device)
     dense = attnx.softmax_attention(**inputs)
     torch.testing.assert_close(attnx.probabilistic_attention(**inputs, training=False), dense)
     in_round = attnx.probabilistic_attention(**inputs, **ROUND)
     torch.testing.assert_close(attnx.probabilistic_attention(**inputs, training=False, **ROUND), in_round)
 
 
-@cpu
-@pytest.mark.usefixtures("backend")
-def test_module() -> None:
+def test_module(device: torch.device, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    module = ProbabilisticAttention(24, 4, num_kv_heads=2, density=0.6, is_causal=True, qk_norm=True)
-    x = torch.randn(2, 320, 24)
+    module = ProbabilisticAttention(24, 4, num_kv_heads=2, density=0.6, is_causal=True, qk_norm=True).to(device, dtype)
+    x = torch.randn(2, 320, 24).to(device, dtype)
     torch.manual_seed(1)
     first = module(x)
     torch.manual_seed(1)
@@ -379,6 +387,7 @@ def test_module() -> None:
     dense = attnx.softmax_attention(query, key, value, is_causal=True)
     torch.testing.assert_close(module(x), module.out_proj(dense.transpose(1, 2).flatten(2)))
     fixed = ProbabilisticAttention(24, 4, keep=torch.tensor([1.0, 0.5, 0.2, 0.1, 0.1]), eval_seed=3).eval()
+    fixed = fixed.to(device, dtype)
     torch.testing.assert_close(fixed(x), fixed(x), rtol=0, atol=0)
     assert "keep_table" in fixed.state_dict()
     assert fixed.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
@@ -433,10 +442,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@cpu
 @pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
-def test_bad_input(options: dict[str, Any], message: str, device: torch.device) -> None:
-    inputs, _ = random_inputs(Shape(length_q=192, length_k=192), torch.float32, device)
+def test_bad_input(options: dict[str, Any], message: str, device: torch.device, dtype: torch.dtype) -> None:
+    inputs, _ = random_inputs(Shape(length_q=192, length_k=192), dtype, device)
     with pytest.raises(RuntimeError) as error:
         attnx.probabilistic_attention(**inputs, **options)
     assert str(error.value).startswith(message)
@@ -462,11 +470,10 @@ def test_bad_parameter(family: Any, parameter: float) -> None:
         attnx.keep_probabilities(family, 4, parameter)
 
 
-@cpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", [Shape(batch=0), Shape(length_q=0), Shape(length_k=0)], ids=str)
-def test_empty_gives_zeros(shape: Shape, mode: Any, device: torch.device) -> None:
-    inputs, grad_output = random_inputs(shape, torch.float32, device)
+def test_empty_gives_zeros(shape: Shape, mode: Any, device: torch.device, dtype: torch.dtype) -> None:
+    inputs, grad_output = random_inputs(shape, dtype, device)
     results = forward_backward(attnx.probabilistic_attention, inputs, grad_output, mode=mode, is_causal=True)
     assert not any(x.any() for x in results.values())
 
@@ -478,10 +485,3 @@ def test_lists_have_no_kernel_elsewhere() -> None:
     numbers = [torch.ones(1), torch.tensor(1), torch.tensor(1)]
     with pytest.raises(NotImplementedError, match=r"(?s)^probabilistic_block_lists: .*missing:"):
         lists.redispatch(keys, *numbers, *arguments)
-
-
-@pytest.mark.backends("emulated", "cuda")
-def test_cuda_is_refused_by_the_table(dtype: torch.dtype, device: torch.device) -> None:
-    inputs, _ = random_inputs(Shape(), dtype, device)
-    with pytest.raises(NotImplementedError, match="missing:   backend cuda"):
-        attnx.probabilistic_attention(**inputs)

@@ -27,6 +27,15 @@ def test_packed(operator: str, dtype: torch.dtype, device: torch.device) -> None
     check(operator, inputs, grad_output, **lengths)
 
 
+def test_sampled_blocks(dtype: torch.dtype, device: torch.device, deterministic: None) -> None:
+    shape = Shape(length_q=300, length_k=300)
+    inputs, grad_output = random_inputs(shape, dtype, device)
+    blocks = attnx.probabilistic_block_mask(1, shape.heads, 300, 300, seed=1, offset=2, device=device)
+    expected = forward_backward(attnx.block_sparse_attention, inputs, grad_output, block_mask=blocks)
+    actual = forward_backward(attnx.probabilistic_attention, inputs, grad_output, seed=1, offset=2)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_compile(operator: str, dtype: torch.dtype, device: torch.device, deterministic: None) -> None:
     inputs, grad_output = random_inputs(SHAPE, dtype, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,8 @@ CASES = (
     Case("4096-d128", 4, 4096, 4096, 128),
     Case("2048", 4, 2048, 2048, 64, quick=True),
 )
+# The size of its goal on a GPU, a video of Wan 2.1.
+GPU_CASES = (Case("32760-d128", 12, 32760, 32760, 128), Case("1024-d128", 4, 1024, 1024, 128, quick=True))
 # At a fixed number of critical and of negligible blocks a row the time should grow like the length.
 LENGTHS = tuple(Case(str(n), 4, n, n, 64) for n in (4096, 8192, 16384, 32768, 65536))
 
@@ -100,6 +103,7 @@ SUITE = Suite(
     memory_case=Case("memory", 1, 32768, 32768, 64),
 )
 
+GPU_SUITE = replace(SUITE, name="sparse-linear-gpu", cases=GPU_CASES)
 LENGTHS_SUITE = Suite(
     name="sparse-linear-lengths",
     cases=LENGTHS,

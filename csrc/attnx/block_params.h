@@ -18,18 +18,16 @@ struct SampleBlocksParams {
   std::int64_t blocks_per_row = 0;  // 0: each block is kept or not on its own
   std::int32_t* counts = nullptr;   // [heads, query blocks]
   std::int32_t* indices = nullptr;  // [heads, query blocks, key blocks]
-};
-
-// The kernel writes what makes up for the blocks that were not sampled: -log p of each listed block, which is added to
-// its logits, or p, by which its weights are divided. Entries that are not in use are not written.
-struct CorrectionParams {
-  BlockGrid grid;
-  std::int64_t heads = 0;
-  const float* keep = nullptr;
-  const std::int32_t* counts = nullptr;
-  const std::int32_t* indices = nullptr;
-  bool logarithm = false;
+  // These make up for the blocks that are left out, and may be null: -log p of each listed block, which is added to its
+  // logits, or p, by which its weights are divided. Entries that are not in use are not written.
   float* corrections = nullptr;  // like indices
+  bool logarithm = false;
+
+  // These are the same transposed, of each block of keys, and null where they are not wanted. Only CUDA's kernel has
+  // them.
+  std::int32_t* query_counts = nullptr;   // [heads, key blocks]
+  std::int32_t* query_indices = nullptr;  // [heads, key blocks, query blocks]
+  float* query_corrections = nullptr;     // like query_indices, or null
 };
 
 // The kernel tells which blocks of keys are critical (1), marginal (0) and negligible (-1) to each block of queries, by

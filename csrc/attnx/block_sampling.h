@@ -21,23 +21,28 @@ struct BlockGrid {
 // The diagonal blocks of a row of blocks are those of keys at which one of its queries stands. There is one of them
 // where the lengths are aligned and block_q is at most block_k. All of them count as distance 0, which is always kept,
 // so that no query that sees a key is left without one.
+//
+// The device counts in 32 bits, as divisions cost it more than the draws otherwise.
+template <class Int = std::int64_t>
 struct BlockRow {
-  std::int64_t diagonal_begin, diagonal_end;
-  std::int64_t candidates;  // the blocks [0, candidates) may take part: when causal, those that some query sees
+  Int diagonal_begin, diagonal_end;
+  Int candidates;  // the blocks [0, candidates) may take part: when causal, those that some query sees
 
-  ATTNX_HOST_DEVICE BlockRow(const BlockGrid& grid, std::int64_t i) {
-    const std::int64_t offset = grid.length_k - grid.length_q, last_key = grid.length_k - 1;
-    const std::int64_t end = (i + 1) * grid.block_q < grid.length_q ? (i + 1) * grid.block_q : grid.length_q;
-    const auto block_at = [&](std::int64_t position) {
-      return (position < 0 ? 0 : position < last_key ? position : last_key) / grid.block_k;
+  ATTNX_HOST_DEVICE BlockRow(const BlockGrid& grid, Int i) {
+    const auto length_q = Int(grid.length_q), length_k = Int(grid.length_k);
+    const auto block_q = Int(grid.block_q), block_k = Int(grid.block_k);
+    const Int offset = length_k - length_q, last_key = length_k - 1;
+    const Int end = (i + 1) * block_q < length_q ? (i + 1) * block_q : length_q;
+    const auto block_at = [&](Int position) {
+      return (position < 0 ? 0 : position < last_key ? position : last_key) / block_k;
     };
-    const bool sees_none = grid.length_k == 0 || (grid.is_causal && end - 1 + offset < 0);
-    diagonal_begin = sees_none ? 0 : block_at(i * grid.block_q + offset);
+    const bool sees_none = length_k == 0 || (grid.is_causal && end - 1 + offset < 0);
+    diagonal_begin = sees_none ? 0 : block_at(i * block_q + offset);
     diagonal_end = sees_none ? 0 : block_at(end - 1 + offset) + 1;
-    candidates = sees_none ? 0 : grid.is_causal ? diagonal_end : grid.key_blocks();
+    candidates = sees_none ? 0 : grid.is_causal ? diagonal_end : (length_k + block_k - 1) / block_k;
   }
 
-  ATTNX_HOST_DEVICE std::int64_t distance(std::int64_t j) const {
+  ATTNX_HOST_DEVICE Int distance(Int j) const {
     return j < diagonal_begin ? diagonal_begin - j : j < diagonal_end ? 0 : j - diagonal_end + 1;
   }
 };

@@ -106,7 +106,7 @@ struct AttentionParams {
   // softmax_sink has it.
   PerHead sink;
 
-  // With lists only the listed blocks take part, under the same window. On CUDA lists do not go with cu_seqlens.
+  // With lists only the listed blocks take part, under the same window. With cu_seqlens each sequence has lists.
   std::int64_t block_q = 0, block_k = 0;  // rows and keys of a block
   BlockList key_blocks;                   // of each block of queries; null counts: every block takes part
 

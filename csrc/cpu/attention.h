@@ -23,9 +23,8 @@ void critical_blocks(const CriticalBlocksParams& params, const Executor& executo
 void linear_forward(const LinearForwardParams& params, const Executor& executor);
 void linear_backward(const LinearBackwardParams& params, const Executor& executor);
 
-// These draw the blocks of probabilistic attention, and make up for the others.
+// This draws the blocks of probabilistic attention, and makes up for the others.
 void sample_blocks(const SampleBlocksParams& params, const Executor& executor);
-void corrections(const CorrectionParams& params, const Executor& executor);
 
 // These make the clusters of routing attention, and move their centroids.
 void select(const SelectParams& params, const Executor& executor);

@@ -13,7 +13,7 @@ namespace {
 // It writes the kept blocks of one row, ascending, and returns how many they are.
 std::int32_t sample_row(const SampleBlocksParams& p, const SamplingRound& round, std::int64_t head, std::int64_t i,
                         std::int32_t* kept) {
-  const BlockRow row(p.grid, i);
+  const BlockRow<> row(p.grid, i);
   std::int32_t* end = kept;
   if (p.blocks_per_row == 0) {
     for (std::int64_t j = 0; j < row.candidates; ++j)
@@ -57,17 +57,12 @@ void sample_blocks(const SampleBlocksParams& p, const Executor& executor) {
     std::int32_t* kept = p.indices + r * width;
     p.counts[r] = sample_row(p, round, head, i, kept);
     std::fill(kept + p.counts[r], kept + width, 0);
-  });
-}
-
-void corrections(const CorrectionParams& p, const Executor& executor) {
-  const std::int64_t width = p.grid.key_blocks();
-  for_each_row(p.grid, p.heads, executor, [&](std::int64_t, std::int64_t i, std::int64_t r) {
-    const BlockRow row(p.grid, i);
-    for (std::int64_t n = r * width; n < r * width + p.counts[r]; ++n) {
-      const float kept = p.keep[row.distance(p.indices[n])];
-      p.corrections[n] = p.logarithm ? -std::log(kept) : kept;
-    }
+    if (!p.corrections) return;
+    const BlockRow<> row(p.grid, i);
+    std::transform(kept, kept + p.counts[r], p.corrections + r * width, [&](std::int32_t j) {
+      const float probability = p.keep[row.distance(j)];
+      return p.logarithm ? -std::log(probability) : probability;
+    });
   });
 }
 

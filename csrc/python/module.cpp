@@ -126,14 +126,6 @@ void cuda_sigmoid_weights(std::uintptr_t logits, std::uintptr_t weights, std::in
                                    sixteen_bits(dtype), exact);
 }
 
-void cuda_sampled_blocks(std::uintptr_t keep, std::int64_t seed, std::uint32_t offset, std::int64_t heads,
-                         std::int64_t length_q, std::int64_t length_k, std::int64_t block_q, std::int64_t block_k,
-                         bool is_causal, std::uintptr_t kept, std::uintptr_t arrival) {
-  attnx::ops::cuda_sampled_blocks({length_q, length_k, block_q, block_k, is_causal}, {std::uint64_t(seed), offset},
-                                  reinterpret_cast<const float*>(keep), heads, reinterpret_cast<std::uint8_t*>(kept),
-                                  reinterpret_cast<double*>(arrival));
-}
-
 void cuda_critical_blocks(std::uintptr_t labels, std::int64_t heads, std::int64_t query_blocks, std::int64_t key_blocks,
                           bool transposed, std::uintptr_t counts, std::uintptr_t indices) {
   attnx::ops::cuda_critical_blocks({.heads = heads,
@@ -232,10 +224,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_sigmoid_weights", cuda_sigmoid_weights, py::arg("logits"), py::arg("weights"), py::arg("n"),
           py::arg("dtype"), py::arg("exact"),
           "For tests: the sigmoid of n float32 in device memory as the kernels compute it, or by the exact formula.");
-    m.def("cuda_sampled_blocks", cuda_sampled_blocks, py::arg("keep"), py::arg("seed"), py::arg("offset"),
-          py::arg("heads"), py::arg("length_q"), py::arg("length_k"), py::arg("block_q"), py::arg("block_k"),
-          py::arg("is_causal"), py::arg("kept"), py::arg("arrival"),
-          "For tests: what the device draws for every block of a round, in device memory.");
     m.def("cuda_critical_blocks", cuda_critical_blocks, py::arg("labels"), py::arg("heads"), py::arg("query_blocks"),
           py::arg("key_blocks"), py::arg("transposed"), py::arg("counts"), py::arg("indices"),
           "For tests: the lists of the critical blocks of a map, in device memory.");

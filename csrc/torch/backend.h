@@ -32,7 +32,6 @@ struct Target {
   X(linear_forward, LinearForwardParams)     \
   X(linear_backward, LinearBackwardParams)   \
   X(sample_blocks, SampleBlocksParams)       \
-  X(corrections, CorrectionParams)           \
   X(select, SelectParams)                    \
   X(compact_clusters, CompactClustersParams) \
   X(nearest, NearestParams)                  \

@@ -17,11 +17,6 @@ void cuda_sigmoid_weights(const float* logits, float* weights, std::int64_t n, D
   cuda::sigmoid_weights(logits, weights, n, dtype, exact, {});
 }
 
-void cuda_sampled_blocks(const BlockGrid& grid, const SamplingRound& round, const float* keep, std::int64_t heads,
-                         std::uint8_t* kept, double* arrival) {
-  cuda::sampled_blocks(grid, round, keep, heads, kept, arrival, {});
-}
-
 void cuda_critical_blocks(const CriticalBlocksParams& params) { cuda::critical_blocks(params, {}); }
 
 std::size_t cuda_block_products(const BlockMapParams& params, float* products, void* workspace) {

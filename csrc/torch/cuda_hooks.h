@@ -13,8 +13,6 @@ ATTNX_API cuda::KernelDescription describe_cuda_kernel(const BackwardParams& par
 ATTNX_API std::string cuda_mainloop();
 ATTNX_API void set_cuda_mainloop(const std::string& name);
 ATTNX_API void cuda_sigmoid_weights(const float* logits, float* weights, std::int64_t n, DType dtype, bool exact);
-ATTNX_API void cuda_sampled_blocks(const BlockGrid& grid, const SamplingRound& round, const float* keep,
-                                   std::int64_t heads, std::uint8_t* kept, double* arrival);
 ATTNX_API void cuda_critical_blocks(const CriticalBlocksParams& params);
 // It returns the bytes that the workspace takes, and does no more where there is none.
 ATTNX_API std::size_t cuda_block_products(const BlockMapParams& params, float* products, void* workspace);

@@ -41,6 +41,12 @@ struct Lists {
   ATTNX_FIELDS(kv_num_blocks, kv_indices)
 };
 
+// AttentionParams points into these.
+struct SampledBlocks {
+  Lists lists;
+  std::optional<StableTensor> corrections;
+};
+
 void check_number(const char* name, const StableTensor& x) {
   check_dtype(name, x, ScalarType::Long, "");
   check(x.dim() == 0, name, ": expected a tensor of shape (), got ", shape_of(x));
@@ -69,9 +75,8 @@ void check_keep(const StableTensor& keep, std::int64_t key_blocks) {
   check(keep.size(0) == 0 || p[0] == 1, "keep: expected 1 at distance 0, so that no row is empty, got ", p[0]);
 }
 
-Lists sample(const Target& target, const Draw& draw, std::int64_t blocks_per_row, const BlockGrid& grid,
-             std::int64_t batch, std::int64_t heads) {
-  check_block_size({grid.block_q, grid.block_k});
+void check_sizes(const Draw& draw, std::int64_t blocks_per_row, const BlockGrid& grid, std::int64_t batch,
+                 std::int64_t heads) {
   const std::int64_t rows = grid.query_blocks(), width = grid.key_blocks();
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   check(std::max(rows, width) <= kMost, "length: expected at most ", kMost, " blocks, got ", rows, " of queries and ",
@@ -82,43 +87,61 @@ Lists sample(const Target& target, const Draw& draw, std::int64_t blocks_per_row
   constexpr std::int64_t kMostHeads = std::int64_t(1) << 32;  // the counter has 32 bits for them
   check(batch == 0 || heads <= kMostHeads / batch, "batch: expected at most ", kMostHeads, " heads in the batch, got ",
         batch, " times ", heads);
-  Lists lists{torch::stable::new_empty(draw.keep, std::vector{batch, heads, rows}, ScalarType::Int),
-              torch::stable::new_empty(draw.keep, std::vector{batch, heads, rows, width}, ScalarType::Int)};
-  run(SampleBlocksParams{.grid = grid,
-                         .heads = batch * heads,
-                         .keep = data<float>(draw.keep),
-                         .seed = data<std::int64_t>(draw.seed),
-                         .offset = data<std::int64_t>(draw.offset),
-                         .blocks_per_row = blocks_per_row,
-                         .counts = data<std::int32_t>(lists.kv_num_blocks),
-                         .indices = data<std::int32_t>(lists.kv_indices)},
-      target);
-  return lists;
 }
 
-StableTensor corrections(const Target& target, const Lists& lists, const BlockGrid& grid, const StableTensor& keep,
-                         Score score) {
-  StableTensor result = torch::stable::new_empty(lists.kv_indices, lists.kv_indices.sizes(), ScalarType::Float);
-  run(CorrectionParams{.grid = grid,
-                       .heads = lists.kv_num_blocks.size(0) * lists.kv_num_blocks.size(1),
-                       .keep = data<float>(keep),
-                       .counts = data<std::int32_t>(lists.kv_num_blocks),
-                       .indices = data<std::int32_t>(lists.kv_indices),
-                       .logarithm = is_normalised(score),
-                       .corrections = data<float>(result)},
-      target);
-  return result;
+SampledBlocks empty_lists(const StableTensor& like, std::int64_t batch, std::int64_t heads, std::int64_t rows,
+                          std::int64_t width, bool with_corrections) {
+  const auto empty = [&](std::vector<std::int64_t> shape, ScalarType dtype) {
+    return torch::stable::new_empty(like, shape, dtype);
+  };
+  SampledBlocks blocks{
+      {empty({batch, heads, rows}, ScalarType::Int), empty({batch, heads, rows, width}, ScalarType::Int)}, {}};
+  if (with_corrections) blocks.corrections = empty({batch, heads, rows, width}, ScalarType::Float);
+  return blocks;
 }
 
-// AttentionParams points into these.
-struct SampledBlocks {
-  Lists lists;
-  std::optional<StableTensor> corrections;
-};
+BlockList view(const SampledBlocks& blocks, Score score) {
+  BlockList list = view_lists(blocks.lists.kv_num_blocks, blocks.lists.kv_indices);
+  if (blocks.corrections) add_per_block(*blocks.corrections, is_normalised(score) ? list.bias : list.divisor, list);
+  return list;
+}
 
-// The blocks are drawn anew in the backward, so that nothing of them is kept in between.
-SampledBlocks read(const Target& target, const Inputs& x, const Draw& draw, const Choice& choice, const BlockSize& size,
-                   const ScoreOptions& options, const Causal& causal, AttentionParams& p) {
+float* corrections_of(const SampledBlocks& blocks) {
+  return blocks.corrections ? data<float>(*blocks.corrections) : nullptr;
+}
+
+// The blocks are drawn anew in the backward, so that nothing of them is kept in between. CUDA wants them transposed
+// there as well; the second is empty elsewhere.
+using Sampled = std::pair<SampledBlocks, std::optional<SampledBlocks>>;
+
+Sampled sample(const Target& target, const Draw& draw, const Choice& choice, const BlockGrid& grid, std::int64_t batch,
+               std::int64_t heads, Score score, bool transposed) {
+  check_sizes(draw, choice.blocks_per_row, grid, batch, heads);
+  const std::int64_t rows = grid.query_blocks(), width = grid.key_blocks();
+  Sampled sampled{empty_lists(draw.keep, batch, heads, rows, width, choice.importance), {}};
+  const auto& [lists, corrections] = sampled.first;
+  SampleBlocksParams params{.grid = grid,
+                            .heads = batch * heads,
+                            .keep = data<float>(draw.keep),
+                            .seed = data<std::int64_t>(draw.seed),
+                            .offset = data<std::int64_t>(draw.offset),
+                            .blocks_per_row = choice.blocks_per_row,
+                            .counts = data<std::int32_t>(lists.kv_num_blocks),
+                            .indices = data<std::int32_t>(lists.kv_indices),
+                            .corrections = corrections_of(sampled.first),
+                            .logarithm = is_normalised(score)};
+  if (transposed) {
+    sampled.second = empty_lists(draw.keep, batch, heads, width, rows, choice.importance);
+    params.query_counts = data<std::int32_t>(sampled.second->lists.kv_num_blocks);
+    params.query_indices = data<std::int32_t>(sampled.second->lists.kv_indices);
+    params.query_corrections = corrections_of(*sampled.second);
+  }
+  run(params, target);
+  return sampled;
+}
+
+Sampled read(const Target& target, const Inputs& x, const Draw& draw, const Choice& choice, const BlockSize& size,
+             const ScoreOptions& options, const Causal& causal, AttentionParams& p, bool transposed = false) {
   read_score(options, p);
   read_inputs(target, x, Dense(), p);
   read_window(causal, p);
@@ -127,14 +150,9 @@ SampledBlocks read(const Target& target, const Inputs& x, const Draw& draw, cons
         "probabilities, got True");
   for_each_field(draw, [&](std::string_view name, const StableTensor& tensor) { check_device(name, tensor, x.query); });
   const BlockGrid grid{p.length_q, p.length_k, size.block_q, size.block_k, causal.is_causal};
-  SampledBlocks sampled{sample(target, draw, choice.blocks_per_row, grid, p.batch, p.heads_q), {}};
   read_block_size(size, p);
-  p.key_blocks = view_lists(sampled.lists.kv_num_blocks, sampled.lists.kv_indices);
-  if (choice.importance) {
-    sampled.corrections = corrections(target, sampled.lists, grid, draw.keep, p.score);
-    add_per_block(*sampled.corrections, is_normalised(p.score) ? p.key_blocks.bias : p.key_blocks.divisor,
-                  p.key_blocks);
-  }
+  Sampled sampled = sample(target, draw, choice, grid, p.batch, p.heads_q, p.score, transposed);
+  p.key_blocks = view(sampled.first, p.score);
   return sampled;
 }
 
@@ -142,7 +160,7 @@ Outputs forward(const Inputs& x, const Draw& draw, const Choice& choice, const B
                 const ScoreOptions& options, const Causal& causal) {
   const Target target{kSystem, x.query};
   ForwardParams p;
-  const SampledBlocks sampled = read(target, x, draw, choice, size, options, causal, p);
+  const Sampled sampled = read(target, x, draw, choice, size, options, causal, p);
   return run_forward(target, x, p);
 }
 
@@ -151,7 +169,8 @@ Gradients<Choice> backward(const OutputGradients& gradients, const Inputs& x, co
                            const Causal& causal, const Deterministic& option) {
   const Target target{kSystem, x.query, option.deterministic};
   BackwardParams p;
-  const SampledBlocks sampled = read(target, x, draw, choice, size, options, causal, p);
+  const Sampled sampled = read(target, x, draw, choice, size, options, causal, p, target.on_cuda());
+  if (sampled.second) p.query_blocks = view(*sampled.second, p.score);
   read_outputs(gradients, y, x, p);
   return run_backward(target, x, choice, p);
 }
@@ -160,9 +179,11 @@ Lists block_lists(const Draw& draw, const Lengths& lengths, const BlockSize& siz
   for_each_field(lengths, [](std::string_view name, std::int64_t length) {
     check(length >= 0, name, ": expected 0 or more, got ", length);
   });
-  return sample({kSystem, draw.keep}, draw, options.blocks_per_row,
+  check_block_size(size);
+  return sample({kSystem, draw.keep}, draw, {.blocks_per_row = options.blocks_per_row, .importance = false},
                 {lengths.length_q, lengths.length_k, size.block_q, size.block_k, options.is_causal}, lengths.batch,
-                lengths.heads);
+                lengths.heads, Score::kSoftmax, false)
+      .first.lists;
 }
 
 const Registration registration(kSystem, OnHost::kRefused,

@@ -61,19 +61,6 @@ def cuda_backward_kernel(
 def cuda_mainloop() -> str: ...
 def set_cuda_mainloop(name: str) -> None: ...
 def cuda_sigmoid_weights(logits: int, weights: int, n: int, dtype: str, exact: bool) -> None: ...
-def cuda_sampled_blocks(
-    keep: int,
-    seed: int,
-    offset: int,
-    heads: int,
-    length_q: int,
-    length_k: int,
-    block_q: int,
-    block_k: int,
-    is_causal: bool,
-    kept: int,
-    arrival: int,
-) -> None: ...
 def cuda_critical_blocks(
     labels: int,
     heads: int,

@@ -103,7 +103,7 @@ def _cuda_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]
         "value_dim": value.shape[-1],
         "window": (arguments["window_left"], 0 if arguments.get("is_causal") else arguments["window_right"]),
         "packed_rows": (query.shape[0], key.shape[0]) if packed else (0, 0),
-        "block_size": mask.block_size if (mask := arguments.get("block_mask")) is not None else (0, 0),
+        "block_size": mask.block_size if (mask := arguments.get("block_mask")) else arguments.get("block_size", (0, 0)),
         "query": _layout(query),
         "key": _layout(key),
         "value": _layout(value),

@@ -284,6 +284,7 @@ def probabilistic_block_mask(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
+    device: torch.device | str | None = None,
 ) -> BlockMask:
     """The blocks that :func:`probabilistic_attention` visits in a round, as lists.
 
@@ -293,10 +294,11 @@ def probabilistic_block_mask(
         length_q: queries.
         length_k: keys.
         keep, density, mode, block_size, is_causal, generator, seed, offset: as in :func:`probabilistic_attention`.
+        device: where the blocks are drawn; by default where keep, seed or offset lie, if one is a tensor, else the CPU.
 
     Returns:
-        Lists for every sequence and head, on the CPU, where they are drawn. They ascend, so that a causal row's
-        diagonal block stands last; what of a row is not in use holds 0.
+        Lists for every sequence and head, on the device; they are the same on all devices. They ascend, so that a
+        causal row's diagonal block stands last; what of a row is not in use holds 0.
 
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
@@ -304,7 +306,10 @@ def probabilistic_block_mask(
     for name, length in (("length_q", length_q), ("length_k", length_k)):
         if length < 0:
             raise RuntimeError(f"{name}: expected 0 or more, got {length}")
-    device = torch.device("cpu")
+    if device is None:
+        given = [x.device for x in (keep, seed, offset) if isinstance(x, Tensor)]
+        device = given[0] if given else "cpu"
+    device = torch.device(device)
     seed, offset = _round(generator, seed, offset, device)
     grid = BlockGrid(length_q, length_k, *_pair(block_size), is_causal)
     sampling = solve(keep, density, mode, grid, device)

@@ -19,6 +19,7 @@ struct Geometry {
   Divisor group;
   Divisor heads;         // heads of tiles of rows
   Divisor query_blocks;  // tiles along the longest sequence's rows
+  int tiles_of_block;    // tiles of rows to a block of queries with lists, which rows fill up; else 1
   int left, right;       // the window, at most kUnbounded
 };
 

@@ -30,7 +30,7 @@ __device__ __forceinline__ Sequence sequence_of(const Geometry& g, int batch) {
 __device__ __forceinline__ std::int64_t row_tile_of(const Geometry& g, int batch, const Sequence& sequence,
                                                     int query_block, int rows_of_tile) {
   if (!g.cu_seqlens_q) return std::int64_t(batch) * g.query_blocks.divisor() + query_block;
-  return sequence.first_q * g.group.divisor() / rows_of_tile + batch + query_block;
+  return sequence.first_q * g.group.divisor() / rows_of_tile + batch * g.tiles_of_block + query_block;
 }
 
 // These return the first query head in the tiles of this head, and the key head that they see.

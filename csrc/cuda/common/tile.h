@@ -93,6 +93,16 @@ __device__ __forceinline__ void clear(float (&x)[kM][kN][4]) {
       for (int e = 0; e < 4; ++e) x[m][n][e] = 0;
 }
 
+template <int kM, int kN>
+__device__ __forceinline__ void scale(float (&x)[kM][kN][4], float factor) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[m][n][e] *= factor;
+}
+
 // This computes c += A B over kK. A is an operand above, or anything that loads the 16x16 block at (m, k).
 template <class Input, int kK, class A, class B, int kM, int kN>
 __device__ __forceinline__ void multiply(float (&c)[kM][kN][4], const A& a, const B& b) {

@@ -21,8 +21,8 @@ void plan_sm80(const BackwardParams& p, BackwardPlan& plan) {
       return TileSizes{Tile::kM, Tile::kN, 1, Tile::kSharedBytes, Tile::kScoreWarpsN};
     };
     const TileSizes wide = sizes_of(typename Tiles::Wide());
-    plan.variant.wide =
-        !plan.variant.listed && plan.variant.aligned && wide.shared_bytes <= current_device().shared_bytes;
+    const bool fills = !plan.variant.listed || (p.block_q % wide.rows == 0 && p.block_k % wide.keys == 0);
+    plan.variant.wide = fills && plan.variant.aligned && wide.shared_bytes <= current_device().shared_bytes;
     plan.tile = plan.variant.wide ? wide : sizes_of(typename Tiles::Narrow());
   });
   static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, heads_in_tile(p));
@@ -36,7 +36,8 @@ std::string plan_sm90(const BackwardParams& p, BackwardPlan& plan) {
     const auto sizes_of = []<class Tile>(Tile) {
       return TileSizes{Tile::kM, Tile::kN, Tile::kBlocksPerSm, Tile::kSharedBytes, Tile::kN / 16};
     };
-    plan.tile = plan.variant.listed ? sizes_of(typename Tiles::Listed()) : sizes_of(typename Tiles::Dense());
+    plan.tile =
+        plan.variant.listed ? Tiles::Listed::choose(p.block_q, p.block_k, sizes_of) : sizes_of(typename Tiles::Dense());
   });
   const std::int64_t group = whole_heads_in_tile(p, plan.tile.rows);
   static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, group);
@@ -64,6 +65,8 @@ std::int64_t list_entries(const BackwardParams& p) {
 BackwardPlan make_plan(const BackwardParams& p, std::optional<Mainloop> asked, bool deterministic, void* workspace) {
   BackwardPlan plan;
   plan.variant.listed = p.key_blocks.counts;
+  plan.variant.block_q = p.block_q;
+  plan.variant.block_k = p.block_k;
   plan.variant.aligned = are_aligned(p, {p.query, p.grad_query}, {p.key, p.grad_key}, {p.value, p.grad_value}) &&
                          is_aligned(p, p.grad_output, p.heads_q, p.value_dim);
   plan_mainloop("backward", asked, plan, [&] { plan_sm80(p, plan); }, [&] { return plan_sm90(p, plan); });
@@ -72,7 +75,7 @@ BackwardPlan make_plan(const BackwardParams& p, std::optional<Mainloop> asked, b
   g.key_heads = Divisor(p.heads_k);
   g.row_heads = int(g.heads.divisor() / p.heads_k);
   g.key_blocks = Divisor(std::max<std::int64_t>(ceil_div(p.length_k, plan.tile.keys), 1));
-  g.row_tiles = p.cu_seqlens_q ? p.packed_rows_q * g.group.divisor() / plan.tile.rows + p.batch
+  g.row_tiles = p.cu_seqlens_q ? p.packed_rows_q * g.group.divisor() / plan.tile.rows + p.batch * g.tiles_of_block
                                : p.batch * g.query_blocks.divisor();
 
   const std::int64_t tiles = g.heads.divisor() * g.row_tiles, rows = tiles * plan.tile.rows;

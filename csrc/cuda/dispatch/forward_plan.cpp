@@ -23,10 +23,12 @@ void plan_sm80(const ForwardParams& p, ForwardPlan& plan) {
   plan.head_dim = padded_head_dim<kHeadDims>(p);
   const std::int64_t rows = p.heads_q / p.heads_k * p.length_q;
   with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() {
-    const auto wide = sizes_of(typename ForwardTiles<kHeadDim>::Wide());
-    const auto narrow = sizes_of(typename ForwardTiles<kHeadDim>::Narrow());
-    plan.variant.wide = !plan.variant.listed && plan.variant.aligned &&
-                        wide.shared_bytes <= current_device().shared_bytes && rows > narrow.rows;
+    using Tiles = ForwardTiles<kHeadDim>;
+    const bool listed = plan.variant.listed;
+    const auto wide = listed ? sizes_of(typename Tiles::WideListed()) : sizes_of(typename Tiles::Wide());
+    const auto narrow = sizes_of(typename Tiles::Narrow());
+    const bool fills = listed ? p.block_q % wide.rows == 0 && p.block_k % wide.keys == 0 : rows > narrow.rows;
+    plan.variant.wide = fills && plan.variant.aligned && wide.shared_bytes <= current_device().shared_bytes;
     plan.tile = plan.variant.wide ? wide : narrow;
   });
   static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, heads_in_tile(p));
@@ -37,7 +39,9 @@ std::string plan_sm90(const ForwardParams& p, ForwardPlan& plan) {
   plan.head_dim = padded_head_dim<kTmaHeadDims>(p);
   with_head_dim<kTmaHeadDims>(p, [&]<int kHeadDim>() {
     using Tiles = TmaForwardTiles<kHeadDim>;
-    plan.tile = plan.variant.listed ? sizes_of(typename Tiles::Listed()) : sizes_of(typename Tiles::Dense());
+    plan.tile = plan.variant.listed
+                    ? Tiles::Listed::choose(p.block_q, p.block_k, []<class Tile>(Tile tile) { return sizes_of(tile); })
+                    : sizes_of(typename Tiles::Dense());
   });
   const std::int64_t group = whole_heads_in_tile(p, plan.tile.rows), rows = p.length_q * group;
   static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, group);
@@ -65,6 +69,8 @@ int splits_of(const ForwardParams& p, const ForwardPlan& plan) {
 ForwardPlan make_plan(const ForwardParams& p, std::optional<Mainloop> asked, void* workspace) {
   ForwardPlan plan;
   plan.variant.listed = p.key_blocks.counts;
+  plan.variant.block_q = p.block_q;
+  plan.variant.block_k = p.block_k;
   plan.variant.aligned =
       are_aligned(p, {p.query}, {p.key}, {p.value}) && is_aligned(p, p.output, p.heads_q, p.value_dim);
   plan_mainloop("call", asked, plan, [&] { plan_sm80(p, plan); }, [&] { return plan_sm90(p, plan); });

@@ -55,6 +55,7 @@ Geometry geometry_of(const AttentionParams& p, int rows_of_tile, std::int64_t gr
   g.group = Divisor(group);
   g.heads = Divisor(p.heads_q / group);
   g.query_blocks = Divisor(std::max<std::int64_t>(ceil_div(rows, rows_of_tile), 1));
+  g.tiles_of_block = p.key_blocks.counts ? std::max(int(p.block_q) / rows_of_tile, 1) : 1;
   g.left = bound(p.window_left);
   g.right = bound(p.window_right);
   return g;

@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(256) attnx_row_terms(const __grid_constant__ R
   const int head = block / int(args.batch);
   const Sequence sequence = sequence_of(args, batch);
   const int row_begin = query_block * args.rows_of_tile, row_end = sequence.length_q * args.group.divisor();
-  if (row_begin >= row_end && args.cu_seqlens_q) return;  // the place is that of another sequence's tile
+  const int block_begin = query_block / args.tiles_of_block * args.tiles_of_block * args.rows_of_tile;
+  if (block_begin >= row_end && args.cu_seqlens_q) return;  // the place is that of another sequence's tile
   const std::int64_t row_tile =
       head * args.row_tiles + row_tile_of(args, batch, sequence, query_block, args.rows_of_tile);
 

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "cuda/common/sequence.h"
+#include "cuda/common/tile.h"
 #include "cuda/score/sigmoid_formulas.h"
 
 namespace attnx::cuda {
@@ -14,6 +15,7 @@ class SigmoidForward {
   float negative_bias_[kRows];
   float offset_[kRows];
   float multiplier_;
+  float divisor_ = 1;  // of the sums so far
 
  public:
   using Input = Input_;
@@ -25,10 +27,15 @@ class SigmoidForward {
     negative_bias_[row] = -parameters.row_bias_log2(band, head, query);
   }
 
-  // This starts a tile: a logit is s * multiplier + bias, times log2(e).
+  // This starts a tile: a logit is s * multiplier + bias, times log2(e), and its weights count divided. The sums are
+  // brought to the tile's divisor rather than the weights, whose dtype has little range.
   template <bool kHasBias, int kM, int kN, int kD>
-  __device__ __forceinline__ void begin(const float (&)[kM][kN][4], float (&)[kM][kD][4], float multiplier,
-                                        float bias) {
+  __device__ __forceinline__ void begin(const float (&)[kM][kN][4], float (&o)[kM][kD][4], float multiplier, float bias,
+                                        float divisor) {
+    if (kHasBias && divisor != divisor_) {
+      scale(o, divisor / divisor_);
+      divisor_ = divisor;
+    }
     multiplier_ = -multiplier;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) offset_[r] = kHasBias ? negative_bias_[r] - bias : negative_bias_[r];
@@ -39,7 +46,7 @@ class SigmoidForward {
   }
 
   // This returns what the row's sums are multiplied with in the end.
-  __device__ __forceinline__ float finish(int) { return 1 / Formula::template kScale<Input>; }
+  __device__ __forceinline__ float finish(int) { return 1 / (Formula::template kScale<Input> * divisor_); }
   __device__ __forceinline__ float logsumexp(int) const { return 0; }
 };
 

@@ -32,10 +32,11 @@ class SoftmaxForward {
     start_row(row, kLowest, 0);
   }
 
-  // This starts a tile: a logit is s * multiplier + bias, times log2(e); the multiplier is positive.
+  // This starts a tile: a logit is s * multiplier + bias, times log2(e); the multiplier is positive. No list has a
+  // divisor of normalised weights.
   template <bool kHasBias, int kM, int kN, int kD>
   __device__ __forceinline__ void begin(const float (&s)[kM][kN][4], float (&o)[kM][kD][4], float multiplier,
-                                        float bias) {
+                                        float bias, float) {
     multiplier_ = multiplier;
     float rescale[kRows];
     bool risen = false;

@@ -23,6 +23,7 @@ class BandTiles {
   // This returns the first key, or row, of a tile.
   __device__ __forceinline__ int first(int tile) const { return tile * kSize; }
   __device__ __forceinline__ float bias(int) const { return 0; }
+  __device__ __forceinline__ float divisor(int) const { return 1; }
 };
 
 // This is the tiles policy.
@@ -31,10 +32,8 @@ struct Banded {
   static constexpr bool kPerHead = false;
   // A tile's number says where it lies, so that nothing need be read from memory ahead of its use.
   static constexpr bool kFromMemory = false;
-  // No tile has a bias of its own.
+  // No tile has a bias of its own, which is added to its logits, or a divisor of its weights.
   static constexpr bool kHasBias = false;
-  // Sequences may be packed, so that a tile may reach into the next one's rows.
-  static constexpr bool kPacked = true;
 
   struct ForwardParameters {};
   struct BackwardParameters {};

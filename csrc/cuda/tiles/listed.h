@@ -7,25 +7,31 @@
 
 namespace attnx::cuda {
 
-// This says where one list stands: that of one block of queries or, transposed, of keys.
+// This says where one list stands: that of one block of queries or, transposed, of keys. The numbers of its entries share
+// an offset, which takes fewer registers than their addresses.
 class List {
+  const BlockList& lists_;
   const std::int32_t* indices_;
-  const float* bias_;
+  std::int64_t numbers_;
   int count_;
 
+  __device__ __forceinline__ float number(const float* of_all, int entry, float otherwise) const {
+    return of_all ? __ldg(of_all + numbers_ + entry) : otherwise;
+  }
+
  public:
-  __device__ __forceinline__ List(const BlockList& list, int batch, int head, int block)
-      : indices_(list.indices + batch * list.indices_batch_stride + head * list.indices_head_stride +
-                 block * list.indices_row_stride),
-        bias_(list.bias ? list.bias + batch * list.bias_batch_stride + head * list.bias_head_stride +
-                              block * list.bias_row_stride
-                        : nullptr),
-        count_(__ldg(list.counts + batch * list.counts_batch_stride + head * list.counts_head_stride + block)) {}
+  __device__ __forceinline__ List(const BlockList& lists, int batch, int head, int block)
+      : lists_(lists),
+        indices_(lists.indices + batch * lists.indices_batch_stride + head * lists.indices_head_stride +
+                 block * lists.indices_row_stride),
+        numbers_(batch * lists.bias_batch_stride + head * lists.bias_head_stride + block * lists.bias_row_stride),
+        count_(__ldg(lists.counts + batch * lists.counts_batch_stride + head * lists.counts_head_stride + block)) {}
 
   __device__ __forceinline__ int count() const { return count_; }
   __device__ __forceinline__ const std::int32_t* entry(int i) const { return indices_ + i; }
   __device__ __forceinline__ int index(int entry) const { return __ldg(indices_ + entry); }
-  __device__ __forceinline__ float bias(int entry) const { return bias_ ? __ldg(bias_ + entry) : 0; }
+  __device__ __forceinline__ float bias(int entry) const { return number(lists_.bias, entry, 0); }
+  __device__ __forceinline__ float divisor(int entry) const { return number(lists_.divisor, entry, 1); }
 };
 
 // These are the tiles of kSize keys, or rows, in the listed blocks: one, two or four to a block.
@@ -44,6 +50,7 @@ class ListedTiles {
     return list_.index(tile >> shift_) * block_ + (tile & ((1 << shift_) - 1)) * kSize;
   }
   __device__ __forceinline__ float bias(int tile) const { return list_.bias(tile >> shift_); }
+  __device__ __forceinline__ float divisor(int tile) const { return list_.divisor(tile >> shift_); }
   __device__ __forceinline__ const std::int32_t* entry(int tile) const { return list_.entry(tile >> shift_); }
 };
 
@@ -54,7 +61,6 @@ struct Listed {
   // The keys of a tile are read from memory, ahead of their use.
   static constexpr bool kFromMemory = true;
   static constexpr bool kHasBias = true;
-  static constexpr bool kPacked = false;
 
   struct ForwardParameters {
     BlockList key_blocks;  // of each block of queries

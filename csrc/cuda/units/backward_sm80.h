@@ -26,8 +26,9 @@ struct BackwardSm80 {
   static void run(const BackwardCall& call) {
     using Sizes = BackwardTiles<kHeadDim>;
     if (call.variant.listed) {
-      call.variant.aligned ? launch<Listed, true, typename Sizes::Narrow>(call)
-                           : launch<Listed, false, typename Sizes::Narrow>(call);
+      if (!call.variant.aligned) return launch<Listed, false, typename Sizes::Narrow>(call);
+      call.variant.wide ? launch<Listed, true, typename Sizes::Wide>(call)
+                        : launch<Listed, true, typename Sizes::Narrow>(call);
     } else if (!call.variant.aligned) {
       launch<Banded, false, typename Sizes::Narrow>(call);
     } else if (call.variant.wide) {

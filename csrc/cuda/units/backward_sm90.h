@@ -25,7 +25,9 @@ struct BackwardSm90 {
 
   static void run(const BackwardCall& call) {
     using Sizes = TmaBackwardTiles<kHeadDim>;
-    call.variant.listed ? launch<Listed, typename Sizes::Listed>(call) : launch<Banded, typename Sizes::Dense>(call);
+    if (!call.variant.listed) return launch<Banded, typename Sizes::Dense>(call);
+    Sizes::Listed::choose(call.variant.block_q, call.variant.block_k,
+                          [&]<class Tile>(Tile) { launch<Listed, Tile>(call); });
   }
 };
 

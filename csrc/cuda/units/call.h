@@ -14,6 +14,7 @@ namespace attnx::cuda {
 // This picks one of a unit's instantiations.
 struct Variant {
   bool wide, listed, aligned;
+  std::int64_t block_q, block_k;  // of lists
 };
 
 struct ForwardCall {

@@ -27,8 +27,9 @@ struct ForwardSm80 {
   static void run(const ForwardCall& call) {
     using Sizes = ForwardTiles<kHeadDim>;
     if (call.variant.listed) {
-      call.variant.aligned ? launch<Listed, true, typename Sizes::Narrow>(call)
-                           : launch<Listed, false, typename Sizes::Narrow>(call);
+      if (!call.variant.aligned) return launch<Listed, false, typename Sizes::Narrow>(call);
+      call.variant.wide ? launch<Listed, true, typename Sizes::WideListed>(call)
+                        : launch<Listed, true, typename Sizes::Narrow>(call);
     } else if (!call.variant.aligned) {
       launch<Banded, false, typename Sizes::Narrow>(call);
     } else {

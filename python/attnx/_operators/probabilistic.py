@@ -30,6 +30,6 @@ def refusal(name: str, arguments: Arguments) -> str:
     return (
         f"{name}: no kernel for this call.\n"
         f"  required:  backend {device}\n"
-        "  supported: backend cpu\n"
+        "  supported: backends cpu, cuda\n"
         f"  missing:   backend {device}; draw the lists on the CPU and move them"
     )

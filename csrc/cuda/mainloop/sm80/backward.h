@@ -77,6 +77,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   Accumulators<kGradKeys, kGradFeatures> grad_keys, grad_values;
   clear(grad_keys);
   clear(grad_values);
+  constexpr bool kDivided = Tiles::kHasBias && !Score::kNormalised;
+  float divisor = 1;  // of grad_values so far
 
   // Either each query head of the group has its own tiles of rows, or one tile holds rows of all of them.
   const int turns = Tiles::kPerHead ? int(args.heads_q / args.heads_k) : 1;
@@ -146,6 +148,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                              lane % 4 * 4,
                          pack(low, high, Input()));
           }
+
+      if constexpr (kDivided) {
+        const float own_divisor = tiles.divisor(tile);
+        if (own_divisor != divisor) scale(grad_values, own_divisor / divisor);
+        if (own_divisor != 1) scale(s, 1 / own_divisor);
+        divisor = own_divisor;
+      }
 
       Accumulators<kScoreRows, kScoreKeys> grad_logits;  // dP, then dS
       clear(grad_logits);
@@ -226,7 +235,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
   store_accumulators<KeyTile, Input, Tile::kKeyWarpsD>(shared_key, grad_key, grad_feature, lane, grad_keys, args.scale);
   store_accumulators<KeyTile, Input, Tile::kKeyWarpsD>(shared_value, grad_key, grad_feature, lane, grad_values,
-                                                       1 / ScorePolicy::kWeightScale);
+                                                       1 / (ScorePolicy::kWeightScale * divisor));
   __syncthreads();
   const int thread = threadIdx.x;
   Storage::template store<KeyTile, kN, kThreads>(shared_key, 0,

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
                    again.row_begin + warp_row_now() + lane_now() / 4, key + lane_now() % 4 * 2);
       multiplier = 1;
     }
-    score.template begin<Tiles::kHasBias>(s, output, multiplier, tiles.bias(tile) * kLog2E);
+    score.template begin<Tiles::kHasBias>(s, output, multiplier, tiles.bias(tile) * kLog2E, tiles.divisor(tile));
     multiply<Input, kN>(output, Weights<decltype(score), kRows / 2, kN / 8>{s, score},
                         TransposedB<KeyTile>(shared_value + stage * KeyTile::kBytes, lane_now()));
 

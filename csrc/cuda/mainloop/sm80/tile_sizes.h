@@ -1,8 +1,8 @@
 // This is the table to tune: tile sizes by head dimension. It is plain C++, because the launchers compute with it too.
 //
-// Wide tiles serve long queries on devices that have the shared memory. Narrow ones serve the rest: short queries,
-// devices of 99 KiB (sm_86, sm_89, sm_120), and lists, whose blocks of 64 they divide. With 32 rows a warp a product
-// reads half the shared memory that 16 rows need; above 128 features 32 rows exceed the registers.
+// Wide tiles serve long queries on devices that have the shared memory, and lists whose blocks they divide. Narrow ones
+// serve the rest: short queries, devices of 99 KiB (sm_86, sm_89, sm_120), and lists of smaller blocks. With 32 rows a
+// warp a product reads half the shared memory that 16 rows need; above 128 features 32 rows exceed the registers.
 #pragma once
 
 namespace attnx::cuda {
@@ -25,32 +25,38 @@ struct ForwardTiles;
 template <>
 struct ForwardTiles<32> {
   using Wide = ForwardTile<32, 128, 64, 4, 2, 3>;
+  using WideListed = Wide;
   using Narrow = ForwardTile<32, 64, 64, 4, 2, 4>;
 };
 template <>
 struct ForwardTiles<64> {
   using Wide = ForwardTile<64, 128, 96, 4, 1, 2>;
+  using WideListed = ForwardTile<64, 128, 64, 4, 2, 2>;
   using Narrow = ForwardTile<64, 64, 64, 4, 2, 3>;
 };
 template <>
 struct ForwardTiles<96> {
   using Wide = ForwardTile<96, 128, 64, 4, 1, 2>;
+  using WideListed = Wide;
   using Narrow = ForwardTile<96, 64, 64, 4, 2, 3>;
 };
 template <>
 struct ForwardTiles<128> {
   using Wide = ForwardTile<128, 128, 64, 4, 1, 2>;
+  using WideListed = Wide;
   using Narrow = ForwardTile<128, 64, 64, 4, 1, 2>;
 };
 template <>
 struct ForwardTiles<192> {
   using Narrow = ForwardTile<192, 64, 64, 4, 1, 2>;
   using Wide = Narrow;
+  using WideListed = Narrow;
 };
 template <>
 struct ForwardTiles<256> {
   using Narrow = ForwardTile<256, 64, 32, 4, 2, 2>;
   using Wide = Narrow;
+  using WideListed = Narrow;
 };
 
 // S and dP are rows x keys, dK and dV are keys x features, and dQ is rows x features; the warps stand along both.

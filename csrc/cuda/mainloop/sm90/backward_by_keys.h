@@ -22,6 +22,7 @@ __device__ __forceinline__ void consume_by_keys(const Warpgroup& own) {
   typename Warpgroup::GradKeys grad_keys, grad_values;
   clear(grad_keys);
   clear(grad_values);
+  float divisor = 1;  // of grad_values so far
 
   Step<Tile::kStages> step;
   Step<Tile::kLogitStages> logit_step;
@@ -46,6 +47,7 @@ __device__ __forceinline__ void consume_by_keys(const Warpgroup& own) {
 
     const float multiplier = own.place(s, tile);
     wait(shared.grad_output_full(stage), parity);
+    own.set_divisor(grad_values, divisor, tile);
 #pragma unroll
     for (int c = 0; c < Warpgroup::kChunks; ++c) {
       std::uint32_t weights[4];
@@ -86,7 +88,7 @@ __device__ __forceinline__ void consume_by_keys(const Warpgroup& own) {
   // dK and dV leave through the shared memory of K and V, once no product reads it any more.
   meet(1, Tile::kConsumers);
   own.store_grad_keys(grad_keys, args.scale, shared.key, args.tensors.grad_key, args.head_dim);
-  own.store_grad_keys(grad_values, 1 / ScorePolicy::kWeightScale, shared.value(), args.tensors.grad_value,
+  own.store_grad_keys(grad_values, 1 / (ScorePolicy::kWeightScale * divisor), shared.value(), args.tensors.grad_value,
                       args.value_dim);
 }
 

@@ -20,6 +20,7 @@ __device__ __forceinline__ void consume_weights(const Warpgroup& own) {
 
   typename Warpgroup::GradKeys grad_values;
   clear(grad_values);
+  float divisor = 1;  // of grad_values so far
 
   Step<Tile::kStages> step;
   int last_tile = -1, last_before = 0;  // of the last step, whose dQ is still due
@@ -40,6 +41,7 @@ __device__ __forceinline__ void consume_weights(const Warpgroup& own) {
 
     const float multiplier = own.place(s, tile);
     wait(shared.grad_output_full(stage), parity);
+    own.set_divisor(grad_values, divisor, tile);
     wait(shared.derivative_empty(), step.number & 1 ^ 1);
 #pragma unroll
     for (int c = 0; c < Warpgroup::kChunks; ++c) {
@@ -62,8 +64,8 @@ __device__ __forceinline__ void consume_weights(const Warpgroup& own) {
 
   if (last_tile >= 0) add_last_grad_query(step.number - 1);
   meet(1, Tile::kConsumers);
-  own.store_grad_keys(grad_values, 1 / Warpgroup::ScorePolicy::kWeightScale, shared.value(), args.tensors.grad_value,
-                      args.value_dim);
+  own.store_grad_keys(grad_values, 1 / (Warpgroup::ScorePolicy::kWeightScale * divisor), shared.value(),
+                      args.tensors.grad_value, args.value_dim);
 }
 
 // This one makes the gradients of logits, and dK.

@@ -82,22 +82,17 @@ struct PublishedTile {
   int row_head;
   unsigned masked;  // a bit for each warpgroup: whether logits of its keys must be placed; and kRagged
   float bias;       // of a listed tile, times log2(e)
+  float divisor;    // of its weights
 
   static constexpr unsigned kRagged = 1u << 31;  // other sequences' rows are in the tile
 
   __device__ __forceinline__ void store(std::uint32_t to) const {
     store_shared(to, make_uint4(row, row_tile, before, row_head));
-    store_shared(to + 16, masked);
-    store_shared(to + 20, __float_as_uint(bias));
+    store_shared(to + 16, make_uint4(masked, __float_as_uint(bias), __float_as_uint(divisor), 0));
   }
   static __device__ __forceinline__ PublishedTile load(std::uint32_t from) {
-    const uint4 x = load_shared(from);
-    return {int(x.x),
-            int(x.y),
-            int(x.z),
-            int(x.w),
-            load_shared_word(from + 16),
-            __uint_as_float(load_shared_word(from + 20))};
+    const uint4 x = load_shared(from), y = load_shared(from + 16);
+    return {int(x.x), int(x.y), int(x.z), int(x.w), y.x, __uint_as_float(y.y), __uint_as_float(y.z)};
   }
 };
 

@@ -84,7 +84,7 @@ __device__ __forceinline__ void produce_tiles(const Args& args, const BackwardMe
     const Place place = Place::again(args);
     const Band& band = place.sequence.band;
     const int row_tile = int(place.row_tile(args, row_head, row));
-    PublishedTile tile{row, row_tile, 0, row_head, 0, tiles.bias(at_tile) * kLog2E};
+    PublishedTile tile{row, row_tile, 0, row_head, 0, tiles.bias(at_tile) * kLog2E, tiles.divisor(at_tile)};
     if (args.deterministic)
       tile.before = Tiles::template before<Tile::kN>(args, band, row, place.key_begin, tiles, at_tile);
     const Visible plain =
@@ -94,7 +94,7 @@ __device__ __forceinline__ void produce_tiles(const Args& args, const BackwardMe
       const int key = place.key_begin + w * 64;
       if (key < plain.first || key + 64 > plain.end || args.alibi_slopes.data) tile.masked |= 1u << w;
     }
-    if (Tiles::kPacked && args.cu_seqlens_q && row + Tile::kM > place.row_end) tile.masked |= PublishedTile::kRagged;
+    if (args.cu_seqlens_q && row + Tile::kM > place.row_end) tile.masked |= PublishedTile::kRagged;
     tile.store(shared.tile(stage));
 
     const std::int64_t first_term = std::int64_t(row_tile) * Tile::kM;
@@ -112,7 +112,7 @@ __device__ __forceinline__ void produce_tiles(const Args& args, const BackwardMe
     Storage::finish(shared.grad_output_full(stage));
   });
   wait(shared.query_empty(step.stage()), step.parity() ^ 1);
-  PublishedTile{-1, 0, 0, 0, 0, 0}.store(shared.tile(step.stage()));
+  PublishedTile{-1, 0, 0, 0, 0, 0, 1}.store(shared.tile(step.stage()));
   arrive(shared.query_full(step.stage()));
 }
 

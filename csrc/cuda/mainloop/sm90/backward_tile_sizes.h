@@ -45,17 +45,17 @@ struct TmaBackwardTiles;
 template <>
 struct TmaBackwardTiles<64> {
   using Dense = TmaBackwardTile<64, 128, 128, 1>;
-  using Listed = TmaBackwardTile<64, 64, 64, 2>;
+  using Listed = DividingTile<Dense, TmaBackwardTile<64, 64, 64, 2>>;
 };
 template <>
 struct TmaBackwardTiles<128> {
   using Dense = TmaBackwardTile<128, 80, 128, 1>;
-  using Listed = TmaBackwardTile<128, 64, 64, 1, true>;
+  using Listed = DividingTile<TmaBackwardTile<128, 64, 128, 1>, TmaBackwardTile<128, 64, 64, 1, true>>;
 };
 template <>
 struct TmaBackwardTiles<256> {
   using Dense = TmaBackwardTile<256, 64, 64, 1, true>;
-  using Listed = Dense;
+  using Listed = DividingTile<Dense>;
 };
 
 }  // namespace attnx::cuda

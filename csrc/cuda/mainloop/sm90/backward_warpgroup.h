@@ -26,10 +26,11 @@ struct BackwardWarpgroup {
   using Place = BackwardPlace<Tiles, Tile>;
   using ScorePolicy = typename Score::template Backward<Input>;
   static constexpr int kM = Tile::kM, kN = Tile::kN, kHeadDim = Tile::kHeadDim;
-  static constexpr int kChunks = kM / 16;       // of rows whose products start together
-  static constexpr int kKeyWarps = kN / 16;     // warps of the block that make dS
-  using Logits = float[1][kM / 8][4];           // S^T and what becomes of it
-  using GradKeys = Accumulators<16, kHeadDim>;  // dK or dV of the warp's 16 keys
+  static constexpr bool kDivided = Tiles::kHasBias && !Score::kNormalised;  // tiles may have a divisor of their weights
+  static constexpr int kChunks = kM / 16;                                   // of rows whose products start together
+  static constexpr int kKeyWarps = kN / 16;                                 // warps of the block that make dS
+  using Logits = float[1][kM / 8][4];                                       // S^T and what becomes of it
+  using GradKeys = Accumulators<16, kHeadDim>;                              // dK or dV of the warp's 16 keys
   using GradQuery = float[1][Tile::kGradQueryColumns / 8][4];
 
   const Arguments& args;
@@ -77,7 +78,7 @@ struct BackwardWarpgroup {
 
   __device__ __forceinline__ void wait_for_keys() const {
     wait(shared.keys_full(), 0);
-    if (Tiles::kPacked && args.cu_seqlens_k) {
+    if (args.cu_seqlens_k) {
       const Place place = Place::again(args);
       const int keys = place.sequence.band.length_k - place.key_begin;
       if (keys < kN) clear_rows<KeyTile>(shared.key, shared.value(), keys);
@@ -88,9 +89,10 @@ struct BackwardWarpgroup {
   __device__ __forceinline__ PublishedTile wait_for_tile(int stage, std::uint32_t parity) const {
     wait(shared.query_full(stage), parity);
     const PublishedTile tile = PublishedTile::load(shared.tile(stage));
-    if (Tiles::kPacked && tile.row >= 0 && tile.masked & PublishedTile::kRagged) {
+    if (tile.row >= 0 && tile.masked & PublishedTile::kRagged) {
       wait(shared.grad_output_full(stage), parity);
-      clear_rows<RowTile>(shared.query(stage), shared.grad_output(stage), Place::again(args).row_end - tile.row);
+      clear_rows<RowTile>(shared.query(stage), shared.grad_output(stage),
+                          max(Place::again(args).row_end - tile.row, 0));
     }
     return tile;
   }
@@ -128,6 +130,19 @@ struct BackwardWarpgroup {
         const float low = weight(pairs[r * 2], offset.x), high = weight(pairs[r * 2 + 1], offset.y);
         weights[i * 2 + r] = pack(low, high, Input());
       }
+      if (kDivided && tile.divisor != 1) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) pairs[e] *= 1 / tile.divisor;
+      }
+    }
+  }
+
+  // This brings the sums of dV, whose weights count divided, from the divisor of the last tile to that of this one. The
+  // weights themselves stay as they are, because their dtype has little range.
+  __device__ __forceinline__ void set_divisor(GradKeys& grad_values, float& divisor, const PublishedTile& tile) const {
+    if (kDivided && tile.divisor != divisor) {
+      scale(grad_values, tile.divisor / divisor);
+      divisor = tile.divisor;
     }
   }
 

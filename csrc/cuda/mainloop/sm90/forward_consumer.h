@@ -86,17 +86,17 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
     if (args.alibi_slopes.data || !(args.scale_log2 > 0)) plain.end = -1;
 
     // Where the next sequence follows in memory, its values must not meet weights of 0, because they may be no numbers.
-    if (Tiles::kPacked && args.cu_seqlens_k && count > 0) {
-      const int rows = band.length_k - tiles.first(tiles.end() - 1);
-      if (rows < kN) {
-        wait(shared.value_full(values.stage), values.phase);
-        for (int i = threadIdx.x - 128; i < (kN - rows) * KeyTile::kChunks; i += Tile::kWarpgroups * 128)
-          store_shared(shared.value(values.stage) + KeyTile::offset(rows + i / KeyTile::kChunks, i % KeyTile::kChunks),
-                       make_uint4(0, 0, 0, 0));
-        fence_async_proxy();
-        meet(1, Tile::kWarpgroups * 128);
-      }
-    }
+    const auto clear_values = [&](int rows) {
+      if (rows >= kN) return;
+      wait(shared.value_full(values.stage), values.phase);
+      for (int i = threadIdx.x - 128; i < (kN - rows) * KeyTile::kChunks; i += Tile::kWarpgroups * 128)
+        store_shared(shared.value(values.stage) + KeyTile::offset(rows + i / KeyTile::kChunks, i % KeyTile::kChunks),
+                     make_uint4(0, 0, 0, 0));
+      fence_async_proxy();
+      meet(1, Tile::kWarpgroups * 128);
+    };
+    if (!Tiles::kFromMemory && args.cu_seqlens_k && count > 0)
+      clear_values(band.length_k - tiles.first(tiles.end() - 1));
 
     Accumulators<16, kHeadDim> output;
     clear(output);
@@ -116,10 +116,12 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
                                       key + (keys.stage * KeyTile::kBytes >> 4) + KeyTile::step(0, k), k > 0, Input());
       commit_products();
       int first = 0;
-      float bias = 0;
+      float bias = 0, divisor = 1;
       if constexpr (Tiles::kFromMemory) {
-        first = int(load_shared_word(shared.first_key(keys.stage)));
-        bias = __uint_as_float(load_shared_word(shared.first_key(keys.stage) + 4)) * kLog2E;
+        const uint4 published = load_shared(shared.key_tile(keys.stage));
+        first = int(published.x);
+        bias = __uint_as_float(published.y) * kLog2E;
+        divisor = __uint_as_float(published.z);
       } else if constexpr (!kPlain) {
         first = first_key(i);
       }
@@ -138,9 +140,11 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
         const ForwardPlace own = ForwardPlace::of(args, args.in_order(fresh(tile)), Tile());
         place_logits(s, args, own.sequence.band, query_head_of(args, own.head), own.row_begin + warp_row + lane / 4,
                      first + lane % 4 * 2);
+        // Tiles from memory come in any order, but all warpgroups find the same one ragged.
+        if (Tiles::kFromMemory && args.cu_seqlens_k) clear_values(max(own.sequence.band.length_k - first, 0));
         multiplier = 1;
       }
-      score.template begin<Tiles::kHasBias>(s, output, multiplier, bias);
+      score.template begin<Tiles::kHasBias>(s, output, multiplier, bias, divisor);
 
       // O += P V starts 16 keys at a time.
       wait(shared.value_full(values.stage), values.phase);

@@ -1,8 +1,8 @@
 // This lays out the shared memory of a forward block and its barriers. These arrive at them: at query_full the producer
 // and the bytes of Q; at query_empty a lane of each consumer warp; at key_full and value_full, by stage, the producer
 // and the bytes; at key_empty and value_empty, by stage, a lane of each consumer warp. query_full and query_empty also
-// guard the number of the tile of rows, and key_full and key_empty guard the first key and the bias of a tile that
-// comes from memory.
+// guard the number of the tile of rows, and key_full and key_empty guard what is known of a tile that comes from
+// memory.
 #pragma once
 
 #include "cuda/common/ptx_sm90.h"
@@ -43,10 +43,11 @@ struct ForwardMemory {
   __device__ __forceinline__ std::uint32_t key_empty(int stage) const { return key_full(kStages + stage); }
   __device__ __forceinline__ std::uint32_t value_full(int stage) const { return key_full(2 * kStages + stage); }
   __device__ __forceinline__ std::uint32_t value_empty(int stage) const { return key_full(3 * kStages + stage); }
-  // These hold the number of the tile of rows, and the first key and the bias of a tile of keys that comes from memory.
+  // These hold the number of the tile of rows, and of a tile of keys that comes from memory the first key, the bias and
+  // the divisor.
   __device__ __forceinline__ std::uint32_t row_tile() const { return key_full(4 * kStages); }
-  __device__ __forceinline__ std::uint32_t first_key(int stage) const { return row_tile() + 8 + stage * 8; }
-  static_assert(16 + 4 * kStages * 8 + 8 + kStages * 8 <= Tile::kBarrierBytes);
+  __device__ __forceinline__ std::uint32_t key_tile(int stage) const { return row_tile() + 16 + stage * 16; }
+  static_assert((16 + 4 * kStages * 8) % 16 == 0 && 16 + 4 * kStages * 8 + 16 + kStages * 16 <= Tile::kBarrierBytes);
 
   template <int kProducers>
   __device__ __forceinline__ void init_barriers() const {

@@ -49,8 +49,9 @@ __device__ __forceinline__ void produce(const Args& args, const ForwardMemory<Ti
         if (i + 1 < count) ahead = first_key(i + 1);
         wait(shared.key_empty(keys.stage), keys.phase ^ 1);
         if constexpr (Tiles::kFromMemory) {
-          store_shared(shared.first_key(keys.stage), std::uint32_t(key));
-          store_shared(shared.first_key(keys.stage) + 4, __float_as_uint(tiles.bias(tiles.end() - 1 - i)));
+          const int at = tiles.end() - 1 - i;
+          store_shared(shared.key_tile(keys.stage),
+                       make_uint4(key, __float_as_uint(tiles.bias(at)), __float_as_uint(tiles.divisor(at)), 0));
         }
         const std::uint32_t barrier = shared.key_full(keys.stage);
         Storage::announce(barrier, KeyTile::kBytes);

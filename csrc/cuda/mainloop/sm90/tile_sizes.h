@@ -1,9 +1,11 @@
 // This is the table to tune: tile sizes of the forward for sm_90a by head dimension. It is plain C++, because the
 // launchers compute with it too.
 //
-// A warpgroup of consumers owns 64 rows. Registers allow three of them with 64 features, else two. Lists have blocks of
-// 64 rows and of 64 keys, so they get one warpgroup to a block and more blocks to a multiprocessor.
+// A warpgroup of consumers owns 64 rows. Registers allow three of them with 64 features, else two. Lists whose blocks
+// have 64 rows or keys get tiles of that size: one warpgroup to a block, and more blocks to a multiprocessor.
 #pragma once
+
+#include "cuda/mainloop/dividing_tile.h"
 
 namespace attnx::cuda {
 
@@ -20,9 +22,10 @@ struct TmaForwardTile {
   static constexpr bool kSparesSpecialFunctions = true;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kStages = 2;  // copies of keys and of values in shared memory
-  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
+  // Four boxes to a tile take the producer more registers.
+  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kHeadDim == 256 ? 56 : 40;
   static constexpr int kConsumerRegisters = kWarpgroups == 3    ? 160
-                                            : kWarpgroups == 2  ? 232
+                                            : kWarpgroups == 2  ? (504 - kProducerRegisters) / 2
                                             : kBlocksPerSm == 1 ? 240
                                                                 : 512 / kBlocksPerSm - 40;
   static constexpr int kBarrierBytes = 256;
@@ -36,17 +39,18 @@ struct TmaForwardTiles;
 template <>
 struct TmaForwardTiles<64> {
   using Dense = TmaForwardTile<64, 192, 128, false, 1>;
-  using Listed = TmaForwardTile<64, 64, 64, false, 2>;
+  using Listed = DividingTile<TmaForwardTile<64, 128, 128, false, 1>, TmaForwardTile<64, 128, 64, false, 1>,
+                              TmaForwardTile<64, 64, 64, false, 2>>;
 };
 template <>
 struct TmaForwardTiles<128> {
   using Dense = TmaForwardTile<128, 128, 128, false, 1>;
-  using Listed = TmaForwardTile<128, 64, 64, false, 2>;
+  using Listed = DividingTile<Dense, TmaForwardTile<128, 128, 64, false, 1>, TmaForwardTile<128, 64, 64, false, 2>>;
 };
 template <>
 struct TmaForwardTiles<256> {
   using Dense = TmaForwardTile<256, 128, 64, true, 1>;
-  using Listed = TmaForwardTile<256, 64, 64, true, 1>;
+  using Listed = DividingTile<Dense, TmaForwardTile<256, 64, 64, true, 1>>;
 };
 
 }  // namespace attnx::cuda

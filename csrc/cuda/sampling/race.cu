@@ -1,0 +1,104 @@
+#include "race.h"
+
+#include <math_constants.h>
+
+#include <climits>
+
+#include "cuda/common/device.h"
+
+namespace attnx::cuda {
+
+namespace {
+
+constexpr int kWarps = 4, kDigitBits = 8, kDigits = 1 << kDigitBits;
+constexpr std::uint64_t kNever = ~std::uint64_t(0);  // of a block that does not run; no time has these bits
+
+}  // namespace
+
+// A warp finds the finish of a row by radix selection: the bits of the times, which are not negative, order as the
+// times do. The times are drawn anew for each digit, as no memory would hold those of every row.
+__global__ void __launch_bounds__(kWarps * 32) attnx_race(const __grid_constant__ Round round, int blocks_per_row) {
+  __shared__ int counts[kWarps][kDigits];
+  const int lane = threadIdx.x % 32, rows = int(round.grid.query_blocks());
+  const std::int64_t number = std::int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (number >= round.heads * rows) return;
+  const std::int64_t head = number / rows;
+  const int i = int(number - head * rows);
+  const BlockRow<int> row(round.grid, i);
+  const SamplingRound draws = round.draws();
+  int* const histogram = counts[threadIdx.x / 32];
+
+  // This calls visit(block, bits of its time) for 32 blocks at a time.
+  const auto for_each = [&](const auto& visit) {
+    for (int first = 0; first < row.candidates; first += 32) {
+      const int j = first + lane;
+      std::uint64_t bits = kNever;
+      if (j < row.candidates) {
+        const int distance = row.distance(j);
+        const float p = __ldg(round.keep + distance);
+        if (distance > 0 && p > 0) bits = __double_as_longlong(arrival_time(draws.draw(head, i, j), p));
+      }
+      visit(j, bits);
+    }
+  };
+
+  int wanted = blocks_per_row - (row.diagonal_end - row.diagonal_begin);
+  std::uint64_t time = 0;  // of the finish, as far as it is known
+  Finish finish{wanted > 0 ? CUDART_INF : -1.0,
+                INT_MAX};  // all times are before the former, and none before the latter
+  bool found = wanted <= 0;
+  for (int shift = 64 - kDigitBits; shift >= 0 && !found; shift -= kDigitBits) {
+    for (int d = lane; d < kDigits; d += 32) histogram[d] = 0;
+    __syncwarp();
+    for_each([&](int, std::uint64_t bits) {
+      const bool fits = shift == 64 - kDigitBits || (bits ^ time) >> (shift + kDigitBits) == 0;
+      if (bits != kNever && fits) atomicAdd(histogram + int(bits >> shift & (kDigits - 1)), 1);
+    });
+    __syncwarp();
+    // Each lane has neighbouring digits, and one finds the digit at which the number of blocks is reached.
+    constexpr int kOwn = kDigits / 32;
+    int own = 0;
+    for (int d = lane * kOwn; d < (lane + 1) * kOwn; ++d) own += histogram[d];
+    int sum = own;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(~0u, sum, step);
+      if (lane >= step) sum += before;
+    }
+    const unsigned reached = __ballot_sync(~0u, sum >= wanted);
+    if (reached == 0) {  // all are kept
+      found = true;
+    } else {
+      int digit = lane * kOwn, left = wanted - (sum - own);
+      while (digit < (lane + 1) * kOwn - 1 && left > histogram[digit]) left -= histogram[digit++];
+      const int lane_found = __ffs(reached) - 1;
+      const bool whole = __shfl_sync(~0u, left == histogram[digit], lane_found);
+      wanted = __shfl_sync(~0u, left, lane_found);
+      time |= std::uint64_t(__shfl_sync(~0u, digit, lane_found)) << shift;
+      if (whole) {  // the digit's blocks are kept, whatever their further digits
+        finish.time = __longlong_as_double(time | ((std::uint64_t(1) << shift) - 1));
+        found = true;
+      }
+    }
+    __syncwarp();
+  }
+  if (!found) {  // of the blocks that arrive at this time, the first ones are kept
+    finish.time = __longlong_as_double(time);
+    for_each([&](int j, std::uint64_t bits) {
+      const unsigned ties = __ballot_sync(~0u, bits == time);
+      const int place = __popc(ties & ((1u << lane) - 1)) + 1;
+      const unsigned last = __ballot_sync(~0u, bits == time && place == wanted);
+      if (last) finish.last = __shfl_sync(~0u, j, __ffs(last) - 1);
+      wanted -= __popc(ties);
+    });
+  }
+  if (lane == 0) round.finishes[number] = finish;
+}
+
+void launch_race(const Round& round, std::int64_t blocks_per_row, cudaStream_t stream) {
+  const int wanted = blocks_per_row < INT_MAX ? int(blocks_per_row) : INT_MAX;
+  launch_kernel("attnx_race", attnx_race, (round.heads * round.grid.query_blocks() + kWarps - 1) / kWarps, kWarps * 32,
+                0, stream, round, wanted);
+}
+
+}  // namespace attnx::cuda

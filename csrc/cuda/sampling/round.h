@@ -1,0 +1,40 @@
+// This tells on the device which blocks a round of probabilistic attention keeps.
+#pragma once
+
+#include "attnx/block_params.h"
+
+namespace attnx::cuda {
+
+// In the race of a fixed number of blocks, a row's finish is when its last block arrives, and the last block that is
+// taken of those that arrive at that very time. Diagonal blocks do not run.
+struct Finish {
+  double time;
+  std::int32_t last;
+};
+
+struct Round {
+  BlockGrid grid;
+  std::int64_t heads;
+  const float* keep;
+  const std::int64_t *seed, *offset;
+  Finish* finishes;  // [heads, query blocks]; null where each block is kept on its own
+
+#ifdef __CUDACC__
+  __device__ __forceinline__ SamplingRound draws() const {
+    return {std::uint64_t(__ldg(seed)), std::uint32_t(__ldg(offset))};
+  }
+
+  // These tell whether a candidate of row i of a head is kept, whose probability is p: on its own, or in the race.
+  static __device__ __forceinline__ bool keeps(const SamplingRound& draws, std::int64_t head, int i, int j, float p) {
+    return is_kept(draws.draw(head, i, j), p);
+  }
+  static __device__ __forceinline__ bool keeps(const SamplingRound& draws, std::int64_t head, int i, int j, float p,
+                                               int distance, const Finish& finish) {
+    if (distance == 0 || !(p > 0)) return distance == 0;
+    const double time = arrival_time(draws.draw(head, i, j), p);
+    return time < finish.time || (time == finish.time && j <= finish.last);
+  }
+#endif
+};
+
+}  // namespace attnx::cuda
