@@ -14,8 +14,9 @@ template <class Input, int kDim>
 __global__ void __launch_bounds__(kThreads) attnx_linear_grad_keys(const __grid_constant__ LinearGradArguments args) {
   using Tile = LinearTile<kDim>;
   extern __shared__ uint4 shared[];
-  __shared__ float last[kDim], deltas[kLinearRows];
   const std::uint32_t key = shared_address(shared), value = key + Tile::kBytes, buffer = value + Tile::kBytes;
+  float* const last = reinterpret_cast<float*>(shared + 3 * Tile::kBytes / sizeof(uint4));
+  float* const deltas = last + kDim;
 
   const int tiles = (int(args.length_k) + kLinearRows - 1) / kLinearRows;
   const LinearUnit unit(args, int(blockIdx.x) / tiles);
@@ -128,7 +129,7 @@ void launch_linear_grad_keys(const LinearGradArguments& args, DType dtype, cudaS
   const std::int64_t tiles = (args.length_k + kLinearRows - 1) / kLinearRows;
   with_linear_kernel(args, dtype, [&]<class Input, int kDim>() {
     launch_kernel("attnx_linear_grad_keys", attnx_linear_grad_keys<Input, kDim>, args.units * tiles, kThreads,
-                  3 * LinearTile<kDim>::kBytes, stream, args);
+                  kGradientBytes<kDim>, stream, args);
   });
 }
 

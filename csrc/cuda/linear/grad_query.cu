@@ -12,8 +12,10 @@ template <class Input, int kDim>
 __global__ void __launch_bounds__(kThreads) attnx_linear_grad_query(const __grid_constant__ LinearGradArguments args) {
   using Tile = LinearTile<kDim>;
   extern __shared__ uint4 shared[];
-  __shared__ float last[kDim], row_sums[kLinearRows], deltas[kLinearRows];
   const std::uint32_t query = shared_address(shared), grad = query + Tile::kBytes, buffer = grad + Tile::kBytes;
+  float* const last = reinterpret_cast<float*>(shared + 3 * Tile::kBytes / sizeof(uint4));
+  float* const row_sums = last + kDim;
+  float* const deltas = row_sums + kLinearRows;
 
   int index = blockIdx.x;
   const int row_begin = args.query_blocks.split(index) * kLinearRows;
@@ -125,7 +127,7 @@ void launch_linear_grad_query(const LinearGradArguments& args, DType dtype, cuda
   const std::int64_t blocks = args.length_q == 0 ? 0 : args.units * args.heads_of_unit * args.query_blocks.divisor();
   with_linear_kernel(args, dtype, [&]<class Input, int kDim>() {
     launch_kernel("attnx_linear_grad_query", attnx_linear_grad_query<Input, kDim>, blocks, kThreads,
-                  3 * LinearTile<kDim>::kBytes, stream, args);
+                  kGradientBytes<kDim>, stream, args);
   });
 }
 

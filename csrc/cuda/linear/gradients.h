@@ -5,6 +5,10 @@
 
 namespace attnx::cuda {
 
+// Of shared memory, for three tiles, and numbers behind them: a state's last column, and two of each row.
+template <int kDim>
+inline constexpr int kGradientBytes = 3 * LinearTile<kDim>::kBytes + (kDim + 2 * kLinearRows) * int(sizeof(float));
+
 // This is the dot product of the thread's row in two tiles, by all threads of the row.
 template <class Input, class Tile, int kThreads>
 __device__ __forceinline__ float dot_rows(std::uint32_t left, std::uint32_t right) {
