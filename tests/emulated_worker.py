@@ -116,6 +116,8 @@ def _sparse_linear(head_dims: list[int]) -> Iterator[tuple[str, Results]]:
             yield f"sparse linear {dtype} {head_dim} {own['is_causal']}", results
         inputs, grad_output, sizes = pack(([70, 0, 9, 130], [80, 7, 130, 200]), dtype, CPU, 2, 1, head_dim)
         own = options((64, 64), (4, 2, 3, 4), True)
+        for b, (rows, blocks) in enumerate(((2, 2), (0, 1), (1, 3), (3, 4))):
+            own["block_map"].labels[b, :, rows:] = own["block_map"].labels[b, :, :, blocks:] = -1
         results = _run_parts("sparse_linear_attention_varlen", inputs, grad_output, **own, **sizes)
         yield f"sparse linear {dtype} {head_dim} varlen", results
 

@@ -39,13 +39,13 @@ struct LinearArguments : Geometry {  // its tiles are those of kLinearRows queri
   std::int8_t scope_low, scope_high;
 
   // These have a row for each block of queries of each head of the call.
-  void* scope;             // M: [batch * heads_q * query blocks][scope_stride]
-  float* scope_scales;     // what M's ones are
+  void* scope;          // M: [batch * heads_q * query blocks][scope_stride]
+  float* scope_scales;  // what M's ones are
   std::int64_t scope_stride;
   // These hold the launch's units.
-  void* by_key;            // [unit][key blocks]: states of keys; the backward's sums for each block of keys
-  void* by_query;          // [unit][head of the unit][query blocks]: sums over the scope; the backward's states
-  LinearRow* rows;         // [unit][head of the unit][length_q], of the backward
+  void* by_key;     // [unit][key blocks]: states of keys; the backward's sums for each block of keys
+  void* by_query;   // [unit][head of the unit][query blocks]: sums over the scope; the backward's states
+  LinearRow* rows;  // [unit][head of the unit][length_q], of the backward
 };
 
 // This writes M.

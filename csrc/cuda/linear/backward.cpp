@@ -1,6 +1,6 @@
-// The steps for a section of heads are states of blocks of keys, their sums over scopes, gradients of queries, states of
-// blocks of queries, their sums by the transposed scopes, and gradients of keys and values. The second states and sums
-// take the place of the sums and states before them.
+// The steps for a section of heads are states of blocks of keys, their sums over scopes, gradients of queries, states
+// of blocks of queries, their sums by the transposed scopes, and gradients of keys and values. The second states and
+// sums take the place of the sums and states before them.
 #include "cuda/dispatch/range.h"
 #include "cuda/dispatch/tiling.h"
 #include "cuda/linear/linear.h"

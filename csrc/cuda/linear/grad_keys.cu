@@ -11,19 +11,18 @@ constexpr int kThreads = 256, kParts = kThreads / kLinearRows;
 // the sum over the blocks of queries whose scope holds the block of keys, and then, pair by pair, those of which only
 // some queries see it.
 template <class Input, int kDim>
-__global__ void __launch_bounds__(kThreads) attnx_linear_grad_keys(const __grid_constant__ LinearGradArguments args) {
+__global__ void __launch_bounds__(kThreads, 1)
+    attnx_linear_grad_keys(const __grid_constant__ LinearGradArguments args) {
   using Tile = LinearTile<kDim>;
   extern __shared__ uint4 shared[];
   const std::uint32_t key = shared_address(shared), value = key + Tile::kBytes, buffer = value + Tile::kBytes;
   float* const last = reinterpret_cast<float*>(shared + 3 * Tile::kBytes / sizeof(uint4));
   float* const deltas = last + kDim;
 
-  const int tiles = (int(args.length_k) + kLinearRows - 1) / kLinearRows;
-  const LinearUnit unit(args, int(blockIdx.x) / tiles);
+  const KeyTile unit = KeyTile::of(args, blockIdx.x);
   const Sequence& sequence = unit.sequence;
-  const int key_begin = int(blockIdx.x) % tiles * kLinearRows, key_end = sequence.band.length_k;
+  const int key_begin = unit.row_begin, key_end = sequence.band.length_k, block = unit.block;
   if (key_begin >= key_end) return;
-  const int block = key_begin / args.block_k;
 
   const auto load = [&](std::uint32_t tile, const Tensor& x, int head, std::int64_t first, int row, int end,
                         std::int64_t features) {
@@ -41,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) attnx_linear_grad_keys(const __grid_
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const bool of_keys = threadIdx.x < kThreads / 2;
-  const OperandA<Tile> own_key(key, lane, warp * 16), own_value(value, lane, warp * 16);
+  const auto own_rows = [&](std::uint32_t tile) { return OperandA<Tile>(tile, lane, warp * 16); };
   Accumulators<16, kDim> gradient;
   clear(gradient);
 #pragma unroll
@@ -51,9 +50,9 @@ __global__ void __launch_bounds__(kThreads) attnx_linear_grad_keys(const __grid_
     load_state<Input, Tile, kThreads>(buffer, args.state, sum, feature);
     finish_copies();
     if (of_keys)
-      multiply<Input, kDim>(columns_of<kLinearRows>(gradient, feature), own_value, OperandB<Tile>(buffer, lane));
+      multiply<Input, kDim>(columns_of<kLinearRows>(gradient, feature), own_rows(value), OperandB<Tile>(buffer, lane));
     else
-      multiply<Input, kLinearRows>(gradient, ColumnsA<Tile>{own_key, feature}, TransposedB<Tile>(buffer, lane));
+      multiply<Input, kLinearRows>(gradient, ColumnsA<Tile>{own_rows(key), feature}, TransposedB<Tile>(buffer, lane));
   }
   // States of queries are means, and those of keys are, too, in whose units 1/n is.
   const float factor = float(args.block_q) / float(args.block_k);
@@ -93,12 +92,12 @@ __global__ void __launch_bounds__(kThreads) attnx_linear_grad_keys(const __grid_
         clear(products);
         load_queries();
         if (threadIdx.x % kParts == 0) deltas[own_row] = own.delta;
-        if (!of_keys) multiply<Input, kDim>(products, own_key, OperandB<Tile>(buffer, lane));
+        if (!of_keys) multiply<Input, kDim>(products, own_rows(key), OperandB<Tile>(buffer, lane));
         __syncthreads();
         load(buffer, args.grad_output, head, sequence.first_q, row, row_end, args.value_dim);
         finish_copies();
         if (of_keys) {
-          multiply<Input, kDim>(products, own_value, OperandB<Tile>(buffer, lane));
+          multiply<Input, kDim>(products, own_rows(value), OperandB<Tile>(buffer, lane));
 #pragma unroll
           for (int n = 0; n < kLinearRows / 8; ++n)
 #pragma unroll
@@ -113,13 +112,16 @@ __global__ void __launch_bounds__(kThreads) attnx_linear_grad_keys(const __grid_
     }
   }
 
+  const KeyTile own = KeyTile::of(args, fresh(int(blockIdx.x)));
+  const auto store = [&](const Tensor& to, std::int64_t features) {
+    store_sums(gradient, rows_of<float>(to, own.batch, own.key_head, own.sequence.first_k), to.row_stride,
+               own.row_begin + warp * 16, own.sequence.band.length_k, int(features));
+  };
   if (of_keys) {
     differentiate_features<Input, Tile>(gradient, key, warp * 16, args.feature_map, {1, 1});
-    store_sums(gradient, rows_of<float>(args.grad_key, unit.batch, unit.key_head, sequence.first_k),
-               args.grad_key.row_stride, key_begin + warp * 16, key_end, int(args.head_dim));
+    store(args.grad_key, args.head_dim);
   } else {
-    store_sums(gradient, rows_of<float>(args.grad_value, unit.batch, unit.key_head, sequence.first_k),
-               args.grad_value.row_stride, key_begin + warp * 16, key_end, int(args.value_dim));
+    store(args.grad_value, args.value_dim);
   }
 }
 

@@ -9,7 +9,8 @@ constexpr int kThreads = 128, kParts = kThreads / kLinearRows;
 
 // A block makes a tile of rows of dQ, and leaves 1/n and delta of each row. A warp has 16 rows.
 template <class Input, int kDim>
-__global__ void __launch_bounds__(kThreads) attnx_linear_grad_query(const __grid_constant__ LinearGradArguments args) {
+__global__ void __launch_bounds__(kThreads, 1)
+    attnx_linear_grad_query(const __grid_constant__ LinearGradArguments args) {
   using Tile = LinearTile<kDim>;
   extern __shared__ uint4 shared[];
   const std::uint32_t query = shared_address(shared), grad = query + Tile::kBytes, buffer = grad + Tile::kBytes;
@@ -17,13 +18,10 @@ __global__ void __launch_bounds__(kThreads) attnx_linear_grad_query(const __grid
   float* const row_sums = last + kDim;
   float* const deltas = row_sums + kLinearRows;
 
-  int index = blockIdx.x;
-  const int row_begin = args.query_blocks.split(index) * kLinearRows;
-  const int head_of_unit = index % args.heads_of_unit;
-  const LinearUnit unit(args, index / args.heads_of_unit);
+  const QueryTile unit = QueryTile::of(args, blockIdx.x);
   const Sequence& sequence = unit.sequence;
+  const int row_begin = unit.row_begin, head = unit.head, block = unit.block;
   if (row_begin >= sequence.length_q) return;
-  const int head = unit.key_head * args.heads_of_unit + head_of_unit, block = row_begin / args.block_q;
 
   const auto load = [&](std::uint32_t tile, const Tensor& x, int head, std::int64_t first, int row, int end,
                         std::int64_t features) {
@@ -37,8 +35,7 @@ __global__ void __launch_bounds__(kThreads) attnx_linear_grad_query(const __grid
   load_queries(grad, args.grad_output, args.value_dim);
   load_queries(buffer, args.output, args.value_dim);
   const Input* const sum = static_cast<const Input*>(args.by_query) +
-                           (std::int64_t(unit.index * args.heads_of_unit + head_of_unit) * args.query_blocks_of_head +
-                            block) * args.state.size;
+                           (std::int64_t(unit.head_in_launch) * args.query_blocks_of_head + block) * args.state.size;
   read_last_column<Input, kDim, kThreads>(last, args.state, sum);
   finish_copies();
   const int own_row = row_begin + threadIdx.x / kParts;
@@ -52,24 +49,22 @@ __global__ void __launch_bounds__(kThreads) attnx_linear_grad_query(const __grid
   }
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const OperandA<Tile> own_query(query, lane, warp * 16), own_grad(grad, lane, warp * 16);
+  const auto own_rows = [&](std::uint32_t tile) { return OperandA<Tile>(tile, lane, warp * 16); };
   Accumulators<16, kDim> gradient;
-  clear(gradient);
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      gradient[0][n][e] = -deltas[warp * 16 + e / 2 * 8 + lane / 4] * last[n * 8 + lane % 4 * 2 + e % 2];
 #pragma unroll
   for (int feature = 0; feature < kDim; feature += kLinearRows) {
     if (feature >= args.head_dim) break;
     __syncthreads();
     load_state<Input, Tile, kThreads>(buffer, args.state, sum, feature);
     finish_copies();
-    multiply<Input, kDim>(columns_of<kLinearRows>(gradient, feature), own_grad, OperandB<Tile>(buffer, lane));
+    multiply<Input, kDim>(columns_of<kLinearRows>(gradient, feature), own_rows(grad), OperandB<Tile>(buffer, lane));
   }
-  __syncthreads();
-#pragma unroll
-  for (int n = 0; n < kDim / 8; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      gradient[0][n][e] -= deltas[warp * 16 + e / 2 * 8 + lane / 4] * last[n * 8 + lane % 4 * 2 + e % 2];
-
   float paired[2] = {};  // sums of weights of the thread's rows
   const SeenBlocks seen = seen_blocks(args, sequence, block);
   const std::int8_t* const labels = labels_of(args, unit.batch, head, block);
@@ -87,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) attnx_linear_grad_query(const __grid
     Accumulators<16, kLinearRows> products;  // the gradients of weights, then the weights
     clear(products);
     load_keys(args.value, key, args.value_dim);
-    multiply<Input, kDim>(products, own_grad, OperandB<Tile>(buffer, lane));
+    multiply<Input, kDim>(products, own_rows(grad), OperandB<Tile>(buffer, lane));
 #pragma unroll
     for (int n = 0; n < kLinearRows / 8; ++n)
 #pragma unroll
@@ -98,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) attnx_linear_grad_query(const __grid
     __syncthreads();
     multiply<Input, kLinearRows>(gradient, RoundedA<kLinearRows>(products, Input()), TransposedB<Tile>(buffer, lane));
     clear(products);
-    multiply<Input, kDim>(products, own_query, OperandB<Tile>(buffer, lane));
+    multiply<Input, kDim>(products, own_rows(query), OperandB<Tile>(buffer, lane));
     hide(products, sequence, row_begin + warp * 16, key, scale);
 #pragma unroll
     for (int n = 0; n < kLinearRows / 8; ++n)
@@ -106,19 +101,20 @@ __global__ void __launch_bounds__(kThreads) attnx_linear_grad_query(const __grid
       for (int e = 0; e < 4; ++e) paired[e / 2] += products[0][n][e];
   }
 
+  const QueryTile own = QueryTile::of(args, fresh(int(blockIdx.x)));
+  const int first = own.row_begin + warp * 16, end = own.sequence.length_q;
   float inverse[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp * 16 + half * 8 + lane / 4;
     const float n = row_sums[row] + sum_of_quad(paired[half]);
     inverse[half] = n == 0 ? 0.0f : 1 / n;
-    if (lane % 4 == 0 && row_begin + row < sequence.length_q)
-      args.rows[std::int64_t(unit.index * args.heads_of_unit + head_of_unit) * args.length_q + row_begin + row] = {
-          inverse[half], deltas[row]};
+    if (lane % 4 == 0 && own.row_begin + row < end)
+      args.rows[std::int64_t(own.head_in_launch) * args.length_q + own.row_begin + row] = {inverse[half], deltas[row]};
   }
   differentiate_features<Input, Tile>(gradient, query, warp * 16, args.feature_map, inverse);
-  store_sums(gradient, rows_of<float>(args.grad_query, unit.batch, head, sequence.first_q), args.grad_query.row_stride,
-             row_begin + warp * 16, sequence.length_q, int(args.head_dim));
+  store_sums(gradient, rows_of<float>(args.grad_query, own.batch, own.head, own.sequence.first_q),
+             args.grad_query.row_stride, first, end, int(args.head_dim));
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ __device__ __forceinline__ float dot_rows(std::uint32_t left, std::uint32_t righ
 // These are some columns of a warp's accumulators of 16 rows; the first is known at compile time.
 template <int kColumns, int kN>
 __device__ __forceinline__ float (&columns_of(float (&x)[1][kN][4], int first))[1][kColumns / 8][4] {
-  return *reinterpret_cast<float(*)[1][kColumns / 8][4]>(&x[0][first / 8]);
+  return *reinterpret_cast<float (*)[1][kColumns / 8][4]>(&x[0][first / 8]);
 }
 
 // The gradient of phi of a warp's 16 rows, times a factor a row, becomes that of the rows. phi of them lies in a tile.
@@ -44,8 +44,8 @@ __device__ __forceinline__ void differentiate_features(float (&gradient)[1][kN][
     const auto for_each = [&](const auto& visit) {
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
-        const float2 phi = unpack(
-            load_shared_word(tile + Tile::offset(row + half * 8 + lane / 4, n) + lane % 4 * 4), Input());
+        const float2 phi =
+            unpack(load_shared_word(tile + Tile::offset(row + half * 8 + lane / 4, n) + lane % 4 * 4), Input());
         visit(gradient[0][n][half * 2], phi.x);
         visit(gradient[0][n][half * 2 + 1], phi.y);
       }

@@ -25,6 +25,28 @@ struct LinearUnit {
   }
 };
 
+// This is a tile of queries, or of keys, whose number is that of a block of threads. Kernels ask for it again once
+// their sums have filled the registers.
+struct QueryTile : LinearUnit {
+  int head, head_in_launch;  // the latter counts the heads of the launch
+  int row_begin, block;
+
+  static __device__ __forceinline__ QueryTile of(const LinearArguments& args, int index) {
+    const int row_begin = args.query_blocks.split(index) * kLinearRows;
+    const LinearUnit unit(args, index / args.heads_of_unit);
+    return {unit, unit.key_head * args.heads_of_unit + index % args.heads_of_unit, index, row_begin,
+            row_begin / args.block_q};
+  }
+};
+struct KeyTile : LinearUnit {
+  int row_begin, block;
+
+  static __device__ __forceinline__ KeyTile of(const LinearArguments& args, int index) {
+    const int tiles = (int(args.length_k) + kLinearRows - 1) / kLinearRows, row_begin = index % tiles * kLinearRows;
+    return {LinearUnit(args, index / tiles), row_begin, row_begin / args.block_k};
+  }
+};
+
 // This says which blocks of keys a block of queries sees: all of its queries see [0, all), some see [0, some).
 struct SeenBlocks {
   int all, some;

@@ -11,26 +11,22 @@ constexpr int kThreads = 128, kParts = kThreads / kLinearRows;
 // A block makes a tile of rows of the output from the sum over its scope, and from blocks of keys that only some
 // queries of its block see, pair by pair. A warp has 16 rows.
 template <class Input, int kDim>
-__global__ void __launch_bounds__(kThreads) attnx_linear_output(const __grid_constant__ LinearOutputArguments args) {
+__global__ void __launch_bounds__(kThreads, kDim < 128 ? 3 : 1)
+    attnx_linear_output(const __grid_constant__ LinearOutputArguments args) {
   using Tile = LinearTile<kDim>;
   extern __shared__ uint4 shared[];
   __shared__ float last[kDim], row_sums[kLinearRows];
   const std::uint32_t query = shared_address(shared), buffer = query + Tile::kBytes;
 
-  int index = blockIdx.x;
-  const int row_begin = args.query_blocks.split(index) * kLinearRows;
-  const int head_of_unit = index % args.heads_of_unit;
-  const LinearUnit unit(args, index / args.heads_of_unit);
+  const QueryTile unit = QueryTile::of(args, blockIdx.x);
   const Sequence& sequence = unit.sequence;
+  const int row_begin = unit.row_begin, head = unit.head, block = unit.block;
   if (row_begin >= sequence.length_q) return;
-  const int head = unit.key_head * args.heads_of_unit + head_of_unit, block = row_begin / args.block_q;
 
-  load_rows<Input, Tile, kThreads>(query, args,
-                                   rows_of<const Input>(args.query, unit.batch, head, sequence.first_q),
+  load_rows<Input, Tile, kThreads>(query, args, rows_of<const Input>(args.query, unit.batch, head, sequence.first_q),
                                    args.query.row_stride, row_begin, sequence.length_q, int(args.head_dim));
   const Input* const sum = static_cast<const Input*>(args.by_query) +
-                           (std::int64_t(unit.index * args.heads_of_unit + head_of_unit) * args.query_blocks_of_head +
-                            block) * args.state.size;
+                           (std::int64_t(unit.head_in_launch) * args.query_blocks_of_head + block) * args.state.size;
   read_last_column<Input, kDim, kThreads>(last, args.state, sum);
   finish_copies();
   const int own_row = row_begin + threadIdx.x / kParts;
@@ -47,8 +43,8 @@ __global__ void __launch_bounds__(kThreads) attnx_linear_output(const __grid_con
     __syncthreads();
     load_state<Input, Tile, kThreads>(buffer, args.state, sum, feature);
     finish_copies();
-    multiply<Input, kLinearRows>(output, ColumnsA<Tile>{OperandA<Tile>(query, lane, warp * 16), feature},
-                                 TransposedB<Tile>(buffer, lane));
+    multiply<Input, kLinearRows>(output, ColumnsA<Tile>{OperandA<Tile>(query, fresh(lane), warp * 16), feature},
+                                 TransposedB<Tile>(buffer, fresh(lane)));
   }
 
   float paired[2] = {};  // sums of weights of the thread's rows
@@ -57,8 +53,7 @@ __global__ void __launch_bounds__(kThreads) attnx_linear_output(const __grid_con
   const float scale = scope_scale(args, unit.batch, head, block) / float(args.block_k);
   const auto keys = [&](const Tensor& x, int key, int features) {
     __syncthreads();
-    load_rows<Input, Tile, kThreads>(buffer, args,
-                                     rows_of<const Input>(x, unit.batch, unit.key_head, sequence.first_k),
+    load_rows<Input, Tile, kThreads>(buffer, args, rows_of<const Input>(x, unit.batch, unit.key_head, sequence.first_k),
                                      x.row_stride, key, sequence.band.length_k, features);
     finish_copies();
   };
@@ -72,14 +67,15 @@ __global__ void __launch_bounds__(kThreads) attnx_linear_output(const __grid_con
     __syncthreads();
     Accumulators<16, kLinearRows> weights;
     clear(weights);
-    multiply<Input, kDim>(weights, OperandA<Tile>(query, lane, warp * 16), OperandB<Tile>(buffer, lane));
+    multiply<Input, kDim>(weights, OperandA<Tile>(query, fresh(lane), warp * 16), OperandB<Tile>(buffer, fresh(lane)));
     hide(weights, sequence, row_begin + warp * 16, key, scale);
 #pragma unroll
     for (int n = 0; n < kLinearRows / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) paired[e / 2] += weights[0][n][e];
     keys(args.value, key, int(args.value_dim));
-    multiply<Input, kLinearRows>(output, RoundedA<kLinearRows>(weights, Input()), TransposedB<Tile>(buffer, lane));
+    multiply<Input, kLinearRows>(output, RoundedA<kLinearRows>(weights, Input()),
+                                 TransposedB<Tile>(buffer, fresh(lane)));
   }
 
   __syncthreads();
@@ -94,14 +90,14 @@ __global__ void __launch_bounds__(kThreads) attnx_linear_output(const __grid_con
   }
   store_accumulators<Tile, Input>(query, warp * 16, 0, lane, output, 1);
   __syncthreads();
-  const StridedRows<Input> to{rows_of<Input>(args.output, unit.batch, head, sequence.first_q),
+  const QueryTile own = QueryTile::of(args, fresh(int(blockIdx.x)));
+  const StridedRows<Input> to{rows_of<Input>(args.output, own.batch, own.head, own.sequence.first_q),
                               args.output.row_stride};
-  if (args.aligned)
-    store_tile<true, Tile, kLinearRows, kThreads>(query, 0, to, row_begin, sequence.length_q, int(args.value_dim),
-                                                  threadIdx.x);
-  else
-    store_tile<false, Tile, kLinearRows, kThreads>(query, 0, to, row_begin, sequence.length_q, int(args.value_dim),
-                                                   threadIdx.x);
+  const auto store = [&]<bool kAligned>() {
+    store_tile<kAligned, Tile, kLinearRows, kThreads>(query, 0, to, own.row_begin, own.sequence.length_q,
+                                                      int(args.value_dim), threadIdx.x);
+  };
+  args.aligned ? store.template operator()<true>() : store.template operator()<false>();
 }
 
 }  // namespace

@@ -18,11 +18,12 @@ template <class Number, class ScopeLayout>
 struct Product {
   using Output = cutlass::epilogue::thread::LinearCombination<Number, 8, float, float,
                                                               cutlass::epilogue::thread::ScaleType::Nothing>;
-  using Gemm = typename cutlass::gemm::kernel::DefaultGemm<
-      Number, ScopeLayout, 8, Number, cutlass::layout::RowMajor, 8, Number, cutlass::layout::RowMajor, float,
-      cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80, Tile, cutlass::gemm::GemmShape<64, 64, 32>,
-      cutlass::gemm::GemmShape<16, 8, 16>, Output, Swizzle, /*Stages=*/3, /*SplitKSerial=*/false,
-      cutlass::arch::OpMultiplyAdd>::GemmKernel;
+  using Gemm =
+      typename cutlass::gemm::kernel::DefaultGemm<Number, ScopeLayout, 8, Number, cutlass::layout::RowMajor, 8, Number,
+                                                  cutlass::layout::RowMajor, float, cutlass::arch::OpClassTensorOp,
+                                                  cutlass::arch::Sm80, Tile, cutlass::gemm::GemmShape<64, 64, 32>,
+                                                  cutlass::gemm::GemmShape<16, 8, 16>, Output, Swizzle, /*Stages=*/3,
+                                                  /*SplitKSerial=*/false, cutlass::arch::OpMultiplyAdd>::GemmKernel;
   using Batched = cutlass::gemm::kernel::GemmBatched<typename Gemm::Mma, typename Gemm::Epilogue, Swizzle>;
   static_assert(sizeof(typename Batched::SharedStorage) <= 48 * 1024);  // else a kernel has to ask for it
 };

@@ -9,7 +9,7 @@ constexpr int kThreads = 256, kParts = kThreads / kLinearRows;
 
 // A block makes up to 128 rows of a state. Its tiles of rows and values are summed up one after another.
 template <class Input, int kDim>
-__global__ void __launch_bounds__(kThreads) attnx_linear_states(const __grid_constant__ StateArguments args) {
+__global__ void __launch_bounds__(kThreads, 1) attnx_linear_states(const __grid_constant__ StateArguments args) {
   using Tile = LinearTile<kDim>;
   constexpr int kChunk = kDim < 128 ? kDim : 128, kChunks = kDim / kChunk, kRowWarps = kDim < 128 ? 2 : 4;
   constexpr int kColumnWarps = 8 / kRowWarps;
@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(kThreads) attnx_linear_states(const __grid_con
   const int end = min(block * size + size, length);
   const Input* const feature_rows = rows_of<const Input>(args.features, unit.batch, head, first_row);
   const Input* const value_rows = rows_of<const Input>(args.values, unit.batch, head, first_row);
-  const LinearRow* const row_terms =
-      args.rows + (std::int64_t(unit.index) * heads + head_of_unit) * args.length_q;
+  const LinearRow* const row_terms = args.rows + (std::int64_t(unit.index) * heads + head_of_unit) * args.length_q;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   constexpr int kM = kChunk / kRowWarps, kN = kDim / kColumnWarps;
@@ -87,15 +86,15 @@ __global__ void __launch_bounds__(kThreads) attnx_linear_states(const __grid_con
                      pack(sums[m][n][half * 2] * factor, sums[m][n][half * 2 + 1] * factor, Input()));
       }
   __syncthreads();
-  store_tile<true, Result, kChunk, kThreads>(features, 0, StridedRows<Input>{to, args.state.value_lanes},
-                                             first_feature, args.state.features, args.state.value_lanes, threadIdx.x);
+  store_tile<true, Result, kChunk, kThreads>(features, 0, StridedRows<Input>{to, args.state.value_lanes}, first_feature,
+                                             args.state.features, args.state.value_lanes, threadIdx.x);
 }
 
 }  // namespace
 
 void launch_linear_states(const StateArguments& args, DType dtype, cudaStream_t stream) {
-  const std::int64_t states = args.units * (args.of_queries ? args.heads_of_unit * args.query_blocks_of_head
-                                                            : args.key_blocks_of_head);
+  const std::int64_t states =
+      args.units * (args.of_queries ? args.heads_of_unit * args.query_blocks_of_head : args.key_blocks_of_head);
   with_linear_kernel(args, dtype, [&]<class Input, int kDim>() {
     launch_kernel("attnx_linear_states", attnx_linear_states<Input, kDim>, states * (kDim == 256 ? 2 : 1), kThreads,
                   2 * LinearTile<kDim>::kBytes, stream, args);

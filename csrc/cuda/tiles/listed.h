@@ -7,8 +7,8 @@
 
 namespace attnx::cuda {
 
-// This says where one list stands: that of one block of queries or, transposed, of keys. The numbers of its entries share
-// an offset, which takes fewer registers than their addresses.
+// This says where one list stands: that of one block of queries or, transposed, of keys. The numbers of its entries
+// share an offset, which takes fewer registers than their addresses.
 class List {
   const BlockList& lists_;
   const std::int32_t* indices_;
