@@ -33,6 +33,7 @@ def hopper_calls() -> Iterator[tuple[str, Results]]:
         for kind in (_hopper_dense, _hopper_causal, _hopper_varlen, _hopper_shares, _hopper_many, *LISTED):
             yield f"{score} {head_dim} {kind.__name__[1:]}", kind(score, torch.bfloat16, head_dim)
     yield from _block_maps()
+    yield from _sparse_linear([48, 128, 256])
 
 
 def _hopper_dense(score: str, dtype: torch.dtype, head_dim: int) -> Results:
@@ -78,6 +79,7 @@ def calls() -> Iterator[tuple[str, Results]]:
         for kind in (_dense, _causal, _window, _varlen, _decode, *LISTED):
             yield f"{score} {dtype} {head_dim} {kind.__name__[1:]}", kind(score, dtype, head_dim)
     yield from _block_maps()
+    yield from _sparse_linear([45, 128, 256])
 
 
 def _block_maps() -> Iterator[tuple[str, Results]]:
@@ -96,6 +98,37 @@ def _block_maps() -> Iterator[tuple[str, Results]]:
     products = torch.randn(1, 1, 1, 60_001, generator=torch.Generator().manual_seed(0))
     labels = torch.ops.attnx.sparse_linear_labels(products, 64, 60_001 * 64, 64, 64, 0.1, 0.1, False, 0)
     yield "labels of a long row", {"labels": labels.float()}
+
+
+def _sparse_linear(head_dims: list[int]) -> Iterator[tuple[str, Results]]:
+    """Every width of the linear branch's tiles; blocks that some queries see; packed rows, not all on 16 bytes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def options(block_size: tuple[int, int], shape: tuple[int, ...], is_causal: bool) -> dict[str, Any]:
+        labels = torch.randint(-1, 2, shape, generator=generator, dtype=torch.int8)
+        block_map = attnx.SparseLinearMap(labels, block_size)
+        return {"block_map": block_map, "linear_scope": "all", "is_causal": is_causal}
+
+    for dtype, head_dim in product(DTYPES, head_dims):
+        shape = Shape(length_q=200, length_k=330, head_dim=head_dim, heads=2, kv_heads=1)
+        for own in (options((128, 64), (1, 2, 2, 6), False), options((64, 128), (1, 2, 4, 3), True)):
+            results = _run_parts("sparse_linear_attention", *random_inputs(shape, dtype, CPU), **own)
+            yield f"sparse linear {dtype} {head_dim} {own['is_causal']}", results
+        inputs, grad_output, sizes = pack(([70, 0, 9, 130], [80, 7, 130, 200]), dtype, CPU, 2, 1, head_dim)
+        own = options((64, 64), (4, 2, 3, 4), True)
+        results = _run_parts("sparse_linear_attention_varlen", inputs, grad_output, **own, **sizes)
+        yield f"sparse linear {dtype} {head_dim} varlen", results
+
+
+def _run_parts(operator: str, inputs: dict[str, Tensor], grad_output: Tensor, **options: Any) -> Results:
+    def attention(**leaves: Any) -> Tensor:
+        sparse, linear = getattr(attnx, operator)(**leaves)
+        return sparse - linear
+
+    torch.use_deterministic_algorithms(True)
+    results = forward_backward(attention, inputs, grad_output, **options)
+    torch.use_deterministic_algorithms(False)
+    return results
 
 
 def _dense(score: str, dtype: torch.dtype, head_dim: int) -> Results:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from attnx.nn import ProbabilisticAttention
+from attnx.nn import ProbabilisticAttention, SparseLinearAttention
 
 EMBED_DIM, HEADS, LENGTH, STEPS = 64, 2, 300, 20
 
@@ -17,6 +17,10 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "probabilistic": lambda: ProbabilisticAttention(EMBED_DIM, HEADS, density=0.6, is_causal=True),
     "probabilistic_topm": lambda: ProbabilisticAttention(EMBED_DIM, HEADS, mode="topm", block_size=(128, 128)),
     "probabilistic_sigmoid": lambda: ProbabilisticAttention(EMBED_DIM, HEADS, score="sigmoid", importance=True),
+    "sparse_linear": lambda: SparseLinearAttention(EMBED_DIM, HEADS, critical=0.3, is_causal=True),
+    "sparse_linear_sla2": lambda: SparseLinearAttention(
+        EMBED_DIM, HEADS, critical=0.3, mix="sla2", linear_scope="noncritical", num_kv_heads=1, is_causal=True
+    ),
 }
 
 

@@ -138,6 +138,9 @@ struct BackwardParams : AttentionParams {
   Tensor grad_query;  // like query
   Tensor grad_key;    // like key
   Tensor grad_value;  // like value
+  // These are gradients by another way to the same inputs, in the accumulator's type. They are added before the sum is
+  // rounded; null: none. On CUDA only calls with lists have them.
+  Tensor grad_query_addend, grad_key_addend, grad_value_addend;
   // These are [batch, heads_q] in double, the sums over each sequence; they are null where they are not wanted.
   double* grad_bias = nullptr;
   double* grad_alibi_slopes = nullptr;
@@ -177,7 +180,7 @@ struct LinearForwardParams : LinearParams {
 
 struct LinearBackwardParams : LinearParams {
   Tensor grad_output, output;               // [batch, heads_q, length_q, value_dim]
-  Tensor grad_query, grad_key, grad_value;  // added to
+  Tensor grad_query, grad_key, grad_value;  // in the accumulator's type
 };
 
 // Rows, normalised over their features as by LayerNorm without scale and bias, are compared with the centroids of each

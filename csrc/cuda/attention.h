@@ -10,6 +10,7 @@
 #include "cuda/labels/block_map.h"
 #include "cuda/labels/critical_blocks.h"
 #include "cuda/labels/label_blocks.h"
+#include "cuda/linear/linear.h"
 #include "cuda/passes/sum_over_batch.h"
 #include "cuda/sampling/sample_blocks.h"
 #include "cuda/score/sigmoid_weights.h"

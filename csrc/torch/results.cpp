@@ -4,13 +4,13 @@
 
 namespace attnx::ops {
 
-StableTensor empty_rows(const StableTensor& like, std::int64_t dim) {
-  if (like.dim() == 3) return torch::stable::new_empty(like, std::vector{like.size(0), like.size(1), dim});
+StableTensor empty_rows(const StableTensor& like, std::int64_t dim, std::optional<ScalarType> dtype) {
+  if (like.dim() == 3) return torch::stable::new_empty(like, std::vector{like.size(0), like.size(1), dim}, dtype);
   if (like.stride(1) < like.stride(2)) {
     const std::vector shape{like.size(0), like.size(2), like.size(1), dim};
-    return torch::stable::transpose(torch::stable::new_empty(like, shape), 1, 2);
+    return torch::stable::transpose(torch::stable::new_empty(like, shape, dtype), 1, 2);
   }
-  return torch::stable::new_empty(like, std::vector{like.size(0), like.size(1), like.size(2), dim});
+  return torch::stable::new_empty(like, std::vector{like.size(0), like.size(1), like.size(2), dim}, dtype);
 }
 
 StableTensor empty_logsumexp(const StableTensor& query) {

@@ -19,8 +19,8 @@ struct InputGradients {
 };
 
 // Results are allocated uninitialised: rows of dim features for each row of like, with the heads inside the rows in
-// memory where like has them so.
-StableTensor empty_rows(const StableTensor& like, std::int64_t dim);
+// memory where like has them so. The dtype is that of like where it is not given.
+StableTensor empty_rows(const StableTensor& like, std::int64_t dim, std::optional<ScalarType> dtype = std::nullopt);
 StableTensor empty_logsumexp(const StableTensor& query);
 
 // It allocates the results of a kernel and tells the kernel where they are.

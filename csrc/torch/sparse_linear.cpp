@@ -162,12 +162,16 @@ InputGradients backward(const PartGradients& grads, const Inputs& x, const Parts
   sparse.logsumexp = read_logsumexp("logsumexp", parts.logsumexp, x);
   linear.grad_output = read_output("grad_linear", grads.grad_linear, x);
   linear.output = read_output("linear", parts.linear, x);
+  // The gradients of both branches are added before they are rounded.
+  const ScalarType sums = sum_type(x.query);
+  const InputGradients of_linear{empty_rows(x.query, sparse.head_dim, sums), empty_rows(x.key, sparse.head_dim, sums),
+                                 empty_rows(x.value, sparse.value_dim, sums)};
+  linear.grad_query = sparse.grad_query_addend = view_rows(of_linear.grad_query);
+  linear.grad_key = sparse.grad_key_addend = view_rows(of_linear.grad_key);
+  linear.grad_value = sparse.grad_value_addend = view_rows(of_linear.grad_value);
   const InputGradients gradients = empty_gradients(x, sparse);
-  linear.grad_query = sparse.grad_query;
-  linear.grad_key = sparse.grad_key;
-  linear.grad_value = sparse.grad_value;
-  run(sparse, target);
   run(linear, target);
+  run(sparse, target);
   return gradients;
 }
 

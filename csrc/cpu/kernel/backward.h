@@ -179,13 +179,23 @@ class Backward {
   void store_rows(const Sequence& s, const Sums& sums, const Rows& r) const {
     for (int lane = 0; lane < r.panel->rows; ++lane) {
       const std::int64_t head = r.panel->head[lane];
-      store_lane(r.grad_query, lane, p_.head_dim, Sum(p_.scale),
-                 row_of<Result>(p_.grad_query, s.batch, head, s.result_row(r.panel->query[lane])));
+      const std::int64_t row = s.result_row(r.panel->query[lane]);
+      Sum sum[kMaxHeadDim];
+      store_lane(r.grad_query, lane, p_.head_dim, Sum(p_.scale), sum);
+      add_row(p_.grad_query_addend, s.batch, head, row, p_.head_dim, sum);
+      convert_row(row_of<Result>(p_.grad_query, s.batch, head, row), sum, p_.head_dim);
       sums.grad_bias[head % sizes_.group] += r.grad_bias[lane];
       sums.grad_slope[head % sizes_.group] += r.grad_slope[lane];
       if constexpr (Score::kNormalised)
         if (p_.grad_sink) sums.grad_sink[head % sizes_.group] += r.score->grad_sink(p_, *r.panel, lane);
     }
+  }
+
+  static void add_row(const Tensor& addend, std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t dim,
+                      Sum* to) {
+    if (!addend.data) return;
+    const Sum* const from = row_of<const Sum>(addend, batch, head, row);
+    for (std::int64_t d = 0; d < dim; ++d) to[d] += from[d];
   }
 
   // Adds up the sums of the splits of a head and stores them; each part of splits_ does its share of the keys. Not for
@@ -204,8 +214,10 @@ class Backward {
     for (std::int64_t key = s.length_k * part / splits_; key < s.length_k * (part + 1) / splits_; ++key) {
       add_up([&](const Sums& x) { return x.grad_key + key * sizes_.head_lanes; }, p_.head_dim, row);
       for (std::int64_t d = 0; d < p_.head_dim; ++d) row[d] *= Sum(p_.scale);
+      add_row(p_.grad_key_addend, s.batch, key_head, s.first_k + key, p_.head_dim, row);
       convert_row(row_of<Input>(p_.grad_key, s.batch, key_head, s.first_k + key), row, p_.head_dim);
       add_up([&](const Sums& x) { return x.grad_value + key * sizes_.value_lanes; }, p_.value_dim, row);
+      add_row(p_.grad_value_addend, s.batch, key_head, s.first_k + key, p_.value_dim, row);
       convert_row(row_of<Input>(p_.grad_value, s.batch, key_head, s.first_k + key), row, p_.value_dim);
     }
     if (part != 0) return;

@@ -30,7 +30,8 @@ void order_lists(const BackwardParams& p, int* order, cudaStream_t stream) {
 
 void launch(const BackwardPlan& plan, const BackwardCall& call) {
   const auto& p = call.params;
-  const GradQueryArguments grad_query{plan.geometry, call.scaling.scale, plan.scratch.grad_query_sum, p.grad_query};
+  const GradQueryArguments grad_query{plan.geometry, call.scaling.scale, plan.scratch.grad_query_sum, p.grad_query,
+                                      p.grad_query_addend};
   with_dtype(p.dtype, [&]<DType kDType>() {
     if (plan.mainloop == Mainloop::kSm80) {
       with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() {

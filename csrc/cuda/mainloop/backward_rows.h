@@ -24,6 +24,24 @@ __device__ __forceinline__ void store_accumulators(std::uint32_t tile, int row, 
       }
 }
 
+// A warp's accumulators, times a factor, get what rows of float32 add to them. They begin with a row, of those up to
+// `end`, and a column; transposed, their rows are columns.
+template <bool kTransposed = false, int kStride = 1, class Rows, int kM, int kN>
+__device__ __forceinline__ void add_rows(float (&x)[kM][kN][4], float factor, const Rows& rows, int row, int end,
+                                         int column, int features, int lane) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int down = m * 16 + e / 2 * 8 + lane / 4;
+        const int across = n / 2 * 16 * kStride + n % 2 * 8 + lane % 4 * 2 + e % 2;
+        const int r = row + (kTransposed ? across : down), c = column + (kTransposed ? down : across);
+        x[m][n][e] = fmaf(x[m][n][e], factor, r < end && c < features ? __ldg(rows.at(r) + c) : 0.0f);
+      }
+}
+
 // One thread waits until `before` turns at a tile of rows have been taken.
 __device__ __forceinline__ void wait_for_turn(const int* turns, int before) {
   int seen;

@@ -9,6 +9,7 @@ struct GradQueryArguments : BackwardGeometry {
   float scale;
   const float* sums;  // BackwardScratch::grad_query_sum
   Tensor grad_query;
+  Tensor addend;  // in float32; null: none
 };
 
 }  // namespace attnx::cuda

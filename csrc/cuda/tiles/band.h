@@ -34,6 +34,8 @@ struct Banded {
   static constexpr bool kFromMemory = false;
   // No tile has a bias of its own, which is added to its logits, or a divisor of its weights.
   static constexpr bool kHasBias = false;
+  // The gradients of keys and values have no addends.
+  static constexpr bool kHasAddend = false;
 
   struct ForwardParameters {};
   struct BackwardParameters {};

@@ -67,6 +67,7 @@ struct Listed {
   // The keys of a tile are read from memory, ahead of their use.
   static constexpr bool kFromMemory = true;
   static constexpr bool kHasBias = true;
+  static constexpr bool kHasAddend = true;
 
   struct ForwardParameters {
     BlockList key_blocks;  // of each block of queries
@@ -78,10 +79,11 @@ struct Listed {
     // In deterministic order this tells of each entry of query_blocks, laid out as its indices, how many blocks the
     // list of its block of queries has before the block of keys whose entry it is.
     const int* order;
+    Tensor grad_key_addend, grad_value_addend;
   };
   static ForwardParameters parameters(const ForwardParams& p) { return {p.key_blocks, int(p.block_q), int(p.block_k)}; }
   static BackwardParameters parameters(const BackwardParams& p, const int* order) {
-    return {p.query_blocks, int(p.block_q), int(p.block_k), order};
+    return {p.query_blocks, int(p.block_q), int(p.block_k), order, p.grad_key_addend, p.grad_value_addend};
   }
 
   template <class Tile, class Args, class Place>

@@ -189,7 +189,7 @@ class LinearBackward {
       differentiate_pair(s, rows, keys, b);
       x_.multiply(b.grad_products, x_.key_lanes, b.key, x_.head_lanes, b.grad_query, rows.count, keys.count, true);
     });
-    add_to(p_.grad_query, s, head, s.first_q, rows, b.query, b.grad_query);
+    store(p_.grad_query, s, head, s.first_q, rows, b.query, b.grad_query);
   }
 
   // Adds to D of some blocks of keys what one head of queries holds for them.
@@ -230,10 +230,10 @@ class LinearBackward {
                                true);
       }
     }
-    add_to(p_.grad_key, s, key_head, s.first_k, keys, b.key, b.grad_key);
+    store(p_.grad_key, s, key_head, s.first_k, keys, b.key, b.grad_key);
     for (std::int64_t j = 0; j < keys.count; ++j)
-      add_row(row_of<Input>(p_.grad_value, s.batch, key_head, s.first_k + keys.first + j),
-              b.grad_value + j * x_.value_lanes, p_.value_dim);
+      convert_row(row_of<Sum>(p_.grad_value, s.batch, key_head, s.first_k + keys.first + j),
+                  b.grad_value + j * x_.value_lanes, p_.value_dim);
   }
 
   // Calls visit(block, its keys) for the blocks in scope that some queries of a block see and others do not.
@@ -269,17 +269,11 @@ class LinearBackward {
       for (std::int64_t d = p_.value_dim + 1; d < x_.value_lanes; ++d) to[d] = 0;
     }
   }
-  static void add_row(Input* to, const Sum* from, std::int64_t dim) {
-    Sum row[kMaxHeadDim];
-    convert_row(row, to, dim);
-    for (std::int64_t d = 0; d < dim; ++d) row[d] += from[d];
-    convert_row(to, row, dim);
-  }
-  void add_to(const Tensor& to, const Sequence& s, std::int64_t head, std::int64_t first, Range rows, const Sum* phi,
+  void store(const Tensor& to, const Sequence& s, std::int64_t head, std::int64_t first, Range rows, const Sum* phi,
               Sum* grad) const {
     for (std::int64_t i = 0; i < rows.count; ++i, phi += x_.head_lanes, grad += x_.head_lanes) {
       differentiate_features(p_.feature_map, phi, grad, p_.head_dim);
-      add_row(row_of<Input>(to, s.batch, head, first + rows.first + i), grad, p_.head_dim);
+      convert_row(row_of<Sum>(to, s.batch, head, first + rows.first + i), grad, p_.head_dim);
     }
   }
 

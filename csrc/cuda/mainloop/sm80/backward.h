@@ -233,9 +233,20 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     __syncthreads();  // all have read the last tile before the next head's copies and the results
   }
 
-  store_accumulators<KeyTile, Input, Tile::kKeyWarpsD>(shared_key, grad_key, grad_feature, lane, grad_keys, args.scale);
-  store_accumulators<KeyTile, Input, Tile::kKeyWarpsD>(shared_value, grad_key, grad_feature, lane, grad_values,
-                                                       1 / (ScorePolicy::kWeightScale * divisor));
+  const auto store_grad = [&](std::uint32_t tile, auto& sums, float factor, std::int64_t features, const auto& addend) {
+    if constexpr (Tiles::kHasAddend) {
+      if (const Tensor& from = addend(args.tiles); from.data) {
+        add_rows<false, Tile::kKeyWarpsD>(sums, factor, key_rows(from, static_cast<const float*>(nullptr)),
+                                          key_begin + grad_key, band.length_k, grad_feature, int(features), lane);
+        factor = 1;
+      }
+    }
+    store_accumulators<KeyTile, Input, Tile::kKeyWarpsD>(tile, grad_key, grad_feature, lane, sums, factor);
+  };
+  store_grad(shared_key, grad_keys, args.scale, args.head_dim,
+             [](const auto& x) -> const Tensor& { return x.grad_key_addend; });
+  store_grad(shared_value, grad_values, 1 / (ScorePolicy::kWeightScale * divisor), args.value_dim,
+             [](const auto& x) -> const Tensor& { return x.grad_value_addend; });
   __syncthreads();
   const int thread = threadIdx.x;
   Storage::template store<KeyTile, kN, kThreads>(shared_key, 0,

@@ -33,8 +33,16 @@ __global__ void __launch_bounds__(Tile::kThreads)
     for (int n = 0; n < kQueryFeatures / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) grad_query[m][n][e] = from[((m * (kQueryFeatures / 8) + n) * 4 + e) * Tile::kThreads];
-  store_accumulators<RowTile, Input, Tile::kRowWarpsD>(shared_rows, warp % Tile::kRowWarps * kQueryRows,
-                                                       warp / Tile::kRowWarps * 16, lane, grad_query, args.scale);
+  const int row = warp % Tile::kRowWarps * kQueryRows, feature = warp / Tile::kRowWarps * 16;
+  float factor = args.scale;
+  if (args.addend.data) {
+    const auto addend =
+        Storage::template query_rows<const float>(args, args.addend, batch, query_head_of(args, head), sequence);
+    add_rows<false, Tile::kRowWarpsD>(grad_query, factor, addend, row_begin + row, row_end, feature, int(args.head_dim),
+                                      lane);
+    factor = 1;
+  }
+  store_accumulators<RowTile, Input, Tile::kRowWarpsD>(shared_rows, row, feature, lane, grad_query, factor);
   __syncthreads();
   const auto rows =
       Storage::template query_rows<Input>(args, args.grad_query, batch, query_head_of(args, head), sequence);

@@ -87,9 +87,11 @@ __device__ __forceinline__ void consume_by_keys(const Warpgroup& own) {
 
   // dK and dV leave through the shared memory of K and V, once no product reads it any more.
   meet(1, Tile::kConsumers);
-  own.store_grad_keys(grad_keys, args.scale, shared.key, args.tensors.grad_key, args.head_dim);
+  own.store_grad_keys(grad_keys, args.scale, shared.key, args.tensors.grad_key, args.head_dim,
+                      [](const auto& x) -> const Tensor& { return x.grad_key_addend; });
   own.store_grad_keys(grad_values, 1 / (ScorePolicy::kWeightScale * divisor), shared.value(), args.tensors.grad_value,
-                      args.value_dim);
+                      args.value_dim,
+                      [](const auto& x) -> const Tensor& { return x.grad_value_addend; });
 }
 
 }  // namespace attnx::cuda

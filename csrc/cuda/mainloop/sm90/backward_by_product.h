@@ -65,7 +65,8 @@ __device__ __forceinline__ void consume_weights(const Warpgroup& own) {
   if (last_tile >= 0) add_last_grad_query(step.number - 1);
   meet(1, Tile::kConsumers);
   own.store_grad_keys(grad_values, 1 / (Warpgroup::ScorePolicy::kWeightScale * divisor), shared.value(),
-                      args.tensors.grad_value, args.value_dim);
+                      args.tensors.grad_value, args.value_dim,
+                      [](const auto& x) -> const Tensor& { return x.grad_value_addend; });
 }
 
 // This one makes the gradients of logits, and dK.
@@ -104,7 +105,8 @@ __device__ __forceinline__ void consume_gradients(const Warpgroup& own) {
   }
 
   meet(1, Tile::kConsumers);
-  own.store_grad_keys(grad_keys, args.scale, shared.key, args.tensors.grad_key, args.head_dim);
+  own.store_grad_keys(grad_keys, args.scale, shared.key, args.tensors.grad_key, args.head_dim,
+                      [](const auto& x) -> const Tensor& { return x.grad_key_addend; });
 }
 
 }  // namespace attnx::cuda

@@ -10,6 +10,7 @@
 #include "cuda/mainloop/backward_rows.h"
 #include "cuda/mainloop/sm90/backward_producer.h"
 #include "cuda/mainloop/sm90/wgmma.h"
+#include "cuda/storage/strided.h"
 
 namespace attnx::cuda {
 
@@ -269,9 +270,19 @@ struct BackwardWarpgroup {
   }
 
   // This stores dK or dV of the warp's keys, rounded, by way of a tile of shared memory that no product reads any more.
-  __device__ __forceinline__ void store_grad_keys(const GradKeys& sums, float factor, std::uint32_t tile,
-                                                  const Tensor& to, std::int64_t features) const {
+  template <class Addend>
+  __device__ __forceinline__ void store_grad_keys(GradKeys& sums, float factor, std::uint32_t tile, const Tensor& to,
+                                                  std::int64_t features, const Addend& addend) const {
     const int row = own_key + warp * 16;
+    if constexpr (Tiles::kHasAddend) {
+      if (const Tensor& from = addend(args.tiles); from.data) {
+        const Place place = Place::again(args);
+        const StridedRows<const float> rows{
+            rows_of<const float>(from, place.batch, place.head, place.sequence.first_k), from.row_stride};
+        add_rows(sums, factor, rows, place.key_begin + row, place.sequence.band.length_k, 0, int(features), lane);
+        factor = 1;
+      }
+    }
     store_accumulators<KeyTile, Input>(tile, row, 0, lane, sums, factor);
     __syncwarp();
     const Place place = Place::again(args);

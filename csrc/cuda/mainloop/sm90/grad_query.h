@@ -50,10 +50,20 @@ __global__ void __launch_bounds__(128) attnx_grad_query_sm90(const __grid_consta
     for (int n = 0; n < kColumns / 8; ++n)
       *reinterpret_cast<float4*>(grad_query[0][n]) = from[(part * (kColumns / 8) + n) * 128];
     const int row = Tile::first_row(part), feature = Tile::first_feature(part);
+    const int own_row = row + (Tile::kSwapGradQuery ? 0 : warp * 16);
+    const int own_feature = feature + (Tile::kSwapGradQuery ? warp * 16 : 0);
+    float factor = args.scale;
+    if (args.addend.data) {
+      const auto addend =
+          Storage::template query_rows<const float>(args, args.addend, batch, query_head_of(args, head), sequence);
+      add_rows<Tile::kSwapGradQuery>(grad_query, factor, addend, row_begin + own_row, row_end, own_feature,
+                                     int(args.head_dim), lane);
+      factor = 1;
+    }
     if constexpr (Tile::kSwapGradQuery)
-      store_transposed<RowTile, Input>(shared_rows, row, feature + warp * 16, lane, grad_query, args.scale);
+      store_transposed<RowTile, Input>(shared_rows, own_row, own_feature, lane, grad_query, factor);
     else
-      store_accumulators<RowTile, Input>(shared_rows, row + warp * 16, feature, lane, grad_query, args.scale);
+      store_accumulators<RowTile, Input>(shared_rows, own_row, own_feature, lane, grad_query, factor);
   }
   __syncthreads();
   const auto rows =

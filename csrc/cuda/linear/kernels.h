@@ -1,0 +1,25 @@
+// This picks a kernel of linear attention by the call's dtype and features.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/common/device.h"
+#include "cuda/common/element.h"
+#include "cuda/linear/arguments.h"
+
+namespace attnx::cuda {
+
+// This calls action.template operator()<Input, kDim>() with what features and values are padded to.
+template <class Action>
+void with_linear_kernel(const LinearArguments& args, DType dtype, const Action& action) {
+  const std::int64_t dim = std::max(args.head_dim, args.value_dim);
+  const auto with_dim = [&]<class Input>(Input) {
+    if (dim <= 64) return action.template operator()<Input, 64>();
+    if (dim <= 128) return action.template operator()<Input, 128>();
+    return action.template operator()<Input, 256>();
+  };
+  if (dtype == DType::kBFloat16) return with_dim(__nv_bfloat16());
+  with_dim(__half());
+}
+
+}  // namespace attnx::cuda
