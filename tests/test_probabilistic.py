@@ -50,7 +50,7 @@ def test_philox(counter: list[int], key: list[int], words: list[int]) -> None:
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("block_size", [(64, 64), (128, 64), (64, 128)], ids=str)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("lengths", [*LENGTHS, (130, 70000)], ids=str)  # the last has rows of a thousand blocks
 def test_mask_is_the_reference_s(
     lengths: tuple[int, int], block_size: tuple[int, int], mode: Any, is_causal: bool, device: torch.device
 ) -> None:

@@ -366,6 +366,30 @@ def test_block_map_refuses_a_maximum_below_the_longest(dtype: torch.dtype, devic
         attnx.sparse_linear_block_map_varlen(inputs["query"], inputs["key"], *cu_seqlens, 69, 70)
 
 
+def test_block_map_fits_torch(dtype: torch.dtype, device: torch.device) -> None:
+    shape = Shape(length_q=300, length_k=200, head_dim=8)
+    inputs, _ = random_inputs(shape, dtype, device)
+    query, key = inputs["query"], inputs["key"]
+    options = (64, 64, 0.3, 0.3, True, 70, None, True)
+    torch.library.opcheck(torch.ops.attnx.sparse_linear_block_map, (query, key, *options))
+    packed, _, sizes = pack(([70, 3, 200], [70, 130, 5]), dtype, device)
+    arguments = (packed["query"], packed["key"], *sizes.values())
+    torch.library.opcheck(torch.ops.attnx.sparse_linear_block_map_varlen, (*arguments, *options))
+
+    def block_map(*x: Any) -> Tensor:
+        return attnx.sparse_linear_block_map_varlen(*x, critical=0.3, smooth_k=True).labels
+
+    compiled = torch.compile(block_map, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), block_map(*arguments))
+    stacked = [torch.stack([x, -2 * x]) for x in (query, key)]
+    mapped = torch.vmap(lambda *x: attnx.sparse_linear_block_map(*x, critical=0.3).labels)(*stacked)
+    each = [attnx.sparse_linear_block_map(*x, critical=0.3).labels for x in zip(*stacked, strict=True)]
+    assert torch.equal(mapped, torch.stack(each))
+    with torch.autocast(device.type, torch.bfloat16):
+        labels = attnx.sparse_linear_block_map(query.float(), key.float()).labels
+    assert torch.equal(labels, attnx.sparse_linear_block_map(query.bfloat16(), key.bfloat16()).labels)
+
+
 @pytest.mark.backends("cuda", "emulated")
 def test_map_of_more_products_than_are_made_at_once(dtype: torch.dtype, device: torch.device) -> None:
     """The means of small integers, and their products, are exact: so are the ties between them."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import attnx
@@ -37,8 +38,9 @@ def _fixed_numbers(case: Case) -> dict[str, float]:
 
 
 def _map(shares: Shares, case: Case, inputs: Inputs) -> attnx.SparseLinearMap:
-    """In float32, which holds the inputs and their float64 copies alike, so that both have the same map."""
-    query, key = inputs.query.float(), inputs.key.float()
+    """In a dtype that holds the inputs and their float64 copies alike, so that both have the same map."""
+    dtype = torch.bfloat16 if inputs.query.is_cuda else torch.float32  # CUDA makes no map of float32
+    query, key = inputs.query.to(dtype), inputs.key.to(dtype)
     return attnx.sparse_linear_block_map(query, key, is_causal=case.is_causal, **shares(case))
 
 

@@ -25,7 +25,8 @@ struct MapPlan {
 };
 
 MapPlan make_plan(const BlockMapParams& p, void* memory) {
-  constexpr std::int64_t kProducts = 6 << 20;  // of float32: half of the L2 cache of the smallest device
+  constexpr std::int64_t kProducts = 6 << 20;  // float32: half of an L2 cache of 50 MB
+  constexpr std::int64_t kProblems = 65535;    // the most that one launch has
   MapPlan plan;
   WorkspaceLayout layout;
   plan.features = padded_to_vectors(p.head_dim);
@@ -42,7 +43,7 @@ MapPlan make_plan(const BlockMapParams& p, void* memory) {
   plan.row_stride = padded_to_vectors(plan.key.blocks);
   const std::int64_t of_problem = plan.group * plan.query.blocks * plan.row_stride;
   plan.problems = p.batch * p.heads_k;
-  plan.at_once = std::clamp<std::int64_t>(kProducts / std::max<std::int64_t>(of_problem, 1), 1, plan.problems);
+  plan.at_once = std::clamp(kProducts / of_problem, std::int64_t(1), std::min(plan.problems, kProblems));
   plan.products = layout.place<float>(memory, plan.at_once * of_problem);
   plan.workspace = layout.bytes();
   return plan;

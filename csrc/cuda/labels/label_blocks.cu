@@ -33,24 +33,25 @@ __global__ void __launch_bounds__(kMaxWarps * 32) attnx_label_blocks(const __gri
   if (at >= args.heads * rows) return;
   const LabelRow row(grid_of(args, at / rows, at % rows), args.shares, at % rows);
   const int begin = int(row.begin), end = int(row.end), candidates = int(row.candidates);
-  const Ranking<kShared> ranking(args.products + at * args.row_stride + begin, end - begin,
-                                 reinterpret_cast<float*>(copies + warp * ((blocks + 127) / 128 * 32)));
-  BestOfRow critical(ranking.best(int(row.critical))), others(ranking.best(int(row.not_negligible)));
+  float* const copy = reinterpret_cast<float*>(copies) + warp * Ranking<true>::padded(blocks);
+  const Ranking<kShared> ranking(args.products + at * args.row_stride + begin, end - begin, copy);
+  const Cut critical = ranking.best(int(row.critical)), others = ranking.best(int(row.not_negligible));
   std::int8_t* const labels = args.labels + at * blocks;
-  for (int first = 0; first < int(blocks); first += 32) {
-    const int block = first + lane;
-    const bool is_ranked = block >= begin && block < end;
-    const std::uint32_t key = is_ranked ? ranking.key(block - begin) : 0;
-    const bool is_critical = critical.takes(key), is_marginal = others.takes(key);
-    if (block >= int(blocks)) break;
-    labels[block] = is_ranked ? (is_critical ? 1 : is_marginal ? 0 : -1) : block < candidates ? 1 : -1;
+#pragma unroll 4
+  for (int block = lane; block < int(blocks); block += 32) {
+    const int index = block - begin;
+    const bool is_ranked = (index >= 0) & (block < end);
+    const std::uint32_t key = is_ranked ? ranking.key(index) : 0;
+    const int of_rank =
+        int(critical.takes(key, index)) + int(others.takes(key, index)) - 1;  // the latter has the former
+    labels[block] = std::int8_t(is_ranked ? of_rank : block < candidates ? 1 : -1);
   }
 }
 
 }  // namespace
 
 void launch_label_blocks(const LabelArguments& args, const Launch& launch) {
-  const std::int64_t row_bytes = (args.grid.key_blocks() + 127) / 128 * 128 * std::int64_t(sizeof(float));
+  const std::int64_t row_bytes = Ranking<true>::padded(args.grid.key_blocks()) * std::int64_t(sizeof(float));
   const std::int64_t fit = row_bytes > 0 ? current_device().shared_bytes / row_bytes : 0;
   const int warps = fit > 0 ? int(std::min<std::int64_t>(fit, kMaxWarps)) : kMaxWarps;
   const std::int64_t rows = args.heads * args.grid.query_blocks();

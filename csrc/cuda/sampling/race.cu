@@ -11,14 +11,17 @@ namespace attnx::cuda {
 namespace {
 
 constexpr int kWarps = 4, kDigitBits = 8, kDigits = 1 << kDigitBits;
+constexpr int kKept = 1024;                          // candidates of a row whose times are kept in shared memory
 constexpr std::uint64_t kNever = ~std::uint64_t(0);  // of a block that does not run; no time has these bits
 
 }  // namespace
 
 // A warp finds the finish of a row by radix selection: the bits of the times, which are not negative, order as the
-// times do. The times are drawn anew for each digit, as no memory would hold those of every row.
-__global__ void __launch_bounds__(kWarps * 32) attnx_race(const __grid_constant__ Round round, int blocks_per_row) {
+// times do. In rows of more candidates than shared memory has room for, the times are drawn anew for each digit.
+__global__ void __launch_bounds__(kWarps * 32)
+    attnx_race(const __grid_constant__ Round round, const __grid_constant__ SampledLists lists, int blocks_per_row) {
   __shared__ int counts[kWarps][kDigits];
+  __shared__ std::uint64_t kept_times[kWarps][kKept];
   const int lane = threadIdx.x % 32, rows = int(round.grid.query_blocks());
   const std::int64_t number = std::int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (number >= round.heads * rows) return;
@@ -27,19 +30,24 @@ __global__ void __launch_bounds__(kWarps * 32) attnx_race(const __grid_constant_
   const BlockRow<int> row(round.grid, i);
   const SamplingRound draws = round.draws();
   int* const histogram = counts[threadIdx.x / 32];
+  std::uint64_t* const times = kept_times[threadIdx.x / 32];
+
+  // These return the bits of the time of candidate j, which a lane always asks for itself.
+  const auto drawn_time = [&](int j) {
+    const int distance = row.distance(j);
+    const float p = __ldg(round.keep + distance);
+    return distance > 0 && p > 0 ? std::uint64_t(__double_as_longlong(arrival_time(draws.draw(head, i, j), p)))
+                                 : kNever;
+  };
+  const auto time_of = [&](int j) {
+    if (j >= row.candidates) return kNever;
+    return j < kKept ? times[j] : drawn_time(j);
+  };
+  for (int j = lane; j < min(row.candidates, kKept); j += 32) times[j] = drawn_time(j);
 
   // This calls visit(block, bits of its time) for 32 blocks at a time.
   const auto for_each = [&](const auto& visit) {
-    for (int first = 0; first < row.candidates; first += 32) {
-      const int j = first + lane;
-      std::uint64_t bits = kNever;
-      if (j < row.candidates) {
-        const int distance = row.distance(j);
-        const float p = __ldg(round.keep + distance);
-        if (distance > 0 && p > 0) bits = __double_as_longlong(arrival_time(draws.draw(head, i, j), p));
-      }
-      visit(j, bits);
-    }
+    for (int first = 0; first < row.candidates; first += 32) visit(first + lane, time_of(first + lane));
   };
 
   int wanted = blocks_per_row - (row.diagonal_end - row.diagonal_begin);
@@ -93,12 +101,19 @@ __global__ void __launch_bounds__(kWarps * 32) attnx_race(const __grid_constant_
     });
   }
   if (lane == 0) round.finishes[number] = finish;
+  lists.write(number, 0, int(round.grid.key_blocks()), [&](int j, float& p) {
+    if (j >= row.candidates) return false;
+    const int distance = row.distance(j);
+    if (lists.corrections) p = __ldg(round.keep + distance);
+    const std::uint64_t bits = time_of(j);
+    return distance == 0 || (bits != kNever && finish.is_after(__longlong_as_double(bits), j));
+  });
 }
 
-void launch_race(const Round& round, std::int64_t blocks_per_row, cudaStream_t stream) {
+void launch_race(const Round& round, std::int64_t blocks_per_row, const SampledLists& lists, cudaStream_t stream) {
   const int wanted = blocks_per_row < INT_MAX ? int(blocks_per_row) : INT_MAX;
   launch_kernel("attnx_race", attnx_race, (round.heads * round.grid.query_blocks() + kWarps - 1) / kWarps, kWarps * 32,
-                0, stream, round, wanted);
+                0, stream, round, lists, wanted);
 }
 
 }  // namespace attnx::cuda

@@ -25,11 +25,16 @@ class List {
         indices_(lists.indices + batch * lists.indices_batch_stride + head * lists.indices_head_stride +
                  block * lists.indices_row_stride),
         numbers_(batch * lists.bias_batch_stride + head * lists.bias_head_stride + block * lists.bias_row_stride),
-        count_(__ldg(lists.counts + batch * lists.counts_batch_stride + head * lists.counts_head_stride + block)) {}
+        count_(min(__ldg(lists.counts + batch * lists.counts_batch_stride + head * lists.counts_head_stride + block),
+                   int(lists.width))) {}
 
   __device__ __forceinline__ int count() const { return count_; }
   __device__ __forceinline__ const std::int32_t* entry(int i) const { return indices_ + i; }
   __device__ __forceinline__ int index(int entry) const { return __ldg(indices_ + entry); }
+  // This drops the last entries that are not below `end`.
+  __device__ __forceinline__ void drop_from(int end) {
+    while (count_ > 0 && index(count_ - 1) >= end) --count_;
+  }
   __device__ __forceinline__ float bias(int entry) const { return number(lists_.bias, entry, 0); }
   __device__ __forceinline__ float divisor(int entry) const { return number(lists_.divisor, entry, 1); }
 };
@@ -39,15 +44,16 @@ template <int kSize>
 class ListedTiles {
   List list_;
   int block_, shift_;  // keys of a block; log2 of its tiles
+  unsigned last_;      // no block is taken beyond this one, whatever the list says
 
  public:
-  __device__ __forceinline__ ListedTiles(const List& list, int block)
-      : list_(list), block_(block), shift_((block > kSize) + (block > 2 * kSize)) {}
+  __device__ __forceinline__ ListedTiles(const List& list, int block, unsigned last = ~0u)
+      : list_(list), block_(block), shift_((block > kSize) + (block > 2 * kSize)), last_(last) {}
 
   __device__ __forceinline__ int begin() const { return 0; }
   __device__ __forceinline__ int end() const { return list_.count() << shift_; }
   __device__ __forceinline__ int first(int tile) const {
-    return list_.index(tile >> shift_) * block_ + (tile & ((1 << shift_) - 1)) * kSize;
+    return int(min(unsigned(list_.index(tile >> shift_)), last_)) * block_ + (tile & ((1 << shift_) - 1)) * kSize;
   }
   __device__ __forceinline__ float bias(int tile) const { return list_.bias(tile >> shift_); }
   __device__ __forceinline__ float divisor(int tile) const { return list_.divisor(tile >> shift_); }
@@ -87,10 +93,14 @@ struct Listed {
   }
 
   template <class Tile, class Args, class Sequence>
-  static __device__ __forceinline__ ListedTiles<Tile::kM> rows(const Args& args, const Sequence&, int batch,
+  static __device__ __forceinline__ ListedTiles<Tile::kM> rows(const Args& args, const Sequence& sequence, int batch,
                                                                int query_head, int key_begin) {
     const auto& lists = args.tiles;
-    return {List(lists.query_blocks, batch, query_head, key_begin / lists.block_k), lists.block_q};
+    List list(lists.query_blocks, batch, query_head, key_begin / lists.block_k);
+    const int blocks = (sequence.length_q + lists.block_q - 1) / lists.block_q;
+    // Packed sequences of several lengths may share lists, which ascend then.
+    if (args.cu_seqlens_q) list.drop_from(blocks);
+    return {list, lists.block_q, unsigned(max(blocks - 1, 0))};
   }
 
   // This counts as for a band, but here the list of the block of rows names the blocks before.

@@ -114,7 +114,8 @@ def _block_map_varlen(
     max_seqlen_k: int,
     *options: Any,
 ) -> Tensor:
-    labels = map_labels(query, key, *options[:2], cu_seqlens_q, max_seqlen_q, max_seqlen_k).fill_(-1)
+    block_q, block_k = options[:2]
+    labels = map_labels(query, key, block_q, block_k, cu_seqlens_q, max_seqlen_q, max_seqlen_k).fill_(-1)
     for name, cu_seqlens, most in (("q", cu_seqlens_q, max_seqlen_q), ("k", cu_seqlens_k, max_seqlen_k)):
         if most < (needed := longest(cu_seqlens)):
             raise RuntimeError(f"max_seqlen_{name}: expected at least the longest sequence, {needed}, got {most}")
