@@ -105,7 +105,9 @@ def check(inputs: dict[str, Tensor], block_map: SparseLinearMap, **options: Any)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_definition(feature_map: str, scope: str, shape: Shape, is_causal: bool, device: torch.device, dtype: torch.dtype) -> None:
+def test_definition(
+    feature_map: str, scope: str, shape: Shape, is_causal: bool, device: torch.device, dtype: torch.dtype
+) -> None:
     inputs, _ = random_inputs(shape, dtype, device)
     block_map = random_map(shape, (64, 64), device)
     check(inputs, block_map, feature_map=feature_map, linear_scope=scope, is_causal=is_causal)
@@ -218,6 +220,52 @@ def test_varlen(
     reference = both(attnx.reference.sparse_linear_attention_varlen)(**inputs, **sizes, **options)
     tolerance = max(1e-4, 4 * torch.finfo(dtype).eps)
     torch.testing.assert_close(actual["output"].double(), reference, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dims", [(1, 1), (33, 129), (40, 128)], ids=str)
+@pytest.mark.parametrize("layout", ["heads_inside", "slice"])
+def test_layouts(
+    layout: str, head_dims: tuple[int, int], is_causal: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Rows that lie apart, on 16 bytes or not, with NaN between them."""
+    shape = Shape(150, 170, *head_dims, batch=2, heads=4, kv_heads=2)
+    inputs, _ = random_inputs(shape, dtype, device)
+    block_map = random_map(shape, (64, 64), device)
+    inputs = {name: in_layout(x, layout) for name, x in inputs.items()}
+    check(inputs, block_map, linear_scope="noncritical", feature_map="elu", is_causal=is_causal)
+
+
+@pytest.mark.parametrize("lengths", [(0, 100), (100, 0), (0, 0)], ids=str)
+def test_empty_sequences(lengths: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    shape = Shape(*lengths, head_dim=16, heads=2, kv_heads=1)
+    inputs, _ = random_inputs(shape, dtype, device)
+    blocks = [-(-n // 64) for n in lengths]
+    block_map = SparseLinearMap(torch.zeros(1, 2, *blocks, dtype=torch.int8, device=device), (64, 64))
+    for x in results(both(attnx.sparse_linear_attention), inputs, block_map=block_map).values():
+        assert not x.any()
+
+
+def test_repeats_bitwise(dtype: torch.dtype, device: torch.device, deterministic: None) -> None:
+    inputs, _ = random_inputs(SHAPES[1], dtype, device)
+    options: dict[str, Any] = {"block_map": random_map(SHAPES[1], (64, 64), device), "is_causal": True}
+    first = results(both(attnx.sparse_linear_attention), inputs, **options)
+    for _ in range(3):
+        again = results(both(attnx.sparse_linear_attention), inputs, **options)
+        assert all(torch.equal(x, again[name]) for name, x in first.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_both_branches_are_rounded_once(dtype: torch.dtype, device: torch.device) -> None:
+    """All weights are equal and exact. The sparse branch gives 1 + 2**-12, which is 1 in 16 bits; the other gives -1."""
+    query, key = (torch.zeros(1, 1, 64, 16, dtype=dtype, device=device) for _ in range(2))
+    value = torch.randn(1, 1, 64, 16, generator=torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_()
+    block_map = SparseLinearMap(torch.ones(1, 1, 1, 1, dtype=torch.int8, device=device), (64, 64))
+    parts = attnx.sparse_linear_attention(query, key, value, block_map=block_map, linear_scope="all")
+    grads = [torch.ones_like(parts[0]), -torch.ones_like(parts[1])]
+    grads[0][:, :, :2] += 2.0**-7
+    (gradient,) = torch.autograd.grad(parts, value, grads)
+    assert (gradient == 2.0**-12).all()
 
 
 MAPS: dict[str, dict[str, Any]] = {
