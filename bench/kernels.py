@@ -11,7 +11,14 @@ _DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16"}
 # These are the words of policies that are not their names: a band of strided or TMA's rows is the ordinary case.
 _POLICIES = {"Banded": "", "Listed": "listed", "Tma": "", "Strided": ""}
 # These are the words of false and true where they are a kernel's own arguments, or a policy's.
-_FLAGS = {"row_terms": ("unaligned", ""), "combine": ("pointwise", "normalised"), "Strided": ("unaligned", "")}
+_FLAGS = {
+    "row_terms": ("unaligned", ""),
+    "combine": ("pointwise", "normalised"),
+    "Strided": ("unaligned", ""),
+    "sample_blocks": ("", "transposed"),
+    "label_blocks": ("unshared", ""),
+    "pooled_blocks": ("unaligned", ""),
+}
 
 
 def _split(arguments: str) -> Iterator[str]:

@@ -566,10 +566,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@cpu
 @pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
-def test_bad_input(options: dict[str, Any], message: str, device: torch.device) -> None:
-    inputs, _ = random_inputs(Shape(length_q=128, length_k=192), torch.float32, device)
+def test_bad_input(options: dict[str, Any], message: str, device: torch.device, dtype: torch.dtype) -> None:
+    inputs, _ = random_inputs(Shape(length_q=128, length_k=192), dtype, device)
     with pytest.raises(RuntimeError) as error:
         attnx.sparse_linear_attention(**inputs, **options)
     assert str(error.value).startswith(message)
