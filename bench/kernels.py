@@ -17,7 +17,7 @@ _FLAGS = {
     "Strided": ("unaligned", ""),
     "sample_blocks": ("", "transposed"),
     "label_blocks": ("unshared", ""),
-    "pooled_blocks": ("unaligned", ""),
+    "pool_blocks": ("unaligned", ""),
 }
 
 
