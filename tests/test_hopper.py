@@ -129,6 +129,24 @@ def test_lists_are_served(dtype: torch.dtype, device: torch.device) -> None:
     assert any("64 rows x 64 keys" in reason for reason in explanation.reasons)
 
 
+@pytest.mark.parametrize(
+    ("block_size", "forward", "backward"),
+    [((64, 64), (64, 64), (64, 64)), ((128, 64), (128, 64), (64, 64)), ((128, 128), (128, 128), (64, 128))],
+    ids=str,
+)
+def test_tiles_follow_the_blocks_of_lists(
+    block_size: tuple[int, int],
+    forward: tuple[int, int],
+    backward: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    inputs, _ = random_inputs(Shape(256, 256, 128), dtype, device)
+    reasons = attnx.explain(attnx.probabilistic_attention, **inputs, block_size=block_size).reasons
+    for direction, (rows, keys) in (("forward", forward), ("backward", backward)):
+        assert any(f"the {direction} is" in reason and f"{rows} rows x {keys} keys" in reason for reason in reasons)
+
+
 def _few_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return inputs | {"query": inputs["query"][:, :, :16]}
 
