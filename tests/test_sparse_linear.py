@@ -246,6 +246,13 @@ def test_empty_sequences(lengths: tuple[int, int], dtype: torch.dtype, device: t
         assert not x.any()
 
 
+def test_more_heads_than_run_at_once(dtype: torch.dtype, device: torch.device) -> None:
+    """The states of three of these heads fill what the CUDA kernels keep in the L2 cache."""
+    shape = Shape(length_q=40, length_k=4096, head_dim=256, heads=5)
+    inputs, _ = random_inputs(shape, dtype, device)
+    check(inputs, random_map(shape, (64, 64), device), feature_map="relu")
+
+
 def test_repeats_bitwise(dtype: torch.dtype, device: torch.device, deterministic: None) -> None:
     inputs, _ = random_inputs(SHAPES[1], dtype, device)
     options: dict[str, Any] = {"block_map": random_map(SHAPES[1], (64, 64), device), "is_causal": True}
@@ -257,7 +264,7 @@ def test_repeats_bitwise(dtype: torch.dtype, device: torch.device, deterministic
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_of_both_branches_are_rounded_once(dtype: torch.dtype, device: torch.device) -> None:
-    """All weights are equal and exact. The sparse branch gives 1 + 2**-12, which is 1 in 16 bits; the other gives -1."""
+    """Weights are equal and exact. The sparse branch gives 1 + 2**-12, which is 1 in 16 bits; the other gives -1."""
     query, key = (torch.zeros(1, 1, 64, 16, dtype=dtype, device=device) for _ in range(2))
     value = torch.randn(1, 1, 64, 16, generator=torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_()
     block_map = SparseLinearMap(torch.ones(1, 1, 1, 1, dtype=torch.int8, device=device), (64, 64))

@@ -3,6 +3,8 @@
 #include <cutlass/gemm/kernel/default_gemm.h>
 #include <cutlass/gemm/kernel/gemm_batched.h>
 
+#include <type_traits>
+
 #include "cuda/common/device.h"
 #include "cuda/linear/arguments.h"
 

@@ -270,7 +270,7 @@ class LinearBackward {
     }
   }
   void store(const Tensor& to, const Sequence& s, std::int64_t head, std::int64_t first, Range rows, const Sum* phi,
-              Sum* grad) const {
+             Sum* grad) const {
     for (std::int64_t i = 0; i < rows.count; ++i, phi += x_.head_lanes, grad += x_.head_lanes) {
       differentiate_features(p_.feature_map, phi, grad, p_.head_dim);
       convert_row(row_of<Sum>(to, s.batch, head, first + rows.first + i), grad, p_.head_dim);

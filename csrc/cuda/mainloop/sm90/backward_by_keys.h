@@ -90,8 +90,7 @@ __device__ __forceinline__ void consume_by_keys(const Warpgroup& own) {
   own.store_grad_keys(grad_keys, args.scale, shared.key, args.tensors.grad_key, args.head_dim,
                       [](const auto& x) -> const Tensor& { return x.grad_key_addend; });
   own.store_grad_keys(grad_values, 1 / (ScorePolicy::kWeightScale * divisor), shared.value(), args.tensors.grad_value,
-                      args.value_dim,
-                      [](const auto& x) -> const Tensor& { return x.grad_value_addend; });
+                      args.value_dim, [](const auto& x) -> const Tensor& { return x.grad_value_addend; });
 }
 
 }  // namespace attnx::cuda

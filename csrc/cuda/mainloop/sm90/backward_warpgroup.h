@@ -277,8 +277,8 @@ struct BackwardWarpgroup {
     if constexpr (Tiles::kHasAddend) {
       if (const Tensor& from = addend(args.tiles); from.data) {
         const Place place = Place::again(args);
-        const StridedRows<const float> rows{
-            rows_of<const float>(from, place.batch, place.head, place.sequence.first_k), from.row_stride};
+        const StridedRows<const float> rows{rows_of<const float>(from, place.batch, place.head, place.sequence.first_k),
+                                            from.row_stride};
         add_rows(sums, factor, rows, place.key_begin + row, place.sequence.band.length_k, 0, int(features), lane);
         factor = 1;
       }
