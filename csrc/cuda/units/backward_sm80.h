@@ -27,7 +27,7 @@ struct BackwardSm80 {
     using Sizes = BackwardTiles<kHeadDim>;
     if (call.variant.listed) {
       if (!call.variant.aligned) return launch<Listed, false, typename Sizes::Narrow>(call);
-      call.variant.wide ? launch<Listed, true, typename Sizes::Wide>(call)
+      call.variant.wide ? launch<Listed, true, typename Sizes::WideListed>(call)
                         : launch<Listed, true, typename Sizes::Narrow>(call);
     } else if (!call.variant.aligned) {
       launch<Banded, false, typename Sizes::Narrow>(call);

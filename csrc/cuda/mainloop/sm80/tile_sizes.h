@@ -1,8 +1,9 @@
 // This is the table to tune: tile sizes by head dimension. It is plain C++, because the launchers compute with it too.
 //
 // Wide tiles serve long queries on devices that have the shared memory, and lists whose blocks they divide. Narrow ones
-// serve the rest: short queries, devices of 99 KiB (sm_86, sm_89, sm_120), and lists of smaller blocks. With 32 rows a
-// warp a product reads half the shared memory that 16 rows need; above 128 features 32 rows exceed the registers.
+// serve the rest: short queries, devices of 99 KiB (sm_86, sm_89, sm_120), lists of smaller blocks, and backward those
+// of dimensions whose wide tiles leave lists no registers. With 32 rows a warp a product reads half the shared memory
+// that 16 rows need; above 128 features 32 rows exceed the registers.
 #pragma once
 
 namespace attnx::cuda {
@@ -77,31 +78,37 @@ template <>
 struct BackwardTiles<32> {
   using Wide = BackwardTile<32, 128, 64, 8, 2, 4, 4, 8>;
   using Narrow = BackwardTile<32, 64, 64, 4, 2, 2, 2, 4>;
+  using WideListed = Wide;
 };
 template <>
 struct BackwardTiles<64> {
   using Wide = BackwardTile<64, 128, 128, 8, 2, 4, 4, 4>;
   using Narrow = BackwardTile<64, 64, 64, 8, 2, 4, 4, 4>;
+  using WideListed = Wide;
 };
 template <>
 struct BackwardTiles<96> {
   using Wide = BackwardTile<96, 64, 128, 8, 2, 2, 4, 4>;
   using Narrow = BackwardTile<96, 64, 64, 8, 2, 4, 4, 4>;
+  using WideListed = Narrow;
 };
 template <>
 struct BackwardTiles<128> {
   using Wide = BackwardTile<128, 64, 128, 8, 2, 2, 4, 2>;
   using Narrow = BackwardTile<128, 64, 64, 8, 1, 4, 4, 2>;
+  using WideListed = Wide;
 };
 template <>
 struct BackwardTiles<192> {
   using Wide = BackwardTile<192, 64, 64, 8, 2, 4, 4, 2>;
   using Narrow = BackwardTile<192, 32, 64, 8, 1, 2, 4, 2>;
+  using WideListed = Narrow;
 };
 template <>
 struct BackwardTiles<256> {
   using Wide = BackwardTile<256, 64, 64, 8, 1, 4, 4, 4>;
   using Narrow = BackwardTile<256, 32, 32, 4, 1, 2, 2, 2>;
+  using WideListed = Narrow;
 };
 
 }  // namespace attnx::cuda
