@@ -14,49 +14,11 @@ from torch import Tensor
 
 import attnx
 from attnx import reference
-from attnx.testing import assert_close, eager_sigmoid_attention, eager_softmax_attention
+from attnx.testing import assert_close, eager_sigmoid_attention
+from staircase_cases import DTYPES, LEVELS, SMALL, cache_of, check_attention, same, tokens
 
 NAME = "staircase_attention"
-pytestmark = pytest.mark.backends("cpu")
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LEVELS = [
-    (16, 8, 4, 2),
-    (16, 8, 4, 2, 1),
-    (16, 8, 1),
-    (16, 4, 2),
-    (16, 2),
-    (16, 1),
-    (16, 8),
-    (16, 4, 4, 4, 1),
-]
-SMALL: dict[str, Any] = {"window": 64, "group": 32}
-
-
-def tokens(
-    length: int, batch: int = 2, heads: int = 2, head_dim: int = 64, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Keys with a few strong channels, as models have them, and values."""
-    generator = torch.Generator().manual_seed(seed)
-    key, value = torch.randn(2, batch, heads, length, head_dim, generator=generator, dtype=torch.float64).unbind(0)
-    return (key * (1 + 7 * (torch.arange(head_dim) % 13 == 0))).to(dtype), value.to(dtype)
-
-
-def cache_of(key: Tensor, value: Tensor, max_length: int | None = None, **options: Any) -> attnx.StaircaseCache:
-    batch, heads, length, head_dim = key.shape
-    cache = attnx.StaircaseCache(batch, heads, head_dim, max_length or length + 64, dtype=key.dtype, **options)
-    cache.append(key, value)
-    return cache
-
-
-def same(a: attnx.StaircaseCache, b: attnx.StaircaseCache) -> bool:
-    """What they read and how many bits it has: the memory no state reads is left out."""
-    if not torch.equal(a.lengths, b.lengths):
-        return False
-    sequences = range(a.batch_size)
-    return all(torch.equal(a.bits(i), b.bits(i)) for i in sequences) and all(
-        torch.equal(x, y) for x, y in zip(a.dequantize(), b.dequantize(), strict=True)
-    )
+pytestmark = [pytest.mark.backends("cpu"), pytest.mark.usefixtures("backend")]
 
 
 # The definition -----------------------------------------------------------------------------------------------------
@@ -223,31 +185,6 @@ def test_attention(score: Any, dtype: torch.dtype, length_q: int, heads: int) ->
         check_attention(score, dtype, length_q, heads, levels, length)
 
 
-def check_attention(
-    score: Any, dtype: torch.dtype, length_q: int, heads: int, levels: tuple[int, ...], length: int
-) -> None:
-    key, value = tokens(length, dtype=dtype)
-    query = torch.randn(2, heads, length_q, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
-    cache = cache_of(key, value, levels=levels, **SMALL)
-    exact = {"query": query.double()} | dict(
-        zip(("key", "value"), (x.double() for x in cache.dequantize()), strict=True)
-    )
-    inputs = {name: x.to(dtype) for name, x in exact.items()}
-    eager = {"softmax": eager_softmax_attention, "sigmoid": eager_sigmoid_attention}[score]
-    if score == "softmax":
-        expected = reference.softmax_attention(**exact, is_causal=True, return_logsumexp=True)
-        output, logsumexp = cache.attend(query, return_logsumexp=True)
-        assert logsumexp.shape == query.shape[:3]
-        assert torch.allclose(logsumexp.double(), expected[1], atol=1e-5 if dtype == torch.float32 else 2e-2)
-        expected = expected[0]
-    else:
-        expected = reference.sigmoid_attention(**exact, is_causal=True)
-        output = cache.attend(query, score="sigmoid")
-    assert isinstance(output, Tensor)
-    assert (output.dtype, output.shape) == (dtype, query.shape)
-    assert_close(output, expected, eager(**inputs, is_causal=True))
-
-
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("length_q", [1, 7])
 def test_attention_on_each_instruction_set(
@@ -348,11 +285,11 @@ def test_crop_drops_tokens() -> None:
     assert cache.lengths.tolist() == [0, 126]
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_reorder_and_expand_change_the_batch(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("indices", [torch.int32, torch.int64], ids=str)
+def test_reorder_and_expand_change_the_batch(indices: torch.dtype) -> None:
     cache = cache_of(*tokens(200, batch=3), **SMALL)
     read = cache.dequantize()
-    cache.reorder(torch.tensor([2, 0], dtype=dtype))
+    cache.reorder(torch.tensor([2, 0], dtype=indices))
     cache.expand(3)
     assert cache.batch_size == 6
     chosen = [2, 2, 2, 0, 0, 0]
@@ -474,7 +411,7 @@ def test_bad_calls_change_nothing() -> None:
         (r"^sequences: expected from 0 to 1, got \[1, 2\]", lambda: cache.reorder(too_many)),
         (r"^sequences: expected from 0 to 1, got \[-1\]", lambda: cache.reorder(torch.tensor([-1]))),
         (r"^sequences: expected one dimension .*, got \(1, 1\)", lambda: cache.reorder(torch.tensor([[0]]))),
-        (r"^sequences: .* int64 or int32, got .* float32", lambda: cache.reorder(torch.tensor([0.0]))),
+        (r"^sequences: .* int64 or int32, got .* of torch.float32", lambda: cache.reorder(torch.tensor([0.0]))),
         (r"^beams: expected at least 1, got 0", lambda: cache.expand(0)),
         (r"^sequence: expected from 0 to 1, got 2", lambda: cache.bits(2)),
         (r"^state: expected max_length 200, got 201", lambda: cache.load_state_dict(other_length)),

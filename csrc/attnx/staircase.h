@@ -35,7 +35,7 @@ struct StaircaseLayout {
   static constexpr int kMaxPlanes = 4;
 
   // The newest `residual` tokens are never quantised.
-  std::int64_t window = 0, group = 0, residual = 0, head_dim = 0, max_windows = 0;
+  std::int64_t window = 0, group = 0, residual = 0, head_dim = 0, max_length = 0, max_windows = 0;
   int planes = 0;
   StaircasePlane plane[kMaxPlanes] = {};
   std::int64_t words = 0;  // of codes, of a matrix of one head
@@ -45,7 +45,12 @@ struct StaircaseLayout {
   StaircaseLayout() = default;
   StaircaseLayout(const std::int64_t* levels, int count, std::int64_t window, std::int64_t group, std::int64_t residual,
                   std::int64_t head_dim, std::int64_t max_length)
-      : window(window), group(group), residual(residual), head_dim(head_dim), max_windows(windows_of(max_length)) {
+      : window(window),
+        group(group),
+        residual(residual),
+        head_dim(head_dim),
+        max_length(max_length),
+        max_windows(windows_of(max_length)) {
     for (int total = int(levels[count - 1]); total <= levels[1]; total *= 2) {
       StaircasePlane& p = plane[planes];
       p.bits = planes == 0 ? total : total / 2;

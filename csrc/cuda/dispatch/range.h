@@ -15,6 +15,7 @@ class Range {
   Range(Score score, const char* suffix) {
     nvtxRangePushA(("attnx::" + std::string(score_name(score)) + "_attention" + suffix).c_str());
   }
+  explicit Range(const char* name) { nvtxRangePushA(name); }
   ~Range() { nvtxRangePop(); }
   Range(const Range&) = delete;
   Range& operator=(const Range&) = delete;

@@ -1,0 +1,81 @@
+// These bring the first plane's codes of 32 tokens and their ranges into a warp's shared memory, several turns ahead.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/common/ptx.h"
+#include "cuda/staircase/decode/place.h"
+
+namespace attnx::cuda {
+
+// A stage has codes of keys, codes of values, ranges of keys and ranges of values. Its memory serves the tail, too, and
+// in the end the sums of a warp.
+template <int kBits, int kHeadDim>
+struct DecodeMemory {
+  static constexpr int kCodes = kHeadDim * kBits * 4, kRanges = kHeadDim * 4;  // bytes, of keys or values
+  static constexpr int kStage = 2 * (kCodes + kRanges);
+  static constexpr int kStages = std::clamp(12288 / kStage, kStage <= 10240 ? 2 : 1, 6);
+  static constexpr int kTail = 2 * kTailTokens * kHeadDim * 2;
+  static constexpr int kWarp = std::max(kStages * kStage, kTail);
+  static constexpr int kBlock = kDecodeWarps * kWarp;
+};
+
+template <int kBits, int kHeadDim>
+class DecodeStages {
+  using Memory = DecodeMemory<kBits, kHeadDim>;
+
+  const DecodeArguments& args_;
+  const char *key_codes_, *value_codes_, *key_ranges_, *value_ranges_;
+  int dim_;
+
+  // The number of chunks of 16 bytes is known up to how far the head dimension is padded.
+  template <int kMostBytes>
+  static __device__ __forceinline__ void copy(std::uint32_t to, const char* from, int chunks) {
+#pragma unroll
+    for (int i = 0; i * 512 < kMostBytes; ++i) {
+      const int chunk = i * 32 + threadIdx.x % 32;
+      if (chunk < chunks) copy_async(to + chunk * 16, from + chunk * 16);
+    }
+  }
+
+ public:
+  std::uint32_t memory;  // of the warp
+
+  __device__ __forceinline__ DecodeStages(const DecodeArguments& args, const DecodePlace& place, std::uint32_t memory)
+      : args_(args), dim_(int(args.cache.layout.head_dim)), memory(memory) {
+    const auto bytes = [](const void* x) { return static_cast<const char*>(x); };
+    key_codes_ = bytes(args.cache.codes_of(place.batch, place.head_k, kKeyMatrix));
+    value_codes_ = bytes(args.cache.codes_of(place.batch, place.head_k, kValueMatrix));
+    key_ranges_ = bytes(args.cache.ranges_of(place.batch, place.head_k, kKeyMatrix));
+    value_ranges_ = bytes(args.cache.ranges_of(place.batch, place.head_k, kValueMatrix));
+  }
+
+  __device__ __forceinline__ std::uint32_t codes(int stage, int which) const {
+    return memory + stage * Memory::kStage + which * Memory::kCodes;
+  }
+  __device__ __forceinline__ std::uint32_t ranges(int stage, int which) const {
+    return memory + stage * Memory::kStage + 2 * Memory::kCodes + which * Memory::kRanges;
+  }
+
+  // This starts the copies of a turn. Codes and ranges of keys lie in order of the tokens; ranges of values lie so
+  // within a window and a group of channels.
+  __device__ __forceinline__ void start(int turn, int stage) const {
+    const std::int64_t code_bytes = std::int64_t(dim_) * kBits * 4;
+    copy<Memory::kCodes>(codes(stage, kKeyMatrix), key_codes_ + turn * code_bytes, dim_ * kBits / 4);
+    copy<Memory::kCodes>(codes(stage, kValueMatrix), value_codes_ + turn * code_bytes, dim_ * kBits / 4);
+    const int group = args_.group_tiles.divide(turn);
+    copy<Memory::kRanges>(ranges(stage, kKeyMatrix), key_ranges_ + std::int64_t(group) * dim_ * 4, dim_ / 4);
+    int window = turn;
+    const int tile = args_.window_tiles.split(window), groups = dim_ / int(args_.cache.layout.group);
+    const char* const from = value_ranges_ + (window * args_.cache.layout.window_ranges() + tile * kDecodeTokens) * 4;
+#pragma unroll
+    for (int i = 0; i * 512 < Memory::kRanges; ++i) {
+      const int chunk = i * 32 + threadIdx.x % 32;
+      if (chunk < groups * 8)
+        copy_async(ranges(stage, kValueMatrix) + chunk * 16,
+                   from + (chunk / 8 * args_.cache.layout.window * 4 + chunk % 8 * 16));
+    }
+  }
+};
+
+}  // namespace attnx::cuda
