@@ -70,7 +70,9 @@ class StaircaseCache:
     of these threads must be in order, as with any tensor. What moves or copies the memory as a whole (:meth:`reorder`,
     :meth:`expand`, :meth:`to`, :meth:`load_state_dict`, ``copy``) must not run while another thread changes the cache.
 
-    Inference only: nothing is differentiated. On the CPU, for now.
+    Inference only: nothing is differentiated. On a GPU lengths and numbers are known there alone, and nothing waits for
+    them: an append or a crop that does not fit a sequence leaves that sequence as it was, and with ``ATTNX_DEBUG=1``
+    it is refused as on the CPU.
 
     Args:
         batch_size: sequences; each has its own length.
@@ -339,7 +341,8 @@ def staircase_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a staircase cache, unpacked tile by tile inside the loop.
 
-    The last query of a sequence stands at its last token. What it computes is attention over ``cache.dequantize()``.
+    The last query of a sequence stands at its last token. What it computes is attention over ``cache.dequantize()``, on a
+    GPU before its numbers are rounded to the dtype.
 
     Args:
         query: (batch_size, heads, length_q, head_dim) in the dtype of the cache; heads is a multiple of its heads, and

@@ -77,6 +77,9 @@ void staircase_attention(const ForwardParams& p, const Launch& where) {
   args.heads_q = int(p.heads_q);
   args.row_tiles = int(plan.row_tiles);
   args.splits = int(plan.splits);
+  args.groups = int(layout.head_dim / layout.group);
+  args.matrix_ranges = layout.matrix_ranges();
+  args.window_ranges = layout.window_ranges();
   args.heads_on_key_head = Divisor(p.heads_q / p.heads_k);
   args.window_tiles = Divisor(layout.window / kDecodeTokens);
   args.group_tiles = Divisor(layout.group / kDecodeTokens);

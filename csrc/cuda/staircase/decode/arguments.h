@@ -32,6 +32,8 @@ struct DecodeArguments {
   PerHead bias;
 
   int length_q, heads_q, row_tiles, splits;
+  int groups;                                 // of channels that share a range
+  std::int64_t matrix_ranges, window_ranges;  // as of the layout, which divides
   Divisor heads_on_key_head;
   Divisor window_tiles, group_tiles;  // of 32 tokens or channels
   DecodeParts parts;

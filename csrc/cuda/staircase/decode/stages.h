@@ -25,7 +25,7 @@ class DecodeStages {
   using Memory = DecodeMemory<kBits, kHeadDim>;
 
   const DecodeArguments& args_;
-  const char *key_codes_, *value_codes_, *key_ranges_, *value_ranges_;
+  const char *codes_, *ranges_;  // of keys; those of values follow a matrix later
   int dim_;
 
   // The number of chunks of 16 bytes is known up to how far the head dimension is padded.
@@ -42,13 +42,11 @@ class DecodeStages {
   std::uint32_t memory;  // of the warp
 
   __device__ __forceinline__ DecodeStages(const DecodeArguments& args, const DecodePlace& place, std::uint32_t memory)
-      : args_(args), dim_(int(args.cache.layout.head_dim)), memory(memory) {
-    const auto bytes = [](const void* x) { return static_cast<const char*>(x); };
-    key_codes_ = bytes(args.cache.codes_of(place.batch, place.head_k, kKeyMatrix));
-    value_codes_ = bytes(args.cache.codes_of(place.batch, place.head_k, kValueMatrix));
-    key_ranges_ = bytes(args.cache.ranges_of(place.batch, place.head_k, kKeyMatrix));
-    value_ranges_ = bytes(args.cache.ranges_of(place.batch, place.head_k, kValueMatrix));
-  }
+      : args_(args),
+        codes_(reinterpret_cast<const char*>(args.cache.codes_of(place.batch, place.head_k, kKeyMatrix))),
+        ranges_(reinterpret_cast<const char*>(args.cache.ranges_of(place.batch, place.head_k, kKeyMatrix))),
+        dim_(int(args.cache.layout.head_dim)),
+        memory(memory) {}
 
   __device__ __forceinline__ std::uint32_t codes(int stage, int which) const {
     return memory + stage * Memory::kStage + which * Memory::kCodes;
@@ -60,20 +58,20 @@ class DecodeStages {
   // This starts the copies of a turn. Codes and ranges of keys lie in order of the tokens; ranges of values lie so
   // within a window and a group of channels.
   __device__ __forceinline__ void start(int turn, int stage) const {
-    const std::int64_t code_bytes = std::int64_t(dim_) * kBits * 4;
-    copy<Memory::kCodes>(codes(stage, kKeyMatrix), key_codes_ + turn * code_bytes, dim_ * kBits / 4);
-    copy<Memory::kCodes>(codes(stage, kValueMatrix), value_codes_ + turn * code_bytes, dim_ * kBits / 4);
-    const int group = args_.group_tiles.divide(turn);
-    copy<Memory::kRanges>(ranges(stage, kKeyMatrix), key_ranges_ + std::int64_t(group) * dim_ * 4, dim_ / 4);
+    const StaircaseLayout& layout = args_.cache.layout;
+    const char* const from_codes = codes_ + std::int64_t(turn) * dim_ * (kBits * 4);
+    copy<Memory::kCodes>(codes(stage, kKeyMatrix), from_codes, dim_ * kBits / 4);
+    copy<Memory::kCodes>(codes(stage, kValueMatrix), from_codes + layout.words * 4, dim_ * kBits / 4);
+    const std::int64_t group = args_.group_tiles.divide(turn);
+    copy<Memory::kRanges>(ranges(stage, kKeyMatrix), ranges_ + group * dim_ * 4, dim_ / 4);
     int window = turn;
-    const int tile = args_.window_tiles.split(window), groups = dim_ / int(args_.cache.layout.group);
-    const char* const from = value_ranges_ + (window * args_.cache.layout.window_ranges() + tile * kDecodeTokens) * 4;
+    const int tile = args_.window_tiles.split(window);
+    const char* const from = ranges_ + (args_.matrix_ranges + window * args_.window_ranges + tile * kDecodeTokens) * 4;
 #pragma unroll
     for (int i = 0; i * 512 < Memory::kRanges; ++i) {
       const int chunk = i * 32 + threadIdx.x % 32;
-      if (chunk < groups * 8)
-        copy_async(ranges(stage, kValueMatrix) + chunk * 16,
-                   from + (chunk / 8 * args_.cache.layout.window * 4 + chunk % 8 * 16));
+      if (chunk < args_.groups * 8)
+        copy_async(ranges(stage, kValueMatrix) + chunk * 16, from + (chunk / 8 * layout.window * 4 + chunk % 8 * 16));
     }
   }
 };
