@@ -17,6 +17,7 @@ from torch import Tensor
 import attnx
 from cases import Shape, pack, random_inputs, random_parameter
 from compare import forward_backward
+from staircase_cases import SMALL, cache_of, tokens
 
 CPU = torch.device("cpu")
 SCORES = ["sigmoid", "softmax"]
@@ -80,6 +81,8 @@ def calls() -> Iterator[tuple[str, Results]]:
             yield f"{score} {dtype} {head_dim} {kind.__name__[1:]}", kind(score, dtype, head_dim)
     yield from _block_maps()
     yield from _sparse_linear([45, 128, 256])
+    for dtype, (head_dim, levels) in product(DTYPES, [(64, (16, 8, 4, 2)), (128, (16, 8, 4, 1)), (160, (16, 8))]):
+        yield f"staircase {dtype} {head_dim}", staircase(dtype, head_dim, levels)
 
 
 def _block_maps() -> Iterator[tuple[str, Results]]:
@@ -191,6 +194,21 @@ def _probabilistic(score: str, dtype: torch.dtype, head_dim: int, **options: Any
 
 
 LISTED = (_block_sparse, _tall_blocks, _large_blocks)
+
+
+def staircase(dtype: torch.dtype, head_dim: int, levels: tuple[int, ...]) -> Results:
+    """Appends that fill windows, shares of several blocks, the tail, and a crop that cuts a window open."""
+    key, value = tokens(420, heads=1, head_dim=head_dim, dtype=dtype)
+    cache = cache_of(key[:, :, :63], value[:, :, :63], 600, levels=levels, residual=20, **SMALL)
+    for k, v in zip(key[:, :, 63:].split((1, 200, 156), 2), value[:, :, 63:].split((1, 200, 156), 2), strict=True):
+        cache.append(k, v)
+    query = torch.randn(2, 4, 3, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    softmax, logsumexp = cache.attend(query, return_logsumexp=True)
+    sigmoid = cache.attend(query, score="sigmoid", query_lengths=torch.tensor([3, 1]))
+    assert isinstance(sigmoid, Tensor)
+    cache.crop(torch.tensor([-9, 100]))
+    read = dict(zip(("key", "value"), cache.dequantize(), strict=True))
+    return {"softmax": softmax, "logsumexp": logsumexp, "sigmoid": sigmoid, **read}
 
 
 def _run(operator: str, inputs: dict[str, Tensor], grad_output: Tensor, **options: Any) -> Results:

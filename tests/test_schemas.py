@@ -18,7 +18,7 @@ SOFTMAX_RESULTS = "Tensor output, Tensor logsumexp"
 SOFTMAX_SAVED = f"Tensor grad_output, Tensor grad_logsumexp, {QKV}, {SOFTMAX_RESULTS}"
 
 CACHE = "Tensor state, Tensor codes, Tensor ranges, Tensor tail"
-LAYOUT = "int[] levels, int window, int group, int max_length"
+LAYOUT = "int[] levels, int window, int group, int residual, int max_length"
 APPENDED = "Tensor(a!) state, Tensor(b!) codes, Tensor(c!) ranges, Tensor(d!) tail, Tensor key, Tensor value"
 CROPPED = "Tensor(a!) state, Tensor codes, Tensor ranges, Tensor(b!) tail, Tensor length"
 SCORE = "str score, str bias_rule, float bias_value, float? scale, bool is_causal"

@@ -14,49 +14,11 @@ from torch import Tensor
 
 import attnx
 from attnx import reference
-from attnx.testing import assert_close, eager_sigmoid_attention, eager_softmax_attention
+from attnx.testing import assert_close, eager_sigmoid_attention
+from staircase_cases import DTYPES, LEVELS, SMALL, cache_of, check_attention, same, tokens
 
 NAME = "staircase_attention"
-pytestmark = pytest.mark.backends("cpu")
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LEVELS = [
-    (16, 8, 4, 2),
-    (16, 8, 4, 2, 1),
-    (16, 8, 1),
-    (16, 4, 2),
-    (16, 2),
-    (16, 1),
-    (16, 8),
-    (16, 4, 4, 4, 1),
-]
-SMALL: dict[str, Any] = {"window": 64, "group": 32}
-
-
-def tokens(
-    length: int, batch: int = 2, heads: int = 2, head_dim: int = 64, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Keys with a few strong channels, as models have them, and values."""
-    generator = torch.Generator().manual_seed(seed)
-    key, value = torch.randn(2, batch, heads, length, head_dim, generator=generator, dtype=torch.float64).unbind(0)
-    return (key * (1 + 7 * (torch.arange(head_dim) % 13 == 0))).to(dtype), value.to(dtype)
-
-
-def cache_of(key: Tensor, value: Tensor, max_length: int | None = None, **options: Any) -> attnx.StaircaseCache:
-    batch, heads, length, head_dim = key.shape
-    cache = attnx.StaircaseCache(batch, heads, head_dim, max_length or length + 64, dtype=key.dtype, **options)
-    cache.append(key, value)
-    return cache
-
-
-def same(a: attnx.StaircaseCache, b: attnx.StaircaseCache) -> bool:
-    """What they read and how many bits it has: the memory no state reads is left out."""
-    if not torch.equal(a.lengths, b.lengths):
-        return False
-    sequences = range(a.batch_size)
-    return all(torch.equal(a.bits(i), b.bits(i)) for i in sequences) and all(
-        torch.equal(x, y) for x, y in zip(a.dequantize(), b.dequantize(), strict=True)
-    )
+pytestmark = [pytest.mark.backends("cpu"), pytest.mark.usefixtures("backend")]
 
 
 # The definition -----------------------------------------------------------------------------------------------------
@@ -186,6 +148,31 @@ def test_an_append_that_is_interrupted_changes_nothing(old: int, new: int, inter
     assert same(cache, cache_of(key, value, 800, **SMALL))
 
 
+@pytest.mark.parametrize("residual", [1, 31, 64, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_newest_tokens_stay(residual: int, dtype: torch.dtype) -> None:
+    key, value = tokens(64 * 5 + 7, dtype=dtype)
+    options = SMALL | {"residual": residual}
+    cache = cache_of(key[:, :, :0], value[:, :, :0], 400, **options)
+    at = 0
+    for count in (1, 30, 33, 64, 5, 150, 1, 1, 40, 2):
+        cache.append(key[:, :, at : at + count], value[:, :, at : at + count])
+        at += count
+        expected = reference.staircase_dequantize(key[:, :, :at], value[:, :, :at], **options)
+        for x, y, original in zip(cache.dequantize(), expected, (key, value), strict=True):
+            assert torch.equal(x, y.float().to(dtype)), at
+            newest = slice(max(at - residual, 0), at)
+            assert torch.equal(x[:, :, newest], original[:, :, newest]), at
+    assert (cache.bits()[-residual:] == 8 * dtype.itemsize).all()
+    read, bits = cache.dequantize(), cache.bits()
+    for length in (-3, 250, 128 + residual, 60):
+        cache.crop(length)
+        for x, y in zip(cache.dequantize(), read, strict=True):
+            assert torch.equal(x, y[:, :, : cache.length])
+        fallen = max(cache.length - residual, 0) // 64 * 64
+        assert torch.equal(cache.bits()[:fallen], bits[:fallen])
+
+
 # Attention ----------------------------------------------------------------------------------------------------------
 
 
@@ -196,31 +183,6 @@ def test_an_append_that_is_interrupted_changes_nothing(old: int, new: int, inter
 def test_attention(score: Any, dtype: torch.dtype, length_q: int, heads: int) -> None:
     for levels, length in (((16, 8, 4, 2), 333), ((16, 8, 4, 2, 1), 300), ((16, 4), 40)):
         check_attention(score, dtype, length_q, heads, levels, length)
-
-
-def check_attention(
-    score: Any, dtype: torch.dtype, length_q: int, heads: int, levels: tuple[int, ...], length: int
-) -> None:
-    key, value = tokens(length, dtype=dtype)
-    query = torch.randn(2, heads, length_q, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
-    cache = cache_of(key, value, levels=levels, **SMALL)
-    exact = {"query": query.double()} | dict(
-        zip(("key", "value"), (x.double() for x in cache.dequantize()), strict=True)
-    )
-    inputs = {name: x.to(dtype) for name, x in exact.items()}
-    eager = {"softmax": eager_softmax_attention, "sigmoid": eager_sigmoid_attention}[score]
-    if score == "softmax":
-        expected = reference.softmax_attention(**exact, is_causal=True, return_logsumexp=True)
-        output, logsumexp = cache.attend(query, return_logsumexp=True)
-        assert logsumexp.shape == query.shape[:3]
-        assert torch.allclose(logsumexp.double(), expected[1], atol=1e-5 if dtype == torch.float32 else 2e-2)
-        expected = expected[0]
-    else:
-        expected = reference.sigmoid_attention(**exact, is_causal=True)
-        output = cache.attend(query, score="sigmoid")
-    assert isinstance(output, Tensor)
-    assert (output.dtype, output.shape) == (dtype, query.shape)
-    assert_close(output, expected, eager(**inputs, is_causal=True))
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -313,6 +275,40 @@ def test_reorder_copy_and_state_dict() -> None:
     assert all(torch.equal(x, y) for x, y in zip(cache.dequantize(), read, strict=True))
 
 
+def test_crop_drops_tokens() -> None:
+    cache = cache_of(*tokens(200), **SMALL)
+    cache.crop(-3)
+    assert cache.lengths.tolist() == [197, 197]
+    cache.crop(torch.tensor([100, -70]))
+    assert cache.lengths.tolist() == [100, 127]
+    cache.crop(torch.tensor([-100, -1]))
+    assert cache.lengths.tolist() == [0, 126]
+
+
+@pytest.mark.parametrize("indices", [torch.int32, torch.int64], ids=str)
+def test_reorder_and_expand_change_the_batch(indices: torch.dtype) -> None:
+    cache = cache_of(*tokens(200, batch=3), **SMALL)
+    read = cache.dequantize()
+    cache.reorder(torch.tensor([2, 0], dtype=indices))
+    cache.expand(3)
+    assert cache.batch_size == 6
+    chosen = [2, 2, 2, 0, 0, 0]
+    assert all(torch.equal(x, y[chosen]) for x, y in zip(cache.dequantize(), read, strict=True))
+    cache.append(*tokens(9, batch=6))
+    assert cache.lengths.tolist() == [209] * 6
+
+
+def test_moves_between_devices(device: torch.device) -> None:
+    cache = cache_of(*tokens(200), **SMALL)
+    assert cache.to("cpu") is cache.cpu() is cache
+    moved = cache.to(device)
+    assert moved.device.type == device.type
+    assert same(moved.cpu(), cache)
+    shapes = cache.to("meta")
+    assert shapes.device.type == "meta"
+    assert cache.device.type == "cpu"
+
+
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
 def test_nbytes_is_the_formula(levels: tuple[int, ...]) -> None:
     batch, heads, head_dim, length, window, group = 2, 8, 128, 32768, 128, 32
@@ -346,6 +342,7 @@ def test_appending_moves_and_grows_nothing() -> None:
         ({"group": 48}, r"^group: expected a multiple of 32, got 48"),
         ({"group": 64, "head_dim": 96}, r"^head_dim: expected a multiple of group, 64, got 96"),
         ({"head_dim": 288}, r"^head_dim: expected from 32 to 256, got 288"),
+        ({"residual": -1}, r"^residual: expected from 0 to .*, got -1"),
         ({"num_kv_heads": 0}, r"^num_kv_heads: expected at least 1, got 0"),
         ({"batch_size": -1}, r"^batch_size: expected at least 0, got -1"),
         ({"max_length": 0}, r"^max_length: expected at least 1, got 0"),
@@ -357,6 +354,23 @@ def test_bad_cache(options: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {"batch_size": 1, "num_kv_heads": 2, "head_dim": 64, "max_length": 256}
     with pytest.raises(RuntimeError, match=message):
         attnx.StaircaseCache(**good | options)
+
+
+def with_state(cache: attnx.StaircaseCache, sequence: int, i: int, x: int) -> dict[str, Any]:
+    state = cache._memory.state.clone()
+    state[sequence, i] = x
+    return cache.state_dict() | {"state": state}
+
+
+def dequantize(cache: attnx.StaircaseCache, first: int, count: int) -> tuple[Tensor, Tensor]:
+    return torch.ops.attnx.staircase_dequantize(*cache._memory, first, count, *cache._layout)
+
+
+def test_no_heads_are_refused() -> None:
+    cache = attnx.StaircaseCache(1, 1, 64, 200, **SMALL)
+    memory = (x[:, :0] if x.dim() > 2 else x for x in cache._memory)
+    with pytest.raises(RuntimeError, match=r"^tail: expected at least 1 head, got shape \(1, 0, 2, 2, 64, 64\)"):
+        torch.ops.attnx.staircase_dequantize(*memory, 0, 0, *cache._layout)
 
 
 def test_bad_calls_change_nothing() -> None:
@@ -384,9 +398,9 @@ def test_bad_calls_change_nothing() -> None:
         (r"^counts: expected from 0 to the length of key, 1, got 2", lambda: cache.append(k, v, too_many)),
         (r"^counts: expected int64, got int32", lambda: cache.append(k, v, int32)),
         (r"^counts: expected shape \(2,\)", lambda: cache.append(k, v, torch.ones(3, dtype=torch.int64))),
-        (r"^length: expected from 0 to the 150 tokens of sequence 0, got 151", lambda: cache.crop(151)),
-        (r"^length: expected from 0 .*, got -1", lambda: cache.crop(-1)),
-        (r"^length: expected from 0 to the 150 .* 1, got 160", lambda: cache.crop(torch.tensor([3, 160]))),
+        (r"^length: expected from -150 to the 150 tokens of sequence 0, got 151", lambda: cache.crop(151)),
+        (r"^length: expected from -150 .*, got -151", lambda: cache.crop(-151)),
+        (r"^length: expected from -150 to the 150 .* 1, got 160", lambda: cache.crop(torch.tensor([3, 160]))),
         (r"^query: expected float32 like the cache, got bfloat16", lambda: cache.attend(query.bfloat16())),
         (r"^query: expected heads to be a multiple of the 2 heads .*, got 3", lambda: cache.attend(query[:, :3])),
         (r"^query: expected shape \(2, 4, 1, 64\)", lambda: cache.attend(query[..., :32])),
@@ -395,10 +409,19 @@ def test_bad_calls_change_nothing() -> None:
         (r'^bias: expected None with score="softmax", got 1.0', lambda: cache.attend(query, bias=1.0)),
         (r"^scale: expected a finite number", lambda: cache.attend(query, scale=float("inf"))),
         (r"^sequences: expected from 0 to 1, got \[1, 2\]", lambda: cache.reorder(too_many)),
-        (r"^sequences: expected shape \(2,\)", lambda: cache.reorder(torch.tensor([0]))),
+        (r"^sequences: expected from 0 to 1, got \[-1\]", lambda: cache.reorder(torch.tensor([-1]))),
+        (r"^sequences: expected one dimension .*, got \(1, 1\)", lambda: cache.reorder(torch.tensor([[0]]))),
+        (r"^sequences: .* int64 or int32, got .* of torch.float32", lambda: cache.reorder(torch.tensor([0.0]))),
+        (r"^beams: expected at least 1, got 0", lambda: cache.expand(0)),
         (r"^sequence: expected from 0 to 1, got 2", lambda: cache.bits(2)),
         (r"^state: expected max_length 200, got 201", lambda: cache.load_state_dict(other_length)),
         (r"^state: expected state .*, got ", lambda: cache.load_state_dict(other_batch)),
+        (r"^state: expected format 1, got 2", lambda: cache.load_state_dict(cache.state_dict() | {"format": 2})),
+        (r"^state: expected residual 0, got 7", lambda: cache.load_state_dict(cache.state_dict() | {"residual": 7})),
+        (r"^state: .* something else for sequence 0", lambda: cache.load_state_dict(with_state(cache, 0, 0, 201))),
+        (r"^state: .* something else for sequence 1", lambda: cache.load_state_dict(with_state(cache, 1, 3, 3))),
+        (r"^first: expected from 0 to 200, got 201", lambda: dequantize(cache, 201, 0)),
+        (r"^count: expected from 0 to 199, got 9223372036854775807", lambda: dequantize(cache, 1, 2**63 - 1)),
     ]
     for message, call in calls:
         with pytest.raises(RuntimeError, match=message):
@@ -476,6 +499,23 @@ def test_compiled_decode_step() -> None:
         assert isinstance(expected, Tensor)
         assert torch.equal(compiled(query, *new), expected + 1)
     assert same(cache, plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast(dtype: torch.dtype) -> None:
+    """Keys, values and queries become what the cache has, whatever autocast's own dtype is."""
+    key, value = tokens(150)
+    query = torch.randn(2, 4, 3, 64, generator=torch.Generator().manual_seed(1))
+    cache = attnx.StaircaseCache(2, 2, 64, 200, dtype=dtype, **SMALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache.append(key, value.bfloat16())
+        output = cache.attend(query)
+    plain = cache_of(key.to(dtype), value.bfloat16().to(dtype), 200, **SMALL)
+    assert same(cache, plain)
+    expected = plain.attend(query.to(dtype))
+    assert isinstance(output, Tensor)
+    assert isinstance(expected, Tensor)
+    assert torch.equal(output, expected)
 
 
 def test_no_gradient() -> None:

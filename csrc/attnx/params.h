@@ -234,7 +234,7 @@ struct StaircaseCropParams {
   DType dtype = DType::kFloat32;
   std::int64_t batch = 0;
   Staircase cache;
-  const std::int64_t* lengths = nullptr;  // [batch], how many tokens stay
+  const std::int64_t* lengths = nullptr;  // [batch], how many tokens stay; negative: go
 
   const std::int64_t* next_state = nullptr;  // as of an append
 };

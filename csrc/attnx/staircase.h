@@ -34,7 +34,8 @@ struct StaircaseLayout {
   static constexpr int kMaxLevels = 32;
   static constexpr int kMaxPlanes = 4;
 
-  std::int64_t window = 0, group = 0, head_dim = 0, max_windows = 0;
+  // The newest `residual` tokens are never quantised.
+  std::int64_t window = 0, group = 0, residual = 0, head_dim = 0, max_length = 0, max_windows = 0;
   int planes = 0;
   StaircasePlane plane[kMaxPlanes] = {};
   std::int64_t words = 0;  // of codes, of a matrix of one head
@@ -42,9 +43,14 @@ struct StaircaseLayout {
   // The levels are 16, then 8, 4, 2 or 1, none larger than the one before. The first plane has the bits of the last
   // level, and each further one doubles what stands before it.
   StaircaseLayout() = default;
-  StaircaseLayout(const std::int64_t* levels, int count, std::int64_t window, std::int64_t group, std::int64_t head_dim,
-                  std::int64_t max_length)
-      : window(window), group(group), head_dim(head_dim), max_windows(max_length / window) {
+  StaircaseLayout(const std::int64_t* levels, int count, std::int64_t window, std::int64_t group, std::int64_t residual,
+                  std::int64_t head_dim, std::int64_t max_length)
+      : window(window),
+        group(group),
+        residual(residual),
+        head_dim(head_dim),
+        max_length(max_length),
+        max_windows(windows_of(max_length)) {
     for (int total = int(levels[count - 1]); total <= levels[1]; total *= 2) {
       StaircasePlane& p = plane[planes];
       p.bits = planes == 0 ? total : total / 2;
@@ -60,6 +66,11 @@ struct StaircaseLayout {
     }
   }
 
+  // It returns how many windows a sequence of this length has; the tokens after them are its tail.
+  ATTNX_LAYOUT_INLINE std::int64_t windows_of(std::int64_t length) const {
+    return length < residual ? 0 : (length - residual) / window;
+  }
+
   ATTNX_LAYOUT_INLINE std::int64_t window_words(int p) const { return window * head_dim * plane[p].bits / 32; }
   ATTNX_LAYOUT_INLINE std::int64_t block_words(int p) const { return kCodeBlock * plane[p].bits; }
   // It tells where the block of codes of these tokens and channels starts within its window.
@@ -71,9 +82,10 @@ struct StaircaseLayout {
   ATTNX_LAYOUT_INLINE std::int64_t window_ranges() const { return window * head_dim / group; }
   ATTNX_LAYOUT_INLINE std::int64_t matrix_ranges() const { return max_windows * window_ranges(); }
 
-  // The tail is a window of tokens as they came, [tokens][head_dim], in one of two slots.
+  // The tail is the tokens after the last window as they came, [tokens][head_dim], in one of two slots.
   static constexpr std::int64_t kTailSlots = 2;
-  ATTNX_LAYOUT_INLINE std::int64_t tail_slot() const { return window * head_dim; }
+  ATTNX_LAYOUT_INLINE std::int64_t tail_tokens() const { return window + residual; }
+  ATTNX_LAYOUT_INLINE std::int64_t tail_slot() const { return tail_tokens() * head_dim; }
   ATTNX_LAYOUT_INLINE std::int64_t matrix_tail() const { return kTailSlots * tail_slot(); }
 
   // The state is what is known of a sequence: its length, the slot of its tail, and of each plane but the first the
@@ -93,7 +105,7 @@ struct StaircaseState {
   // It returns the slot of a window in a plane, or -1 where the plane does not hold it.
   ATTNX_LAYOUT_INLINE std::int64_t slot(const StaircaseLayout& layout, int plane, std::int64_t window) const {
     if (plane == 0) return window;
-    const std::int64_t age = length() / layout.window - window;  // 1 for the newest
+    const std::int64_t age = layout.windows_of(length()) - window;  // 1 for the newest
     if (age > refined(plane)) return -1;
     const std::int64_t slots = layout.plane[plane].slots;
     return (newest(plane) - (age - 1) + slots) % slots;
@@ -107,7 +119,7 @@ struct Staircase {
   std::int64_t* state = nullptr;    // [batch][state_size]
   std::uint32_t* codes = nullptr;   // [words]
   std::uint16_t* ranges = nullptr;  // [matrix_ranges][2]
-  void* tail = nullptr;             // [kTailSlots][window][head_dim] in the dtype of the call
+  void* tail = nullptr;             // [kTailSlots][tail_tokens][head_dim] in the dtype of the call
 
   ATTNX_LAYOUT_INLINE StaircaseState of(std::int64_t batch) const { return {state + batch * layout.state_size()}; }
   ATTNX_LAYOUT_INLINE std::int64_t matrix(std::int64_t batch, std::int64_t head, int which) const {

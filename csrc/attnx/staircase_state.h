@@ -12,7 +12,7 @@ ATTNX_HOST_DEVICE inline bool is_reachable(const StaircaseLayout& layout, std::i
                                            const StaircaseState& state) {
   const std::int64_t length = state.length();
   if (length < 0 || length > max_length || state.tail() < 0 || state.tail() > 1) return false;
-  std::int64_t most_refined = length / layout.window;
+  std::int64_t most_refined = layout.windows_of(length);
   for (int p = 1; p < layout.planes; ++p) {
     const StaircasePlane& plane = layout.plane[p];
     const std::int64_t slots = plane.slots > 1 ? plane.slots : 1;
@@ -27,7 +27,7 @@ ATTNX_HOST_DEVICE inline bool is_reachable(const StaircaseLayout& layout, std::i
 // It writes the state after `tokens` more.
 ATTNX_HOST_DEVICE inline void next_state_of_append(const StaircaseLayout& layout, const StaircaseState& state,
                                                    std::int64_t tokens, std::int64_t* next) {
-  const std::int64_t full = (state.length() + tokens) / layout.window - state.length() / layout.window;
+  const std::int64_t full = layout.windows_of(state.length() + tokens) - layout.windows_of(state.length());
   next[0] = state.length() + tokens;
   next[1] = full > 0 ? 1 - state.tail() : state.tail();
   for (int p = 1; p < layout.planes; ++p) {
@@ -42,10 +42,15 @@ ATTNX_HOST_DEVICE inline void next_state_of_append(const StaircaseLayout& layout
   }
 }
 
+// It returns how many tokens a crop leaves: so many, or, of a negative number, so many fewer than there are.
+ATTNX_HOST_DEVICE inline std::int64_t tokens_to_keep(const StaircaseState& state, std::int64_t length) {
+  return length < 0 ? state.length() + length : length;
+}
+
 // It writes the state when only the first `length` tokens stay.
 ATTNX_HOST_DEVICE inline void next_state_of_crop(const StaircaseLayout& layout, const StaircaseState& state,
                                                  std::int64_t length, std::int64_t* next) {
-  const std::int64_t dropped = state.length() / layout.window - length / layout.window;
+  const std::int64_t dropped = layout.windows_of(state.length()) - layout.windows_of(length);
   next[0] = length;
   next[1] = dropped > 0 ? 1 - state.tail() : state.tail();
   for (int p = 1; p < layout.planes; ++p) {

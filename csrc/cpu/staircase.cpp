@@ -49,7 +49,7 @@ void staircase_crop(const StaircaseCropParams& params, const Executor& executor)
   StaircaseCropParams p = params;
   const StaircaseLayout& layout = p.cache.layout;
   const auto next = next_states(p.cache, p.batch, [&](std::int64_t b, const StaircaseState& state, std::int64_t* to) {
-    next_state_of_crop(layout, state, p.lengths[b], to);
+    next_state_of_crop(layout, state, tokens_to_keep(state, p.lengths[b]), to);
   });
   p.next_state = next.data();
   run(&Kernels::staircase_crop_workspace, &Kernels::staircase_crop, p, executor, operations(p, layout.window));

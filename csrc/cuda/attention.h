@@ -14,6 +14,7 @@
 #include "cuda/passes/sum_over_batch.h"
 #include "cuda/sampling/sample_blocks.h"
 #include "cuda/score/sigmoid_weights.h"
+#include "cuda/staircase/staircase.h"
 
 namespace attnx::cuda {
 

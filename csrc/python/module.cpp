@@ -76,6 +76,18 @@ py::dict as_dict(const attnx::cuda::KernelDescription& x) {
   return d;
 }
 
+// This is what a staircase cache is made of: levels, window, group, residual and the most tokens.
+using CacheSizes = std::tuple<std::vector<std::int64_t>, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+
+attnx::Staircase cache_of(const CacheSizes& sizes, std::int64_t heads, std::int64_t head_dim) {
+  const auto& [levels, window, group, residual, max_length] = sizes;
+  attnx::Staircase cache;
+  cache.layout =
+      attnx::StaircaseLayout(levels.data(), int(levels.size()), window, group, residual, head_dim, max_length);
+  cache.heads = heads;
+  return cache;
+}
+
 // It describes the kernel that a call of these sizes, and of these tensors where they are given, would run.
 template <bool kBackward>
 py::dict cuda_kernel(const std::string& op, const std::string& dtype, std::int64_t batch, std::int64_t heads_q,
@@ -83,7 +95,8 @@ py::dict cuda_kernel(const std::string& op, const std::string& dtype, std::int64
                      std::int64_t value_dim, std::pair<std::int64_t, std::int64_t> window,
                      std::pair<std::int64_t, std::int64_t> packed_rows,
                      std::pair<std::int64_t, std::int64_t> block_size, const std::optional<Layout>& query,
-                     const std::optional<Layout>& key, const std::optional<Layout>& value) {
+                     const std::optional<Layout>& key, const std::optional<Layout>& value,
+                     const std::optional<CacheSizes>& cache) {
   static constexpr std::int32_t kPresent = 0;  // only whether there is one is looked at
   const auto describe = [&](attnx::AttentionParams& p) {
     p.score = op == "sigmoid_attention" ? attnx::Score::kSigmoid : attnx::Score::kSoftmax;
@@ -108,6 +121,8 @@ py::dict cuda_kernel(const std::string& op, const std::string& dtype, std::int64
     attnx::ForwardParams p;
     describe(p);
     p.output = tensor_of(std::nullopt, heads_q, length_q, value_dim);
+    const attnx::Staircase staircase = cache ? cache_of(*cache, heads_k, head_dim) : attnx::Staircase();
+    if (cache) p.cache = &staircase;
     return as_dict(attnx::ops::describe_cuda_kernel(p));
   } else {
     attnx::BackwardParams p;
@@ -214,7 +229,8 @@ PYBIND11_MODULE(_C, m) {
             py::arg("heads_k"), py::arg("length_q"), py::arg("length_k"), py::arg("head_dim"), py::arg("value_dim"),
             py::arg("window") = std::pair(-1, -1), py::arg("packed_rows") = std::pair(0, 0),
             py::arg("block_size") = std::pair(0, 0), py::arg("query") = py::none(), py::arg("key") = py::none(),
-            py::arg("value") = py::none(), "The kernel that the current device would run.");
+            py::arg("value") = py::none(), py::arg("cache") = py::none(),
+            "The kernel that the current device would run.");
     };
     def_kernel("cuda_forward_kernel", cuda_kernel<false>);
     def_kernel("cuda_backward_kernel", cuda_kernel<true>);

@@ -5,6 +5,7 @@
 #include "results.h"
 #include "staircase_cache.h"
 #include "staircase_hooks.h"
+#include "staircase_lock.h"
 
 namespace attnx::ops {
 
@@ -33,6 +34,7 @@ Params params_of(const Cache& cache) {
 }
 
 void append(const AppendedMemory& memory, const NewTokens& x, const CacheLayout& layout) {
+  const ChangingCache lock(memory.state);
   const Cache cache = read_cache(memory, layout);
   check_like_cache("key", x.key, cache);
   const std::int64_t tokens = x.key.size(2), max_length = layout.max_length;
@@ -68,12 +70,13 @@ struct Kept {
 };
 
 void crop(const CroppedMemory& memory, const Kept& kept, const CacheLayout& layout) {
+  const ChangingCache lock(memory.state);
   const Cache cache = read_cache(memory, layout);
   const Numbers lengths = read_numbers("length", kept.length, cache, 0);
   for (std::int64_t b = 0; cache.state && lengths.known() && b < cache.batch; ++b) {
     const std::int64_t length = cache.state_of(b).length();
-    check(lengths[b] >= 0 && lengths[b] <= length, "length: expected from 0 to the ", length, " tokens of sequence ", b,
-          ", got ", lengths[b]);
+    check(lengths[b] >= -length && lengths[b] <= length, "length: expected from ", -length, " to the ", length,
+          " tokens of sequence ", b, ", got ", lengths[b]);
   }
   auto p = params_of<StaircaseCropParams>(cache);
   p.lengths = lengths.address();
@@ -91,10 +94,11 @@ struct KeyAndValue {
 };
 
 KeyAndValue dequantize(const CacheMemory& memory, const Range& range, const CacheLayout& layout) {
+  const ReadingCache lock(memory.state);
   const Cache cache = read_cache(memory, layout);
   const auto& [first, count] = range;
-  check(first >= 0, "first: expected at least 0, got ", first);
-  check(count >= 0 && first + count <= layout.max_length, "count: expected from 0 to ", layout.max_length - first,
+  check(first >= 0 && first <= layout.max_length, "first: expected from 0 to ", layout.max_length, ", got ", first);
+  check(count >= 0 && count <= layout.max_length - first, "count: expected from 0 to ", layout.max_length - first,
         ", got ", count);
   const std::vector shape{cache.batch, cache.memory.heads, count, cache.memory.layout.head_dim};
   const KeyAndValue result{torch::stable::new_zeros(memory.tail, shape), torch::stable::new_zeros(memory.tail, shape)};
@@ -138,6 +142,7 @@ void read_query(const StableTensor& query, const Cache& cache, ForwardParams& p)
 
 Outputs attend(const Query& x, const CacheMemory& memory, const Additions& additions, const CacheLayout& layout,
                const ScoreOptions& options, const Causal& causal) {
+  const ReadingCache lock(memory.state);
   const Cache cache = read_cache(memory, layout);
   ForwardParams p;
   read_score(options, p);

@@ -10,6 +10,8 @@ namespace attnx::ops {
 
 namespace {
 
+constexpr std::int64_t kMaxResidual = std::int64_t(1) << 30;
+
 std::string to_text(const std::vector<std::int64_t>& levels) {
   std::string text;
   for (const std::int64_t level : levels) text += (text.empty() ? "" : ", ") + std::to_string(level);
@@ -71,6 +73,8 @@ Cache read_cache(const StableTensor& state, const StableTensor& codes, const Sta
   check(l.group >= 32 && l.group % 32 == 0, "group: expected a multiple of 32, got ", l.group);
   check(l.window >= l.group && l.window % l.group == 0, "window: expected a multiple of group, ", l.group, ", got ",
         l.window);
+  check(l.residual >= 0 && l.residual <= kMaxResidual, "residual: expected from 0 to ", kMaxResidual, ", got ",
+        l.residual);
   check(l.max_length >= 1, "max_length: expected at least 1, got ", l.max_length);
   const Target target{"staircase_attention", tail};
   const Capability& row = target.capability();
@@ -78,19 +82,21 @@ Cache read_cache(const StableTensor& state, const StableTensor& codes, const Sta
         "), got ", dtype_of(tail));
   check(tail.dim() == 6, "tail: expected 6 dimensions, got shape ", shape_of(tail));
   const std::int64_t batch = tail.size(0), heads = tail.size(1), head_dim = tail.size(5);
+  check(heads >= 1, "tail: expected at least 1 head, got shape ", shape_of(tail));
   check(head_dim >= row.head_dim_min && head_dim <= row.head_dim_max, "head_dim: expected from ", row.head_dim_min,
         " to ", row.head_dim_max, " (", row.op, " on ", row.backend, "), got ", head_dim);
   check(head_dim % l.group == 0, "head_dim: expected a multiple of group, ", l.group, ", got ", head_dim);
 
   Staircase m;
-  m.layout = StaircaseLayout(l.levels.data(), int(l.levels.size()), l.window, l.group, head_dim, l.max_length);
+  m.layout =
+      StaircaseLayout(l.levels.data(), int(l.levels.size()), l.window, l.group, l.residual, head_dim, l.max_length);
   m.heads = heads;
   check_memory("state", state, ScalarType::Long, tail, {batch, m.layout.state_size()});
   check_memory("codes", codes, ScalarType::Int, tail, {batch, heads, 2, m.layout.words});
   check_memory("ranges", ranges, ScalarType::Half, tail,
                {batch, heads, 2, m.layout.max_windows, m.layout.window_ranges(), 2});
   check_memory("tail", tail, tail.scalar_type(), tail,
-               {batch, heads, 2, StaircaseLayout::kTailSlots, l.window, head_dim});
+               {batch, heads, 2, StaircaseLayout::kTailSlots, m.layout.tail_tokens(), head_dim});
   m.state = data<std::int64_t>(state);
   m.codes = data<std::uint32_t>(codes);
   m.ranges = data<std::uint16_t>(ranges);

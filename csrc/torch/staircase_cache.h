@@ -11,8 +11,8 @@ namespace attnx::ops {
 // This says how the memory of a cache is laid out.
 struct CacheLayout {
   std::vector<std::int64_t> levels;
-  std::int64_t window, group, max_length;
-  ATTNX_FIELDS(levels, window, group, max_length)
+  std::int64_t window, group, residual, max_length;
+  ATTNX_FIELDS(levels, window, group, residual, max_length)
 };
 
 struct CacheMemory {

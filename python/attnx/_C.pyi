@@ -40,6 +40,7 @@ def cuda_forward_kernel(
     query: tuple[int, int, int, int] | None = None,
     key: tuple[int, int, int, int] | None = None,
     value: tuple[int, int, int, int] | None = None,
+    cache: tuple[list[int], int, int, int, int] | None = None,
 ) -> CudaKernel: ...
 def cuda_backward_kernel(
     operator: str,
@@ -57,6 +58,7 @@ def cuda_backward_kernel(
     query: tuple[int, int, int, int] | None = None,
     key: tuple[int, int, int, int] | None = None,
     value: tuple[int, int, int, int] | None = None,
+    cache: tuple[list[int], int, int, int, int] | None = None,
 ) -> CudaKernel: ...
 def cuda_mainloop() -> str: ...
 def set_cuda_mainloop(name: str) -> None: ...

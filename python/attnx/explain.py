@@ -107,10 +107,11 @@ def _cuda_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]
         "query": _layout(query),
         "key": _layout(key),
         "value": _layout(value),
+        "cache": arguments["cache"]._layout if "cache" in arguments else None,
     }
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
         kernel = _C.cuda_forward_kernel(requirement.operator, requirement.dtype, **sizes)
-        backward = _backward_kernel(requirement, sizes)
+        backward = _backward_kernel(requirement, sizes) if "cache" not in arguments else []
     if query.is_cuda:
         major, minor = torch.cuda.get_device_capability(query.device)
         device = f"{torch.cuda.get_device_name(query.device)}, compute capability {major}.{minor}"

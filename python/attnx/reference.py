@@ -396,11 +396,17 @@ def _quantised(x: Tensor, bits: int, group: int) -> Tensor:
 
 
 def staircase_dequantize(
-    key: Tensor, value: Tensor, *, levels: Sequence[int] = (16, 8, 4, 2), window: int = 128, group: int = 32
+    key: Tensor,
+    value: Tensor,
+    *,
+    levels: Sequence[int] = (16, 8, 4, 2),
+    window: int = 128,
+    group: int = 32,
+    residual: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """What :class:`attnx.StaircaseCache` reads once these tokens were appended: (batch, heads, length, head_dim)."""
     key, value = key.double().clone(), value.double().clone()
-    full = key.shape[2] // window
+    full = max(key.shape[2] - residual, 0) // window
     for w in range(full):
         tokens, bits = slice(w * window, (w + 1) * window), levels[min(full - w, len(levels) - 1)]
         key[:, :, tokens] = _quantised(key[:, :, tokens].mT, bits, group).mT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ _ops = torch.ops.attnx
 
 WIDTHS = (8, 4, 2, 1)
 MOST_LEVELS = 32
+MOST_RESIDUAL = 2**30
+FORMAT = 1  # of what state_dict gives
 BLOCK = 32  # rows and columns of codes that lie together
 
 
@@ -32,7 +35,7 @@ class _Memory(NamedTuple):
     state: Tensor  # (batch, 2 planes) int64
     codes: Tensor  # (batch, heads, 2, words) int32
     ranges: Tensor  # (batch, heads, 2, windows, window * head_dim / group, 2) float16
-    tail: Tensor  # (batch, heads, 2, 2, window, head_dim) in the dtype of the cache
+    tail: Tensor  # (batch, heads, 2, 2, window + residual, head_dim) in the dtype of the cache
 
 
 def _planes(levels: Sequence[int], max_windows: int) -> list[_Plane]:
@@ -62,7 +65,14 @@ class StaircaseCache:
     add up, and are at most 2^(7-b) steps. Memory is allocated once, an append writes its own tokens only, and one that
     fails leaves the cache as it was.
 
-    Inference only: nothing is differentiated. On the CPU, for now.
+    Several threads may use one cache: of :meth:`append`, :meth:`crop`, :meth:`attend` and :meth:`dequantize`, calls
+    that change the cache run one after the other, each alone, and those that read it run together. On a GPU the streams
+    of these threads must be in order, as with any tensor. What moves or copies the memory as a whole (:meth:`reorder`,
+    :meth:`expand`, :meth:`to`, :meth:`load_state_dict`, ``copy``) must not run while another thread changes the cache.
+
+    Inference only: nothing is differentiated. On a GPU lengths and numbers are known there alone, and nothing waits for
+    them: an append or a crop that does not fit a sequence leaves that sequence as it was, and with ``ATTNX_DEBUG=1``
+    it is refused as on the CPU.
 
     Args:
         batch_size: sequences; each has its own length.
@@ -72,6 +82,7 @@ class StaircaseCache:
         levels: bits by age: 16, which stands for the dtype, then any of 8, 4, 2 and 1, none larger than the one before.
         window: tokens of a step, a multiple of ``group``.
         group: how many numbers share a range, a multiple of 32.
+        residual: at least so many of the newest tokens never fall: a window falls once it is full and older.
         dtype: float32, bfloat16 or float16, of keys, values and queries; torch's default dtype if None.
         device: where the memory is.
 
@@ -89,14 +100,16 @@ class StaircaseCache:
         levels: Sequence[int] = (16, 8, 4, 2),
         window: int = 128,
         group: int = 32,
+        residual: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         dtype = torch.get_default_dtype() if dtype is None else dtype
         levels = tuple(levels)
-        _check(batch_size, num_kv_heads, head_dim, max_length, levels, window, group, dtype)
+        _check(batch_size, num_kv_heads, head_dim, max_length, levels, window, group, residual, dtype)
         self.levels, self.window, self.group, self.max_length = levels, window, group, max_length
-        max_windows = max_length // window
+        self.residual = residual
+        max_windows = self._windows(max_length)
         self._planes = _planes(levels, max_windows)
         words = sum(plane.slots * window * head_dim * plane.bits // 32 for plane in self._planes)
         outer = batch_size, num_kv_heads, 2
@@ -104,7 +117,7 @@ class StaircaseCache:
             state=torch.zeros(batch_size, 2 * len(self._planes), dtype=torch.int64, device=device),
             codes=torch.zeros(*outer, words, dtype=torch.int32, device=device),
             ranges=torch.zeros(*outer, max_windows, window * head_dim // group, 2, dtype=torch.float16, device=device),
-            tail=torch.zeros(*outer, 2, window, head_dim, dtype=dtype, device=device),
+            tail=torch.zeros(*outer, 2, window + residual, head_dim, dtype=dtype, device=device),
         )
 
     # What it is ------------------------------------------------------------------------------------------------------
@@ -141,11 +154,11 @@ class StaircaseCache:
 
     @property
     def nbytes(self) -> int:
-        r"""All memory of the cache, which no append changes. With W = max_length // window full windows, S = window,
-        the last level's b bits, and rings of bits p for the R newest windows,
+        r"""All memory of the cache, which no append changes. With S = window, W = (max_length - residual) // S full
+        windows, the last level's b bits, and rings of bits p for the R newest windows,
 
         .. math:: 2 B H D\, [\, W S\, (b / 8 + 4 / \mathrm{group}) + \textstyle\sum 2 R S p / 8
-                  + 2 S\, \mathrm{itemsize}\,]
+                  + 2 (S + \mathrm{residual})\, \mathrm{itemsize}\,]
 
         and 16 bytes of each sequence for each plane of bits. Rings and the tail are there twice, so that an append
         never overwrites what the state before it reads.
@@ -157,7 +170,7 @@ class StaircaseCache:
         if not 0 <= sequence < self.batch_size:
             raise RuntimeError(f"sequence: expected from 0 to {self.batch_size - 1}, got {sequence}")
         length, _, *refined = self._memory.state[sequence].tolist()
-        age = length // self.window - torch.arange(length) // self.window  # 0 in the tail
+        age = self._windows(length) - torch.arange(length) // self.window  # below 1 in the tail
         bits = torch.full((length,), self.levels[-1])
         for plane, held in zip(self._planes[1:], refined[1::2], strict=True):
             bits += torch.where(age <= held, plane.bits, 0)
@@ -167,7 +180,7 @@ class StaircaseCache:
         return (
             f"StaircaseCache(batch_size={self.batch_size}, num_kv_heads={self.num_kv_heads}, "
             f"head_dim={self.head_dim}, max_length={self.max_length}, levels={self.levels}, window={self.window}, "
-            f"group={self.group}, dtype={self.dtype}, device={self.device})"
+            f"group={self.group}, residual={self.residual}, dtype={self.dtype}, device={self.device})"
         )
 
     # What it does ----------------------------------------------------------------------------------------------------
@@ -221,7 +234,8 @@ class StaircaseCache:
         the tail, with the numbers it was quantised to, from which it is quantised again when it fills.
 
         Args:
-            length: the tokens to keep of every sequence, or of each, (batch_size,) int64.
+            length: the tokens to keep of every sequence, or of each, (batch_size,) int64; a negative number drops so
+                many.
 
         Raises:
             RuntimeError: a sequence has fewer tokens; the cache is as it was.
@@ -231,28 +245,53 @@ class StaircaseCache:
         _ops.staircase_crop_(*self._memory, length, *self._layout)
 
     def reorder(self, sequences: Tensor) -> None:
-        """Makes sequence i the one that was sequence ``sequences[i]``, as beam search does: (batch_size,) int64.
+        """Makes sequence i the one that was sequence ``sequences[i]``, as beam search does: (new batch_size,) int64 or
+        int32.
 
-        The memory moves to new tensors, as in any permutation that repeats some.
+        The memory moves to new tensors, as in any permutation that repeats some. Indices on a GPU are not looked at
+        here, as that would wait for it; PyTorch reports those that are out of range there.
         """
-        if sequences.dtype != torch.int64 or sequences.shape != (self.batch_size,):
+        if sequences.dtype not in (torch.int64, torch.int32) or sequences.dim() != 1:
             raise RuntimeError(
-                f"sequences: expected shape ({self.batch_size},) and int64, got {tuple(sequences.shape)} and "
+                f"sequences: expected one dimension of int64 or int32, got {tuple(sequences.shape)} of "
                 f"{sequences.dtype}"
             )
-        if sequences.numel() and not 0 <= int(sequences.min()) <= int(sequences.max()) < self.batch_size:
+        on_host = sequences.device.type == "cpu"
+        if on_host and sequences.numel() and not 0 <= int(sequences.min()) <= int(sequences.max()) < self.batch_size:
             raise RuntimeError(f"sequences: expected from 0 to {self.batch_size - 1}, got {sequences.tolist()}")
         self._memory = _Memory(*(x.index_select(0, sequences.to(x.device)) for x in self._memory))
+
+    def expand(self, beams: int) -> None:
+        """Makes so many sequences of each, one after the other, as the start of a beam search does."""
+        if beams < 1:
+            raise RuntimeError(f"beams: expected at least 1, got {beams}")
+        self.reorder(torch.arange(self.batch_size, device=self.device).repeat_interleave(beams))
+
+    def to(self, device: torch.device | str) -> StaircaseCache:
+        """This cache where it is there, or else a copy there. The memory means the same on every device."""
+        moved = _Memory(*(x.to(device) for x in self._memory))
+        if moved.tail is self._memory.tail:
+            return self
+        cache = copy.copy(self)
+        cache._memory = moved
+        return cache
+
+    def cpu(self) -> StaircaseCache:
+        return self.to("cpu")
+
+    def cuda(self, device: torch.device | str | int = "cuda") -> StaircaseCache:
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device)
 
     def state_dict(self) -> dict[str, Any]:
         """The cache's tensors, not copied, and what they mean, for :meth:`load_state_dict`."""
         return self._memory._asdict() | self._config()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` of a cache like this one gave.
+        """Takes over what :meth:`state_dict` of a cache like this one gave, on whatever device.
 
         Raises:
-            RuntimeError: that cache had other levels, sizes or dtype; the cache is as it was.
+            RuntimeError: that cache had another format, other levels, sizes or dtype, or its state is none that the
+                operators lead to; the cache is as it was.
         """
         for name, expected in self._config().items():
             if state.get(name) != expected:
@@ -262,17 +301,29 @@ class StaircaseCache:
             if not isinstance(new, Tensor) or new.shape != x.shape or new.dtype != x.dtype:
                 got = f"{tuple(new.shape)} of {new.dtype}" if isinstance(new, Tensor) else repr(new)
                 raise RuntimeError(f"state: expected {name} {tuple(x.shape)} of {x.dtype}, got {got}")
+        self._refuse_unreachable(state["state"])
         self._memory = _Memory(*(state[name].to(self.device, copy=True) for name in _Memory._fields))
 
+    def _refuse_unreachable(self, state: Tensor) -> None:
+        """Has the operators look at the state alone: reading no token, they read nothing of the rest."""
+        rest = (torch.empty_like(x, device="cpu") for x in self._memory[1:])
+        _ops.staircase_dequantize(state.cpu(), *rest, 0, 0, *self._layout)
+
+    def _windows(self, length: int) -> int:
+        """How many windows have fallen of so many tokens."""
+        return max(length - self.residual, 0) // self.window
+
     @property
-    def _layout(self) -> tuple[list[int], int, int, int]:
-        return list(self.levels), self.window, self.group, self.max_length
+    def _layout(self) -> tuple[list[int], int, int, int, int]:
+        return list(self.levels), self.window, self.group, self.residual, self.max_length
 
     def _config(self) -> dict[str, Any]:
         return {
+            "format": FORMAT,
             "levels": self.levels,
             "window": self.window,
             "group": self.group,
+            "residual": self.residual,
             "max_length": self.max_length,
         }
 
@@ -290,7 +341,8 @@ def staircase_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a staircase cache, unpacked tile by tile inside the loop.
 
-    The last query of a sequence stands at its last token. What it computes is attention over ``cache.dequantize()``.
+    The last query of a sequence stands at its last token. What it computes is attention over ``cache.dequantize()``, on a
+    GPU before its numbers are rounded to the dtype.
 
     Args:
         query: (batch_size, heads, length_q, head_dim) in the dtype of the cache; heads is a multiple of its heads, and
@@ -336,6 +388,7 @@ def _check(
     levels: tuple[int, ...],
     window: int,
     group: int,
+    residual: int,
     dtype: torch.dtype,
 ) -> None:
     def expect(ok: bool, name: str, expected: str, got: object) -> None:
@@ -354,6 +407,7 @@ def _check(
     )
     expect(group >= BLOCK and group % BLOCK == 0, "group", f"a multiple of {BLOCK}", group)
     expect(window >= group and window % group == 0, "window", f"a multiple of group, {group}", window)
+    expect(0 <= residual <= MOST_RESIDUAL, "residual", f"from 0 to {MOST_RESIDUAL}", residual)
     expect(32 <= head_dim <= 256, "head_dim", "from 32 to 256", head_dim)
     expect(head_dim % group == 0, "head_dim", f"a multiple of group, {group}", head_dim)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)

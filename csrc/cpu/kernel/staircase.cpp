@@ -61,15 +61,17 @@ class AppendMatrix {
         rows_(row_of<const Input>(new_, batch, head, 0)) {}
 
   void run(const AppendBuffers& b) const {
-    const std::int64_t windows = after_.length() / layout_.window;
-    for (std::int64_t w = before_.length() / layout_.window; w < windows; ++w) encode(w, b);
-    for (std::int64_t t = larger(before_.length(), windows * layout_.window); t < after_.length(); ++t)
-      convert_row(new_tail_ + t % layout_.window * layout_.head_dim, token(t), layout_.head_dim);
+    const std::int64_t windows = layout_.windows_of(after_.length()), first = windows * layout_.window;
+    for (std::int64_t w = layout_.windows_of(before_.length()); w < windows; ++w) encode(w, b);
+    // A new tail takes over what stays of the old one.
+    for (std::int64_t t = old_tail_ == new_tail_ ? before_.length() : first; t < after_.length(); ++t)
+      convert_row(new_tail_ + (t - first) * layout_.head_dim, token(t), layout_.head_dim);
   }
 
  private:
   const Input* token(std::int64_t t) const {
-    return t < before_.length() ? old_tail_ + t % layout_.window * layout_.head_dim
+    const std::int64_t first = layout_.windows_of(before_.length()) * layout_.window;
+    return t < before_.length() ? old_tail_ + (t - first) * layout_.head_dim
                                 : rows_ + (t - before_.length()) * new_.row_stride;
   }
 
@@ -188,8 +190,8 @@ void staircase_crop(const StaircaseCropParams& p, const Executor& executor, char
   with_input(p.dtype, [&]<class Input>() {
     for_each_head(executor, p.batch, p.cache.heads, [&](std::int64_t batch, std::int64_t head, int worker) {
       const StaircaseState before = p.cache.of(batch), after{p.next_state + batch * layout.state_size()};
-      const std::int64_t first = after.length() / layout.window * layout.window;
-      if (before.length() / layout.window * layout.window == first) return;
+      const std::int64_t windows = layout.windows_of(after.length()), first = windows * layout.window;
+      if (layout.windows_of(before.length()) == windows) return;
       const ReadBuffers buffers(layout, workspace + worker * bytes);
       Input* const tail[2] = {p.cache.tail_of<Input>(batch, head, kKeyMatrix, after.tail()),
                               p.cache.tail_of<Input>(batch, head, kValueMatrix, after.tail())};

@@ -1,6 +1,7 @@
 // This describes the kernel of a call, for explain.
 #include "cuda/attention.h"
 #include "cuda/dispatch/plan.h"
+#include "cuda/staircase/attention.h"
 
 namespace attnx::cuda {
 
@@ -21,6 +22,7 @@ KernelDescription describe(const char* direction, const Plan& plan, int splits) 
 }  // namespace
 
 KernelDescription describe(const ForwardParams& params) {
+  if (params.cache) return describe_staircase(params);
   const ForwardPlan plan = make_plan(params, asked_mainloop(), nullptr);
   return describe("forward", plan, plan.geometry.splits.divisor());
 }

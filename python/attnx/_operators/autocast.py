@@ -25,10 +25,13 @@ def _register(row: Operator, name: str, device_type: str) -> None:
     def cast(argument: str, x: Any, dtype: torch.dtype) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
             return x  # torch leaves float64 alone, too
-        return x.to(dtype if argument in row.autocast else torch.float32)
+        if argument in row.autocast:
+            return x.to(dtype)
+        return x if row.autocast_like else x.float()
 
     def kernel(*args: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device_type)
+        like = of.arguments.index(row.autocast_like) if row.autocast_like else None
+        dtype = torch.get_autocast_dtype(device_type) if like is None else args[like].dtype
         args = tuple(cast(argument, x, dtype) for argument, x in zip(of.arguments, args, strict=True))
         with torch.autocast(device_type, enabled=False):
             return of.operator(*args)

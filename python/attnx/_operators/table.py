@@ -57,8 +57,15 @@ OPERATORS = (
         implementation=routing.copy_query,
         schema="(Tensor query, Tensor key, Tensor centroids, Tensor counts, float decay, str group) -> Tensor",
     ),
-    Operator("staircase_attention", _CACHE, shapes={"output": staircase.output}, refusal=staircase.refusal),
-    Operator("staircase_append_", _CACHE, refusal=staircase.refusal),
+    Operator(
+        "staircase_attention",
+        _CACHE,
+        shapes={"output": staircase.output},
+        autocast=("query",),
+        autocast_like="tail",
+        refusal=staircase.refusal,
+    ),
+    Operator("staircase_append_", _CACHE, autocast=("key", "value"), autocast_like="tail", refusal=staircase.refusal),
     Operator("staircase_crop_", _CACHE, refusal=staircase.refusal),
     Operator("staircase_dequantize", _CACHE, fake=staircase.rows, refusal=staircase.refusal),
 )

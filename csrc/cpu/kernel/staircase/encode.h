@@ -6,10 +6,11 @@
 
 namespace attnx::cpu::ATTNX_ISA {
 
-// The largest float16 that is not above x.
+// The largest float16 that is not above x. Zero is +0: which of two zeros is the least depends on their order.
 ATTNX_INLINE Float16 round_down(float x) {
   Float16 h = from_float<Float16>(x);
   if (to_float(h) > x) h.bits = h.bits & 0x7fff ? std::uint16_t(h.bits & 0x8000 ? h.bits + 1 : h.bits - 1) : 0x8001;
+  if (!(h.bits & 0x7fff)) h.bits = 0;
   return h;
 }
 // The smallest float16 that is not below x >= 0.

@@ -123,7 +123,9 @@ class StaircaseStorage {
       : StaircaseStorage(*p.cache, s.batch, key_head) {}
 
   StaircaseStorage(const Staircase& cache, std::int64_t batch, std::int64_t head)
-      : layout_(cache.layout), state_(cache.of(batch)), tail_first_(state_.length() / layout_.window * layout_.window) {
+      : layout_(cache.layout),
+        state_(cache.of(batch)),
+        tail_first_(layout_.windows_of(state_.length()) * layout_.window) {
     for (int which = 0; which < 2; ++which) {
       codes_[which] = cache.codes_of(batch, head, which);
       ranges_[which] = cache.ranges_of(batch, head, which);

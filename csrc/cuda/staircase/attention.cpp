@@ -1,0 +1,112 @@
+#include "cuda/staircase/attention.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/common/device.h"
+#include "cuda/dispatch/range.h"
+#include "cuda/dispatch/tiling.h"
+#include "cuda/dispatch/workspace.h"
+#include "cuda/staircase/decode/unit.h"
+
+namespace attnx::cuda {
+
+namespace {
+
+// This many blocks are on a multiprocessor at a time: their registers and shared memory leave room for three.
+constexpr int kBlocksPerSm = 3;
+
+struct DecodePlan {
+  std::int64_t row_tiles = 0, tiles = 0, splits = 1;
+  DecodeParts parts;
+  std::size_t workspace = 0;
+};
+
+// The grid depends on what the cache can hold and not on what it holds, so that a captured graph replays it.
+DecodePlan make_plan(const ForwardParams& p, void* workspace) {
+  const StaircaseLayout& layout = p.cache->layout;
+  DecodePlan plan;
+  plan.row_tiles = ceil_div(p.heads_q / p.heads_k * p.length_q, kDecodeRows);
+  plan.tiles = p.batch * p.heads_k * plan.row_tiles;
+  if (plan.tiles == 0) return plan;
+  const std::int64_t slots = std::int64_t(current_device().sm_count) * kBlocksPerSm;
+  const std::int64_t most = ceil_div(ceil_div(layout.max_length, kDecodeTokens), kDecodeWarps);
+  plan.splits = std::clamp<std::int64_t>(slots / plan.tiles, 1, most);
+  if (plan.splits == 1) return plan;
+  WorkspaceLayout memory;
+  const std::int64_t rows = plan.tiles * plan.splits * kDecodeRows;
+  plan.parts.output = memory.place<float>(workspace, rows * layout.head_dim);
+  plan.parts.sums = memory.place<float2>(workspace, rows);
+  plan.parts.finished = memory.place<int>(workspace, plan.tiles);
+  plan.workspace = memory.bytes();
+  return plan;
+}
+
+void check_alignment(const Staircase& cache) {
+  for (const void* x : {static_cast<const void*>(cache.codes), static_cast<const void*>(cache.ranges),
+                        static_cast<const void*>(cache.tail)})
+    if (reinterpret_cast<std::uintptr_t>(x) % 16 != 0)
+      throw std::runtime_error("cache: expected codes, ranges and tail to lie on 16 bytes");
+}
+
+}  // namespace
+
+std::size_t staircase_attention_workspace(const ForwardParams& p) { return make_plan(p, nullptr).workspace; }
+
+void staircase_attention(const ForwardParams& p, const Launch& where) {
+  const Range range("attnx::staircase_attention");
+  const DecodePlan plan = make_plan(p, where.workspace);
+  if (plan.tiles == 0) return;
+  check_alignment(*p.cache);
+  const auto stream = static_cast<cudaStream_t>(where.stream);
+  const StaircaseLayout& layout = p.cache->layout;
+  DecodeArguments args;
+  args.cache = *p.cache;
+  args.query = p.query;
+  args.output = p.output;
+  args.logsumexp = p.logsumexp;
+  args.query_lengths = p.query_lengths;
+  args.bfloat16 = p.dtype == DType::kBFloat16;
+  args.softmax = is_normalised(p.score);
+  args.causal = p.window_right == 0;
+  args.scale_log2 = float(p.scale * 1.4426950408889634);
+  args.bias_rule = p.bias_rule;
+  args.bias_value = float(p.bias_value);
+  args.bias = p.bias;
+  args.length_q = int(p.length_q);
+  args.heads_q = int(p.heads_q);
+  args.row_tiles = int(plan.row_tiles);
+  args.splits = int(plan.splits);
+  args.groups = int(layout.head_dim / layout.group);
+  args.matrix_ranges = layout.matrix_ranges();
+  args.window_ranges = layout.window_ranges();
+  args.heads_on_key_head = Divisor(p.heads_q / p.heads_k);
+  args.window_tiles = Divisor(layout.window / kDecodeTokens);
+  args.group_tiles = Divisor(layout.group / kDecodeTokens);
+  args.parts = plan.parts;
+  if (plan.splits > 1)
+    check(cudaMemsetAsync(plan.parts.finished, 0, std::size_t(plan.tiles) * sizeof(int), stream), "cudaMemsetAsync");
+  const std::int64_t blocks = plan.tiles * plan.splits;
+  switch (layout.plane[0].bits) {
+    case 1: return launch_decode<1>(args, blocks, stream);
+    case 2: return launch_decode<2>(args, blocks, stream);
+    case 4: return launch_decode<4>(args, blocks, stream);
+    default: return launch_decode<8>(args, blocks, stream);
+  }
+}
+
+KernelDescription describe_staircase(const ForwardParams& p) {
+  const std::int64_t dim = p.cache->layout.head_dim;
+  const int* const padded =
+      std::find_if(std::begin(kDecodeHeadDims), std::end(kDecodeHeadDims), [&](int most) { return dim <= most; });
+  KernelDescription x;
+  x.kernel = "attnx_staircase_decode";
+  x.mainloop = "decode";
+  x.rows = kDecodeRows;
+  x.keys = kDecodeTokens;
+  x.head_dim = *padded;
+  x.splits = int(make_plan(p, nullptr).splits);
+  return x;
+}
+
+}  // namespace attnx::cuda
