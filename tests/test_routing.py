@@ -421,6 +421,11 @@ def test_update_is_the_reference_s(dtype: torch.dtype, device: torch.device) -> 
         assert centroids._version > version
         torch.testing.assert_close((centroids, counts), tuple(x.float() for x in expected))
         assert torch.equal(centroids[:, 3], unused)
+    counts.zero_()
+    before = centroids.clone()
+    attnx.update_centroids_(centroids, counts, inputs["query"], inputs["key"], decay=1.0)
+    assert torch.equal(centroids, before)
+    assert not counts.any()
     schema = torch.ops.attnx.update_centroids_.default._schema
     assert [x.alias_info is not None and x.alias_info.is_write for x in schema.arguments] == [True, True] + [False] * 3
 

@@ -8,6 +8,7 @@
 #include "attnx/params.h"
 #include "cuda/common/launch.h"
 #include "cuda/passes/sum_over_batch.h"
+#include "cuda/routing/routing.h"
 #include "cuda/sampling/sampled_blocks.h"
 #include "cuda/score/sigmoid_weights.h"
 

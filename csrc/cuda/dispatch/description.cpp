@@ -1,6 +1,7 @@
 // This describes the kernel of a call, for explain.
 #include "cuda/attention.h"
 #include "cuda/dispatch/plan.h"
+#include "cuda/routing/attention.h"
 
 namespace attnx::cuda {
 
@@ -21,11 +22,13 @@ KernelDescription describe(const char* direction, const Plan& plan, int splits) 
 }  // namespace
 
 KernelDescription describe(const ForwardParams& params) {
+  if (params.gather) return describe_routed(params);
   const ForwardPlan plan = make_plan(params, asked_mainloop(), nullptr);
   return describe("forward", plan, plan.geometry.splits.divisor());
 }
 
 KernelDescription describe(const BackwardParams& params) {
+  if (params.gather) return describe_routed(params);
   return describe("backward", make_plan(params, asked_mainloop(), false, nullptr), 1);
 }
 

@@ -11,6 +11,7 @@ namespace attnx::cuda {
 
 class Range {
  public:
+  explicit Range(const char* name) { nvtxRangePushA(name); }
   // The name is "attnx::softmax_attention", or that of another score, and a suffix.
   Range(Score score, const char* suffix) {
     nvtxRangePushA(("attnx::" + std::string(score_name(score)) + "_attention" + suffix).c_str());

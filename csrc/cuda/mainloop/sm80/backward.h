@@ -28,6 +28,24 @@ __device__ __forceinline__ void end_turn(int* turns) {
   if (threadIdx.x == 0) atomicAdd(turns, 1);
 }
 
+// This says which tile of keys a block owns. The tiles policy does where it has places of its own.
+template <class Tiles, class Args, class Tile>
+__device__ __forceinline__ auto key_place_of(const Args& args, int block, Tile tile) {
+  if constexpr (requires { typename Tiles::KeyPlace; }) {
+    return Tiles::KeyPlace::of(args, block, tile);
+  } else {
+    struct KeyPlace {
+      int key_begin, head, batch;
+      Sequence sequence;
+    } place;
+    place.key_begin = args.key_blocks.split(block) * Tile::kN;
+    place.head = args.key_heads.split(block);
+    place.batch = block;
+    place.sequence = sequence_of(args, place.batch);
+    return place;
+  }
+}
+
 template <class Score, class Tiles, class Storage, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     attnx_backward_sm80(const __grid_constant__ BackwardArguments<Tiles, Storage> args) {
@@ -48,14 +66,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const std::uint32_t shared_grad_logits = shared_weights + ScoreTile::kBytes;
 
   const auto& tensors = args.tensors;
-  int block = blockIdx.x;
-  const int key_begin = args.key_blocks.split(block) * kN, head = args.key_heads.split(block), batch = block;
-  const Sequence sequence = sequence_of(args, batch);
-  const Band& band = sequence.band;
+  const auto place = key_place_of<Tiles>(args, blockIdx.x, Tile());
+  const auto& [key_begin, head, batch, sequence] = place;
+  const auto& band = sequence.band;
   if (key_begin >= band.length_k) return;
   const int row_end = sequence.length_q * args.group.divisor();
 
-  const auto key_rows = [&]<class Element>(const Tensor& x, Element*) {
+  const auto key_rows = [&]<class Element>(const auto& x, Element*) {
     return Storage::template key_rows<Element>(x, batch, head, sequence);
   };
   Storage::template load<KeyTile, kThreads>(shared_key, key_rows(tensors.key, static_cast<const Input*>(nullptr)),
@@ -88,7 +105,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const auto copy_rows = [&](int tile) {
       if (tile < end) {
         const int row = tiles.first(tile), stage = tile % kStages * RowTile::kBytes;
-        const auto rows = [&](const Tensor& x) {
+        const auto rows = [&](const auto& x) {
           return Storage::template query_rows<const Input>(args, x, batch, query_head, sequence);
         };
         Storage::template load<RowTile, kThreads>(shared_query + stage, rows(tensors.query), row, row_end,
@@ -108,8 +125,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if constexpr (kStages == 2) copy_rows(tile + 1);
 
       const int row_begin = tiles.first(tile);
-      const std::int64_t row_tile = (Tiles::kPerHead ? query_head : head) * args.row_tiles +
-                                    row_tile_of(args, batch, sequence, row_begin / kM, kM);
+      std::int64_t row_tile;
+      if constexpr (requires { typename Tiles::KeyPlace; }) {
+        row_tile = sequence.first_row_tile + row_begin / kM;
+      } else {
+        row_tile = (Tiles::kPerHead ? query_head : head) * args.row_tiles +
+                   row_tile_of(args, batch, sequence, row_begin / kM, kM);
+      }
       float offset[kRows], delta[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
