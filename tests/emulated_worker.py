@@ -17,6 +17,7 @@ from torch import Tensor
 import attnx
 from cases import Shape, pack, random_inputs, random_parameter
 from compare import forward_backward
+from routing_cases import random_centroids, random_memory, with_memory
 
 CPU = torch.device("cpu")
 SCORES = ["sigmoid", "softmax"]
@@ -76,6 +77,32 @@ def calls() -> Iterator[tuple[str, Results]]:
     for score, dtype, head_dim in product(SCORES, DTYPES, PADDED_HEAD_DIMS):
         for kind in (_dense, _causal, _window, _varlen, _decode, _block_sparse):
             yield f"{score} {dtype} {head_dim} {kind.__name__[1:]}", kind(score, dtype, head_dim)
+    yield from routing_calls()
+
+
+def routing_calls() -> Iterator[tuple[str, Results]]:
+    """Clusters that overlap, whose keys are others than their queries and come with a memory; and ragged ones."""
+    for score, dtype, head_dim in product(SCORES, DTYPES, [64, 128, 256]):
+        yield f"{score} {dtype} {head_dim} routing", _routing(score, dtype, head_dim)
+        yield f"{score} {dtype} {head_dim} argmax_routing", _argmax_routing(score, dtype, head_dim)
+
+
+def _routing(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    inputs, grad_output = random_inputs(Shape(length_q=150, length_k=150, head_dim=head_dim, heads=2), dtype, CPU)
+    inputs |= random_memory(2, 3, head_dim, head_dim, dtype)
+    options = {"routes": random_centroids(2, 2, head_dim), "cluster_size": 90, "is_causal": True, "shared_qk": False}
+    return forward_backward(with_memory(attnx.routing_attention), inputs, grad_output, score=score, **options)
+
+
+def _argmax_routing(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Rows that do not start on 16 bytes; heads that share keys; centroids that move."""
+    shape = Shape(length_q=90, length_k=110, head_dim=head_dim - 3, heads=2, kv_heads=1)
+    inputs, grad_output = random_inputs(shape, dtype, CPU)
+    centroids, counts = random_centroids(2, 3, shape.head_dim), torch.ones(2, 3)
+    attnx.update_centroids_(centroids, counts, inputs["query"], inputs["key"], decay=0.5)
+    options = {"routes": centroids, "routing": "argmax", "score": score}
+    results = forward_backward(attnx.routing_attention, inputs, grad_output, **options)
+    return results | {"centroids": centroids, "counts": counts}
 
 
 def _dense(score: str, dtype: torch.dtype, head_dim: int) -> Results:

@@ -12,16 +12,10 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 import attnx
-from attnx import _capability, reference
+from attnx import reference
 from routing_cases import random_centroids
 
-pytestmark = [
-    pytest.mark.backends("cuda", "emulated"),
-    pytest.mark.skipif(
-        not any(row.operator == "routing_attention" and row.backend == "cuda" for row in _capability.table()),
-        reason="capability table: no routing_attention on cuda",
-    ),
-]
+pytestmark = pytest.mark.backends("cuda", "emulated")
 
 
 class Case(NamedTuple):

@@ -131,6 +131,7 @@ void run_loop(const BackwardParams& p, const RoutedBackward& plan, cudaStream_t 
 std::size_t routed_backward_workspace(const BackwardParams& p) { return RoutedBackward(p, nullptr).layout.bytes(); }
 
 void routed_backward(const BackwardParams& p, const Launch& launch) {
+  check_mainloop(launch.mainloop);
   const Range range("attnx::routing_attention_backward");
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   const RoutedBackward plan(p, launch.workspace);
@@ -172,10 +173,11 @@ void routed_backward(const BackwardParams& p, const Launch& launch) {
 }
 
 KernelDescription describe_routed(const BackwardParams& p) {
+  check_mainloop(asked_mainloop());
   const RoutedBackward plan(p, nullptr);
   KernelDescription description{"attnx_backward_sm80",  "sm80", plan.rows, plan.tile_keys, plan.head_dim,
                                 are_gathers_aligned(p), 1,      ""};
-  if (current_device().major == 9) description.why_not_sm90 = "it gathers no rows";
+  if (current_device().major == 9) description.why_not_sm90 = kWhyNotSm90;
   return description;
 }
 

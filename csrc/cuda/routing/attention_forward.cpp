@@ -25,6 +25,7 @@ struct RoutedForward {
 std::size_t routed_forward_workspace(const ForwardParams& p) { return RoutedForward(p, nullptr).layout.bytes(); }
 
 void routed_forward(const ForwardParams& p, const Launch& launch) {
+  check_mainloop(launch.mainloop);
   const Range range("attnx::routing_attention");
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   const RoutedForward plan(p, launch.workspace);
@@ -38,11 +39,12 @@ void routed_forward(const ForwardParams& p, const Launch& launch) {
 }
 
 KernelDescription describe_routed(const ForwardParams& p) {
+  check_mainloop(asked_mainloop());
   WorkspaceLayout layout;
   const ClusterLoop loop(p, layout, nullptr);
   KernelDescription description{"attnx_forward_sm80",   "sm80", loop.rows, loop.keys, loop.head_dim,
                                 are_gathers_aligned(p), 1,      ""};
-  if (current_device().major == 9) description.why_not_sm90 = "it gathers no rows";
+  if (current_device().major == 9) description.why_not_sm90 = kWhyNotSm90;
   return description;
 }
 

@@ -1,10 +1,19 @@
 #include "cluster_loop.h"
 
+#include <stdexcept>
+#include <string>
+
 #include "cuda/head_dims.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
 #include "cuda/routing/cluster_tiles.h"
 
 namespace attnx::cuda {
+
+void check_mainloop(std::optional<Mainloop> asked) {
+  if (asked == Mainloop::kSm90)
+    throw std::runtime_error(
+        std::string("cuda_mainloop: expected a call that sm90 serves, got one that it does not: ") + kWhyNotSm90);
+}
 
 SortedLists places_of(const Clusters& c, std::int64_t count, std::int64_t heads, WorkspaceLayout& layout,
                       void* workspace) {

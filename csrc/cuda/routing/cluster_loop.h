@@ -25,6 +25,11 @@ GatheredTensor gathered_keys(const AttentionParams& params, const Tensor& own, c
 Geometry geometry_of_heads(const AttentionParams& params);
 bool are_gathers_aligned(const AttentionParams& params);
 
+// The loop for sm_90 copies by TMA, which gathers no rows there.
+inline constexpr const char* kWhyNotSm90 = "it gathers no rows";
+// It throws std::runtime_error where sm_90's loop is asked for.
+void check_mainloop(std::optional<Mainloop> asked);
+
 struct ClusterLoop {
   int rows = 0, keys = 0, head_dim = 0;  // of a tile
   std::int64_t heads, tiles;             // of the whole batch; of rows, to a head

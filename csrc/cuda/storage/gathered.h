@@ -28,10 +28,12 @@ struct GatheredRows {
   const std::int32_t* indices;  // of the cluster's own rows, counted behind those of the memory
   int memory_rows;
 
-  __device__ __forceinline__ Element* at(int row) const {
-    if (row < memory_rows) return memory + row * memory_stride;
-    return own + __ldg(indices + row) * own_stride;
+  // This returns the row's number among those of the memory, or of the tensor.
+  __device__ __forceinline__ int index(int row) const { return row < memory_rows ? row : __ldg(indices + row); }
+  __device__ __forceinline__ Element* at(int row, int index) const {
+    return row < memory_rows ? memory + index * memory_stride : own + index * own_stride;
   }
+  __device__ __forceinline__ Element* at(int row) const { return at(row, index(row)); }
 };
 
 template <class Element>
@@ -56,15 +58,18 @@ __device__ __forceinline__ void load_gathered_tile(std::uint32_t tile, const Gat
   using Plan = Chunks<Tile, kThreads>;
   constexpr int kCount = Tile::kRows / Plan::kRowStep;
   const int in_tile = threadIdx.x / Plan::kLanes, lane = threadIdx.x % Plan::kLanes;
-  Element* from[kCount];
+  int indices[kCount];
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) from[i] = rows.at(min(row + in_tile + i * Plan::kRowStep, end - 1));
+  for (int i = 0; i < kCount; ++i) indices[i] = rows.index(min(row + in_tile + i * Plan::kRowStep, end - 1));
 #pragma unroll
-  for (int i = 0; i < kCount; ++i)
+  for (int i = 0; i < kCount; ++i) {
+    const int own = row + in_tile + i * Plan::kRowStep;
+    const auto* from = rows.at(min(own, end - 1), indices[i]);
 #pragma unroll
     for (int c = 0; c < Tile::kChunks; c += Plan::kLanes)
-      copy_async(tile + Tile::offset(in_tile + i * Plan::kRowStep, lane + c), from[i] + (lane + c) * 8,
-                 row + in_tile + i * Plan::kRowStep < end && (lane + c) * 8 < features);
+      copy_async(tile + Tile::offset(in_tile + i * Plan::kRowStep, lane + c), from + (lane + c) * 8,
+                 own < end && (lane + c) * 8 < features);
+  }
 }
 
 // This is the storage policy. Rows that are not kAligned need not lie on 16 bytes.

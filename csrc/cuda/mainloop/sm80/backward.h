@@ -28,10 +28,13 @@ __device__ __forceinline__ void end_turn(int* turns) {
   if (threadIdx.x == 0) atomicAdd(turns, 1);
 }
 
+template <class Tiles>
+inline constexpr bool has_places = requires { typename Tiles::KeyPlace; };
+
 // This says which tile of keys a block owns. The tiles policy does where it has places of its own.
 template <class Tiles, class Args, class Tile>
 __device__ __forceinline__ auto key_place_of(const Args& args, int block, Tile tile) {
-  if constexpr (requires { typename Tiles::KeyPlace; }) {
+  if constexpr (has_places<Tiles>) {
     return Tiles::KeyPlace::of(args, block, tile);
   } else {
     struct KeyPlace {
@@ -126,7 +129,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
       const int row_begin = tiles.first(tile);
       std::int64_t row_tile;
-      if constexpr (requires { typename Tiles::KeyPlace; }) {
+      if constexpr (has_places<Tiles>) {
         row_tile = sequence.first_row_tile + row_begin / kM;
       } else {
         row_tile = (Tiles::kPerHead ? query_head : head) * args.row_tiles +
@@ -191,7 +194,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       __syncthreads();
 
-      if (args.bias_sum || args.slope_sum) {
+      if (!has_places<Tiles> && (args.bias_sum || args.slope_sum)) {  // clusters have neither
         // This sums each row over the warp's keys. Of the warps that share those keys, only one adds to a given place.
         const std::int64_t place = (row_tile * Tile::kScoreWarpsN + score_key / kScoreKeys) * kM + score_row + lane / 4;
 #pragma unroll
@@ -251,12 +254,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                                                        1 / ScorePolicy::kWeightScale);
   __syncthreads();
   const int thread = threadIdx.x;
-  Storage::template store<KeyTile, kN, kThreads>(shared_key, 0,
-                                                 key_rows(tensors.grad_key, static_cast<Input*>(nullptr)), key_begin,
-                                                 band.length_k, int(args.head_dim), thread);
-  Storage::template store<KeyTile, kN, kThreads>(shared_value, 0,
-                                                 key_rows(tensors.grad_value, static_cast<Input*>(nullptr)), key_begin,
-                                                 band.length_k, int(args.value_dim), thread);
+  // A place that is read from memory is read again here, because keeping it through the loop would cost registers.
+  const auto own = key_place_of<Tiles>(args, has_places<Tiles> ? fresh(blockIdx.x) : int(blockIdx.x), Tile());
+  const auto store = [&](std::uint32_t tile, const auto& x, std::int64_t features) {
+    Storage::template store<KeyTile, kN, kThreads>(
+        tile, 0, Storage::template key_rows<Input>(x, own.batch, own.head, own.sequence), own.key_begin,
+        own.sequence.band.length_k, int(features), thread);
+  };
+  store(shared_key, tensors.grad_key, args.head_dim);
+  store(shared_value, tensors.grad_value, args.value_dim);
 }
 
 }  // namespace attnx::cuda
