@@ -17,6 +17,7 @@ from torch import Tensor
 import attnx
 from cases import Shape, pack, random_inputs, random_parameter
 from compare import forward_backward
+from routing_cases import random_centroids, random_memory, with_memory
 from staircase_cases import SMALL, cache_of, tokens
 
 CPU = torch.device("cpu")
@@ -83,6 +84,7 @@ def calls() -> Iterator[tuple[str, Results]]:
     yield from _sparse_linear([45, 128, 256])
     for dtype, (head_dim, levels) in product(DTYPES, [(64, (16, 8, 4, 2)), (128, (16, 8, 4, 1)), (160, (16, 8))]):
         yield f"staircase {dtype} {head_dim}", staircase(dtype, head_dim, levels)
+    yield from routing_calls()
 
 
 def _block_maps() -> Iterator[tuple[str, Results]]:
@@ -134,6 +136,31 @@ def _run_parts(operator: str, inputs: dict[str, Tensor], grad_output: Tensor, **
     results = forward_backward(attention, inputs, grad_output, **options)
     torch.use_deterministic_algorithms(False)
     return results
+
+
+def routing_calls() -> Iterator[tuple[str, Results]]:
+    """Clusters that overlap, whose keys are others than their queries and come with a memory; and ragged ones."""
+    for score, dtype, head_dim in product(SCORES, DTYPES, [64, 128, 256]):
+        yield f"{score} {dtype} {head_dim} routing", _routing(score, dtype, head_dim)
+        yield f"{score} {dtype} {head_dim} argmax_routing", _argmax_routing(score, dtype, head_dim)
+
+
+def _routing(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    inputs, grad_output = random_inputs(Shape(length_q=150, length_k=150, head_dim=head_dim, heads=2), dtype, CPU)
+    inputs |= random_memory(2, 3, head_dim, head_dim, dtype)
+    options = {"routes": random_centroids(2, 2, head_dim), "cluster_size": 90, "is_causal": True, "shared_qk": False}
+    return forward_backward(with_memory(attnx.routing_attention), inputs, grad_output, score=score, **options)
+
+
+def _argmax_routing(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Rows that do not start on 16 bytes; heads that share keys; centroids that move."""
+    shape = Shape(length_q=90, length_k=110, head_dim=head_dim - 3, heads=2, kv_heads=1)
+    inputs, grad_output = random_inputs(shape, dtype, CPU)
+    centroids, counts = random_centroids(2, 3, shape.head_dim), torch.ones(2, 3)
+    attnx.update_centroids_(centroids, counts, inputs["query"], inputs["key"], decay=0.5)
+    options = {"routes": centroids, "routing": "argmax", "score": score}
+    results = forward_backward(attnx.routing_attention, inputs, grad_output, **options)
+    return results | {"centroids": centroids, "counts": counts}
 
 
 def _dense(score: str, dtype: torch.dtype, head_dim: int) -> Results:

@@ -82,6 +82,7 @@ void halve_sums(const HalveSumsParams& p, const Executor&) {
 
 void update_centroids(const UpdateCentroidsParams& p, const Executor& executor) {
   constexpr double kSmoothing = 1e-5;
+  if (p.decay == 1) return;  // nothing moves, and empty counts are not divided by
   parallel_for(executor, p.heads, heads_of_part(p.clusters * p.head_dim), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t head = begin; head < end; ++head) {
       double total = 0;

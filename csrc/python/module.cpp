@@ -98,6 +98,7 @@ py::dict cuda_kernel(const std::string& op, const std::string& dtype, std::int64
                      const std::optional<Layout>& key, const std::optional<Layout>& value,
                      const std::optional<CacheSizes>& cache) {
   static constexpr std::int32_t kPresent = 0;  // only whether there is one is looked at
+  static constexpr attnx::Gather kGather;      // its sizes decide nothing of the kernel
   const auto describe = [&](attnx::AttentionParams& p) {
     p.score = op == "sigmoid_attention" ? attnx::Score::kSigmoid : attnx::Score::kSoftmax;
     p.dtype = sixteen_bits(dtype);
@@ -113,6 +114,7 @@ py::dict cuda_kernel(const std::string& op, const std::string& dtype, std::int64
     if (p.packed_rows_q > 0) p.cu_seqlens_q = p.cu_seqlens_k = &kPresent;
     std::tie(p.block_q, p.block_k) = block_size;
     if (p.block_q > 0) p.key_blocks.counts = &kPresent;
+    if (op == "routing_attention") p.gather = &kGather;
     p.query = tensor_of(query, heads_q, length_q, head_dim);
     p.key = tensor_of(key, heads_k, length_k, head_dim);
     p.value = tensor_of(value, heads_k, length_k, value_dim);

@@ -206,6 +206,12 @@ void update_centroids(const Averages& a) {
     check_contiguous(name, x);
     return data<float>(x);
   };
+  const auto counts = read("counts", a.counts, {heads, clusters});
+  if (const auto values = values_on_host(a.counts))
+    for (std::int64_t i = 0; i < heads * clusters; ++i) {
+      const float count = data<const float>(*values)[i];
+      check(count >= 0, "counts: expected numbers of 0 or more, got ", count);
+    }
   run(UpdateCentroidsParams{.heads = heads,
                             .clusters = clusters,
                             .head_dim = dim,
@@ -213,7 +219,7 @@ void update_centroids(const Averages& a) {
                             .sums = read("sums", a.sums, {heads, clusters, dim}),
                             .members = read("members", a.members, {heads, clusters}),
                             .centroids = read("centroids", a.centroids, {heads, clusters, dim}),
-                            .counts = read("counts", a.counts, {heads, clusters})},
+                            .counts = counts},
       {kSystem, a.centroids});
 }
 

@@ -9,6 +9,7 @@
 #include "cuda/passes/list_order.h"
 #include "cuda/passes/parameter_sums.h"
 #include "cuda/passes/sink_sums.h"
+#include "cuda/routing/attention.h"
 
 namespace attnx::cuda {
 
@@ -50,10 +51,12 @@ void launch(const BackwardPlan& plan, const BackwardCall& call) {
 }  // namespace
 
 std::size_t backward_workspace(const BackwardParams& params, const Launch& launch) {
+  if (params.gather) return routed_backward_workspace(params);
   return make_plan(params, launch.mainloop, launch.deterministic, nullptr).workspace;
 }
 
 void backward(const BackwardParams& p, const Launch& where) {
+  if (p.gather) return routed_backward(p, where);
   const Range range(p.score, "_backward");
   const BackwardPlan plan = make_plan(p, where.mainloop, where.deterministic, where.workspace);
   const auto stream = static_cast<cudaStream_t>(where.stream);

@@ -1,6 +1,7 @@
 // This describes the kernel of a call, for explain.
 #include "cuda/attention.h"
 #include "cuda/dispatch/plan.h"
+#include "cuda/routing/attention.h"
 #include "cuda/staircase/attention.h"
 
 namespace attnx::cuda {
@@ -23,11 +24,13 @@ KernelDescription describe(const char* direction, const Plan& plan, int splits) 
 
 KernelDescription describe(const ForwardParams& params) {
   if (params.cache) return describe_staircase(params);
+  if (params.gather) return describe_routed(params);
   const ForwardPlan plan = make_plan(params, asked_mainloop(), nullptr);
   return describe("forward", plan, plan.geometry.splits.divisor());
 }
 
 KernelDescription describe(const BackwardParams& params) {
+  if (params.gather) return describe_routed(params);
   return describe("backward", make_plan(params, asked_mainloop(), false, nullptr), 1);
 }
 

@@ -10,6 +10,7 @@
 #include "cuda/mainloop/sm80/tile_sizes.h"
 #include "cuda/mainloop/sm90/tile_sizes.h"
 #include "cuda/passes/combine.h"
+#include "cuda/routing/attention.h"
 #include "cuda/staircase/attention.h"
 
 namespace attnx::cuda {
@@ -56,11 +57,13 @@ void launch(const ForwardPlan& plan, const ForwardCall& call) {
 
 std::size_t forward_workspace(const ForwardParams& params, const Launch& launch) {
   if (params.cache) return staircase_attention_workspace(params);
+  if (params.gather) return routed_forward_workspace(params);
   return make_plan(params, launch.mainloop, nullptr).workspace;
 }
 
 void forward(const ForwardParams& p, const Launch& where) {
   if (p.cache) return staircase_attention(p, where);
+  if (p.gather) return routed_forward(p, where);
   const Range range(p.score, "");
   const ForwardPlan plan = make_plan(p, where.mainloop, where.workspace);
   const auto stream = static_cast<cudaStream_t>(where.stream);

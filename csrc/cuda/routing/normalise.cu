@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "cuda/common/device.h"
+#include "cuda/routing/normalised_row.h"
 #include "scores.h"
 
 namespace attnx::cuda {
@@ -12,7 +13,6 @@ namespace attnx::cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kPerLane = kMaxHeadDim / 32;
 
 struct RowArguments {
   Tensor rows;
@@ -33,8 +33,7 @@ __device__ __forceinline__ void make_row(const RowArguments& args, Change change
   const Input* from = static_cast<const Input*>(args.rows.data) + batch * args.rows.batch_stride +
                       head * args.rows.head_stride + row * args.rows.row_stride;
   float x[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) x[i] = lane + i * 32 < args.features ? float(from[lane + i * 32]) : 0.0f;
+  load_row(x, from, args.features, lane);
   change(x, lane);
   float* const to = args.to + warp * args.padded;
 #pragma unroll
@@ -44,21 +43,7 @@ __device__ __forceinline__ void make_row(const RowArguments& args, Change change
 
 template <class Input>
 __global__ void __launch_bounds__(kThreads) attnx_normalise_rows(const __grid_constant__ RowArguments args) {
-  make_row<Input>(args, [&](float (&x)[kPerLane], int lane) {
-    const auto mean_of = [&](auto term) {
-      float sum = 0;
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) sum += lane + i * 32 < args.features ? term(x[i]) : 0.0f;
-#pragma unroll
-      for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
-      return sum / float(args.features);
-    };
-    const float mean = mean_of([](float v) { return v; });
-    const float variance = mean_of([&](float v) { return (v - mean) * (v - mean); });
-    const float factor = 1 / sqrtf(variance + 1e-5f);
-#pragma unroll
-    for (float& v : x) v = (v - mean) * factor;
-  });
+  make_row<Input>(args, [&](float (&x)[kPerLane], int lane) { normalise(x, args.features, lane); });
 }
 
 __global__ void __launch_bounds__(kThreads) attnx_pad_centroids(const __grid_constant__ RowArguments args) {

@@ -19,12 +19,13 @@ using Swizzle = cutlass::gemm::threadblock::GemmBatchedIdentityThreadblockSwizzl
 using Output = cutlass::epilogue::thread::LinearCombination<float, kScoreVector, float, float,
                                                             cutlass::epilogue::thread::ScaleType::Nothing>;
 // Warps of 64 x 32 fill all registers, but do not spill; they read shared memory and split operands less often than
-// smaller ones.
+// smaller ones. What lies beyond a matrix is zero in shared memory, so that nothing is read before it is written.
 using Gemm = cutlass::gemm::kernel::DefaultGemm<
     float, cutlass::layout::RowMajor, kScoreVector, float, cutlass::layout::ColumnMajor, kScoreVector, float,
     cutlass::layout::RowMajor, float, cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80, Tile,
     cutlass::gemm::GemmShape<64, 32, 16>, cutlass::gemm::GemmShape<16, 8, 8>, Output, Swizzle, /*Stages=*/3,
-    /*SplitKSerial=*/false, cutlass::arch::OpMultiplyAddFastF32>::GemmKernel;
+    /*SplitKSerial=*/false, cutlass::arch::OpMultiplyAddFastF32,
+    cutlass::gemm::SharedMemoryClearOption::kZfill>::GemmKernel;
 using Batched = cutlass::gemm::kernel::GemmBatched<Gemm::Mma, Gemm::Epilogue, Swizzle>;
 
 struct ScoreArguments {  // keeps CUTLASS's types out of the kernel's name

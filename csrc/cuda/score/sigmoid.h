@@ -21,7 +21,7 @@ class SigmoidForward {
   using Input = Input_;
 
   // The thread's row of this number is this query of this query head, of which the block has this share of the keys.
-  template <class Parameters>
+  template <class Parameters, class Band>
   __device__ __forceinline__ void set_row(int row, const Parameters& parameters, const Band& band, int head, int query,
                                           int) {
     negative_bias_[row] = -parameters.row_bias_log2(band, head, query);
@@ -60,6 +60,7 @@ struct Sigmoid {
     PerHead bias;
 
     // This returns what a row adds to its logits, times log2(e).
+    template <class Band>
     __device__ __forceinline__ float row_bias_log2(const Band& band, int head, int query) const {
       float x = value + of_head(bias, head);
       if (rule == BiasRule::kLength) x -= logf(float(max(band.length_k, 1)));

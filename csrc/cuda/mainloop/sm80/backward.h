@@ -28,6 +28,27 @@ __device__ __forceinline__ void end_turn(int* turns) {
   if (threadIdx.x == 0) atomicAdd(turns, 1);
 }
 
+template <class Tiles>
+inline constexpr bool has_places = requires { typename Tiles::KeyPlace; };
+
+// This says which tile of keys a block owns. The tiles policy does where it has places of its own.
+template <class Tiles, class Args, class Tile>
+__device__ __forceinline__ auto key_place_of(const Args& args, int block, Tile tile) {
+  if constexpr (has_places<Tiles>) {
+    return Tiles::KeyPlace::of(args, block, tile);
+  } else {
+    struct KeyPlace {
+      int key_begin, head, batch;
+      Sequence sequence;
+    } place;
+    place.key_begin = args.key_blocks.split(block) * Tile::kN;
+    place.head = args.key_heads.split(block);
+    place.batch = block;
+    place.sequence = sequence_of(args, place.batch);
+    return place;
+  }
+}
+
 template <class Score, class Tiles, class Storage, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     attnx_backward_sm80(const __grid_constant__ BackwardArguments<Tiles, Storage> args) {
@@ -48,14 +69,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const std::uint32_t shared_grad_logits = shared_weights + ScoreTile::kBytes;
 
   const auto& tensors = args.tensors;
-  int block = blockIdx.x;
-  const int key_begin = args.key_blocks.split(block) * kN, head = args.key_heads.split(block), batch = block;
-  const Sequence sequence = sequence_of(args, batch);
-  const Band& band = sequence.band;
+  const auto place = key_place_of<Tiles>(args, blockIdx.x, Tile());
+  const auto& [key_begin, head, batch, sequence] = place;
+  const auto& band = sequence.band;
   if (key_begin >= band.length_k) return;
   const int row_end = sequence.length_q * args.group.divisor();
 
-  const auto key_rows = [&]<class Element>(const Tensor& x, Element*) {
+  const auto key_rows = [&]<class Element>(const auto& x, Element*) {
     return Storage::template key_rows<Element>(x, batch, head, sequence);
   };
   Storage::template load<KeyTile, kThreads>(shared_key, key_rows(tensors.key, static_cast<const Input*>(nullptr)),
@@ -90,7 +110,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const auto copy_rows = [&](int tile) {
       if (tile < end) {
         const int row = tiles.first(tile), stage = tile % kStages * RowTile::kBytes;
-        const auto rows = [&](const Tensor& x) {
+        const auto rows = [&](const auto& x) {
           return Storage::template query_rows<const Input>(args, x, batch, query_head, sequence);
         };
         Storage::template load<RowTile, kThreads>(shared_query + stage, rows(tensors.query), row, row_end,
@@ -110,8 +130,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if constexpr (kStages == 2) copy_rows(tile + 1);
 
       const int row_begin = tiles.first(tile);
-      const std::int64_t row_tile = (Tiles::kPerHead ? query_head : head) * args.row_tiles +
-                                    row_tile_of(args, batch, sequence, row_begin / kM, kM);
+      std::int64_t row_tile;
+      if constexpr (has_places<Tiles>) {
+        row_tile = sequence.first_row_tile + row_begin / kM;
+      } else {
+        row_tile = (Tiles::kPerHead ? query_head : head) * args.row_tiles +
+                   row_tile_of(args, batch, sequence, row_begin / kM, kM);
+      }
       float offset[kRows], delta[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
@@ -178,7 +203,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       __syncthreads();
 
-      if (args.bias_sum || args.slope_sum) {
+      if (!has_places<Tiles> && (args.bias_sum || args.slope_sum)) {  // clusters have neither
         // This sums each row over the warp's keys. Of the warps that share those keys, only one adds to a given place.
         const std::int64_t place = (row_tile * Tile::kScoreWarpsN + score_key / kScoreKeys) * kM + score_row + lane / 4;
 #pragma unroll
@@ -249,12 +274,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
              [](const auto& x) -> const Tensor& { return x.grad_value_addend; });
   __syncthreads();
   const int thread = threadIdx.x;
-  Storage::template store<KeyTile, kN, kThreads>(shared_key, 0,
-                                                 key_rows(tensors.grad_key, static_cast<Input*>(nullptr)), key_begin,
-                                                 band.length_k, int(args.head_dim), thread);
-  Storage::template store<KeyTile, kN, kThreads>(shared_value, 0,
-                                                 key_rows(tensors.grad_value, static_cast<Input*>(nullptr)), key_begin,
-                                                 band.length_k, int(args.value_dim), thread);
+  // A place that is read from memory is read again here, because keeping it through the loop would cost registers.
+  const auto own = key_place_of<Tiles>(args, has_places<Tiles> ? fresh(blockIdx.x) : int(blockIdx.x), Tile());
+  const auto store = [&](std::uint32_t tile, const auto& x, std::int64_t features) {
+    Storage::template store<KeyTile, kN, kThreads>(
+        tile, 0, Storage::template key_rows<Input>(x, own.batch, own.head, own.sequence), own.key_begin,
+        own.sequence.band.length_k, int(features), thread);
+  };
+  store(shared_key, tensors.grad_key, args.head_dim);
+  store(shared_value, tensors.grad_value, args.value_dim);
 }
 
 }  // namespace attnx::cuda

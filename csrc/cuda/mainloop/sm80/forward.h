@@ -16,6 +16,16 @@
 
 namespace attnx::cuda {
 
+// This says which tile of rows a block owns. The tiles policy does where it has places of its own.
+template <class Tiles, class Args, class Tile>
+__device__ __forceinline__ auto place_of(const Args& args, int block, Tile tile) {
+  if constexpr (requires { typename Tiles::Place; }) {
+    return Tiles::Place::of(args, block, tile);
+  } else {
+    return ForwardPlace::of(args, block, tile);
+  }
+}
+
 template <class Score, class Tiles, class Storage, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     attnx_forward_sm80(const __grid_constant__ ForwardArguments<Score, Tiles, Storage> args) {
@@ -31,17 +41,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   const std::uint32_t shared_value = shared_key + kStages * KeyTile::kBytes;
 
   const auto& tensors = args.tensors;
-  const ForwardPlace place = ForwardPlace::of(args, blockIdx.x, Tile());
+  const auto place = place_of<Tiles>(args, blockIdx.x, Tile());
   const auto& [split, query_block, head, batch, sequence, row_begin, row_end] = place;
   if (row_begin >= row_end) return;
-  const Band& band = sequence.band;
+  const auto& band = sequence.band;
   const int first_query = args.group.divide(row_begin);
   const int last_query = args.group.divide(min(row_begin + Tile::kM, row_end) - 1);
 
   const auto tiles = Tiles::template keys<Tile>(args, place);
   const int begin = tiles.begin(), end = tiles.end();
 
-  const auto key_rows = [&](const Tensor& x) {
+  const auto key_rows = [&](const auto& x) {
     return fresh(Storage::template key_rows<const Input>(x, batch, key_head_of(args, head), sequence));
   };
   const auto keys = key_rows(tensors.key), values = key_rows(tensors.value);
@@ -72,7 +82,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     for (int i = 0; i <= kStages; ++i) first_keys[i] = key_of(begin + i);
   }
 
-  const auto query_rows = [&]<class Element>(const ForwardPlace& place, const Tensor& x, Element*) {
+  const auto query_rows = [&]<class Element>(const auto& place, const auto& x, Element*) {
     return Storage::template query_rows<Element>(args, x, place.batch, query_head_of(args, place.head), place.sequence);
   };
   Storage::template load<QueryTile, kThreads>(shared_query,
@@ -119,7 +129,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     float multiplier = args.scale_log2;
     const int key = key_ahead(tile, 0);
     if (key < plain.first || key + kN > plain.end) {
-      const ForwardPlace again = ForwardPlace::of(args, fresh(blockIdx.x), Tile());
+      const auto again = place_of<Tiles>(args, fresh(blockIdx.x), Tile());
       place_logits(s, args, again.sequence.band, query_head_of(args, again.head),
                    again.row_begin + warp_row_now() + lane_now() / 4, key + lane_now() % 4 * 2);
       multiplier = 1;
@@ -150,11 +160,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   }
 
   // The place is found again here, because keeping it through the loop would cost registers.
-  const ForwardPlace own = ForwardPlace::of(args, fresh(blockIdx.x), Tile());
+  const auto own = place_of<Tiles>(args, fresh(blockIdx.x), Tile());
   const int thread_row = own.row_begin + warp_row + lane / 4;
-  if (args.splits.divisor() > 1) {
-    store_partial<Score::kNormalised, Tile::kM>(output, logsumexp, args, args.partial, own, thread_row, lane);
-    return;
+  if constexpr (!requires { typename Tiles::Place; }) {  // clusters are not split
+    if (args.splits.divisor() > 1) {
+      store_partial<Score::kNormalised, Tile::kM>(output, logsumexp, args, args.partial, own, thread_row, lane);
+      return;
+    }
   }
 
   // The output goes through the warp's own rows of the query's tile, which no one else reads any more, so that stores

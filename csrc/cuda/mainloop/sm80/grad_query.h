@@ -6,25 +6,42 @@
 
 namespace attnx::cuda {
 
+// This says which tile of rows a block makes, and where its sums lie among those of all heads.
+template <class Tile>
+struct GradQueryPlace {
+  int head, batch;
+  Sequence sequence;
+  int row_begin, row_end;
+  std::int64_t row_tile;
+
+  static __device__ __forceinline__ GradQueryPlace of(const GradQueryArguments& args, int block) {
+    GradQueryPlace place;
+    const int query_block = args.query_blocks.split(block);
+    place.batch = block % int(args.batch);
+    place.head = block / int(args.batch);
+    place.sequence = sequence_of(args, place.batch);
+    place.row_begin = query_block * Tile::kM;
+    place.row_end = place.sequence.length_q * args.group.divisor();
+    place.row_tile =
+        place.head * args.row_tiles + row_tile_of(args, place.batch, place.sequence, query_block, Tile::kM);
+    return place;
+  }
+};
+
 // A block makes a tile of rows of dQ from its sums.
-template <class Storage, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads)
-    attnx_grad_query_sm80(const __grid_constant__ GradQueryArguments args) {
+template <class Storage, class Tile, class Args = GradQueryArguments, class Place = GradQueryPlace<Tile>>
+__global__ void __launch_bounds__(Tile::kThreads) attnx_grad_query_sm80(const __grid_constant__ Args args) {
   using Input = typename Storage::Input;
   using RowTile = SharedTile<Tile::kM, Tile::kHeadDim>;
   constexpr int kQueryRows = Tile::kM / Tile::kRowWarps, kQueryFeatures = Tile::kHeadDim / Tile::kRowWarpsD;
   extern __shared__ uint4 shared[];
   const std::uint32_t shared_rows = shared_address(shared);
 
-  int block = blockIdx.x;
-  const int query_block = args.query_blocks.split(block), batch = block % int(args.batch);
-  const int head = block / int(args.batch);
-  const Sequence sequence = sequence_of(args, batch);
-  const int row_begin = query_block * Tile::kM, row_end = sequence.length_q * args.group.divisor();
+  const Place place = Place::of(args, blockIdx.x);
+  const auto& [head, batch, sequence, row_begin, row_end, row_tile] = place;
   if (row_begin >= row_end) return;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const std::int64_t row_tile = head * args.row_tiles + row_tile_of(args, batch, sequence, query_block, Tile::kM);
   const float* from = args.sums + row_tile * (Tile::kM * Tile::kHeadDim) + threadIdx.x;
   Accumulators<kQueryRows, kQueryFeatures> grad_query;
 #pragma unroll

@@ -1,0 +1,184 @@
+#include "attnx/policies.h"
+#include "cuda/common/device.h"
+#include "cuda/dispatch/range.h"
+#include "cuda/head_dims.h"
+#include "cuda/mainloop/sm80/tile_sizes.h"
+#include "cuda/routing/attention.h"
+#include "cuda/routing/cluster_loop.h"
+#include "cuda/routing/cluster_row_terms.h"
+#include "cuda/routing/cluster_tiles.h"
+#include "cuda/routing/memory_sums.h"
+#include "cuda/routing/place_sums.h"
+#include "cuda/routing/share_rows.h"
+
+namespace attnx::cuda {
+
+namespace {
+
+struct RoutedBackward {
+  WorkspaceLayout layout;
+  ClusterLoop loop;  // its output is computed again, because only the sums over clusters were kept
+  SortedLists queries, keys;
+  char *sort_queries, *sort_keys;
+
+  bool wide = false;
+  int rows = 0, tile_keys = 0, head_dim = 0;  // of a tile
+  std::int64_t row_tiles, key_tiles;          // to a head
+  ClusterTile *row_table, *key_table;
+  void* shares;  // of the gradient of the output
+  BackwardScratch scratch{};
+  std::size_t zeros_bytes;
+  Tensor grad_query;
+  KeyPlaces grad_key, grad_value;
+
+  RoutedBackward(const BackwardParams& p, void* workspace)
+      : loop(p, layout, workspace),
+        queries(places_of(p.gather->queries, p.gather->clusters, loop.heads, layout, workspace)),
+        keys(places_of(p.gather->keys, p.gather->clusters, loop.heads, layout, workspace)),
+        sort_queries(layout.place<char>(workspace, std::int64_t(sort_into_lists_workspace(queries)))),
+        sort_keys(layout.place<char>(workspace, std::int64_t(sort_into_lists_workspace(keys)))) {
+    const Gather& g = *p.gather;
+    const std::int64_t heads = loop.heads;
+    with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
+      using Tiles = BackwardTiles<kHeadDim>;
+      wide = are_gathers_aligned(p) && Tiles::Wide::kSharedBytes <= current_device().shared_bytes;
+      rows = wide ? Tiles::Wide::kM : Tiles::Narrow::kM;
+      tile_keys = wide ? Tiles::Wide::kN : Tiles::Narrow::kN;
+      head_dim = kHeadDim;
+    });
+    row_tiles = most_cluster_tiles(g.queries.slots, g.clusters, rows);
+    const std::int64_t all_keys = g.keys.slots + g.clusters * g.memory;
+    key_tiles = most_cluster_tiles(all_keys, g.clusters, tile_keys);
+    row_table = layout.place<ClusterTile>(workspace, heads * row_tiles);
+    key_table = layout.place<ClusterTile>(workspace, heads * key_tiles);
+    const std::int64_t features = padded_features(p.head_dim), value_features = padded_features(p.value_dim);
+    shares = layout.place<std::uint16_t>(workspace, heads * g.queries.rows * value_features);
+
+    const std::int64_t padded_rows = heads * row_tiles * rows;
+    scratch.deterministic = true;
+    scratch.offset = layout.place<float>(workspace, padded_rows);
+    if (is_normalised(p.score)) scratch.delta = layout.place<float>(workspace, padded_rows);
+    const std::size_t zeros_begin = layout.bytes();
+    scratch.grad_query_sum = layout.place<float>(workspace, padded_rows * head_dim);
+    scratch.turns = layout.place<int>(workspace, heads * row_tiles);
+    zeros_bytes = layout.bytes() - zeros_begin;
+
+    const auto places = [&](std::int64_t slots, std::int64_t n) {
+      return by_slot(layout.place<std::uint16_t>(workspace, heads * slots * n), p.heads_q, slots, n);
+    };
+    grad_query = places(g.queries.slots, features);
+    grad_key = {places(g.keys.slots, features), places(g.clusters * g.memory, features), int(g.memory)};
+    grad_value = {places(g.keys.slots, value_features), places(g.clusters * g.memory, value_features), int(g.memory)};
+  }
+};
+
+ForwardParams forward_of(const BackwardParams& p) {
+  ForwardParams forward;
+  static_cast<AttentionParams&>(forward) = p;
+  return forward;
+}
+
+void make_row_terms(const BackwardParams& p, const RoutedBackward& plan, cudaStream_t stream) {
+  const Clusters& queries = p.gather->queries;
+  if (is_normalised(p.score)) plan.loop.run(forward_of(p), stream);
+  launch_cluster_row_terms({{plan.row_table, plan.loop.ends, queries.slots},
+                            queries.rows,
+                            plan.rows,
+                            int(p.value_dim),
+                            int(padded_features(p.value_dim)),
+                            queries.indices,
+                            plan.loop.output.data,
+                            plan.shares,
+                            static_cast<const float*>(p.logsumexp.data),
+                            static_cast<const float*>(p.grad_logsumexp.data),
+                            plan.scratch.offset,
+                            plan.scratch.delta},
+                           p, plan.loop.heads * plan.row_tiles, stream);
+}
+
+void run_loop(const BackwardParams& p, const RoutedBackward& plan, cudaStream_t stream) {
+  const Gather& g = *p.gather;
+  BackwardGeometry geometry{};
+  static_cast<Geometry&>(geometry) = geometry_of_heads(p);
+  const std::int64_t features = padded_features(p.value_dim);
+  const RoutedBackwardCall call{geometry,
+                                scaling_of(p),
+                                plan.scratch,
+                                gathered_queries(p, p.query),
+                                gathered_keys(p, p.key, g.memory_key),
+                                gathered_keys(p, p.value, g.memory_value),
+                                gathered_queries(p, by_slot(plan.shares, p.heads_q, g.queries.rows, features)),
+                                plan.grad_query,
+                                plan.grad_key,
+                                plan.grad_value,
+                                {plan.row_table, plan.loop.ends, g.queries.slots},
+                                {plan.key_table, plan.loop.ends, g.queries.slots},
+                                plan.loop.heads * plan.row_tiles,
+                                plan.loop.heads * plan.key_tiles,
+                                are_gathers_aligned(p),
+                                plan.wide,
+                                stream};
+  with_dtype(p.dtype, [&]<DType kDType>() {
+    with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
+      p.score == Score::kSigmoid ? launch_routed_backward_sm80<Score::kSigmoid, kDType, kHeadDim>(call)
+                                 : launch_routed_backward_sm80<Score::kSoftmax, kDType, kHeadDim>(call);
+    });
+  });
+}
+
+}  // namespace
+
+std::size_t routed_backward_workspace(const BackwardParams& p) { return RoutedBackward(p, nullptr).layout.bytes(); }
+
+void routed_backward(const BackwardParams& p, const Launch& launch) {
+  check_mainloop(launch.mainloop);
+  const Range range("attnx::routing_attention_backward");
+  const auto stream = static_cast<cudaStream_t>(launch.stream);
+  const RoutedBackward plan(p, launch.workspace);
+  const Gather& g = *p.gather;
+  if (plan.zeros_bytes)
+    check(cudaMemsetAsync(plan.scratch.grad_query_sum, 0, plan.zeros_bytes, stream), "cudaMemsetAsync");
+  sort_into_lists(plan.queries, plan.sort_queries, stream);
+  sort_into_lists(plan.keys, plan.sort_keys, stream);
+  plan.loop.prepare(p, stream);
+  ClusterTilesArguments tiles{int(g.clusters), int(g.memory),  g.queries.offsets, g.keys.offsets, plan.rows, 0,
+                              plan.loop.heads, plan.row_tiles, plan.row_tiles,    plan.row_table};
+  launch_cluster_tiles(tiles, stream);
+  tiles.keys_of_tile = plan.tile_keys;
+  tiles.tiles = plan.key_tiles;
+  tiles.table = plan.key_table;
+  launch_cluster_tiles(tiles, stream);
+  launch_share_rows({p.batch, p.heads_q, g.queries.rows, int(p.value_dim), int(padded_features(p.value_dim)),
+                     plan.queries.offsets, p.grad_output, plan.shares},
+                    p.dtype, stream);
+  make_row_terms(p, plan, stream);
+  run_loop(p, plan, stream);
+
+  const auto add_up = [&](const Clusters& c, const SortedLists& places, std::int64_t features, int group,
+                          const Tensor& from, const Tensor& to) {
+    launch_place_sums(
+        {p.batch, p.heads_q, c.rows, c.slots, int(features), group, places.items, places.offsets, from, to, false},
+        p.dtype, stream);
+  };
+  const int group = int(p.heads_q / p.heads_k);
+  add_up(g.queries, plan.queries, p.head_dim, 1, plan.grad_query, p.grad_query);
+  add_up(g.keys, plan.keys, p.head_dim, group, plan.grad_key.own, p.grad_key);
+  add_up(g.keys, plan.keys, p.value_dim, group, plan.grad_value.own, p.grad_value);
+  const auto add_up_memory = [&](std::int64_t features, const Tensor& from, const Tensor& to) {
+    launch_memory_sums({p.batch, p.heads_q, g.clusters, int(g.memory), int(features), group, from, to}, p.dtype,
+                       stream);
+  };
+  add_up_memory(p.head_dim, plan.grad_key.memory, p.grad_memory_key);
+  add_up_memory(p.value_dim, plan.grad_value.memory, p.grad_memory_value);
+}
+
+KernelDescription describe_routed(const BackwardParams& p) {
+  check_mainloop(asked_mainloop());
+  const RoutedBackward plan(p, nullptr);
+  KernelDescription description{"attnx_backward_sm80",  "sm80", plan.rows, plan.tile_keys, plan.head_dim,
+                                are_gathers_aligned(p), 1,      ""};
+  if (current_device().major == 9) description.why_not_sm90 = kWhyNotSm90;
+  return description;
+}
+
+}  // namespace attnx::cuda

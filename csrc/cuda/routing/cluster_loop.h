@@ -1,0 +1,49 @@
+// This is the forward loop over clusters, with the tables before it. It leaves what each slot of a cluster has.
+#pragma once
+
+#include "cuda/dispatch/tiling.h"
+#include "cuda/dispatch/workspace.h"
+#include "cuda/routing/sorted_lists.h"
+#include "cuda/units/routed_call.h"
+
+namespace attnx::cuda {
+
+// These are tensors by slot, of all heads, whose rows lie on 16 bytes where they hold `features` in 16 bits.
+inline std::int64_t padded_features(std::int64_t features) { return ceil_div(features, 8) * 8; }
+inline Tensor by_slot(void* data, std::int64_t heads, std::int64_t slots, std::int64_t features) {
+  return {data, heads * slots * features, slots * features, features};
+}
+
+// This is the inverse of clusters: which slots hold a row.
+SortedLists places_of(const Clusters& clusters, std::int64_t count, std::int64_t heads, WorkspaceLayout& layout,
+                      void* workspace);
+
+// These gather rows of queries, or of keys behind those of the memory.
+GatheredTensor gathered_queries(const AttentionParams& params, const Tensor& x);
+GatheredTensor gathered_keys(const AttentionParams& params, const Tensor& own, const Tensor& memory);
+// Every query head has tiles of its own.
+Geometry geometry_of_heads(const AttentionParams& params);
+bool are_gathers_aligned(const AttentionParams& params);
+
+// The loop for sm_90 copies by TMA, which gathers no rows there.
+inline constexpr const char* kWhyNotSm90 = "it gathers no rows";
+// It throws std::runtime_error where sm_90's loop is asked for.
+void check_mainloop(std::optional<Mainloop> asked);
+
+struct ClusterLoop {
+  int rows = 0, keys = 0, head_dim = 0;  // of a tile
+  std::int64_t heads, tiles;             // of the whole batch; of rows, to a head
+  ClusterTile* table;
+  std::int32_t* ends = nullptr;
+  Tensor output;  // by slot
+
+  ClusterLoop(const AttentionParams& params, WorkspaceLayout& layout, void* workspace);
+
+  ClusterTable row_table(const AttentionParams& p) const { return {table, ends, p.gather->queries.slots}; }
+  // This fills in the tables.
+  void prepare(const AttentionParams& params, cudaStream_t stream) const;
+  // The logsumexp of the params is by slot, and their output is not written.
+  void run(const ForwardParams& params, cudaStream_t stream) const;
+};
+
+}  // namespace attnx::cuda
