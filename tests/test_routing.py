@@ -196,7 +196,7 @@ def test_shapes(shape: Shape, is_causal: bool, instruction_set: str | None, dtyp
     check(inputs, grad_output, **options)
 
 
-@on_host
+@on_cpu
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_one_cluster_of_all_tokens_is_dense_attention(
@@ -585,9 +585,9 @@ def test_no_second_derivative(device: torch.device) -> None:
 
 @on_cpu
 def test_other_backends_are_refused_by_the_table(device: torch.device) -> None:
-    """CUDA among them, until its kernels exist: whatever the dispatcher finds no kernel for ends here."""
+    """Whatever the dispatcher finds no kernel for ends here."""
     inputs, _, options = prepare({}, SHAPE, torch.float32)
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
     ops, arguments = torch.ops.attnx, (*options["routes"][:4], None, None, "softmax", "none", 0.0, None, False)
     refusal = r"(?s)^routing_attention: no kernel for this call.*required: .*supported: backend cpu.*missing:"
     with pytest.raises(NotImplementedError, match=refusal):
