@@ -43,7 +43,7 @@ struct RoutedBackwardSm80 {
     launch_kernel("attnx_backward_sm80", attnx_backward_sm80<Score, Clustered, Storage, Tile>, call.key_blocks,
                   Tile::kThreads, Tile::kSharedBytes, call.stream, args);
     const ClusterGradQueryArguments grad_query{
-        {call.geometry, call.scaling.scale, call.scratch.grad_query_sum, call.grad_query}, call.rows};
+        {call.geometry, call.scaling.scale, call.scratch.grad_query_sum, call.grad_query, {}}, call.rows};
     launch_kernel(
         "attnx_grad_query_sm80",
         attnx_grad_query_sm80<Gathered<Input, true>, Tile, ClusterGradQueryArguments, ClusterGradQueryPlace<Tile>>,
