@@ -115,7 +115,8 @@ def calls() -> Iterator[Call]:
             if parameters:
                 continue  # softmax's backward serves it
             for rows in (128, 256):
-                for block_size in (None, *_BLOCK_SIZES):
+                yield Call(score, dtype, head_dim, rows, 128, backward=True)
+                for block_size in _BLOCK_SIZES:
                     yield Call(score, dtype, head_dim, rows, 128, backward=True, block_size=block_size)
         yield Call(score, dtype, 64, 1, 1024, parameters=parameters)  # split along the keys
     for score, parameters in _PARAMETERS:

@@ -387,12 +387,12 @@ def probabilistic_attention(
         training: False without a seed: dense attention. With a seed it makes no difference.
         return_logsumexp: with the softmax score, also return (batch, heads, length_q), of the blocks that take part.
 
-    keep, seed and offset on the GPU are trusted: their values are looked at under ``ATTNX_DEBUG=1`` alone, as looking waits
-    for the device. Nothing else is read on the host, so that a CUDA graph captures the call, and a tensor as seed or
-    offset has every replay draw a round of its own.
+    keep, seed and offset on the GPU are trusted: their values are looked at under ``ATTNX_DEBUG=1`` alone, as
+    looking waits for the device. Nothing else is read on the host, so that a CUDA graph captures the call, and a
+    tensor as seed or offset has every replay draw a round of its own.
 
-    The inputs share one dtype (float32, bfloat16, float16, float64; on CUDA bfloat16, float16) and device. For the backward the blocks are drawn
-    again from seed and offset; nothing of the size of the score matrix is kept.
+    The inputs share one dtype (float32, bfloat16, float16, float64; on CUDA bfloat16, float16) and device. For the
+    backward the blocks are drawn again from seed and offset; nothing of the size of the score matrix is kept.
 
     Returns:
         (batch, heads, length_q, value_dim) in the dtype of query. A row that sees no key gives 0.

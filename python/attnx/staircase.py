@@ -341,8 +341,8 @@ def staircase_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a staircase cache, unpacked tile by tile inside the loop.
 
-    The last query of a sequence stands at its last token. What it computes is attention over ``cache.dequantize()``, on a
-    GPU before its numbers are rounded to the dtype.
+    The last query of a sequence stands at its last token. What it computes is attention over ``cache.dequantize()``,
+    on a GPU before its numbers are rounded to the dtype.
 
     Args:
         query: (batch_size, heads, length_q, head_dim) in the dtype of the cache; heads is a multiple of its heads, and

@@ -1,5 +1,5 @@
-// This makes the map of sparse-linear attention: means of blocks, their products, and labels by these. A map has at least
-// one label.
+// This makes the map of sparse-linear attention: means of blocks, their products, and labels by these. A map has at
+// least one label.
 #pragma once
 
 #include <cstddef>
