@@ -9,12 +9,13 @@ _NAME = re.compile(r"attnx_(\w+?)(?:_(sm\d+))?(?:<(.*)>)?\(")
 _TILE = re.compile(r"\w+Tile<(\d+), (\d+), (\d+)")
 _DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16"}
 # These are the words of policies that are not their names: a band of strided or TMA's rows is the ordinary case.
-_POLICIES = {"Banded": "", "Listed": "listed", "Tma": "", "Strided": ""}
+_POLICIES = {"Banded": "", "Listed": "listed", "Clustered": "clustered", "Tma": "", "Strided": "", "Gathered": ""}
 # These are the words of false and true where they are a kernel's own arguments, or a policy's.
 _FLAGS = {
     "row_terms": ("unaligned", ""),
     "combine": ("pointwise", "normalised"),
     "Strided": ("unaligned", ""),
+    "Gathered": ("unaligned", ""),
     "sample_blocks": ("", "transposed"),
     "label_blocks": ("unshared", ""),
     "pool_blocks": ("unaligned", ""),
@@ -35,6 +36,8 @@ def _words(owner: str, argument: str) -> Iterator[str]:
     """The words of one template argument of a kernel or policy."""
     name, _, inner = argument.removesuffix(">").partition("<")
     name = name.rpartition("::")[2]
+    if name.endswith(("Arguments", "Place")):
+        return  # they follow from the rest
     if tile := _TILE.search(argument):
         yield from (tile[1], f"{tile[2]}x{tile[3]}")
     elif argument in ("false", "true"):
@@ -48,7 +51,12 @@ def _words(owner: str, argument: str) -> Iterator[str]:
         yield re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()  # a score: SoftmaxSink
 
 
-_LAST = ("listed", "unaligned")
+_LAST = ("listed", "clustered", "unaligned")
+
+
+def is_ours(demangled: str) -> bool:
+    """Whether a kernel is attnx's own, not one that CUB brings."""
+    return "attnx_" in demangled.partition("(")[0]
 
 
 def label(demangled: str) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kernels import label
+from kernels import is_ours, label
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def _read_one(sasscost: Path, code: Path) -> dict[str, MachineCode]:
     result = subprocess.run([sys.executable, sasscost, code, "--json"], capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"sasscost {code}: {result.stderr.strip()}")
-    return {label(kernel["demangled"]): _machine_code(kernel) for kernel in json.loads(result.stdout)["kernels"]}
+    kernels = json.loads(result.stdout)["kernels"]
+    return {label(kernel["demangled"]): _machine_code(kernel) for kernel in kernels if is_ours(kernel["demangled"])}
 
 
 def read(sasscost: Path, codes: Iterable[Path]) -> dict[str, MachineCode]:

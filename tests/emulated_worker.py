@@ -79,7 +79,8 @@ def _forward(operator: str, inputs: dict[str, Tensor], **options: Any) -> Result
 def calls() -> Iterator[tuple[str, Results]]:
     """The name of each call and its results."""
     for score, dtype, head_dim in product(SCORES, DTYPES, PADDED_HEAD_DIMS):
-        for kind in (_dense, _causal, _window, _varlen, _decode, *LISTED):
+        listed = LISTED if dtype == torch.bfloat16 else LISTED[:1]  # float16 shares the rest
+        for kind in (_dense, _causal, _window, _varlen, _decode, *listed):
             yield f"{score} {dtype} {head_dim} {kind.__name__[1:]}", kind(score, dtype, head_dim)
     yield from _block_maps()
     yield from _sparse_linear([45, 128, 256])
@@ -117,7 +118,7 @@ def _sparse_linear(head_dims: list[int]) -> Iterator[tuple[str, Results]]:
         block_map = attnx.SparseLinearMap(labels, block_size)
         return {"block_map": block_map, "linear_scope": "all", "is_causal": is_causal}
 
-    for dtype, head_dim in product(DTYPES, head_dims):
+    for dtype, head_dim in [*((torch.bfloat16, d) for d in head_dims), (torch.float16, 64)]:
         shape = Shape(length_q=200, length_k=330, head_dim=head_dim, heads=2, kv_heads=1)
         for own in (options((128, 64), (1, 2, 2, 6), False), options((64, 128), (1, 2, 4, 3), True)):
             results = _run_parts("sparse_linear_attention", *random_inputs(shape, dtype, CPU), **own)
@@ -143,7 +144,9 @@ def _run_parts(operator: str, inputs: dict[str, Tensor], grad_output: Tensor, **
 
 def routing_calls() -> Iterator[tuple[str, Results]]:
     """Clusters that overlap, whose keys are others than their queries and come with a memory; and ragged ones."""
-    for score, dtype, head_dim in product(SCORES, DTYPES, [64, 128, 256]):
+    for score, (dtype, head_dim) in product(
+        SCORES, [*((torch.bfloat16, d) for d in (64, 128, 256)), (torch.float16, 64)]
+    ):
         yield f"{score} {dtype} {head_dim} routing", _routing(score, dtype, head_dim)
         yield f"{score} {dtype} {head_dim} argmax_routing", _argmax_routing(score, dtype, head_dim)
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.backends("cpu")
+pytestmark = [pytest.mark.backends("cpu"), pytest.mark.usefixtures("backend")]
 
 SECONDS = float(os.environ.get("ATTNX_STRESS_SECONDS", "2"))
 

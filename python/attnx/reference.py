@@ -219,7 +219,7 @@ def _block_distance(grid: BlockGrid) -> Tensor:
 
     In a row that sees no key, and so has none, it is any number.
     """
-    begin, end, _ = torch.tensor(grid.rows()).view(-1, 3, 1).unbind(1)
+    begin, end, _ = torch.tensor(grid.rows(), dtype=torch.int64).view(-1, 3, 1).unbind(1)
     j = torch.arange(grid.key_blocks)
     return (begin - j).maximum(j - end + 1).clamp(0, grid.key_blocks - 1)
 
@@ -227,7 +227,7 @@ def _block_distance(grid: BlockGrid) -> Tensor:
 def _sampled(batch: int, heads: int, grid: BlockGrid, sampling: Sampling, seed: int, offset: int) -> Tensor:
     """bool (batch, heads, query_blocks, key_blocks): which blocks take part."""
     i, j = torch.arange(grid.query_blocks)[:, None], torch.arange(grid.key_blocks)
-    distance, candidates = _block_distance(grid), torch.tensor(grid.rows()).view(-1, 3, 1)[:, 2]
+    distance, candidates = _block_distance(grid), torch.tensor(grid.rows(), dtype=torch.int64).view(-1, 3, 1)[:, 2]
     p = sampling.keep.double()[distance]
     head = torch.arange(batch * heads).view(batch, heads, 1, 1)
     word = philox(torch.broadcast_tensors(j, i, head, torch.tensor(offset)), seed)[0]
