@@ -18,7 +18,7 @@ from attnx.testing import assert_close
 from backends import Backend
 from cases import DTYPES, Shape, pack, random_inputs
 
-cpu = pytest.mark.backends("cpu")
+cpu = pytest.mark.backends("cpu")  # for what needs float64, or an instruction set or threads of its own
 
 SCOPES = ["marginal", "noncritical", "all"]
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
