@@ -56,7 +56,7 @@ _LAST = ("listed", "clustered", "unaligned")
 
 def is_ours(demangled: str) -> bool:
     """Whether a kernel is attnx's own, not one that CUB brings."""
-    return "attnx_" in demangled.partition("(")[0]
+    return _NAME.search(demangled) is not None
 
 
 def label(demangled: str) -> str:

@@ -28,5 +28,6 @@ def losses(name: str, *, on_cpu: bool) -> list[float]:
 def test_losses_are_the_cpu_s(name: str) -> None:
     emulated, cpu = (losses(name, on_cpu=on_cpu) for on_cpu in (False, True))
     assert cpu[-1] < 0.8 * cpu[0], "it learns"
-    assert emulated[0] == pytest.approx(cpu[0], rel=1e-3)
-    assert emulated == pytest.approx(cpu, rel=0.05), "rounding differs, and grows with the steps"
+    # Rounding differs, and what it changes grows with the steps.
+    assert emulated[:5] == pytest.approx(cpu[:5], rel=5e-3)
+    assert emulated == pytest.approx(cpu, rel=0.05)

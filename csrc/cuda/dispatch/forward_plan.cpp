@@ -27,7 +27,7 @@ void plan_sm80(const ForwardParams& p, ForwardPlan& plan) {
     const bool listed = plan.variant.listed;
     const auto wide = listed ? sizes_of(typename Tiles::WideListed()) : sizes_of(typename Tiles::Wide());
     const auto narrow = sizes_of(typename Tiles::Narrow());
-    const bool fills = listed ? p.block_q % wide.rows == 0 && p.block_k % wide.keys == 0 : rows > narrow.rows;
+    const bool fills = listed ? divides<typename Tiles::WideListed>(p.block_q, p.block_k) : rows > narrow.rows;
     plan.variant.wide = fills && plan.variant.aligned && wide.shared_bytes <= current_device().shared_bytes;
     plan.tile = plan.variant.wide ? wide : narrow;
   });

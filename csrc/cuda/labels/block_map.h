@@ -12,7 +12,7 @@ namespace attnx::cuda {
 std::size_t block_map_workspace(const BlockMapParams& params, const Launch& launch);
 void block_map(const BlockMapParams& params, const Launch& launch);
 
-// This makes the products alone, in the same workspace: a hook for the test of their accuracy. They are [batch,
+// This makes the products alone, in the same workspace. It is a hook for the test of their accuracy. They are [batch,
 // heads_q, query blocks, key blocks], rows padded to a multiple of 4.
 void block_products(const BlockMapParams& params, float* products, const Launch& launch);
 

@@ -2,19 +2,15 @@
 // wanted lie above it.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <climits>
-#include <cstdint>
+
+#include "cuda/common/ordered_bits.h"
 
 namespace attnx::cuda {
 
 // Keys rank like the numbers, with -0 as 0 and NaN above all.
 inline constexpr std::uint32_t kNanKey = ~0u;
-__device__ __forceinline__ std::uint32_t key_of(float x) {
-  const std::uint32_t bits = __float_as_uint(x + 0.0f);
-  return x != x ? kNanKey : bits >> 31 ? ~bits : bits | 1u << 31;
-}
+__device__ __forceinline__ std::uint32_t key_of(float x) { return x != x ? kNanKey : ordered_bits(x); }
 __device__ __forceinline__ float number_of(std::uint32_t key) {
   return __uint_as_float(key >> 31 ? key & ~(1u << 31) : ~key);
 }

@@ -24,15 +24,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int key_begin = unit.row_begin, key_end = sequence.band.length_k, block = unit.block;
   if (key_begin >= key_end) return;
 
-  const auto load = [&](std::uint32_t tile, const Tensor& x, int head, std::int64_t first, int row, int end,
-                        std::int64_t features) {
-    load_rows<Input, Tile, kThreads>(tile, args, rows_of<const Input>(x, unit.batch, head, first), x.row_stride, row,
-                                     end, int(features));
-  };
+  const RowLoader<Input, Tile, kThreads> load{args, unit.batch};
   load(key, args.key, unit.key_head, sequence.first_k, key_begin, key_end, args.head_dim);
   load(value, args.value, unit.key_head, sequence.first_k, key_begin, key_end, args.value_dim);
-  const Input* const sum = static_cast<const Input*>(args.by_key) +
-                           (std::int64_t(unit.index) * args.key_blocks_of_head + block) * args.state.size;
+  const Input* const sum = unit.sum<Input>(args);
   read_last_column<Input, kDim, kThreads>(last, args.state, sum);
   finish_copies();
   const int own_row = threadIdx.x / kParts;

@@ -23,19 +23,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int row_begin = unit.row_begin, head = unit.head, block = unit.block;
   if (row_begin >= sequence.length_q) return;
 
-  const auto load = [&](std::uint32_t tile, const Tensor& x, int head, std::int64_t first, int row, int end,
-                        std::int64_t features) {
-    load_rows<Input, Tile, kThreads>(tile, args, rows_of<const Input>(x, unit.batch, head, first), x.row_stride, row,
-                                     end, int(features));
-  };
+  const RowLoader<Input, Tile, kThreads> load{args, unit.batch};
   const auto load_queries = [&](std::uint32_t tile, const Tensor& x, std::int64_t features) {
     load(tile, x, head, sequence.first_q, row_begin, sequence.length_q, features);
   };
   load_queries(query, args.query, args.head_dim);
   load_queries(grad, args.grad_output, args.value_dim);
   load_queries(buffer, args.output, args.value_dim);
-  const Input* const sum = static_cast<const Input*>(args.by_query) +
-                           (std::int64_t(unit.head_in_launch) * args.query_blocks_of_head + block) * args.state.size;
+  const Input* const sum = unit.sum<Input>(args);
   read_last_column<Input, kDim, kThreads>(last, args.state, sum);
   finish_copies();
   const int own_row = row_begin + threadIdx.x / kParts;
@@ -120,9 +115,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 void launch_linear_grad_query(const LinearGradArguments& args, DType dtype, cudaStream_t stream) {
-  const std::int64_t blocks = args.length_q == 0 ? 0 : args.units * args.heads_of_unit * args.query_blocks.divisor();
   with_linear_kernel(args, dtype, [&]<class Input, int kDim>() {
-    launch_kernel("attnx_linear_grad_query", attnx_linear_grad_query<Input, kDim>, blocks, kThreads,
+    launch_kernel("attnx_linear_grad_query", attnx_linear_grad_query<Input, kDim>, query_tiles(args), kThreads,
                   kGradientBytes<kDim>, stream, args);
   });
 }

@@ -5,7 +5,8 @@
 
 namespace attnx::cuda {
 
-// Of shared memory, for three tiles, and numbers behind them: a state's last column, and two of each row.
+// A kernel needs so much shared memory for three tiles, and for numbers behind them: a state's last column, and two of
+// each row.
 template <int kDim>
 inline constexpr int kGradientBytes = 3 * LinearTile<kDim>::kBytes + (kDim + 2 * kLinearRows) * int(sizeof(float));
 

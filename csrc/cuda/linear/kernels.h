@@ -9,6 +9,11 @@
 
 namespace attnx::cuda {
 
+// This counts the tiles of queries of a launch.
+inline std::int64_t query_tiles(const LinearArguments& args) {
+  return args.length_q == 0 ? 0 : args.units * args.heads_of_unit * args.query_blocks.divisor();
+}
+
 // This calls action.template operator()<Input, kDim>() with what features and values are padded to.
 template <class Action>
 void with_linear_kernel(const LinearArguments& args, DType dtype, const Action& action) {

@@ -37,6 +37,12 @@ struct QueryTile : LinearUnit {
     return {unit, unit.key_head * args.heads_of_unit + index % args.heads_of_unit, index, row_begin,
             row_begin / args.block_q};
   }
+  // This is the sum over the scope of the tile's block.
+  template <class Input>
+  __device__ __forceinline__ const Input* sum(const LinearArguments& args) const {
+    return static_cast<const Input*>(args.by_query) +
+           (std::int64_t(head_in_launch) * args.query_blocks_of_head + block) * args.state.size;
+  }
 };
 struct KeyTile : LinearUnit {
   int row_begin, block;
@@ -44,6 +50,12 @@ struct KeyTile : LinearUnit {
   static __device__ __forceinline__ KeyTile of(const LinearArguments& args, int index) {
     const int tiles = (int(args.length_k) + kLinearRows - 1) / kLinearRows, row_begin = index % tiles * kLinearRows;
     return {LinearUnit(args, index / tiles), row_begin, row_begin / args.block_k};
+  }
+  // This is the sum over the blocks of queries whose scope holds the tile's block.
+  template <class Input>
+  __device__ __forceinline__ const Input* sum(const LinearArguments& args) const {
+    return static_cast<const Input*>(args.by_key) +
+           (std::int64_t(index) * args.key_blocks_of_head + block) * args.state.size;
   }
 };
 
@@ -71,16 +83,22 @@ __device__ __forceinline__ float scope_scale(const LinearArguments& args, int ba
   return args.scope_scales[(batch * args.heads_q + head) * args.query_blocks_of_head + query_block];
 }
 
-// This starts copying rows of a head to a tile, and what is not there becomes 0.
+// This starts copying rows [row, end) of a head to a tile, and what is not there becomes 0. `first` counts the rows of
+// the tensor before the sequence.
 template <class Input, class Tile, int kThreads>
-__device__ __forceinline__ void load_rows(std::uint32_t tile, const LinearArguments& args, const Input* first,
-                                          std::int64_t row_stride, int row, int end, int features) {
-  const StridedRows<const Input> rows{first, row_stride};
-  if (args.aligned)
-    load_tile<true, Tile, kThreads>(tile, rows, row, end, features);
-  else
-    load_tile<false, Tile, kThreads>(tile, rows, row, end, features);
-}
+struct RowLoader {
+  const LinearArguments& args;
+  int batch;
+
+  __device__ __forceinline__ void operator()(std::uint32_t tile, const Tensor& x, int head, std::int64_t first, int row,
+                                             int end, std::int64_t features) const {
+    const StridedRows<const Input> rows{rows_of<const Input>(x, batch, head, first), x.row_stride};
+    if (args.aligned)
+      load_tile<true, Tile, kThreads>(tile, rows, row, end, int(features));
+    else
+      load_tile<false, Tile, kThreads>(tile, rows, row, end, int(features));
+  }
+};
 // This starts copying rows of a state's matrix to a tile.
 template <class Input, class Tile, int kThreads>
 __device__ __forceinline__ void load_state(std::uint32_t tile, const StateShape& shape, const Input* state, int row) {
@@ -181,13 +199,13 @@ __device__ __forceinline__ float dot_row(std::uint32_t tile, const float* number
   return sum_of_parts<kParts>(sum);
 }
 
-// The last column of a state, as numbers in shared memory, with zeros behind it.
+// This reads the last column of a state as numbers in shared memory, with zeros behind it.
 template <class Input, int kDim, int kThreads>
 __device__ __forceinline__ void read_last_column(float* to, const StateShape& shape, const Input* state) {
   for (int d = threadIdx.x; d < kDim; d += kThreads) to[d] = d < shape.features ? float(state[shape.last + d]) : 0.0f;
 }
 
-// Operand A from some column of a tile on.
+// This is operand A from some column of a tile on.
 template <class Tile>
 struct ColumnsA {
   OperandA<Tile> whole;
@@ -195,7 +213,7 @@ struct ColumnsA {
   __device__ __forceinline__ void load(std::uint32_t (&x)[4], int m, int k) const { whole.load(x, m, k + first); }
 };
 
-// Operand A from a warp's accumulators of 16 rows, rounded.
+// This is operand A made from a warp's accumulators of 16 rows, rounded.
 template <int kColumns>
 struct RoundedA {
   std::uint32_t x[kColumns / 16][4];
@@ -216,7 +234,8 @@ struct RoundedA {
   }
 };
 
-// Products of a warp's 16 queries, from `query` on, and 64 keys: hidden ones become 0, and the others are scaled.
+// These are products of a warp's 16 queries, from `query` on, and 64 keys: hidden ones become 0, and the others are
+// scaled.
 __device__ __forceinline__ void hide(Accumulators<16, kLinearRows>& s, const Sequence& sequence, int query, int key,
                                      float scale) {
   const int lane = threadIdx.x % 32;
@@ -233,7 +252,7 @@ __device__ __forceinline__ void hide(Accumulators<16, kLinearRows>& s, const Seq
       }
   }
 }
-// The same for a warp's 16 keys and 64 queries.
+// This does the same for a warp's 16 keys and 64 queries.
 __device__ __forceinline__ void hide_transposed(Accumulators<16, kLinearRows>& s, const Sequence& sequence, int query,
                                                 int key, float scale) {
   const int lane = threadIdx.x % 32;

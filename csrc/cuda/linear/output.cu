@@ -23,10 +23,9 @@ __global__ void __launch_bounds__(kThreads, kDim < 128 ? 3 : 1)
   const int row_begin = unit.row_begin, head = unit.head, block = unit.block;
   if (row_begin >= sequence.length_q) return;
 
-  load_rows<Input, Tile, kThreads>(query, args, rows_of<const Input>(args.query, unit.batch, head, sequence.first_q),
-                                   args.query.row_stride, row_begin, sequence.length_q, int(args.head_dim));
-  const Input* const sum = static_cast<const Input*>(args.by_query) +
-                           (std::int64_t(unit.head_in_launch) * args.query_blocks_of_head + block) * args.state.size;
+  const RowLoader<Input, Tile, kThreads> load{args, unit.batch};
+  load(query, args.query, head, sequence.first_q, row_begin, sequence.length_q, args.head_dim);
+  const Input* const sum = unit.sum<Input>(args);
   read_last_column<Input, kDim, kThreads>(last, args.state, sum);
   finish_copies();
   const int own_row = row_begin + threadIdx.x / kParts;
@@ -51,10 +50,9 @@ __global__ void __launch_bounds__(kThreads, kDim < 128 ? 3 : 1)
   const SeenBlocks seen = seen_blocks(args, sequence, block);
   const std::int8_t* const labels = labels_of(args, unit.batch, head, block);
   const float scale = scope_scale(args, unit.batch, head, block) / float(args.block_k);
-  const auto keys = [&](const Tensor& x, int key, int features) {
+  const auto load_keys = [&](const Tensor& x, int key, std::int64_t features) {
     __syncthreads();
-    load_rows<Input, Tile, kThreads>(buffer, args, rows_of<const Input>(x, unit.batch, unit.key_head, sequence.first_k),
-                                     x.row_stride, key, sequence.band.length_k, features);
+    load(buffer, x, unit.key_head, sequence.first_k, key, sequence.band.length_k, features);
     finish_copies();
   };
   const int last_row = min(row_begin + kLinearRows, sequence.length_q) - 1;
@@ -62,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, kDim < 128 ? 3 : 1)
 #pragma unroll 1
   for (int key = seen.all * args.block_k; key < key_end; key += kLinearRows) {
     if (!in_scope(args, labels[key / args.block_k])) continue;
-    keys(args.key, key, int(args.head_dim));
+    load_keys(args.key, key, args.head_dim);
     map_features<Input, Tile, kThreads>(buffer, args.feature_map, int(args.head_dim), 1);
     __syncthreads();
     Accumulators<16, kLinearRows> weights;
@@ -73,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kDim < 128 ? 3 : 1)
     for (int n = 0; n < kLinearRows / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) paired[e / 2] += weights[0][n][e];
-    keys(args.value, key, int(args.value_dim));
+    load_keys(args.value, key, args.value_dim);
     multiply<Input, kLinearRows>(output, RoundedA<kLinearRows>(weights, Input()),
                                  TransposedB<Tile>(buffer, fresh(lane)));
   }
@@ -103,9 +101,8 @@ __global__ void __launch_bounds__(kThreads, kDim < 128 ? 3 : 1)
 }  // namespace
 
 void launch_linear_output(const LinearOutputArguments& args, DType dtype, cudaStream_t stream) {
-  const std::int64_t blocks = args.length_q == 0 ? 0 : args.units * args.heads_of_unit * args.query_blocks.divisor();
   with_linear_kernel(args, dtype, [&]<class Input, int kDim>() {
-    launch_kernel("attnx_linear_output", attnx_linear_output<Input, kDim>, blocks, kThreads,
+    launch_kernel("attnx_linear_output", attnx_linear_output<Input, kDim>, query_tiles(args), kThreads,
                   2 * LinearTile<kDim>::kBytes, stream, args);
   });
 }

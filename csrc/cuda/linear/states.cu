@@ -34,8 +34,7 @@ __global__ void __launch_bounds__(kThreads, 1) attnx_linear_states(const __grid_
   const int size = args.of_queries ? args.block_q : args.block_k;
   const int length = args.of_queries ? unit.sequence.length_q : unit.sequence.band.length_k;
   const int end = min(block * size + size, length);
-  const Input* const feature_rows = rows_of<const Input>(args.features, unit.batch, head, first_row);
-  const Input* const value_rows = rows_of<const Input>(args.values, unit.batch, head, first_row);
+  const RowLoader<Input, Tile, kThreads> load{args, unit.batch};
   const LinearRow* const row_terms = args.rows + (std::int64_t(unit.index) * heads + head_of_unit) * args.length_q;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -47,9 +46,8 @@ __global__ void __launch_bounds__(kThreads, 1) attnx_linear_states(const __grid_
 #pragma unroll 1
   for (int row = block * size; row < end; row += kLinearRows) {
     __syncthreads();
-    load_rows<Input, Tile, kThreads>(features, args, feature_rows, args.features.row_stride, row, end,
-                                     int(args.head_dim));
-    load_rows<Input, Tile, kThreads>(values, args, value_rows, args.values.row_stride, row, end, int(args.value_dim));
+    load(features, args.features, head, first_row, row, end, args.head_dim);
+    load(values, args.values, head, first_row, row, end, args.value_dim);
     const int own_row = row + threadIdx.x / kParts;
     LinearRow terms{own_row < end ? 1.0f : 0.0f, -1};
     if (args.of_queries && own_row < end) terms = row_terms[own_row];

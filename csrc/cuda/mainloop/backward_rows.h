@@ -24,6 +24,11 @@ __device__ __forceinline__ void store_accumulators(std::uint32_t tile, int row, 
       }
 }
 
+// This tells whether the weights of a tile may count divided by a number of its own. No list has one of normalised
+// weights.
+template <class Score, class Tiles>
+inline constexpr bool kDivided = Tiles::kHasBias && !Score::kNormalised;
+
 // A warp's accumulators, times a factor, get what rows of float32 add to them. They begin with a row, of those up to
 // `end`, and a column; transposed, their rows are columns.
 template <bool kTransposed = false, int kStride = 1, class Rows, int kM, int kN>

@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     const int distance = row.distance(j);
     if (lists.corrections) p = __ldg(round.keep + distance);
     const std::uint64_t bits = time_of(j);
-    return distance == 0 || (bits != kNever && finish.is_after(__longlong_as_double(bits), j));
+    return distance == 0 || (bits != kNever && finish.takes(__longlong_as_double(bits), j));
   });
 }
 

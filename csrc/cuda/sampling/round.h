@@ -12,7 +12,7 @@ struct Finish {
   std::int32_t last;
 
   // This tells whether a block that arrives then is taken.
-  ATTNX_HOST_DEVICE bool is_after(double arrival, int block) const {
+  ATTNX_HOST_DEVICE bool takes(double arrival, int block) const {
     return arrival < time || (arrival == time && block <= last);
   }
 };
@@ -36,7 +36,7 @@ struct Round {
   static __device__ __forceinline__ bool keeps(const SamplingRound& draws, std::int64_t head, int i, int j, float p,
                                                int distance, const Finish& finish) {
     if (distance == 0 || !(p > 0)) return distance == 0;
-    return finish.is_after(arrival_time(draws.draw(head, i, j), p), j);
+    return finish.takes(arrival_time(draws.draw(head, i, j), p), j);
   }
 #endif
 };

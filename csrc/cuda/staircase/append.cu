@@ -15,8 +15,8 @@ constexpr int kThreads = 256, kTokens = 32;  // of a block's turn
 
 struct AppendArguments {
   StaircaseAppendParams params;
-  // The blocks of the keys or the values of one head: some for groups of tokens that are quantised, and others for rows
-  // of the tail.
+  // These count the blocks of the keys, or the values, of one head: some quantise groups of tokens, and others copy
+  // rows of the tail.
   std::int64_t groups, tails;
 };
 

@@ -32,6 +32,8 @@ struct Banded {
   static constexpr bool kPerHead = false;
   // A tile's number says where it lies, so that nothing need be read from memory ahead of its use.
   static constexpr bool kFromMemory = false;
+  // A block's number says which tile it owns.
+  static constexpr bool kHasPlaces = false;
   // No tile has a bias of its own, which is added to its logits, or a divisor of its weights.
   static constexpr bool kHasBias = false;
   // The gradients of keys and values have no addends.

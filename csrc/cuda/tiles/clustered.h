@@ -97,6 +97,8 @@ __device__ __forceinline__ void place_logits(float (&s)[kM][kN][4], const Args& 
 struct Clustered {
   static constexpr bool kPerHead = true;
   static constexpr bool kFromMemory = false;
+  // A table says which tile a block owns.
+  static constexpr bool kHasPlaces = true;
   static constexpr bool kHasBias = false;
   static constexpr bool kHasAddend = false;
 

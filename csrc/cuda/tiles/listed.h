@@ -66,6 +66,7 @@ struct Listed {
   static constexpr bool kPerHead = true;
   // The keys of a tile are read from memory, ahead of their use.
   static constexpr bool kFromMemory = true;
+  static constexpr bool kHasPlaces = false;
   static constexpr bool kHasBias = true;
   static constexpr bool kHasAddend = true;
 

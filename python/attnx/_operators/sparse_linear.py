@@ -53,7 +53,7 @@ def labels_by_sorting(
     return labels.scatter_(-1, order, by_rank.expand(products.shape))
 
 
-# Tokens. Torch converts what it sums in another dtype, and a copy of all would leave the caches.
+# So many tokens are pooled at once: torch converts what it sums in another dtype, and a copy of all would leave caches.
 _POOLED_TOGETHER = 2048
 
 

@@ -28,13 +28,10 @@ __device__ __forceinline__ void end_turn(int* turns) {
   if (threadIdx.x == 0) atomicAdd(turns, 1);
 }
 
-template <class Tiles>
-inline constexpr bool has_places = requires { typename Tiles::KeyPlace; };
-
-// This says which tile of keys a block owns. The tiles policy does where it has places of its own.
+// This says which tile of keys a block owns.
 template <class Tiles, class Args, class Tile>
 __device__ __forceinline__ auto key_place_of(const Args& args, int block, Tile tile) {
-  if constexpr (has_places<Tiles>) {
+  if constexpr (Tiles::kHasPlaces) {
     return Tiles::KeyPlace::of(args, block, tile);
   } else {
     struct KeyPlace {
@@ -97,7 +94,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   Accumulators<kGradKeys, kGradFeatures> grad_keys, grad_values;
   clear(grad_keys);
   clear(grad_values);
-  constexpr bool kDivided = Tiles::kHasBias && !Score::kNormalised;
   float divisor = 1;  // of grad_values so far
 
   // Either each query head of the group has its own tiles of rows, or one tile holds rows of all of them.
@@ -131,7 +127,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
       const int row_begin = tiles.first(tile);
       std::int64_t row_tile;
-      if constexpr (has_places<Tiles>) {
+      if constexpr (Tiles::kHasPlaces) {
         row_tile = sequence.first_row_tile + row_begin / kM;
       } else {
         row_tile = (Tiles::kPerHead ? query_head : head) * args.row_tiles +
@@ -174,7 +170,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                          pack(low, high, Input()));
           }
 
-      if constexpr (kDivided) {
+      if constexpr (kDivided<Score, Tiles>) {
         const float own_divisor = tiles.divisor(tile);
         if (own_divisor != divisor) scale(grad_values, own_divisor / divisor);
         if (own_divisor != 1) scale(s, 1 / own_divisor);
@@ -203,7 +199,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       __syncthreads();
 
-      if (!has_places<Tiles> && (args.bias_sum || args.slope_sum)) {  // clusters have neither
+      if (!Tiles::kHasPlaces && (args.bias_sum || args.slope_sum)) {  // clusters have neither
         // This sums each row over the warp's keys. Of the warps that share those keys, only one adds to a given place.
         const std::int64_t place = (row_tile * Tile::kScoreWarpsN + score_key / kScoreKeys) * kM + score_row + lane / 4;
 #pragma unroll
@@ -275,7 +271,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   __syncthreads();
   const int thread = threadIdx.x;
   // A place that is read from memory is read again here, because keeping it through the loop would cost registers.
-  const auto own = key_place_of<Tiles>(args, has_places<Tiles> ? fresh(blockIdx.x) : int(blockIdx.x), Tile());
+  const auto own = key_place_of<Tiles>(args, Tiles::kHasPlaces ? fresh(blockIdx.x) : int(blockIdx.x), Tile());
   const auto store = [&](std::uint32_t tile, const auto& x, std::int64_t features) {
     Storage::template store<KeyTile, kN, kThreads>(
         tile, 0, Storage::template key_rows<Input>(x, own.batch, own.head, own.sequence), own.key_begin,

@@ -16,10 +16,10 @@
 
 namespace attnx::cuda {
 
-// This says which tile of rows a block owns. The tiles policy does where it has places of its own.
+// This says which tile of rows a block owns.
 template <class Tiles, class Args, class Tile>
 __device__ __forceinline__ auto place_of(const Args& args, int block, Tile tile) {
-  if constexpr (requires { typename Tiles::Place; }) {
+  if constexpr (Tiles::kHasPlaces) {
     return Tiles::Place::of(args, block, tile);
   } else {
     return ForwardPlace::of(args, block, tile);
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   // The place is found again here, because keeping it through the loop would cost registers.
   const auto own = place_of<Tiles>(args, fresh(blockIdx.x), Tile());
   const int thread_row = own.row_begin + warp_row + lane / 4;
-  if constexpr (!requires { typename Tiles::Place; }) {  // clusters are not split
+  if constexpr (!Tiles::kHasPlaces) {  // clusters are not split
     if (args.splits.divisor() > 1) {
       store_partial<Score::kNormalised, Tile::kM>(output, logsumexp, args, args.partial, own, thread_row, lane);
       return;

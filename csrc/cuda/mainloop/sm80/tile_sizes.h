@@ -6,6 +6,8 @@
 // that 16 rows need; above 128 features 32 rows exceed the registers.
 #pragma once
 
+#include "cuda/mainloop/dividing_tile.h"
+
 namespace attnx::cuda {
 
 inline constexpr int kLeastSharedBytes = 99 * 1024;  // what a block can have on every device since sm_80

@@ -27,11 +27,10 @@ struct BackwardWarpgroup {
   using Place = BackwardPlace<Tiles, Tile>;
   using ScorePolicy = typename Score::template Backward<Input>;
   static constexpr int kM = Tile::kM, kN = Tile::kN, kHeadDim = Tile::kHeadDim;
-  static constexpr bool kDivided = Tiles::kHasBias && !Score::kNormalised;  // tiles may have a divisor of their weights
-  static constexpr int kChunks = kM / 16;                                   // of rows whose products start together
-  static constexpr int kKeyWarps = kN / 16;                                 // warps of the block that make dS
-  using Logits = float[1][kM / 8][4];                                       // S^T and what becomes of it
-  using GradKeys = Accumulators<16, kHeadDim>;                              // dK or dV of the warp's 16 keys
+  static constexpr int kChunks = kM / 16;       // of rows whose products start together
+  static constexpr int kKeyWarps = kN / 16;     // warps of the block that make dS
+  using Logits = float[1][kM / 8][4];           // S^T and what becomes of it
+  using GradKeys = Accumulators<16, kHeadDim>;  // dK or dV of the warp's 16 keys
   using GradQuery = float[1][Tile::kGradQueryColumns / 8][4];
 
   const Arguments& args;
@@ -131,7 +130,7 @@ struct BackwardWarpgroup {
         const float low = weight(pairs[r * 2], offset.x), high = weight(pairs[r * 2 + 1], offset.y);
         weights[i * 2 + r] = pack(low, high, Input());
       }
-      if (kDivided && tile.divisor != 1) {
+      if (kDivided<Score, Tiles> && tile.divisor != 1) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) pairs[e] *= 1 / tile.divisor;
       }
@@ -141,7 +140,7 @@ struct BackwardWarpgroup {
   // This brings the sums of dV, whose weights count divided, from the divisor of the last tile to that of this one. The
   // weights themselves stay as they are, because their dtype has little range.
   __device__ __forceinline__ void set_divisor(GradKeys& grad_values, float& divisor, const PublishedTile& tile) const {
-    if (kDivided && tile.divisor != divisor) {
+    if (kDivided<Score, Tiles> && tile.divisor != divisor) {
       scale(grad_values, tile.divisor / divisor);
       divisor = tile.divisor;
     }

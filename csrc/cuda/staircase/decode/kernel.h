@@ -1,4 +1,4 @@
-// Decoding over a staircase cache: one kernel, whose last block of those that share rows merges what they found.
+// One kernel decodes over a staircase cache: the last block of those that share rows merges what they found.
 #pragma once
 
 #include "cuda/common/device.h"
