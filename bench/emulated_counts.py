@@ -40,12 +40,12 @@ def _inputs(heads: int, length: int, head_dim: int) -> list[Tensor]:
 def kept() -> Calls:
     """Dense attention, and the same with every block of 128 x 128 in a list; 68 heads fill the device."""
     for score, head_dim, is_causal in product(("softmax", "sigmoid"), (64, 128), (False, True)):
-        inputs = _inputs(68, 1024, head_dim)
+        query, key, value = _inputs(68, 1024, head_dim)
         name = f"{score} {head_dim}{' causal' if is_causal else ''}"
         dense = getattr(attnx, f"{score}_attention")
-        yield f"{name} dense", functools.partial(dense, *inputs, is_causal=is_causal)
-        options: dict[str, Any] = {"keep": torch.ones(8), "block_size": (128, 128), "score": score}
-        listed = functools.partial(attnx.probabilistic_attention, *inputs, is_causal=is_causal, **options, **_ROUND)
+        yield f"{name} dense", functools.partial(dense, query, key, value, is_causal=is_causal)
+        options: dict[str, Any] = {"keep": torch.ones(8), "block_size": (128, 128), "score": score, **_ROUND}
+        listed = functools.partial(attnx.probabilistic_attention, query, key, value, is_causal=is_causal, **options)
         yield f"{name} listed", listed
 
 
@@ -59,9 +59,9 @@ def drawing() -> Calls:
 
 def sparse_linear() -> Calls:
     """Forward and backward of a layer of Wan 2.1: 12 heads of 32760 tokens and 128 features, map included."""
-    leaves = [x.requires_grad_() for x in _inputs(12, 32760, 128)]
+    leaves = query, key, value = tuple(x.requires_grad_() for x in _inputs(12, 32760, 128))
     parts: list[Tensor] = []
-    yield "forward", lambda: parts.extend(attnx.sparse_linear_attention(*leaves))
+    yield "forward", lambda: parts.extend(attnx.sparse_linear_attention(query, key, value))
     yield "backward", lambda: torch.autograd.grad(parts, leaves, [torch.ones_like(x) for x in parts])
 
 

@@ -2,6 +2,7 @@
 
 #include "cuda/common/device.h"
 #include "cuda/dispatch/range.h"
+#include "cuda/dispatch/tiling.h"
 #include "cuda/staircase/encode.h"
 #include "cuda/staircase/next_state.h"
 #include "cuda/staircase/publish.h"
@@ -161,7 +162,6 @@ __global__ void __launch_bounds__(kThreads) attnx_staircase_append(const __grid_
 void staircase_append(const StaircaseAppendParams& p, const Launch& where) {
   const Range range("attnx::staircase_append");
   const StaircaseLayout& layout = p.cache.layout;
-  const auto ceil_div = [](std::int64_t n, std::int64_t by) { return (n + by - 1) / by; };
   const std::int64_t groups = ceil_div(p.tokens, layout.window) * (layout.window / layout.group);
   const std::int64_t tails = ceil_div(std::min(p.tokens + layout.residual, layout.tail_tokens()), kTokens);
   if (p.tokens == 0) return;

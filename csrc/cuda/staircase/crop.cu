@@ -1,5 +1,6 @@
 #include "cuda/common/device.h"
 #include "cuda/dispatch/range.h"
+#include "cuda/dispatch/tiling.h"
 #include "cuda/staircase/next_state.h"
 #include "cuda/staircase/number.h"
 #include "cuda/staircase/publish.h"
@@ -11,7 +12,7 @@ namespace {
 
 constexpr int kThreads = 256, kTokens = 32;  // of a block
 
-std::int64_t parts_of_tail(const StaircaseLayout& layout) { return (layout.tail_tokens() + kTokens - 1) / kTokens; }
+std::int64_t parts_of_tail(const StaircaseLayout& layout) { return ceil_div(layout.tail_tokens(), kTokens); }
 
 // What is left of a window that was quantised becomes the tail: a block writes some tokens of it, of the keys or the
 // values of one head.
