@@ -31,8 +31,8 @@ struct RoutedBackward {
   Tensor grad_query;
   KeyPlaces grad_key, grad_value;
 
-  RoutedBackward(const BackwardParams& p, void* workspace)
-      : loop(p, layout, workspace),
+  RoutedBackward(const BackwardParams& p, std::optional<Mainloop> asked, void* workspace)
+      : loop(p, asked, layout, workspace),
         queries(places_of(p.gather->queries, p.gather->clusters, loop.heads, layout, workspace)),
         keys(places_of(p.gather->keys, p.gather->clusters, loop.heads, layout, workspace)),
         sort_queries(layout.place<char>(workspace, std::int64_t(sort_into_lists_workspace(queries)))),
@@ -81,7 +81,7 @@ ForwardParams forward_of(const BackwardParams& p) {
 void make_row_terms(const BackwardParams& p, const RoutedBackward& plan, cudaStream_t stream) {
   const Clusters& queries = p.gather->queries;
   if (is_normalised(p.score)) plan.loop.run(forward_of(p), stream);
-  launch_cluster_row_terms({{plan.row_table, plan.loop.ends, queries.slots},
+  launch_cluster_row_terms({{plan.row_table, plan.loop.ends, queries.slots, nullptr},
                             queries.rows,
                             plan.rows,
                             int(p.value_dim),
@@ -101,23 +101,24 @@ void run_loop(const BackwardParams& p, const RoutedBackward& plan, cudaStream_t 
   BackwardGeometry geometry{};
   static_cast<Geometry&>(geometry) = geometry_of_heads(p);
   const std::int64_t features = padded_features(p.value_dim);
-  const RoutedBackwardCall call{geometry,
-                                scaling_of(p),
-                                plan.scratch,
-                                gathered_queries(p, p.query),
-                                gathered_keys(p, p.key, g.memory_key),
-                                gathered_keys(p, p.value, g.memory_value),
-                                gathered_queries(p, by_slot(plan.shares, p.heads_q, g.queries.rows, features)),
-                                plan.grad_query,
-                                plan.grad_key,
-                                plan.grad_value,
-                                {plan.row_table, plan.loop.ends, g.queries.slots},
-                                {plan.key_table, plan.loop.ends, g.queries.slots},
-                                plan.loop.heads * plan.row_tiles,
-                                plan.loop.heads * plan.key_tiles,
-                                are_gathers_aligned(p),
-                                plan.wide,
-                                stream};
+  const RoutedBackwardCall call{
+      geometry,
+      scaling_of(p),
+      plan.scratch,
+      gathered_queries(p, p.query, p.head_dim),
+      gathered_keys(p, p.key, g.memory_key, p.head_dim),
+      gathered_keys(p, p.value, g.memory_value, p.value_dim),
+      gathered_queries(p, by_slot(plan.shares, p.heads_q, g.queries.rows, features), p.value_dim),
+      plan.grad_query,
+      plan.grad_key,
+      plan.grad_value,
+      {plan.row_table, plan.loop.ends, g.queries.slots, nullptr},
+      {plan.key_table, plan.loop.ends, g.queries.slots, nullptr},
+      plan.loop.heads * plan.row_tiles,
+      plan.loop.heads * plan.key_tiles,
+      are_gathers_aligned(p),
+      plan.wide,
+      stream};
   with_dtype(p.dtype, [&]<DType kDType>() {
     with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
       p.score == Score::kSigmoid ? launch_routed_backward_sm80<Score::kSigmoid, kDType, kHeadDim>(call)
@@ -128,13 +129,15 @@ void run_loop(const BackwardParams& p, const RoutedBackward& plan, cudaStream_t 
 
 }  // namespace
 
-std::size_t routed_backward_workspace(const BackwardParams& p) { return RoutedBackward(p, nullptr).layout.bytes(); }
+std::size_t routed_backward_workspace(const BackwardParams& p, const Launch& launch) {
+  return RoutedBackward(p, launch.mainloop, nullptr).layout.bytes();
+}
 
 void routed_backward(const BackwardParams& p, const Launch& launch) {
   check_mainloop(launch.mainloop);
   const Range range("attnx::routing_attention_backward");
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  const RoutedBackward plan(p, launch.workspace);
+  const RoutedBackward plan(p, launch.mainloop, launch.workspace);
   const Gather& g = *p.gather;
   if (plan.zeros_bytes)
     check(cudaMemsetAsync(plan.scratch.grad_query_sum, 0, plan.zeros_bytes, stream), "cudaMemsetAsync");
@@ -142,7 +145,7 @@ void routed_backward(const BackwardParams& p, const Launch& launch) {
   sort_into_lists(plan.keys, plan.sort_keys, stream);
   plan.loop.prepare(p, stream);
   ClusterTilesArguments tiles{int(g.clusters), int(g.memory),  g.queries.offsets, g.keys.offsets, plan.rows, 0,
-                              plan.loop.heads, plan.row_tiles, plan.row_tiles,    plan.row_table};
+                              plan.loop.heads, plan.row_tiles, plan.row_tiles,    plan.row_table, nullptr};
   launch_cluster_tiles(tiles, stream);
   tiles.keys_of_tile = plan.tile_keys;
   tiles.tiles = plan.key_tiles;
@@ -174,7 +177,7 @@ void routed_backward(const BackwardParams& p, const Launch& launch) {
 
 KernelDescription describe_routed(const BackwardParams& p) {
   check_mainloop(asked_mainloop());
-  const RoutedBackward plan(p, nullptr);
+  const RoutedBackward plan(p, asked_mainloop(), nullptr);
   KernelDescription description{"attnx_backward_sm80",  "sm80", plan.rows, plan.tile_keys, plan.head_dim,
                                 are_gathers_aligned(p), 1,      ""};
   if (current_device().major == 9) description.why_not_sm90 = kWhyNotSm90;

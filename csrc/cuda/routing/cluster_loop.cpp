@@ -1,10 +1,12 @@
 #include "cluster_loop.h"
 
+#include <algorithm>
 #include <stdexcept>
-#include <string>
 
+#include "cuda/dispatch/plan.h"
 #include "cuda/head_dims.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
+#include "cuda/mainloop/sm90/tile_sizes.h"
 #include "cuda/routing/cluster_tiles.h"
 
 namespace attnx::cuda {
@@ -22,14 +24,15 @@ SortedLists places_of(const Clusters& c, std::int64_t count, std::int64_t heads,
   return {heads, c.slots, c.rows, c.indices, c.offsets + count, count + 1, places, starts};
 }
 
-GatheredTensor gathered_queries(const AttentionParams& p, const Tensor& x) {
+GatheredTensor gathered_queries(const AttentionParams& p, const Tensor& x, std::int64_t features) {
   const Clusters& c = p.gather->queries;
-  return {x, {}, 0, c.indices, c.slots, p.heads_q, Divisor(1)};
+  return {x, {}, 0, int(features), c.indices, c.slots, p.heads_q, Divisor(1)};
 }
 
-GatheredTensor gathered_keys(const AttentionParams& p, const Tensor& own, const Tensor& memory) {
+GatheredTensor gathered_keys(const AttentionParams& p, const Tensor& own, const Tensor& memory, std::int64_t features) {
   const Clusters& c = p.gather->keys;
-  return {own, memory, int(p.gather->memory), c.indices, c.slots, p.heads_q, Divisor(p.heads_q / p.heads_k)};
+  return {own,     memory,    int(p.gather->memory),         int(features), c.indices,
+          c.slots, p.heads_q, Divisor(p.heads_q / p.heads_k)};
 }
 
 Geometry geometry_of_heads(const AttentionParams& p) {
@@ -52,50 +55,75 @@ bool are_gathers_aligned(const AttentionParams& p) {
          (g.memory == 0 || are_aligned(p, {}, {g.memory_key}, {g.memory_value}));
 }
 
-ClusterLoop::ClusterLoop(const AttentionParams& p, WorkspaceLayout& layout, void* workspace)
+ClusterLoop::ClusterLoop(const AttentionParams& p, std::optional<Mainloop> asked, WorkspaceLayout& layout,
+                         void* workspace)
     : heads(p.batch * p.heads_q) {
-  with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
-    using Tile = typename ForwardTiles<kHeadDim>::Wide;
+  const auto use = [&]<class Tile>(Tile) {
     rows = Tile::kM;
     keys = Tile::kN;
-    head_dim = kHeadDim;
+    head_dim = Tile::kHeadDim;
+  };
+  with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
+    plan_mainloop(
+        "call", asked, *this, [&] { use(typename ForwardTiles<kHeadDim>::Wide()); },
+        [&]() -> std::string {
+          use(typename TmaForwardTiles<kHeadDim>::Gathered());
+          if (!ATTNX_CUDA_SM90) return "attnx was built without it";
+          if (!are_gathers_aligned(p)) return "rows do not start on 16 bytes, or are not multiples of them";
+          return {};
+        });
   });
   const std::int64_t slots = p.gather->queries.slots, features = padded_features(p.value_dim);
   tiles = most_cluster_tiles(slots, p.gather->clusters, rows);
   table = layout.place<ClusterTile>(workspace, heads * tiles);
+  if (mainloop == Mainloop::kSm90) {
+    count = layout.place<int>(workspace, 2);
+    taken = count + 1;
+  }
   if (p.window_right == 0) ends = layout.place<std::int32_t>(workspace, heads * slots);
   output = by_slot(layout.place<std::uint16_t>(workspace, heads * slots * features), p.heads_q, slots, features);
 }
 
 void ClusterLoop::prepare(const AttentionParams& p, cudaStream_t stream) const {
   const Gather& g = *p.gather;
+  if (count) check(cudaMemsetAsync(count, 0, 2 * sizeof *count, stream), "cudaMemsetAsync");
   if (heads * tiles == 0) return;
   launch_cluster_tiles(
-      {int(g.clusters), int(g.memory), g.queries.offsets, g.keys.offsets, rows, 0, heads, tiles, tiles, table}, stream);
+      {int(g.clusters), int(g.memory), g.queries.offsets, g.keys.offsets, rows, 0, heads, tiles, tiles, table, count},
+      stream);
   if (ends)
-    launch_cluster_ends({table, heads * tiles, rows, int(g.memory), g.keys.rows - g.queries.rows, g.queries.indices,
-                         g.keys.indices, g.queries.slots, g.keys.slots, ends},
+    launch_cluster_ends({table, count, heads * tiles, rows, int(g.memory), g.keys.rows - g.queries.rows,
+                         g.queries.indices, g.keys.indices, g.queries.slots, g.keys.slots, ends},
                         stream);
 }
 
 void ClusterLoop::run(const ForwardParams& p, cudaStream_t stream) const {
   const Gather& g = *p.gather;
-  const RoutedForwardCall call{p,
-                               {geometry_of_heads(p), {}},
-                               scaling_of(p),
-                               gathered_queries(p, p.query),
-                               gathered_keys(p, p.key, g.memory_key),
-                               gathered_keys(p, p.value, g.memory_value),
-                               output,
-                               p.logsumexp.data ? by_slot(p.logsumexp.data, p.heads_q, g.queries.slots, 1) : Tensor{},
-                               row_table(p),
-                               are_gathers_aligned(p),
-                               heads * tiles,
-                               stream};
+  const RoutedForwardCall call{
+      p,
+      {geometry_of_heads(p), {}},
+      scaling_of(p),
+      gathered_queries(p, p.query, p.head_dim),
+      gathered_keys(p, p.key, g.memory_key, p.head_dim),
+      gathered_keys(p, p.value, g.memory_value, p.value_dim),
+      output,
+      p.logsumexp.data ? by_slot(p.logsumexp.data, p.heads_q, g.queries.slots, 1) : Tensor{},
+      row_table(p),
+      taken,
+      are_gathers_aligned(p),
+      mainloop == Mainloop::kSm80 ? heads * tiles : std::min<std::int64_t>(heads * tiles, current_device().sm_count),
+      stream};
   with_dtype(p.dtype, [&]<DType kDType>() {
     with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
-      p.score == Score::kSigmoid ? launch_routed_forward_sm80<Score::kSigmoid, kDType, kHeadDim>(call)
-                                 : launch_routed_forward_sm80<Score::kSoftmax, kDType, kHeadDim>(call);
+      const auto launch = [&]<Score kScore>() {
+        if (mainloop == Mainloop::kSm80) {
+          launch_routed_forward_sm80<kScore, kDType, kHeadDim>(call);
+        } else if constexpr (ATTNX_CUDA_SM90) {
+          launch_routed_forward_sm90<kScore, kDType, kHeadDim>(call);
+        }
+      };
+      p.score == Score::kSigmoid ? launch.template operator()<Score::kSigmoid>()
+                                 : launch.template operator()<Score::kSoftmax>();
     });
   });
 }

@@ -1,6 +1,8 @@
 // This is the forward loop over clusters, with the tables before it. It leaves what each slot of a cluster has.
 #pragma once
 
+#include <string>
+
 #include "cuda/dispatch/tiling.h"
 #include "cuda/dispatch/workspace.h"
 #include "cuda/routing/sorted_lists.h"
@@ -19,28 +21,32 @@ SortedLists places_of(const Clusters& clusters, std::int64_t count, std::int64_t
                       void* workspace);
 
 // These gather rows of queries, or of keys behind those of the memory.
-GatheredTensor gathered_queries(const AttentionParams& params, const Tensor& x);
-GatheredTensor gathered_keys(const AttentionParams& params, const Tensor& own, const Tensor& memory);
+GatheredTensor gathered_queries(const AttentionParams& params, const Tensor& x, std::int64_t features);
+GatheredTensor gathered_keys(const AttentionParams& params, const Tensor& own, const Tensor& memory,
+                             std::int64_t features);
 // Every query head has tiles of its own.
 Geometry geometry_of_heads(const AttentionParams& params);
 bool are_gathers_aligned(const AttentionParams& params);
 
-// The loop for sm_90 copies by TMA, which gathers no rows there.
+// The backward has no loop for sm_90. It throws std::runtime_error where one is asked for.
 inline constexpr const char* kWhyNotSm90 = "it gathers no rows";
-// It throws std::runtime_error where sm_90's loop is asked for.
 void check_mainloop(std::optional<Mainloop> asked);
 
 struct ClusterLoop {
+  Mainloop mainloop = Mainloop::kSm80;
+  std::string why_not_sm90;              // on a device that could run it
   int rows = 0, keys = 0, head_dim = 0;  // of a tile
   std::int64_t heads, tiles;             // of the whole batch; of rows, to a head
   ClusterTile* table;
+  int *count = nullptr, *taken = nullptr;  // of tiles, on sm_90: those in the table, and those that blocks have taken
   std::int32_t* ends = nullptr;
   Tensor output;  // by slot
 
-  ClusterLoop(const AttentionParams& params, WorkspaceLayout& layout, void* workspace);
+  // It throws std::runtime_error where sm_90's loop is asked for in vain.
+  ClusterLoop(const AttentionParams& params, std::optional<Mainloop> asked, WorkspaceLayout& layout, void* workspace);
 
-  ClusterTable row_table(const AttentionParams& p) const { return {table, ends, p.gather->queries.slots}; }
-  // This fills in the tables.
+  ClusterTable row_table(const AttentionParams& p) const { return {table, ends, p.gather->queries.slots, count}; }
+  // This fills in the tables; run() follows once.
   void prepare(const AttentionParams& params, cudaStream_t stream) const;
   // The logsumexp of the params is by slot, and their output is not written.
   void run(const ForwardParams& params, cudaStream_t stream) const;

@@ -14,6 +14,14 @@ using Scan = cub::BlockScan<int, kThreads>;
 
 __device__ __forceinline__ int tiles_in(int length, int of_tile) { return (length + of_tile - 1) / of_tile; }
 
+// This takes the next places of the table for so many tiles of the block.
+__device__ __forceinline__ int take_places(int* count, int tiles) {
+  __shared__ int first;
+  if (threadIdx.x == 0) first = atomicAdd(count, tiles);
+  __syncthreads();
+  return first;
+}
+
 }  // namespace
 
 // A block has one head, and a thread one cluster at a time.
@@ -22,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) attnx_cluster_tiles(const __grid_con
   const int head = blockIdx.x;
   const std::int32_t* query_offset = args.query_offsets + std::int64_t(head) * (args.clusters + 1);
   const std::int32_t* key_offset = args.key_offsets + std::int64_t(head) * (args.clusters + 1);
-  ClusterTile* const table = args.table + head * args.tiles;
+  ClusterTile* const own_table = args.table + head * args.tiles;
   int row_tiles = 0, tiles = 0;  // of the clusters before
   for (int begin = 0; begin < args.clusters; begin += kThreads) {
     const int c = begin + threadIdx.x;
@@ -38,14 +46,16 @@ __global__ void __launch_bounds__(kThreads) attnx_cluster_tiles(const __grid_con
     Scan(memory).ExclusiveSum(own, tiles_before, all_tiles);
     __syncthreads();
     const int of_tile = args.keys_of_tile ? args.keys_of_tile : args.rows_of_tile;
+    ClusterTile* const table = args.count ? args.table + take_places(args.count, all_tiles) : own_table + tiles;
     for (int i = 0; i < own; ++i)
-      table[tiles + tiles_before + i] = {
+      table[tiles_before + i] = {
           head,     c,       i * of_tile, first_q,
           length_q, first_k, length_k,    int(head * args.row_tiles) + row_tiles + row_tiles_before};
     row_tiles += all_row_tiles;
     tiles += all_tiles;
   }
-  for (std::int64_t i = tiles + threadIdx.x; i < args.tiles; i += kThreads) table[i].head = -1;
+  if (args.count) return;
+  for (std::int64_t i = tiles + threadIdx.x; i < args.tiles; i += kThreads) own_table[i].head = -1;
 }
 
 void launch_cluster_tiles(const ClusterTilesArguments& args, cudaStream_t stream) {
@@ -54,6 +64,7 @@ void launch_cluster_tiles(const ClusterTilesArguments& args, cudaStream_t stream
 
 // A block has a tile of rows, and a thread a query.
 __global__ void __launch_bounds__(kThreads) attnx_cluster_ends(const __grid_constant__ ClusterEndsArguments args) {
+  if (args.count && blockIdx.x >= *args.count) return;
   const ClusterTile& tile = args.table[blockIdx.x];
   if (tile.head < 0) return;
   const std::int64_t first = tile.head * args.query_slots + tile.first_q;

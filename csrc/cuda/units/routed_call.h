@@ -6,6 +6,7 @@
 
 #include "cuda/mainloop/backward_arguments.h"
 #include "cuda/mainloop/forward_arguments.h"
+#include "cuda/mainloop/sm90/forward_arguments.h"
 #include "cuda/storage/gathered_tensors.h"
 #include "cuda/tiles/cluster_tile.h"
 
@@ -18,6 +19,7 @@ struct RoutedForwardCall {
   GatheredTensor query, key, value;
   Tensor output, logsumexp;  // by slot
   ClusterTable tiles;
+  int* taken;  // of blocks that stay, as in ForwardSchedule
   bool aligned;
   std::int64_t blocks;
   cudaStream_t stream;
@@ -38,6 +40,8 @@ struct RoutedBackwardCall {
 
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_routed_forward_sm80(const RoutedForwardCall& call);
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_routed_forward_sm90(const RoutedForwardCall& call);
 // This makes dK and dV, and then dQ from its sums.
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_routed_backward_sm80(const RoutedBackwardCall& call);

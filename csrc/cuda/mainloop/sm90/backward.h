@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   if (const auto place = BackwardPlace<Tiles, Tile>::again(args); place.key_begin >= place.sequence.band.length_k)
     return;
   if (threadIdx.x == 0) {
-    shared.template init_barriers<Storage::kProducers>();
+    shared.template init_barriers<Storage::kArrivals>();
     fence_barrier_init();
   }
   __syncthreads();

@@ -55,14 +55,14 @@ struct BackwardMemory {
   __device__ __forceinline__ std::uint32_t derivative_empty() const { return derivative_full() + 8; }
   static_assert(kStages * 32 + 8 + (4 * kStages + kLogitStages + 2) * 8 <= Tile::kBarrierBytes);
 
-  template <int kProducers>
+  template <int kArrivals>
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kConsumerWarps = Tile::kWarpgroups * 4;
-    init_barrier(keys_full(), kProducers);
+    init_barrier(keys_full(), kArrivals);
     for (int s = 0; s < kStages; ++s) {
-      init_barrier(query_full(s), kProducers);
+      init_barrier(query_full(s), kArrivals);
       init_barrier(query_empty(s), kConsumerWarps);
-      init_barrier(grad_output_full(s), kProducers);
+      init_barrier(grad_output_full(s), kArrivals);
       init_barrier(grad_output_empty(s), kConsumerWarps);
     }
     for (int s = 0; s < kLogitStages; ++s) init_barrier(grad_logits_full(s), Tile::kN / 16);

@@ -34,22 +34,31 @@ struct TmaForwardTile {
   static_assert(kSharedBytes * kBlocksPerSm + (kBlocksPerSm - 1) * 1024 <= kMostSharedBytes);
 };
 
+// Producers who gather rows keep their numbers in registers.
+template <int kHeadDim, int kN, bool kOutputOverQuery>
+struct GatherForwardTile : TmaForwardTile<kHeadDim, 128, kN, kOutputOverQuery, 1> {
+  static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+};
+
 template <int kHeadDim>
 struct TmaForwardTiles;
 template <>
 struct TmaForwardTiles<64> {
   using Dense = TmaForwardTile<64, 192, 128, false, 1>;
+  using Gathered = GatherForwardTile<64, 128, false>;
   using Listed = DividingTile<TmaForwardTile<64, 128, 128, false, 1>, TmaForwardTile<64, 128, 64, false, 1>,
                               TmaForwardTile<64, 64, 64, false, 2>>;
 };
 template <>
 struct TmaForwardTiles<128> {
   using Dense = TmaForwardTile<128, 128, 128, false, 1>;
+  using Gathered = GatherForwardTile<128, 128, false>;
   using Listed = DividingTile<Dense, TmaForwardTile<128, 128, 64, false, 1>, TmaForwardTile<128, 64, 64, false, 2>>;
 };
 template <>
 struct TmaForwardTiles<256> {
   using Dense = TmaForwardTile<256, 128, 64, true, 1>;
+  using Gathered = GatherForwardTile<256, 64, true>;
   using Listed = DividingTile<Dense, TmaForwardTile<256, 64, 64, true, 1>>;
 };
 
