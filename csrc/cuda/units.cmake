@@ -13,8 +13,6 @@ endforeach()
 # The loop over clusters has these alone.
 set(head_dims_routed 64 128 256)
 set(scores_routed sigmoid softmax)
-set(directions_routed_sm80 forward backward)
-set(directions_routed_sm90 forward)
 list(JOIN head_dims_routed ", " HEAD_DIMS_routed)
 configure_file(units/head_dims.h.in ${CMAKE_CURRENT_BINARY_DIR}/include/cuda/head_dims.h @ONLY)
 
@@ -44,7 +42,7 @@ function(attnx_unit_names out mainloop)
   endforeach()
   foreach(score ${scores_routed})
     foreach(dtype bfloat16 float16)
-      foreach(direction ${directions_routed_${mainloop}})
+      foreach(direction forward backward)
         list(TRANSFORM head_dims_routed PREPEND routed_${direction}_${mainloop}:${score}:${dtype}:
              OUTPUT_VARIABLE names)
         list(APPEND units ${names})

@@ -1,8 +1,9 @@
 #include "attnx/policies.h"
-#include "cuda/common/device.h"
+#include "cuda/dispatch/plan.h"
 #include "cuda/dispatch/range.h"
 #include "cuda/head_dims.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
+#include "cuda/mainloop/sm90/backward_tile_sizes.h"
 #include "cuda/routing/attention.h"
 #include "cuda/routing/cluster_loop.h"
 #include "cuda/routing/cluster_row_terms.h"
@@ -21,6 +22,8 @@ struct RoutedBackward {
   SortedLists queries, keys;
   char *sort_queries, *sort_keys;
 
+  Mainloop mainloop = Mainloop::kSm80;
+  std::string why_not_sm90;  // on a device that could run it
   bool wide = false;
   int rows = 0, tile_keys = 0, head_dim = 0;  // of a tile
   std::int64_t row_tiles, key_tiles;          // to a head
@@ -31,7 +34,7 @@ struct RoutedBackward {
   Tensor grad_query;
   KeyPlaces grad_key, grad_value;
 
-  RoutedBackward(const BackwardParams& p, std::optional<Mainloop> asked, void* workspace)
+  RoutedBackward(const BackwardParams& p, std::optional<Mainloop> asked, bool deterministic, void* workspace)
       : loop(p, asked, layout, workspace),
         queries(places_of(p.gather->queries, p.gather->clusters, loop.heads, layout, workspace)),
         keys(places_of(p.gather->keys, p.gather->clusters, loop.heads, layout, workspace)),
@@ -39,12 +42,22 @@ struct RoutedBackward {
         sort_keys(layout.place<char>(workspace, std::int64_t(sort_into_lists_workspace(keys)))) {
     const Gather& g = *p.gather;
     const std::int64_t heads = loop.heads;
+    const auto use = [&]<class Tile>(Tile) {
+      rows = Tile::kM;
+      tile_keys = Tile::kN;
+      head_dim = Tile::kHeadDim;
+    };
     with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
-      using Tiles = BackwardTiles<kHeadDim>;
-      wide = are_gathers_aligned(p) && Tiles::Wide::kSharedBytes <= current_device().shared_bytes;
-      rows = wide ? Tiles::Wide::kM : Tiles::Narrow::kM;
-      tile_keys = wide ? Tiles::Wide::kN : Tiles::Narrow::kN;
-      head_dim = kHeadDim;
+      const auto plan_sm80 = [&] {
+        using Tiles = BackwardTiles<kHeadDim>;
+        wide = are_gathers_aligned(p) && Tiles::Wide::kSharedBytes <= current_device().shared_bytes;
+        wide ? use(typename Tiles::Wide()) : use(typename Tiles::Narrow());
+      };
+      const auto plan_sm90 = [&] {
+        use(typename TmaBackwardTiles<kHeadDim>::Gathered());
+        return why_not_gather_on_sm90(p);
+      };
+      plan_mainloop("backward", asked, *this, plan_sm80, plan_sm90);
     });
     row_tiles = most_cluster_tiles(g.queries.slots, g.clusters, rows);
     const std::int64_t all_keys = g.keys.slots + g.clusters * g.memory;
@@ -55,7 +68,7 @@ struct RoutedBackward {
     shares = layout.place<std::uint16_t>(workspace, heads * g.queries.rows * value_features);
 
     const std::int64_t padded_rows = heads * row_tiles * rows;
-    scratch.deterministic = true;
+    scratch.deterministic = deterministic;
     scratch.offset = layout.place<float>(workspace, padded_rows);
     if (is_normalised(p.score)) scratch.delta = layout.place<float>(workspace, padded_rows);
     const std::size_t zeros_begin = layout.bytes();
@@ -121,8 +134,15 @@ void run_loop(const BackwardParams& p, const RoutedBackward& plan, cudaStream_t 
       stream};
   with_dtype(p.dtype, [&]<DType kDType>() {
     with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
-      p.score == Score::kSigmoid ? launch_routed_backward_sm80<Score::kSigmoid, kDType, kHeadDim>(call)
-                                 : launch_routed_backward_sm80<Score::kSoftmax, kDType, kHeadDim>(call);
+      const auto launch = [&]<Score kScore>() {
+        if (plan.mainloop == Mainloop::kSm80) {
+          launch_routed_backward_sm80<kScore, kDType, kHeadDim>(call);
+        } else if constexpr (ATTNX_CUDA_SM90) {
+          launch_routed_backward_sm90<kScore, kDType, kHeadDim>(call);
+        }
+      };
+      p.score == Score::kSigmoid ? launch.template operator()<Score::kSigmoid>()
+                                 : launch.template operator()<Score::kSoftmax>();
     });
   });
 }
@@ -130,14 +150,13 @@ void run_loop(const BackwardParams& p, const RoutedBackward& plan, cudaStream_t 
 }  // namespace
 
 std::size_t routed_backward_workspace(const BackwardParams& p, const Launch& launch) {
-  return RoutedBackward(p, launch.mainloop, nullptr).layout.bytes();
+  return RoutedBackward(p, launch.mainloop, launch.deterministic, nullptr).layout.bytes();
 }
 
 void routed_backward(const BackwardParams& p, const Launch& launch) {
-  check_mainloop(launch.mainloop);
   const Range range("attnx::routing_attention_backward");
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  const RoutedBackward plan(p, launch.mainloop, launch.workspace);
+  const RoutedBackward plan(p, launch.mainloop, launch.deterministic, launch.workspace);
   const Gather& g = *p.gather;
   if (plan.zeros_bytes)
     check(cudaMemsetAsync(plan.scratch.grad_query_sum, 0, plan.zeros_bytes, stream), "cudaMemsetAsync");
@@ -176,12 +195,10 @@ void routed_backward(const BackwardParams& p, const Launch& launch) {
 }
 
 KernelDescription describe_routed(const BackwardParams& p) {
-  check_mainloop(asked_mainloop());
-  const RoutedBackward plan(p, asked_mainloop(), nullptr);
-  KernelDescription description{"attnx_backward_sm80",  "sm80", plan.rows, plan.tile_keys, plan.head_dim,
-                                are_gathers_aligned(p), 1,      ""};
-  if (current_device().major == 9) description.why_not_sm90 = kWhyNotSm90;
-  return description;
+  const RoutedBackward plan(p, asked_mainloop(), false, nullptr);
+  const std::string mainloop = name_of(plan.mainloop);
+  return {"attnx_backward_" + mainloop, mainloop, plan.rows,        plan.tile_keys, plan.head_dim,
+          are_gathers_aligned(p),       1,        plan.why_not_sm90};
 }
 
 }  // namespace attnx::cuda

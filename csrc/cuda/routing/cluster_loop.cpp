@@ -11,12 +11,6 @@
 
 namespace attnx::cuda {
 
-void check_mainloop(std::optional<Mainloop> asked) {
-  if (asked == Mainloop::kSm90)
-    throw std::runtime_error(
-        std::string("cuda_mainloop: expected a call that sm90 serves, got one that it does not: ") + kWhyNotSm90);
-}
-
 SortedLists places_of(const Clusters& c, std::int64_t count, std::int64_t heads, WorkspaceLayout& layout,
                       void* workspace) {
   auto* places = layout.place<std::int32_t>(workspace, heads * c.slots);
@@ -55,6 +49,12 @@ bool are_gathers_aligned(const AttentionParams& p) {
          (g.memory == 0 || are_aligned(p, {}, {g.memory_key}, {g.memory_value}));
 }
 
+std::string why_not_gather_on_sm90(const AttentionParams& p) {
+  if (!ATTNX_CUDA_SM90) return "attnx was built without it";
+  if (!are_gathers_aligned(p)) return "rows do not start on 16 bytes, or are not multiples of them";
+  return {};
+}
+
 ClusterLoop::ClusterLoop(const AttentionParams& p, std::optional<Mainloop> asked, WorkspaceLayout& layout,
                          void* workspace)
     : heads(p.batch * p.heads_q) {
@@ -66,11 +66,9 @@ ClusterLoop::ClusterLoop(const AttentionParams& p, std::optional<Mainloop> asked
   with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
     plan_mainloop(
         "call", asked, *this, [&] { use(typename ForwardTiles<kHeadDim>::Wide()); },
-        [&]() -> std::string {
+        [&] {
           use(typename TmaForwardTiles<kHeadDim>::Gathered());
-          if (!ATTNX_CUDA_SM90) return "attnx was built without it";
-          if (!are_gathers_aligned(p)) return "rows do not start on 16 bytes, or are not multiples of them";
-          return {};
+          return why_not_gather_on_sm90(p);
         });
   });
   const std::int64_t slots = p.gather->queries.slots, features = padded_features(p.value_dim);

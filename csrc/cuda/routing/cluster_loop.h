@@ -28,9 +28,8 @@ GatheredTensor gathered_keys(const AttentionParams& params, const Tensor& own, c
 Geometry geometry_of_heads(const AttentionParams& params);
 bool are_gathers_aligned(const AttentionParams& params);
 
-// The backward has no loop for sm_90. It throws std::runtime_error where one is asked for.
-inline constexpr const char* kWhyNotSm90 = "it gathers no rows";
-void check_mainloop(std::optional<Mainloop> asked);
+// This returns what speaks against sm_90's loops over clusters, or nothing.
+std::string why_not_gather_on_sm90(const AttentionParams& params);
 
 struct ClusterLoop {
   Mainloop mainloop = Mainloop::kSm80;

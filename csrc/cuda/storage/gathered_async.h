@@ -12,6 +12,33 @@
 
 namespace attnx::cuda {
 
+// These are the rows [row, end) that a tile holds. A warp copies some of them, and each of its lanes has the index of
+// one: that takes a register, however many rows there are. Little else stays in one, because producers have few.
+template <class Tile, int kThreads>
+struct WarpIndices {
+  static constexpr int kRows = Tile::kRows / (kThreads / 32), kStep = 4;  // of a warp, and at a time
+  int row, end, index;
+
+  template <class Element>
+  static __device__ __forceinline__ WarpIndices read(const GatheredRows<Element>& rows, int row, int end) {
+    const int thread = fresh(int(threadIdx.x));
+    return {row, end, rows.index(min(row + thread / 32 * kRows + min(thread % 32, kRows - 1), end - 1))};
+  }
+
+  template <class Element>
+  __device__ __forceinline__ void load(std::uint32_t tile, const GatheredRows<Element>& rows, int features) const {
+    const int thread = fresh(int(threadIdx.x)), first = thread / 32 * kRows, chunk = thread % 8;
+#pragma unroll 1
+    for (int r = thread % 32 / 8; r < kRows; r += kStep) {
+      const int in_tile = first + r, own = row + in_tile;
+      const auto* from = rows.at(min(own, end - 1), __shfl_sync(~0u, index, r)) + chunk * 8;
+#pragma unroll
+      for (int c = 0; c < Tile::kChunks; c += 8)
+        copy_async(tile + Tile::offset(in_tile, chunk + c), from + c * 8, own < end && (chunk + c) * 8 < features);
+    }
+  }
+};
+
 // This is the storage policy, as Tma is. Rows start on 16 bytes and are multiples of them.
 template <class Input_>
 struct GatheredAsync : Gathered<Input_, true> {
@@ -23,7 +50,7 @@ struct GatheredAsync : Gathered<Input_, true> {
   static constexpr bool kReadsOn = false;
 
   template <class Tile>
-  using Rows = TileIndices<Tile, kProducers>;
+  using Rows = WarpIndices<Tile, kProducers>;
 
   template <class Tensors>
   static __device__ __forceinline__ void prepare(const Tensors&) {}
@@ -43,8 +70,8 @@ struct GatheredAsync : Gathered<Input_, true> {
     return Rows<Tile>::read(rows, key, sequence.band.length_k);
   }
 
-  static __device__ __forceinline__ void announce(std::uint32_t barrier, int, int = 0) {
-    if (threadIdx.x == 0) arrive(barrier);
+  static __device__ __forceinline__ void announce(std::uint32_t barrier, int, int other_bytes = 0) {
+    if (threadIdx.x == 0) arrive_expecting(barrier, other_bytes);
   }
   static __device__ __forceinline__ void announce_none(std::uint32_t barrier) {
     announce(barrier, 0);

@@ -101,6 +101,13 @@ struct Tma {
   // Consumers call this between the wait for a tile and the first product that reads it.
   static __device__ __forceinline__ void receive() {}
 
+  // These are the places of the gradients of a head's keys.
+  template <class Element>
+  static __device__ __forceinline__ StridedRows<Element> key_rows(const Tensor& x, int batch, int key_head,
+                                                                  const Sequence& sequence) {
+    return Strided<Input, true>::template key_rows<Element>(x, batch, key_head, sequence);
+  }
+
   // This stores a warp's 16 rows of the output from shared memory, where no one writes them before wait_stores_read().
   template <class Tile, class Args>
   static __device__ __forceinline__ void store_output(std::uint32_t tile, const Args& args, const Sequence& sequence,

@@ -45,5 +45,7 @@ void launch_routed_forward_sm90(const RoutedForwardCall& call);
 // This makes dK and dV, and then dQ from its sums.
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_routed_backward_sm80(const RoutedBackwardCall& call);
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_routed_backward_sm90(const RoutedBackwardCall& call);
 
 }  // namespace attnx::cuda

@@ -28,24 +28,6 @@ __device__ __forceinline__ void end_turn(int* turns) {
   if (threadIdx.x == 0) atomicAdd(turns, 1);
 }
 
-// This says which tile of keys a block owns.
-template <class Tiles, class Args, class Tile>
-__device__ __forceinline__ auto key_place_of(const Args& args, int block, Tile tile) {
-  if constexpr (Tiles::kHasPlaces) {
-    return Tiles::KeyPlace::of(args, block, tile);
-  } else {
-    struct KeyPlace {
-      int key_begin, head, batch;
-      Sequence sequence;
-    } place;
-    place.key_begin = args.key_blocks.split(block) * Tile::kN;
-    place.head = args.key_heads.split(block);
-    place.batch = block;
-    place.sequence = sequence_of(args, place.batch);
-    return place;
-  }
-}
-
 template <class Score, class Tiles, class Storage, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     attnx_backward_sm80(const __grid_constant__ BackwardArguments<Tiles, Storage> args) {
@@ -66,7 +48,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const std::uint32_t shared_grad_logits = shared_weights + ScoreTile::kBytes;
 
   const auto& tensors = args.tensors;
-  const auto place = key_place_of<Tiles>(args, blockIdx.x, Tile());
+  using Place = typename KeyPlaceOf<Tiles>::Type;
+  const Place place = Place::of(args, blockIdx.x, Tile());
   const auto& [key_begin, head, batch, sequence] = place;
   const auto& band = sequence.band;
   if (key_begin >= band.length_k) return;
@@ -271,7 +254,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   __syncthreads();
   const int thread = threadIdx.x;
   // A place that is read from memory is read again here, because keeping it through the loop would cost registers.
-  const auto own = key_place_of<Tiles>(args, Tiles::kHasPlaces ? fresh(blockIdx.x) : int(blockIdx.x), Tile());
+  const Place own = Place::of(args, Tiles::kHasPlaces ? fresh(blockIdx.x) : int(blockIdx.x), Tile());
   const auto store = [&](std::uint32_t tile, const auto& x, std::int64_t features) {
     Storage::template store<KeyTile, kN, kThreads>(
         tile, 0, Storage::template key_rows<Input>(x, own.batch, own.head, own.sequence), own.key_begin,
