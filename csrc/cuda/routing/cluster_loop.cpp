@@ -55,6 +55,12 @@ bool are_gathers_aligned(const AttentionParams& p) {
          (g.memory == 0 || are_aligned(p, {}, {g.memory_key}, {g.memory_value}));
 }
 
+bool are_gathers_near(const AttentionParams& p) {
+  const Gather& g = *p.gather;
+  const auto near = [](const Tensor& x) { return x.row_stride >= 0 && x.row_stride < std::int64_t(1) << 30; };
+  return near(p.query) && near(p.key) && near(p.value) && (g.memory == 0 || near(g.memory_key) && near(g.memory_value));
+}
+
 ClusterLoop::ClusterLoop(const AttentionParams& p, std::optional<Mainloop> asked, WorkspaceLayout& layout,
                          void* workspace)
     : heads(p.batch * p.heads_q) {
@@ -70,6 +76,7 @@ ClusterLoop::ClusterLoop(const AttentionParams& p, std::optional<Mainloop> asked
           use(typename TmaForwardTiles<kHeadDim>::Gathered());
           if (!ATTNX_CUDA_SM90) return "attnx was built without it";
           if (!are_gathers_aligned(p)) return "rows do not start on 16 bytes, or are not multiples of them";
+          if (!are_gathers_near(p)) return "rows are 2^31 bytes apart, or more";
           return {};
         });
   });

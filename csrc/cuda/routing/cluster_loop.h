@@ -27,6 +27,8 @@ GatheredTensor gathered_keys(const AttentionParams& params, const Tensor& own, c
 // Every query head has tiles of its own.
 Geometry geometry_of_heads(const AttentionParams& params);
 bool are_gathers_aligned(const AttentionParams& params);
+// This tells whether the bytes from a row to the next fit in 32 bits.
+bool are_gathers_near(const AttentionParams& params);
 
 // The backward has no loop for sm_90. It throws std::runtime_error where one is asked for.
 inline constexpr const char* kWhyNotSm90 = "it gathers no rows";
