@@ -52,29 +52,51 @@ bool are_gathers_aligned(const AttentionParams& p) {
          (g.memory == 0 || are_aligned(p, {}, {g.memory_key}, {g.memory_value}));
 }
 
-ClusterLoop::ClusterLoop(const AttentionParams& p, WorkspaceLayout& layout, void* workspace)
-    : heads(p.batch * p.heads_q) {
+bool are_clusters_short(const AttentionParams& p) {
+  constexpr std::int64_t kRows = 64;
+  return p.gather->queries.slots <= kRows * p.gather->clusters;
+}
+
+ClusterTileSizes::ClusterTileSizes(const AttentionParams& p) : wide(!are_gathers_aligned(p) || !are_clusters_short(p)) {
   with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
-    using Tile = typename ForwardTiles<kHeadDim>::Wide;
-    rows = Tile::kM;
-    keys = Tile::kN;
+    using Tiles = ForwardTiles<kHeadDim>;
+    rows = wide ? Tiles::Wide::kM : Tiles::Narrow::kM;
+    keys = wide ? Tiles::Wide::kN : Tiles::Narrow::kN;
     head_dim = kHeadDim;
   });
+}
+
+ClusterLoop::ClusterLoop(const AttentionParams& p, WorkspaceLayout& layout, void* workspace)
+    : ClusterTileSizes(p),
+      heads(p.batch * p.heads_q),
+      tiles(heads, most_cluster_tiles(p.gather->queries.slots, p.gather->clusters, rows), layout, workspace) {
   const std::int64_t slots = p.gather->queries.slots, features = padded_features(p.value_dim);
-  tiles = most_cluster_tiles(slots, p.gather->clusters, rows);
-  table = layout.place<ClusterTile>(workspace, heads * tiles);
   if (p.window_right == 0) ends = layout.place<std::int32_t>(workspace, heads * slots);
   output = by_slot(layout.place<std::uint16_t>(workspace, heads * slots * features), p.heads_q, slots, features);
 }
 
+ClusterTilesArguments cluster_tiles(const AttentionParams& p, int rows, int keys, std::int64_t row_tiles) {
+  const Gather& g = *p.gather;
+  ClusterTilesArguments args{};
+  args.clusters = int(g.clusters);
+  args.memory = int(g.memory);
+  args.query_offsets = g.queries.offsets;
+  args.key_offsets = g.keys.offsets;
+  args.rows_of_tile = rows;
+  args.keys_of_tile = keys;
+  args.is_causal = p.window_right == 0;
+  args.heads = p.batch * p.heads_q;
+  args.row_tiles = row_tiles;
+  return args;
+}
+
 void ClusterLoop::prepare(const AttentionParams& p, cudaStream_t stream) const {
   const Gather& g = *p.gather;
-  if (heads * tiles == 0) return;
-  launch_cluster_tiles(
-      {int(g.clusters), int(g.memory), g.queries.offsets, g.keys.offsets, rows, 0, heads, tiles, tiles, table}, stream);
+  if (tiles.count() == 0) return;
+  tiles.make(cluster_tiles(p, rows, 0, tiles.tiles), stream);
   if (ends)
-    launch_cluster_ends({table, heads * tiles, rows, int(g.memory), g.keys.rows - g.queries.rows, g.queries.indices,
-                         g.keys.indices, g.queries.slots, g.keys.slots, ends},
+    launch_cluster_ends({tiles.table, tiles.count(), rows, int(g.memory), g.keys.rows - g.queries.rows,
+                         g.queries.indices, g.keys.indices, g.queries.slots, g.keys.slots, ends},
                         stream);
 }
 
@@ -90,7 +112,8 @@ void ClusterLoop::run(const ForwardParams& p, cudaStream_t stream) const {
                                p.logsumexp.data ? by_slot(p.logsumexp.data, p.heads_q, g.queries.slots, 1) : Tensor{},
                                row_table(p),
                                are_gathers_aligned(p),
-                               heads * tiles,
+                               wide,
+                               tiles.count(),
                                stream};
   with_dtype(p.dtype, [&]<DType kDType>() {
     with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {

@@ -18,7 +18,7 @@ struct RoutedForwardCall {
   GatheredTensor query, key, value;
   Tensor output, logsumexp;  // by slot
   ClusterTable tiles;
-  bool aligned;
+  bool aligned, wide;
   std::int64_t blocks;
   cudaStream_t stream;
 };
