@@ -16,18 +16,50 @@ namespace attnx::cuda {
 
 namespace {
 
-struct RoutedBackward {
+std::int64_t most_key_tiles(const Gather& g, int keys) {
+  return most_cluster_tiles(g.keys.slots + g.clusters * g.memory, g.clusters, keys);
+}
+
+struct BackwardTileSizes {
+  Mainloop mainloop = Mainloop::kSm80;
+  std::string why_not_sm90;  // on a device that could run it
+  bool wide = false;
+  int rows = 0, tile_keys = 0, head_dim = 0;
+
+  // It throws std::runtime_error where sm_90's loop is asked for in vain.
+  BackwardTileSizes(const BackwardParams& p, std::optional<Mainloop> asked) {
+    const auto use = [&]<class Tile>(Tile) {
+      rows = Tile::kM;
+      tile_keys = Tile::kN;
+      head_dim = Tile::kHeadDim;
+    };
+    const auto plan_sm80 = [&]<int kHeadDim>() {
+      using Tiles = BackwardTiles<kHeadDim>;
+      wide = are_gathers_aligned(p) && !are_clusters_short(p) &&
+             Tiles::Wide::kSharedBytes <= current_device().shared_bytes;
+      wide ? use(typename Tiles::Wide()) : use(typename Tiles::Narrow());
+    };
+    const auto plan_sm90 = [&]<int kHeadDim>() {
+      use(typename TmaBackwardTiles<kHeadDim>::Gathered());
+      return why_not_gather_on_sm90(p);
+    };
+    with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
+      plan_mainloop(
+          "backward", asked, *this, [&] { plan_sm80.template operator()<kHeadDim>(); },
+          [&] { return plan_sm90.template operator()<kHeadDim>(); });
+    });
+  }
+};
+
+struct RoutedBackward : BackwardTileSizes {
   WorkspaceLayout layout;
   ClusterLoop loop;  // its output is computed again, because only the sums over clusters were kept
   SortedLists queries, keys;
   char *sort_queries, *sort_keys;
 
-  Mainloop mainloop = Mainloop::kSm80;
-  std::string why_not_sm90;  // on a device that could run it
-  bool wide = false;
-  int rows = 0, tile_keys = 0, head_dim = 0;  // of a tile
-  std::int64_t row_tiles, key_tiles;          // to a head
-  ClusterTile *row_table, *key_table;
+  std::int64_t row_tiles;  // of a head, at most
+  ClusterTile* row_table;  // by cluster: sums over tiles of rows lie in this order
+  OrderedTiles key_tiles;
   void* shares;  // of the gradient of the output
   BackwardScratch scratch{};
   std::size_t zeros_bytes;
@@ -35,35 +67,17 @@ struct RoutedBackward {
   KeyPlaces grad_key, grad_value;
 
   RoutedBackward(const BackwardParams& p, std::optional<Mainloop> asked, bool deterministic, void* workspace)
-      : loop(p, asked, layout, workspace),
+      : BackwardTileSizes(p, asked),
+        loop(p, asked, layout, workspace),
         queries(places_of(p.gather->queries, p.gather->clusters, loop.heads, layout, workspace)),
         keys(places_of(p.gather->keys, p.gather->clusters, loop.heads, layout, workspace)),
         sort_queries(layout.place<char>(workspace, std::int64_t(sort_into_lists_workspace(queries)))),
-        sort_keys(layout.place<char>(workspace, std::int64_t(sort_into_lists_workspace(keys)))) {
+        sort_keys(layout.place<char>(workspace, std::int64_t(sort_into_lists_workspace(keys)))),
+        row_tiles(most_cluster_tiles(p.gather->queries.slots, p.gather->clusters, rows)),
+        row_table(layout.place<ClusterTile>(workspace, loop.heads * row_tiles)),
+        key_tiles(loop.heads, most_key_tiles(*p.gather, tile_keys), layout, workspace) {
     const Gather& g = *p.gather;
     const std::int64_t heads = loop.heads;
-    const auto use = [&]<class Tile>(Tile) {
-      rows = Tile::kM;
-      tile_keys = Tile::kN;
-      head_dim = Tile::kHeadDim;
-    };
-    with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
-      const auto plan_sm80 = [&] {
-        using Tiles = BackwardTiles<kHeadDim>;
-        wide = are_gathers_aligned(p) && Tiles::Wide::kSharedBytes <= current_device().shared_bytes;
-        wide ? use(typename Tiles::Wide()) : use(typename Tiles::Narrow());
-      };
-      const auto plan_sm90 = [&] {
-        use(typename TmaBackwardTiles<kHeadDim>::Gathered());
-        return why_not_gather_on_sm90(p);
-      };
-      plan_mainloop("backward", asked, *this, plan_sm80, plan_sm90);
-    });
-    row_tiles = most_cluster_tiles(g.queries.slots, g.clusters, rows);
-    const std::int64_t all_keys = g.keys.slots + g.clusters * g.memory;
-    key_tiles = most_cluster_tiles(all_keys, g.clusters, tile_keys);
-    row_table = layout.place<ClusterTile>(workspace, heads * row_tiles);
-    key_table = layout.place<ClusterTile>(workspace, heads * key_tiles);
     const std::int64_t features = padded_features(p.head_dim), value_features = padded_features(p.value_dim);
     shares = layout.place<std::uint16_t>(workspace, heads * g.queries.rows * value_features);
 
@@ -94,7 +108,7 @@ ForwardParams forward_of(const BackwardParams& p) {
 void make_row_terms(const BackwardParams& p, const RoutedBackward& plan, cudaStream_t stream) {
   const Clusters& queries = p.gather->queries;
   if (is_normalised(p.score)) plan.loop.run(forward_of(p), stream);
-  launch_cluster_row_terms({{plan.row_table, plan.loop.ends, queries.slots, nullptr},
+  launch_cluster_row_terms({{plan.row_table, plan.loop.ends, queries.slots},
                             queries.rows,
                             plan.rows,
                             int(p.value_dim),
@@ -125,10 +139,10 @@ void run_loop(const BackwardParams& p, const RoutedBackward& plan, cudaStream_t 
       plan.grad_query,
       plan.grad_key,
       plan.grad_value,
-      {plan.row_table, plan.loop.ends, g.queries.slots, nullptr},
-      {plan.key_table, plan.loop.ends, g.queries.slots, nullptr},
+      {plan.row_table, plan.loop.ends, g.queries.slots},
+      {plan.key_tiles.table, plan.loop.ends, g.queries.slots},
       plan.loop.heads * plan.row_tiles,
-      plan.loop.heads * plan.key_tiles,
+      plan.key_tiles.count(),
       are_gathers_aligned(p),
       plan.wide,
       stream};
@@ -163,13 +177,11 @@ void routed_backward(const BackwardParams& p, const Launch& launch) {
   sort_into_lists(plan.queries, plan.sort_queries, stream);
   sort_into_lists(plan.keys, plan.sort_keys, stream);
   plan.loop.prepare(p, stream);
-  ClusterTilesArguments tiles{int(g.clusters), int(g.memory),  g.queries.offsets, g.keys.offsets, plan.rows, 0,
-                              plan.loop.heads, plan.row_tiles, plan.row_tiles,    plan.row_table, nullptr};
-  launch_cluster_tiles(tiles, stream);
-  tiles.keys_of_tile = plan.tile_keys;
-  tiles.tiles = plan.key_tiles;
-  tiles.table = plan.key_table;
-  launch_cluster_tiles(tiles, stream);
+  ClusterTilesArguments row_tiles = cluster_tiles(p, plan.rows, 0, plan.row_tiles);
+  row_tiles.tiles = plan.row_tiles;
+  row_tiles.table = plan.row_table;
+  launch_cluster_tiles(row_tiles, stream);
+  plan.key_tiles.make(cluster_tiles(p, plan.rows, plan.tile_keys, plan.row_tiles), stream);
   launch_share_rows({p.batch, p.heads_q, g.queries.rows, int(p.value_dim), int(padded_features(p.value_dim)),
                      plan.queries.offsets, p.grad_output, plan.shares},
                     p.dtype, stream);

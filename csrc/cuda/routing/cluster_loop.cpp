@@ -49,68 +49,107 @@ bool are_gathers_aligned(const AttentionParams& p) {
          (g.memory == 0 || are_aligned(p, {}, {g.memory_key}, {g.memory_value}));
 }
 
+bool are_clusters_short(const AttentionParams& p) {
+  constexpr std::int64_t kRows = 64;
+  return p.gather->queries.slots <= kRows * p.gather->clusters;
+}
+
+bool are_gathers_near(const AttentionParams& p) {
+  const Gather& g = *p.gather;
+  const auto is_near = [](const Tensor& x) { return x.row_stride < std::int64_t(1) << 30; };
+  return is_near(p.query) && is_near(p.key) && is_near(p.value) &&
+         (g.memory == 0 || (is_near(g.memory_key) && is_near(g.memory_value)));
+}
+
 std::string why_not_gather_on_sm90(const AttentionParams& p) {
   if (!ATTNX_CUDA_SM90) return "attnx was built without it";
   if (!are_gathers_aligned(p)) return "rows do not start on 16 bytes, or are not multiples of them";
+  if (!are_gathers_near(p)) return "rows are 2^31 bytes apart, or more";
+  if (are_clusters_short(p)) return "clusters have at most 64 queries in the mean";
   return {};
 }
 
-ClusterLoop::ClusterLoop(const AttentionParams& p, std::optional<Mainloop> asked, WorkspaceLayout& layout,
-                         void* workspace)
-    : heads(p.batch * p.heads_q) {
+ClusterTileSizes::ClusterTileSizes(const AttentionParams& p, std::optional<Mainloop> asked) {
   const auto use = [&]<class Tile>(Tile) {
     rows = Tile::kM;
     keys = Tile::kN;
     head_dim = Tile::kHeadDim;
   };
+  const auto plan_sm80 = [&]<int kHeadDim>() {
+    using Tiles = ForwardTiles<kHeadDim>;
+    wide = !are_gathers_aligned(p) || !are_clusters_short(p);
+    wide ? use(typename Tiles::Wide()) : use(typename Tiles::Narrow());
+  };
+  const auto plan_sm90 = [&]<int kHeadDim>() {
+    use(typename TmaForwardTiles<kHeadDim>::Gathered());
+    return why_not_gather_on_sm90(p);
+  };
   with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
     plan_mainloop(
-        "call", asked, *this, [&] { use(typename ForwardTiles<kHeadDim>::Wide()); },
-        [&] {
-          use(typename TmaForwardTiles<kHeadDim>::Gathered());
-          return why_not_gather_on_sm90(p);
-        });
+        "call", asked, *this, [&] { plan_sm80.template operator()<kHeadDim>(); },
+        [&] { return plan_sm90.template operator()<kHeadDim>(); });
   });
+}
+
+ClusterLoop::ClusterLoop(const AttentionParams& p, std::optional<Mainloop> asked, WorkspaceLayout& layout,
+                         void* workspace)
+    : ClusterTileSizes(p, asked),
+      heads(p.batch * p.heads_q),
+      tiles(heads, most_cluster_tiles(p.gather->queries.slots, p.gather->clusters, rows), layout, workspace) {
   const std::int64_t slots = p.gather->queries.slots, features = padded_features(p.value_dim);
-  tiles = most_cluster_tiles(slots, p.gather->clusters, rows);
-  table = layout.place<ClusterTile>(workspace, heads * tiles);
-  if (mainloop == Mainloop::kSm90) {
-    count = layout.place<int>(workspace, 2);
-    taken = count + 1;
-  }
+  if (mainloop == Mainloop::kSm90) taken = layout.place<int>(workspace, 1);
   if (p.window_right == 0) ends = layout.place<std::int32_t>(workspace, heads * slots);
   output = by_slot(layout.place<std::uint16_t>(workspace, heads * slots * features), p.heads_q, slots, features);
 }
 
+ClusterTilesArguments cluster_tiles(const AttentionParams& p, int rows, int keys, std::int64_t row_tiles) {
+  const Gather& g = *p.gather;
+  ClusterTilesArguments args{};
+  args.clusters = int(g.clusters);
+  args.memory = int(g.memory);
+  args.query_offsets = g.queries.offsets;
+  args.key_offsets = g.keys.offsets;
+  args.rows_of_tile = rows;
+  args.keys_of_tile = keys;
+  args.is_causal = p.window_right == 0;
+  args.heads = p.batch * p.heads_q;
+  args.row_tiles = row_tiles;
+  return args;
+}
+
 void ClusterLoop::prepare(const AttentionParams& p, cudaStream_t stream) const {
   const Gather& g = *p.gather;
-  if (count) check(cudaMemsetAsync(count, 0, 2 * sizeof *count, stream), "cudaMemsetAsync");
-  if (heads * tiles == 0) return;
-  launch_cluster_tiles(
-      {int(g.clusters), int(g.memory), g.queries.offsets, g.keys.offsets, rows, 0, heads, tiles, tiles, table, count},
-      stream);
+  if (tiles.count() == 0) return;
+  tiles.make(cluster_tiles(p, rows, 0, tiles.tiles), stream);
   if (ends)
-    launch_cluster_ends({table, count, heads * tiles, rows, int(g.memory), g.keys.rows - g.queries.rows,
+    launch_cluster_ends({tiles.table, tiles.count(), rows, int(g.memory), g.keys.rows - g.queries.rows,
                          g.queries.indices, g.keys.indices, g.queries.slots, g.keys.slots, ends},
                         stream);
 }
 
 void ClusterLoop::run(const ForwardParams& p, cudaStream_t stream) const {
   const Gather& g = *p.gather;
-  const RoutedForwardCall call{
-      p,
-      {geometry_of_heads(p), {}},
-      scaling_of(p),
-      gathered_queries(p, p.query, p.head_dim),
-      gathered_keys(p, p.key, g.memory_key, p.head_dim),
-      gathered_keys(p, p.value, g.memory_value, p.value_dim),
-      output,
-      p.logsumexp.data ? by_slot(p.logsumexp.data, p.heads_q, g.queries.slots, 1) : Tensor{},
-      row_table(p),
-      taken,
-      are_gathers_aligned(p),
-      mainloop == Mainloop::kSm80 ? heads * tiles : std::min<std::int64_t>(heads * tiles, current_device().sm_count),
-      stream};
+  std::int64_t blocks = tiles.count();
+  ForwardSchedule schedule{};
+  if (mainloop == Mainloop::kSm90 && blocks > 0) {  // they stay
+    schedule = {int(blocks), {}, taken};
+    check(cudaMemsetAsync(taken, 0, sizeof *taken, stream), "cudaMemsetAsync");
+    blocks = std::min<std::int64_t>(blocks, current_device().sm_count);
+  }
+  const RoutedForwardCall call{p,
+                               {geometry_of_heads(p), {}},
+                               scaling_of(p),
+                               gathered_queries(p, p.query, p.head_dim),
+                               gathered_keys(p, p.key, g.memory_key, p.head_dim),
+                               gathered_keys(p, p.value, g.memory_value, p.value_dim),
+                               output,
+                               p.logsumexp.data ? by_slot(p.logsumexp.data, p.heads_q, g.queries.slots, 1) : Tensor{},
+                               row_table(p),
+                               schedule,
+                               are_gathers_aligned(p),
+                               wide,
+                               blocks,
+                               stream};
   with_dtype(p.dtype, [&]<DType kDType>() {
     with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
       const auto launch = [&]<Score kScore>() {

@@ -51,38 +51,26 @@ struct ClampedRows {
   __device__ __forceinline__ Element* at(int row) const { return rows.at(row < last ? row : last); }
 };
 
-// These are the rows [row, end) that a tile holds, and the indices of those that one of kThreads threads copies. They
-// are read before the copies start, and serve every tensor that is gathered alike.
-template <class Tile, int kThreads>
-struct TileIndices {
-  static constexpr int kRowStep = Chunks<Tile, kThreads>::kRowStep, kLanes = Tile::kLanes;
-  int row, end;
-  int indices[Tile::kRows / kRowStep];
-
-  template <class Element>
-  static __device__ __forceinline__ TileIndices read(const GatheredRows<Element>& rows, int row, int end) {
-    TileIndices x{row, end};
+// This loads as load_tile does. A thread reads all of its indices before it starts the first copy.
+template <class Tile, int kThreads, class Element>
+__device__ __forceinline__ void load_gathered_tile(std::uint32_t tile, const GatheredRows<Element>& rows, int row,
+                                                   int end, int features) {
+  using Plan = Chunks<Tile, kThreads>;
+  constexpr int kCount = Tile::kRows / Plan::kRowStep;
+  const int in_tile = threadIdx.x / Plan::kLanes, lane = threadIdx.x % Plan::kLanes;
+  int indices[kCount];
 #pragma unroll
-    for (int r = 0; r < Tile::kRows; r += kRowStep)
-      x.indices[r / kRowStep] = rows.index(min(row + int(threadIdx.x / kLanes) + r, end - 1));
-    return x;
+  for (int i = 0; i < kCount; ++i) indices[i] = rows.index(min(row + in_tile + i * Plan::kRowStep, end - 1));
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int own = row + in_tile + i * Plan::kRowStep;
+    const auto* from = rows.at(min(own, end - 1), indices[i]);
+#pragma unroll
+    for (int c = 0; c < Tile::kChunks; c += Plan::kLanes)
+      copy_async(tile + Tile::offset(in_tile + i * Plan::kRowStep, lane + c), from + (lane + c) * 8,
+                 own < end && (lane + c) * 8 < features);
   }
-
-  // This loads as load_tile does.
-  template <class Element>
-  __device__ __forceinline__ void load(std::uint32_t tile, const GatheredRows<Element>& rows, int features) const {
-    const int in_tile = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-#pragma unroll
-    for (int r = 0; r < Tile::kRows; r += kRowStep) {
-      const int own = row + in_tile + r;
-      const auto* from = rows.at(min(own, end - 1), indices[r / kRowStep]);
-#pragma unroll
-      for (int c = 0; c < Tile::kChunks; c += kLanes)
-        copy_async(tile + Tile::offset(in_tile + r, lane + c), from + (lane + c) * 8,
-                   own < end && (lane + c) * 8 < features);
-    }
-  }
-};
+}
 
 // This is the storage policy. Rows that are not kAligned need not lie on 16 bytes.
 template <class Input_, bool kAligned>
@@ -138,7 +126,7 @@ struct Gathered {
   template <class Tile, int kThreads, class Rows>
   static __device__ __forceinline__ void load(std::uint32_t tile, const Rows& rows, int row, int end, int features) {
     if constexpr (kAligned) {
-      TileIndices<Tile, kThreads>::read(rows, row, end).load(tile, rows, features);
+      load_gathered_tile<Tile, kThreads>(tile, rows, row, end, features);
     } else {
       load_tile<false, Tile, kThreads>(tile, ClampedRows{rows, end - 1}, row, end, features);
     }

@@ -12,29 +12,50 @@
 
 namespace attnx::cuda {
 
-// These are the rows [row, end) that a tile holds. A warp copies some of them, and each of its lanes has the index of
-// one: that takes a register, however many rows there are. Little else stays in one, because producers have few.
+// Of a tile of rows, these are what one of kThreads producers copies. They are read before the copies start, and serve
+// every tensor that is gathered alike.
 template <class Tile, int kThreads>
-struct WarpIndices {
-  static constexpr int kRows = Tile::kRows / (kThreads / 32), kStep = 4;  // of a warp, and at a time
-  int row, end, index;
+struct TileIndices {
+  static constexpr int kLanes = Tile::kLanes, kRowStep = Chunks<Tile, kThreads>::kRowStep;
+  static constexpr int kCount = Tile::kRows / kRowStep;
+  static_assert(kRowStep % 8 == 0);  // the producer's rows are swizzled alike
 
+  int rows;             // from the producer's first one to the end of the cluster
+  int indices[kCount];  // in the tensor, or the complements of those in the memory
+
+  TileIndices() = default;
+  // Behind the end, where nothing will be read, they are any.
   template <class Element>
-  static __device__ __forceinline__ WarpIndices read(const GatheredRows<Element>& rows, int row, int end) {
-    const int thread = fresh(int(threadIdx.x));
-    return {row, end, rows.index(min(row + thread / 32 * kRows + min(thread % 32, kRows - 1), end - 1))};
+  __device__ __forceinline__ TileIndices(const GatheredRows<Element>& all, int row, int end) {
+    row += threadIdx.x / kLanes;
+    rows = end - row;
+    const int own = row - all.memory_rows, own_end = end - all.memory_rows;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      indices[i] = ~(row + i * kRowStep);
+      load_global(indices[i], all.indices + row + i * kRowStep, unsigned(own + i * kRowStep) < unsigned(own_end));
+    }
   }
 
+  // This starts the copies to the tile; what it has beyond the rows and their features becomes 0.
   template <class Element>
-  __device__ __forceinline__ void load(std::uint32_t tile, const GatheredRows<Element>& rows, int features) const {
-    const int thread = fresh(int(threadIdx.x)), first = thread / 32 * kRows, chunk = thread % 8;
-#pragma unroll 1
-    for (int r = thread % 32 / 8; r < kRows; r += kStep) {
-      const int in_tile = first + r, own = row + in_tile;
-      const auto* from = rows.at(min(own, end - 1), __shfl_sync(~0u, index, r)) + chunk * 8;
+  __device__ __forceinline__ void load(std::uint32_t tile, const GatheredRows<Element>& all, int features) const {
+    const int in_tile = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+    // Rows are fewer than 2^31 bytes apart.
+    const int own_stride = int(all.own_stride) * sizeof(Element),
+              memory_stride = int(all.memory_stride) * sizeof(Element);
+    const Element* const own = all.own + lane * 8;
+    const Element* const memory = at_stride(all.memory + lane * 8, -1, memory_stride);
+    tile += Tile::offset(in_tile, lane);
 #pragma unroll
-      for (int c = 0; c < Tile::kChunks; c += 8)
-        copy_async(tile + Tile::offset(in_tile, chunk + c), from + c * 8, own < end && (chunk + c) * 8 < features);
+    for (int i = 0; i < kCount; ++i) {
+      const bool remembered = indices[i] < 0;
+      const Element* const from =
+          at_stride(remembered ? memory : own, indices[i], remembered ? -memory_stride : own_stride);
+#pragma unroll
+      for (int c = 0; c < Tile::kChunks; c += kLanes)
+        copy_async(tile + Tile::offset(i * kRowStep, c), from + c * 8,
+                   i * kRowStep < ((lane + c) * 8 < features ? rows : 0));
     }
   }
 };
@@ -50,7 +71,7 @@ struct GatheredAsync : Gathered<Input_, true> {
   static constexpr bool kReadsOn = false;
 
   template <class Tile>
-  using Rows = WarpIndices<Tile, kProducers>;
+  using Rows = TileIndices<Tile, kProducers>;
 
   template <class Tensors>
   static __device__ __forceinline__ void prepare(const Tensors&) {}
@@ -60,14 +81,14 @@ struct GatheredAsync : Gathered<Input_, true> {
                                                          const ClusterSequence& sequence, int batch, int head,
                                                          int row) {
     const auto rows = Base::template rows_of_cluster<const Input>(from, batch, head, sequence.first_q);
-    return Rows<Tile>::read(rows, row, sequence.length_q);
+    return {rows, row, sequence.length_q};
   }
   template <class Tile, class Args>
   static __device__ __forceinline__ Rows<Tile> find_keys(const GatheredTensor& from, const Args&,
                                                          const ClusterSequence& sequence, int batch, int head,
                                                          int key) {
     const auto rows = Base::template rows_of_cluster<const Input>(from, batch, head, sequence.first_k);
-    return Rows<Tile>::read(rows, key, sequence.band.length_k);
+    return {rows, key, sequence.band.length_k};
   }
 
   static __device__ __forceinline__ void announce(std::uint32_t barrier, int, int other_bytes = 0) {

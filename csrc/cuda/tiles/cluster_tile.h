@@ -19,7 +19,6 @@ struct ClusterTable {
   const ClusterTile* table;  // one tile a block
   const std::int32_t* ends;  // [batch, heads, slots]: how many keys a query sees; null: all of its cluster
   std::int64_t slots;        // of the queries of a head
-  const int* count;          // of tiles, which come first in the table; null: they stand by head
 };
 
 }  // namespace attnx::cuda

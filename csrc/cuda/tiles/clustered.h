@@ -125,11 +125,6 @@ struct Clustered {
   using ForwardParameters = ClusterTable;   // its tiles are of rows
   using BackwardParameters = ClusterTable;  // its tiles are of keys
 
-  template <class Args>
-  static __device__ __forceinline__ int row_tiles(const Args& args) {
-    return __ldg(args.tiles.count);
-  }
-
   template <class Tile, class Args>
   static __device__ __forceinline__ BandTiles<Tile::kN> keys(const Args&, const ClusterPlace& place) {
     const int last_row = min(place.row_begin + Tile::kM, place.row_end) - 1;

@@ -19,8 +19,8 @@ struct RoutedForwardCall {
   GatheredTensor query, key, value;
   Tensor output, logsumexp;  // by slot
   ClusterTable tiles;
-  int* taken;  // of blocks that stay, as in ForwardSchedule
-  bool aligned;
+  ForwardSchedule schedule;  // of blocks that stay
+  bool aligned, wide;
   std::int64_t blocks;
   cudaStream_t stream;
 };

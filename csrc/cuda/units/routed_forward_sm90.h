@@ -22,7 +22,7 @@ struct RoutedForwardSm90 {
                                                                       Score::parameters(call.params),
                                                                       call.tiles,
                                                                       {}},
-                                                                     {0, {}, call.taken}};
+                                                                     call.schedule};
     launch_kernel("attnx_forward_sm90", attnx_forward_sm90<Score, Clustered, Storage, Tile>, call.blocks,
                   Tile::kThreads, Tile::kSharedBytes, call.stream, args);
   }

@@ -1,4 +1,4 @@
-// This says which tiles of rows blocks that stay take, in their order, whether numbers or a table say where they lie.
+// This says which tile of rows is the n-th that blocks take, whether its number or a table says where it lies.
 #pragma once
 
 #include "cuda/mainloop/forward_rows.h"
@@ -6,14 +6,6 @@
 
 namespace attnx::cuda {
 
-template <class Tiles, class Args>
-__device__ __forceinline__ int row_tiles_of(const Args& args) {
-  if constexpr (Tiles::kHasPlaces) {
-    return Tiles::row_tiles(args);
-  } else {
-    return args.row_tiles;
-  }
-}
 template <class Tiles, class Args, class Tile>
 __device__ __forceinline__ auto nth_place(const Args& args, int n, Tile tile) {
   if constexpr (Tiles::kHasPlaces) {

@@ -37,9 +37,10 @@ __device__ __forceinline__ void produce(const Args& args, const ForwardMemory<Ti
     if (Storage::kProducers == 1 || threadIdx.x == 0) store_shared(shared.row_tile(), std::uint32_t(row_tile));
   };
 
-  while (tile < row_tiles_of<Tiles>(args)) {
+  while (tile < args.row_tiles) {
     const int taken = take_tile<Storage::kProducers>(args.taken);  // well before it is needed
     const auto place = nth_place<Tiles>(args, tile, Tile());
+    if (Tiles::kHasPlaces && place.row_begin >= place.row_end) break;  // a table ends with tiles that do not exist
     if (place.row_begin < place.row_end) {
       const auto tiles = Tiles::template keys<Tile>(args, place);
       const int count = tiles.end() - tiles.begin();
