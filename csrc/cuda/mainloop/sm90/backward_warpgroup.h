@@ -297,11 +297,12 @@ struct BackwardWarpgroup {
     const auto rows = Storage::template key_rows<Input>(to, place.batch, place.head, place.sequence);
     const int end = place.sequence.band.length_k - place.key_begin;
 #pragma unroll
-    for (int r = row + lane / 8; r < row + 16; r += 4)
+    for (int r = row + lane / 8; r < row + 16; r += 4) {
+      Input* const own = rows.at(place.key_begin + r);
 #pragma unroll
       for (int c = lane % 8; c < KeyTile::kChunks; c += 8)
-        if (r < end && c * 8 < features)
-          store_global(rows.at(place.key_begin + r) + c * 8, load_shared(tile + KeyTile::offset(r, c)));
+        if (r < end && c * 8 < features) store_global(own + c * 8, load_shared(tile + KeyTile::offset(r, c)));
+    }
   }
 };
 
