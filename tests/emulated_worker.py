@@ -32,8 +32,9 @@ def hopper_calls() -> Iterator[tuple[str, Results]]:
     """float16 shares all with bfloat16 but the arithmetic."""
     for score, head_dim in product(SCORES, [64, 128, 256]):
         yield f"{score} {head_dim} float16", _hopper_dense(score, torch.float16, head_dim)
-        for kind in (_hopper_dense, _hopper_causal, _hopper_varlen, _hopper_shares, _hopper_many, *LISTED):
+        for kind in (_hopper_dense, _hopper_causal, _hopper_varlen, _hopper_shares, _hopper_many, *LISTED, _routing):
             yield f"{score} {head_dim} {kind.__name__[1:]}", kind(score, torch.bfloat16, head_dim)
+        yield f"{score} {head_dim} many tiles of a cluster", _routing(score, torch.bfloat16, head_dim, 290, 270)
     yield from _block_maps()
     yield from _sparse_linear([48, 128, 256])
 
@@ -148,11 +149,11 @@ def routing_calls() -> Iterator[tuple[str, Results]]:
         yield f"{score} {dtype} {head_dim} argmax_routing", _argmax_routing(score, dtype, head_dim)
 
 
-def _routing(score: str, dtype: torch.dtype, head_dim: int) -> Results:
-    inputs, grad_output = random_inputs(Shape(length_q=150, length_k=150, head_dim=head_dim, heads=2), dtype, CPU)
+def _routing(score: str, dtype: torch.dtype, head_dim: int, length: int = 150, cluster_size: int = 90) -> Results:
+    inputs, grad_output = random_inputs(Shape(length, length, head_dim, heads=2), dtype, CPU)
     inputs |= random_memory(2, 3, head_dim, head_dim, dtype)
-    options = {"routes": random_centroids(2, 2, head_dim), "cluster_size": 90, "is_causal": True, "shared_qk": False}
-    return forward_backward(with_memory(attnx.routing_attention), inputs, grad_output, score=score, **options)
+    options = {"routes": random_centroids(2, 2, head_dim), "is_causal": True, "shared_qk": False, "score": score}
+    return _run("routing_attention", inputs, grad_output, cluster_size=cluster_size, **options)
 
 
 def _argmax_routing(score: str, dtype: torch.dtype, head_dim: int) -> Results:
@@ -162,7 +163,7 @@ def _argmax_routing(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     centroids, counts = random_centroids(2, 3, shape.head_dim), torch.ones(2, 3)
     attnx.update_centroids_(centroids, counts, inputs["query"], inputs["key"], decay=0.5)
     options = {"routes": centroids, "routing": "argmax", "score": score}
-    results = forward_backward(attnx.routing_attention, inputs, grad_output, **options)
+    results = _run("routing_attention", inputs, grad_output, **options)
     return results | {"centroids": centroids, "counts": counts}
 
 
@@ -244,6 +245,8 @@ def staircase(dtype: torch.dtype, head_dim: int, levels: tuple[int, ...]) -> Res
 def _run(operator: str, inputs: dict[str, Tensor], grad_output: Tensor, **options: Any) -> Results:
     """Results in the order that does not depend on the schedule, and gradients in the one that may, as ``fast_``."""
     attention = getattr(attnx, operator)
+    if operator == "routing_attention":
+        attention = with_memory(attention)
     torch.use_deterministic_algorithms(True)
     results = forward_backward(attention, inputs, grad_output, **options)
     torch.use_deterministic_algorithms(False)
