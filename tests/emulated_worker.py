@@ -23,6 +23,7 @@ from staircase_cases import SMALL, cache_of, tokens
 CPU = torch.device("cpu")
 SCORES = ["sigmoid", "softmax"]
 DTYPES = [torch.bfloat16, torch.float16]
+ROUTED_HEAD_DIMS = [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float16, 64)]
 PADDED_HEAD_DIMS = [32, 64, 96, 128, 192, 256]
 
 Results = dict[str, Tensor]
@@ -32,9 +33,11 @@ def hopper_calls() -> Iterator[tuple[str, Results]]:
     """float16 shares all with bfloat16 but the arithmetic."""
     for score, head_dim in product(SCORES, [64, 128, 256]):
         yield f"{score} {head_dim} float16", _hopper_dense(score, torch.float16, head_dim)
-        for kind in (_hopper_dense, _hopper_causal, _hopper_varlen, _hopper_shares, _hopper_many, *LISTED, _routing):
+        for kind in (_hopper_dense, _hopper_causal, _hopper_varlen, _hopper_shares, _hopper_many, *LISTED):
             yield f"{score} {head_dim} {kind.__name__[1:]}", kind(score, torch.bfloat16, head_dim)
-        yield f"{score} {head_dim} many tiles of a cluster", _routing(score, torch.bfloat16, head_dim, 290, 270)
+    for score, (dtype, head_dim) in product(SCORES, ROUTED_HEAD_DIMS):
+        for kind in (_hopper_routing, _hopper_argmax_routing, _routing, _large_clusters):
+            yield f"{score} {dtype} {head_dim} {kind.__name__[1:]}", kind(score, dtype, head_dim)
     yield from _block_maps()
     yield from _sparse_linear([48, 128, 256])
 
@@ -72,7 +75,24 @@ def _hopper_many(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     return _forward(f"{score}_attention", random_inputs(shape, dtype, CPU)[0])
 
 
-def _forward(operator: str, inputs: dict[str, Tensor], **options: Any) -> Results:
+def _hopper_routing(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Two tiles of rows and three or more of keys to a cluster, with a memory; more tiles than blocks."""
+    shape = Shape(length_q=200, length_k=330, head_dim=head_dim, heads=35)
+    inputs, _ = random_inputs(shape, dtype, CPU)
+    memory = random_memory(35, 9, head_dim, head_dim, dtype)
+    options = {"routes": random_centroids(35, 2, head_dim), "cluster_size": 135, "shared_qk": False, "score": score}
+    inputs |= {"memory_kv": tuple(memory.values())}
+    return _forward("routing_attention", inputs, is_causal=True, **options)
+
+
+def _hopper_argmax_routing(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Ragged clusters; heads that share keys; a padded head dimension."""
+    shape = Shape(length_q=260, length_k=500, head_dim=head_dim - 8, heads=2, kv_heads=1)
+    options = {"routes": random_centroids(2, 3, head_dim - 8), "routing": "argmax", "score": score}
+    return _forward("routing_attention", random_inputs(shape, dtype, CPU)[0], **options)
+
+
+def _forward(operator: str, inputs: dict[str, Any], **options: Any) -> Results:
     return {"output": getattr(attnx, operator)(**inputs, **options)}
 
 
@@ -142,9 +162,7 @@ def _run_parts(operator: str, inputs: dict[str, Tensor], grad_output: Tensor, **
 
 def routing_calls() -> Iterator[tuple[str, Results]]:
     """Clusters that overlap, whose keys are others than their queries and come with a memory; and ragged ones."""
-    for score, (dtype, head_dim) in product(
-        SCORES, [*((torch.bfloat16, d) for d in (64, 128, 256)), (torch.float16, 64)]
-    ):
+    for score, (dtype, head_dim) in product(SCORES, ROUTED_HEAD_DIMS):
         yield f"{score} {dtype} {head_dim} routing", _routing(score, dtype, head_dim)
         yield f"{score} {dtype} {head_dim} argmax_routing", _argmax_routing(score, dtype, head_dim)
 
@@ -154,6 +172,11 @@ def _routing(score: str, dtype: torch.dtype, head_dim: int, length: int = 150, c
     inputs |= random_memory(2, 3, head_dim, head_dim, dtype)
     options = {"routes": random_centroids(2, 2, head_dim), "is_causal": True, "shared_qk": False, "score": score}
     return _run("routing_attention", inputs, grad_output, cluster_size=cluster_size, **options)
+
+
+def _large_clusters(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Three tiles of keys and more to a cluster, which add to the gradients of the same queries."""
+    return _routing(score, dtype, head_dim, length=290, cluster_size=270)
 
 
 def _argmax_routing(score: str, dtype: torch.dtype, head_dim: int) -> Results:

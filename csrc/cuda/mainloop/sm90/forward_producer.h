@@ -46,17 +46,16 @@ __device__ __forceinline__ void produce(const Args& args, const ForwardMemory<Ti
       const int count = tiles.end() - tiles.begin();
       const int key_head = key_head_of(args, place.head);
       const auto first_key = [&](int i) { return tiles.first(tiles.end() - 1 - i); };
-      const auto find_keys = [&](int i) {
-        return Storage::template find_keys<KeyTile>(tensors.key, args, place.sequence, place.batch, key_head,
-                                                    first_key(i));
+      const auto find_keys = [&](int key) {
+        return Storage::template find_keys<KeyTile>(tensors.key, args, place.sequence, place.batch, key_head, key);
       };
       using Keys = typename Storage::template Rows<KeyTile>;
-      Keys ahead = count > 0 ? find_keys(0) : Keys{};  // what is in memory is read a step before it is needed
-      Keys behind{};
+      // What is in memory is read a step before it is needed.
+      Keys ahead{}, behind{};
 
       const auto load_key = [&](int i) {
         const Keys key = ahead;
-        if (i + 1 < count) ahead = find_keys(i + 1);
+        if (i + 1 < count) ahead = find_keys(first_key(i + 1));
         wait(shared.key_empty(keys.stage), keys.phase ^ 1);
         if constexpr (Tiles::kFromMemory) {
           const int at = tiles.end() - 1 - i;
@@ -83,7 +82,10 @@ __device__ __forceinline__ void produce(const Args& args, const ForwardMemory<Ti
 
       const auto rows = Storage::template find_rows<QueryTile>(tensors.query, args, place.sequence, place.batch,
                                                                place.head, place.row_begin);
-      if (count > 0) behind = load_key(0);
+      if (count > 0) {
+        ahead = find_keys(first_key(0));
+        behind = load_key(0);
+      }
       publish(tile);
       Storage::announce(shared.query_full(), QueryTile::kBytes);
       Storage::template load_rows<QueryTile>(shared.query, tensors.query, args, place.sequence, place.batch, place.head,
