@@ -55,7 +55,7 @@ class Operator:
         shapes: the result of each name that does not follow the rules of the module ``shapes``.
         fake: computes all results instead, from the arguments by name.
         vmap: whether examples become more heads of one call, or each example is a call of its own. Operators that
-            write to their arguments have no rule.
+            write to their arguments refuse it.
         autocast: the arguments that autocast converts to its dtype. It leaves float64 alone, and all other floating
             point tensors become float32. Without any the operator takes its arguments as they come.
         autocast_like: the argument whose dtype those get instead; all others then stay as they come.
