@@ -13,6 +13,7 @@ import attnx
 from attnx._operators.description import BackwardOperator, NoDerivative, Operator
 from attnx._operators.schema import signature
 from attnx._operators.table import OPERATORS
+from calls import every_operator
 from cases import Shape, random_inputs
 from test_package import run_python
 
@@ -36,6 +37,11 @@ def arguments_of(name: str, device: str = "cpu", requires_grad: bool = False) ->
 def results_of(name: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
     results = signature(name).call(arguments)
     return results if isinstance(results, tuple) else (results,)
+
+
+@pytest.fixture(scope="module")
+def arguments_of_all(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Any, ...]]:
+    return every_operator(dtype, device)
 
 
 def arguments_without_gradient(name: str) -> list[str]:
@@ -136,6 +142,23 @@ def test_one_tensor_elsewhere_is_refused(name: str, argument: str) -> None:
     for call in calls:
         with pytest.raises(RuntimeError, match=f"^{named}: expected a tensor on {expected} like {first}, got one on "):
             call()
+
+
+@pytest.mark.parametrize(("name", "argument"), TENSORS)
+def test_kernels_ask_for_one_device_too(
+    name: str, argument: str, arguments_of_all: dict[str, tuple[Any, ...]], device: torch.device
+) -> None:
+    """A call that reaches a kernel with one tensor elsewhere is refused by the same rule, before it reads any."""
+    arguments = signature(name).bind(arguments_of_all[name])
+    if not isinstance(arguments[argument], Tensor):
+        arguments[argument] = torch.zeros(1, 1, 4, 8)
+    arguments[argument] = arguments[argument].to("meta")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"attnx::{name}", device.type.upper()):
+        assert ROWS[name].implementation is not None  # plain PyTorch, which the fallback checks
+        return
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.type.upper()))
+    with pytest.raises(RuntimeError, match=r"^\w+: expected a tensor on .* like \w+, got one on "):
+        signature(name).operator.redispatch(keys, *arguments.values())
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if signature(name).written])
