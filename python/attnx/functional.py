@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
+from attnx._structures import check_lengths
 from attnx.block_mask import BlockMask
 
 if TYPE_CHECKING:
@@ -249,6 +250,7 @@ def block_sparse_attention(
             raise RuntimeError(f"block_mask: expected attnx.BlockMask or flex_attention's, got {type(block_mask)}")
         block_mask, causal = BlockMask.from_flex(block_mask)
         is_causal = is_causal or causal
+    check_lengths("block_mask", block_mask.lengths, query, key)
     s = resolve_score(score, bias, sink=sink, return_logsumexp=return_logsumexp)
     output, logsumexp = _ops.block_sparse_attention(
         query,

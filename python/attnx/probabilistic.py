@@ -326,7 +326,7 @@ def probabilistic_block_mask(
         sampling.blocks_per_row,
         is_causal,
     )
-    return BlockMask(counts, indices, (grid.block_q, grid.block_k))
+    return BlockMask(counts, indices, (grid.block_q, grid.block_k), (length_q, length_k))
 
 
 def probabilistic_attention(

@@ -255,7 +255,8 @@ def probabilistic_block_mask(
 ) -> BlockMask:
     grid = BlockGrid(length_q, length_k, *block_size, is_causal)
     sampling = solve(keep, density, mode, grid, torch.device("cpu"))
-    return BlockMask.from_dense(_sampled(batch, heads, grid, sampling, seed, offset), block_size)
+    visited = _sampled(batch, heads, grid, sampling, seed, offset)
+    return BlockMask.from_dense(visited, block_size, (length_q, length_k))
 
 
 def probabilistic_attention(
@@ -335,7 +336,8 @@ def sparse_linear_block_map(
             for rank, (_, _, j) in enumerate(sorted(order)):
                 labels[b, h, j] = 1 if rank < most else -1 if rank >= least else 0
         rows.append(labels)
-    return SparseLinearMap(torch.stack(rows, dim=2).to(query.device), block_size)
+    labels = torch.stack(rows, dim=2).to(query.device)
+    return SparseLinearMap(labels, block_size, (query.shape[2], key.shape[2]))
 
 
 _FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {

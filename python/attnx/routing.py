@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnx._operators.routing import update
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
+from attnx._structures import register_named_tuple, same
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,6 +46,25 @@ class Routes(NamedTuple):
     @property
     def clusters(self) -> int:
         return self.query_offsets.shape[-1] - 1
+
+    def to(self, device: torch.device | str) -> Routes:
+        """The routes with all lists on the device."""
+        return Routes(*(x.to(device) for x in self[:4]), self.length_q, self.length_k)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Routes):
+            return NotImplemented
+        lengths = self[4:] == other[4:]
+        return lengths and all(same(x, y) for x, y in zip(self[:4], other[:4], strict=True))
+
+    def __ne__(self, other: object) -> bool:  # a tuple has one of its own
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((self.query_indices.shape, self.query_offsets.shape, self.length_q, self.length_k))
+
+
+register_named_tuple(Routes, "attnx.Routes")
 
 
 def _shared(shared_qk: bool | None, is_causal: bool, query: Tensor, key: Tensor) -> bool:

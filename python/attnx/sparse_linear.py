@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnx._operators.sparse_linear import longest
+from attnx._structures import Lengths, check_lengths, register, same
 from attnx.block_mask import BlockMask
 
 __all__ = [
@@ -27,23 +28,45 @@ _ops = torch.ops.attnx
 CRITICAL, MARGINAL, NEGLIGIBLE = 1, 0, -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SparseLinearMap:
     """What each block of keys is to each block of queries.
+
+    It is a pytree: ``torch.export`` takes it as an argument. Two are equal where labels, sizes and lengths are.
 
     Attributes:
         labels: int8 (batch or 1, heads or 1, query_blocks, key_blocks), contiguous: 1 critical, 0 marginal,
             -1 negligible. Of packed sequences each counts its blocks from its own start, in as many rows and columns as
             the longest needs.
         block_size: queries and keys of a block, 64 or 128 each. The last block may be ragged.
+        lengths: of queries and of keys, which the map is for, and calls with others are refused; None: any lengths of
+            so many blocks, and packed sequences.
     """
 
     labels: Tensor
     block_size: tuple[int, int] = (64, 64)
+    lengths: Lengths | None = None
 
     def critical_mask(self) -> BlockMask:
         """The critical blocks, as :func:`attnx.block_sparse_attention` takes them."""
-        return BlockMask.from_dense(self.labels == CRITICAL, self.block_size)
+        return BlockMask.from_dense(self.labels == CRITICAL, self.block_size, self.lengths)
+
+    def to(self, device: torch.device | str) -> SparseLinearMap:
+        """This map where its labels are there, or else a copy there."""
+        labels = self.labels.to(device)
+        return self if labels is self.labels else SparseLinearMap(labels, self.block_size, self.lengths)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SparseLinearMap):
+            return NotImplemented
+        sizes = (self.block_size, self.lengths) == (other.block_size, other.lengths)
+        return sizes and same(self.labels, other.labels)
+
+    def __hash__(self) -> int:
+        return hash((self.block_size, self.lengths, self.labels.shape))
+
+
+register(SparseLinearMap, leaves=("labels", "lengths"), constants=("block_size",))
 
 
 def _check_shares(critical: float, negligible: float) -> None:
@@ -133,7 +156,7 @@ def sparse_linear_block_map(
     labels = _ops.sparse_linear_block_map(
         query, key, block_q, block_k, critical, negligible, smooth_k, protect, scale, is_causal
     )
-    return SparseLinearMap(labels, (block_q, block_k))
+    return SparseLinearMap(labels, (block_q, block_k), (query.shape[2], key.shape[2]))
 
 
 @torch.no_grad()
@@ -270,6 +293,7 @@ def sparse_linear_attention(
         _check_no_map_options(
             critical=critical, negligible=negligible, block_size=block_size, smooth_k=smooth_k, protect=protect
         )
+    check_lengths("block_map", block_map.lengths, query, key)
     sparse, linear, _ = _ops.sparse_linear_attention(
         query, key, value, block_map.labels, *block_map.block_size, feature_map, linear_scope, scale, is_causal
     )

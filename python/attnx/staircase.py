@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
+from attnx._structures import register, register_named_tuple
 
 __all__ = ["StaircaseCache", "staircase_attention"]
 
@@ -110,7 +111,6 @@ class StaircaseCache:
         self.levels, self.window, self.group, self.max_length = levels, window, group, max_length
         self.residual = residual
         max_windows = self._windows(max_length)
-        self._planes = _planes(levels, max_windows)
         words = sum(plane.slots * window * head_dim * plane.bits // 32 for plane in self._planes)
         outer = batch_size, num_kv_heads, 2
         self._memory = _Memory(
@@ -314,6 +314,10 @@ class StaircaseCache:
         return max(length - self.residual, 0) // self.window
 
     @property
+    def _planes(self) -> list[_Plane]:
+        return _planes(self.levels, self._windows(self.max_length))
+
+    @property
     def _layout(self) -> tuple[list[int], int, int, int, int]:
         return list(self.levels), self.window, self.group, self.residual, self.max_length
 
@@ -326,6 +330,10 @@ class StaircaseCache:
             "residual": self.residual,
             "max_length": self.max_length,
         }
+
+
+register_named_tuple(_Memory, "attnx.StaircaseCache.memory")
+register(StaircaseCache, leaves=("_memory",), constants=("levels", "window", "group", "residual", "max_length"))
 
 
 def staircase_attention(
