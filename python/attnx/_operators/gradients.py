@@ -54,9 +54,10 @@ def _by_operator(name: str, derivative: BackwardOperator) -> None:
         if derivative.more is not None:
             values |= derivative.more(values)
         gradients: dict[str, Any] = dict.fromkeys(forward.arguments)
+        wanted = dict(zip(forward.arguments, ctx.needs_input_grad[1:], strict=True))
         for argument, x in zip(of_arguments, backward.call(values), strict=True):
-            if values[argument] is not None:  # one number of shape () was used by every head
-                gradients[argument] = x.sum() if values[argument].dim() == 0 else x
+            if wanted[argument]:  # one number may have served every head, and sequence
+                gradients[argument] = x.sum_to_size(values[argument].shape).to(values[argument].dtype)
         return tuple(gradients.values())
 
     _register_kernel(name, _function(name, save, gradient), of_arguments)
