@@ -461,8 +461,8 @@ def test_bad_input(options: dict[str, Any], message: str, device: torch.device, 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((-1, 1, 64, 64), "batch: expected 0 or more, got -1"),
-        ((1, 1, 64, -64), "length_k: expected 0 or more, got -64"),
+        ((-1, 1, 64, 64), "batch: expected an int, 0 or more, got -1"),
+        ((1, 1, 64, -64), "length_k: expected an int, 0 or more, got -64"),
         ((2**31, 3, 64, 64), "batch: expected at most 4294967296 heads in the batch, got 2147483648 times 3"),
     ],
 )
