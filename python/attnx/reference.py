@@ -64,10 +64,14 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
     return x.double().expand(heads)[:, None, None]
 
 
-def _logits(query: Tensor, key: Tensor, scale: float | None, alibi_slopes: Tensor | None, distance: Tensor) -> Tensor:
+def _logits(
+    query: Tensor, key: Tensor, scale: float | Tensor | None, alibi_slopes: Tensor | None, distance: Tensor
+) -> Tensor:
     """(batch, heads, length_q, length_k)."""
     heads, head_dim = query.shape[1], query.shape[3]
     key = key.double().repeat_interleave(heads // key.shape[1], dim=1)
+    if isinstance(scale, Tensor):
+        query, scale = query.double() * _per_head(scale, heads), 1.0
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     logits = scale * query.double() @ key.transpose(-1, -2)
     if alibi_slopes is not None:
@@ -113,7 +117,7 @@ def sigmoid_attention(
     value: Tensor,
     *,
     bias: SigmoidBias = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
@@ -131,7 +135,7 @@ def softmax_attention(
     key: Tensor,
     value: Tensor,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
@@ -155,7 +159,7 @@ def block_sparse_attention(
     bias: SigmoidBias = None,
     block_bias: Tensor | None = None,
     sink: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -255,7 +259,8 @@ def probabilistic_block_mask(
 ) -> BlockMask:
     grid = BlockGrid(length_q, length_k, *block_size, is_causal)
     sampling = solve(keep, density, mode, grid, torch.device("cpu"))
-    return BlockMask.from_dense(_sampled(batch, heads, grid, sampling, seed, offset), block_size)
+    visited = _sampled(batch, heads, grid, sampling, seed, offset)
+    return BlockMask.from_dense(visited, block_size, (length_q, length_k))
 
 
 def probabilistic_attention(
@@ -269,7 +274,7 @@ def probabilistic_attention(
     importance: bool = False,
     score: ScoreName = "softmax",
     bias: SigmoidBias = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     block_size: tuple[int, int] = (64, 64),
     is_causal: bool = False,
     seed: int,
@@ -306,7 +311,7 @@ def sparse_linear_block_map(
     block_size: tuple[int, int] = (64, 64),
     is_causal: bool = False,
     smooth_k: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     protect: int = 0,
 ) -> SparseLinearMap:
     heads, length_q, length_k = query.shape[1], query.shape[2], key.shape[2]
@@ -335,7 +340,8 @@ def sparse_linear_block_map(
             for rank, (_, _, j) in enumerate(sorted(order)):
                 labels[b, h, j] = 1 if rank < most else -1 if rank >= least else 0
         rows.append(labels)
-    return SparseLinearMap(torch.stack(rows, dim=2).to(query.device), block_size)
+    labels = torch.stack(rows, dim=2).to(query.device)
+    return SparseLinearMap(labels, block_size, (query.shape[2], key.shape[2]))
 
 
 _FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -355,7 +361,7 @@ def sparse_linear_attention(
     feature_map: FeatureMap = "softmax",
     linear_scope: LinearScope = "marginal",
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     **map_options: Any,
 ) -> tuple[Tensor, Tensor]:
     if block_map is None:
@@ -421,7 +427,7 @@ def staircase_attention(
     *,
     score: ScoreName = "softmax",
     is_causal: bool = True,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     bias: SigmoidBias = None,
     **layout: Any,
 ) -> Tensor:
@@ -590,7 +596,7 @@ def routing_attention(
     score: ScoreName = "softmax",
     bias: SigmoidBias = None,
     memory_kv: tuple[Tensor, Tensor] | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
 ) -> Tensor:
     if isinstance(routes, Tensor):
         options: dict[str, Any] = {"cluster_size": cluster_size, "routing": routing or "topk", "shared_qk": shared_qk}

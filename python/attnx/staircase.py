@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnx import _arguments
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
+from attnx._structures import register, register_named_tuple
 
 __all__ = ["StaircaseCache", "staircase_attention"]
 
@@ -105,12 +107,16 @@ class StaircaseCache:
         device: torch.device | str | None = None,
     ) -> None:
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        levels = tuple(levels)
+        levels = tuple(_arguments.integer("levels", level) for level in levels)
+        batch_size = _arguments.integer("batch_size", batch_size)
+        num_kv_heads = _arguments.integer("num_kv_heads", num_kv_heads)
+        head_dim, max_length = _arguments.integer("head_dim", head_dim), _arguments.integer("max_length", max_length)
+        window, group = _arguments.integer("window", window), _arguments.integer("group", group)
+        residual = _arguments.integer("residual", residual)
         _check(batch_size, num_kv_heads, head_dim, max_length, levels, window, group, residual, dtype)
         self.levels, self.window, self.group, self.max_length = levels, window, group, max_length
         self.residual = residual
         max_windows = self._windows(max_length)
-        self._planes = _planes(levels, max_windows)
         words = sum(plane.slots * window * head_dim * plane.bits // 32 for plane in self._planes)
         outer = batch_size, num_kv_heads, 2
         self._memory = _Memory(
@@ -167,8 +173,7 @@ class StaircaseCache:
 
     def bits(self, sequence: int = 0) -> Tensor:
         """(length,) int64: how many bits the numbers of each token have, the oldest first."""
-        if not 0 <= sequence < self.batch_size:
-            raise RuntimeError(f"sequence: expected from 0 to {self.batch_size - 1}, got {sequence}")
+        sequence = _arguments.integer("sequence", sequence, 0, self.batch_size - 1)
         length, _, *refined = self._memory.state[sequence].tolist()
         age = self._windows(length) - torch.arange(length) // self.window  # below 1 in the tail
         bits = torch.full((length,), self.levels[-1])
@@ -196,6 +201,8 @@ class StaircaseCache:
         Raises:
             RuntimeError: an argument does not fit, or a sequence would grow beyond ``max_length``.
         """
+        _arguments.tensors(key=key, value=value)
+        _arguments.optional_tensors(counts=counts)
         _ops.staircase_append_(*self._memory, key.detach(), value.detach(), counts, *self._layout)
 
     def attend(
@@ -203,7 +210,7 @@ class StaircaseCache:
         query: Tensor,
         *,
         score: ScoreName = "softmax",
-        scale: float | None = None,
+        scale: float | Tensor | None = None,
         is_causal: bool = True,
         bias: SigmoidBias = None,
         query_lengths: Tensor | None = None,
@@ -241,6 +248,7 @@ class StaircaseCache:
             RuntimeError: a sequence has fewer tokens; the cache is as it was.
         """
         if not isinstance(length, Tensor):
+            length = _arguments.integer("length", length)
             length = torch.full((self.batch_size,), length, dtype=torch.int64, device=self.device)
         _ops.staircase_crop_(*self._memory, length, *self._layout)
 
@@ -251,6 +259,7 @@ class StaircaseCache:
         The memory moves to new tensors, as in any permutation that repeats some. Indices on a GPU are not looked at
         here, as that would wait for it; PyTorch reports those that are out of range there.
         """
+        _arguments.tensors(sequences=sequences)
         if sequences.dtype not in (torch.int64, torch.int32) or sequences.dim() != 1:
             raise RuntimeError(
                 f"sequences: expected one dimension of int64 or int32, got {tuple(sequences.shape)} of "
@@ -263,8 +272,7 @@ class StaircaseCache:
 
     def expand(self, beams: int) -> None:
         """Makes so many sequences of each, one after the other, as the start of a beam search does."""
-        if beams < 1:
-            raise RuntimeError(f"beams: expected at least 1, got {beams}")
+        beams = _arguments.integer("beams", beams, 1)
         self.reorder(torch.arange(self.batch_size, device=self.device).repeat_interleave(beams))
 
     def to(self, device: torch.device | str) -> StaircaseCache:
@@ -314,6 +322,10 @@ class StaircaseCache:
         return max(length - self.residual, 0) // self.window
 
     @property
+    def _planes(self) -> list[_Plane]:
+        return _planes(self.levels, self._windows(self.max_length))
+
+    @property
     def _layout(self) -> tuple[list[int], int, int, int, int]:
         return list(self.levels), self.window, self.group, self.residual, self.max_length
 
@@ -328,12 +340,16 @@ class StaircaseCache:
         }
 
 
+register_named_tuple(_Memory, "attnx.StaircaseCache.memory")
+register(StaircaseCache, leaves=("_memory",), constants=("levels", "window", "group", "residual", "max_length"))
+
+
 def staircase_attention(
     query: Tensor,
     cache: StaircaseCache,
     *,
     score: ScoreName = "softmax",
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = True,
     bias: SigmoidBias = None,
     query_lengths: Tensor | None = None,
@@ -349,7 +365,7 @@ def staircase_attention(
             consecutive query heads share a key head, which is read once for all of them.
         cache: the keys and values, those of the queries among them.
         score: what turns a logit into a weight.
-        scale: factor on query . key, 1/sqrt(head_dim) by default.
+        scale: factor on query . key, 1/sqrt(head_dim) by default; or a tensor as in :func:`attnx.sigmoid_attention`.
         is_causal: hide later keys, where several tokens are new.
         bias: of the sigmoid's logits, as in :func:`attnx.sigmoid_attention`; the default is -log(tokens).
         query_lengths: (batch_size,) int64, how many queries of each sequence there are, the first ones; all by default.
@@ -364,6 +380,12 @@ def staircase_attention(
             came.
         NotImplementedError: no kernel serves the call; the message says what is supported.
     """
+    _arguments.tensors(query=query)
+    _arguments.optional_tensors(query_lengths=query_lengths)
+    if not isinstance(cache, StaircaseCache):
+        _arguments.refuse("cache", "attnx.StaircaseCache", cache)
+    _arguments.flag("is_causal", is_causal)
+    query, scale = _arguments.with_scale(query, scale)
     s = resolve_score(score, bias, return_logsumexp=return_logsumexp, tensor_bias=True)
     output, logsumexp = _ops.staircase_attention(
         query,

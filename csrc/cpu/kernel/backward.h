@@ -104,12 +104,14 @@ class Backward {
       __builtin_memset(sums.grad_key, 0, std::size_t(sequence.length_k * sizes_.head_lanes) * sizeof(Sum));
       __builtin_memset(sums.grad_value, 0, std::size_t(sequence.length_k * sizes_.value_lanes) * sizeof(Sum));
     }
-    // A split takes every splits_-th tile of the rows of the key head's query heads.
-    const std::int64_t rows = sequence.length_q * rows_.group;
-    const std::int64_t tiles = (rows + rows_.tile_rows - 1) / rows_.tile_rows;
-    for (std::int64_t i = split; i < tiles * (query_heads() / rows_.group); i += splits_) {
-      const std::int64_t first_head = head0 + i / tiles * rows_.group, row0 = i % tiles * rows_.tile_rows;
-      differentiate_rows(sequence, storage, first_head, row0, smaller(rows, row0 + rows_.tile_rows), sums, b);
+    // A split takes every splits_-th tile of the rows of the key head's query heads. Tiles that share a list stay
+    // together, as they add to the gradients of its biases.
+    const std::int64_t rows = sequence.length_q * rows_.group, part = Tiles::kListed ? p_.block_q : rows_.tile_rows;
+    const std::int64_t parts = (rows + part - 1) / part;
+    for (std::int64_t i = split; i < parts * (query_heads() / rows_.group); i += splits_) {
+      const std::int64_t first_head = head0 + i / parts * rows_.group, end = smaller(rows, (i % parts + 1) * part);
+      for (std::int64_t row = i % parts * part; row < end; row += rows_.tile_rows)
+        differentiate_rows(sequence, storage, first_head, row, smaller(end, row + rows_.tile_rows), sums, b);
     }
   }
 
@@ -148,8 +150,18 @@ class Backward {
         work.add_products(b, r, PanelOnTile<Sum>(*r.panel, tile, padded), padded);
       });
     }
-    for_each_tile([&](Rows& r, const KeyTile& tile) { work.visit(sums, b, r, tile, needs_output && at_once); });
+    for_each_tile([&](Rows& r, const KeyTile& tile) {
+      work.visit(sums, b, r, tile, needs_output && at_once);
+      if constexpr (Tiles::kListed)
+        if (p_.grad_block_bias) r.move_grad_bias(bias_of_block(sequence.batch, first_head, row0, tile.place));
+    });
     for (int i = 0; i < panels; ++i) store_rows(sequence, sums, b.panel[i]);
+  }
+
+  double& bias_of_block(std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t place) const {
+    const std::int64_t blocks = (p_.length_q + p_.block_q - 1) / p_.block_q;
+    const std::int64_t list = (batch * p_.heads_q + head) * blocks + row / p_.block_q;
+    return p_.grad_block_bias[list * p_.key_blocks.width + place];
   }
 
   void begin(const Sequence& s, Rows& r, Element* rows) const {

@@ -47,7 +47,7 @@ class ListedTiles {
       for (std::int64_t key = block; key < end; key += kTile) {
         if (key >= range.end || key + kTile <= range.first) continue;
         const std::int64_t next = key + kTile < end ? key + kTile : i + 1 < count_ ? indices_[i + 1] * block_ : length_;
-        visit(KeyTile{key, smaller(kTile, end - key), next, bias_ ? bias_[i] : 0, divisor_ ? divisor_[i] : 1});
+        visit(KeyTile{key, smaller(kTile, end - key), next, bias_ ? bias_[i] : 0, divisor_ ? divisor_[i] : 1, i});
       }
     }
   }
