@@ -493,3 +493,13 @@ def test_lists_have_no_kernel_elsewhere() -> None:
     numbers = [torch.ones(1), torch.tensor(1), torch.tensor(1)]
     with pytest.raises(NotImplementedError, match=r"(?s)^probabilistic_block_lists: .*missing:"):
         lists.redispatch(keys, *numbers, *arguments)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_the_reference_differentiates_where_a_probability_is_0(score: Any) -> None:
+    """Hidden weights over 0 are left out before they are divided."""
+    query, key = torch.randn(2, 1, 1, 300, 8, generator=torch.Generator().manual_seed(0)).requires_grad_().unbind(0)
+    keep = torch.tensor([1, 1e-46, 0, 0, 0])  # of which the second is 0 in float32
+    output = attnx.reference.probabilistic_attention(query, key, key, keep=keep, importance=True, score=score, **ROUND)
+    assert isinstance(output, Tensor)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(output.sum(), (query, key)))

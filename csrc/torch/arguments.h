@@ -1,6 +1,7 @@
 // These are the groups of arguments that operators share. They are checked, then written into AttentionParams.
 #pragma once
 
+#include "attnx/block_labels.h"
 #include "attnx/params.h"
 #include "backend.h"
 #include "operator.h"
@@ -97,6 +98,8 @@ inline void read_score(const ScoreOptions& options, AttentionParams& params) {
 void read_sink(const Sink& sink, AttentionParams& params);
 void check_block_size(const BlockSize& size);
 void read_block_size(const BlockSize& size, AttentionParams& params);
+
+BlockShares read_shares(double critical, double negligible, std::int64_t protect);
 
 PerHead read_per_head(std::string_view name, const std::optional<StableTensor>& x, const StableTensor& query,
                       std::int64_t heads);

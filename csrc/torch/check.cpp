@@ -88,6 +88,12 @@ void check_contiguous(std::string_view name, const StableTensor& x) {
   check(x.is_contiguous(), name, ": expected a contiguous tensor, got one with other strides");
 }
 
+void check_length(std::string_view name, std::int64_t length) {
+  constexpr std::int64_t kMost = std::int64_t(1) << 40;
+  check(length >= 0, name, ": expected 0 or more, got ", length);
+  check(length <= kMost, name, ": expected at most ", kMost, ", got ", length);
+}
+
 std::optional<StableTensor> values_on_host(const StableTensor& x) {
   if (x.is_cpu()) return x;
   if (kDebug) return torch::stable::to(x, torch::headeronly::DeviceType::CPU);

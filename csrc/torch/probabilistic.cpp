@@ -176,9 +176,7 @@ Gradients<Choice> backward(const OutputGradients& gradients, const Inputs& x, co
 }
 
 Lists block_lists(const Draw& draw, const Lengths& lengths, const BlockSize& size, const ListOptions& options) {
-  for_each_field(lengths, [](std::string_view name, std::int64_t length) {
-    check(length >= 0, name, ": expected 0 or more, got ", length);
-  });
+  for_each_field(lengths, check_length);
   check_block_size(size);
   return sample({kSystem, draw.keep}, draw, {.blocks_per_row = options.blocks_per_row, .importance = false},
                 {lengths.length_q, lengths.length_k, size.block_q, size.block_k, options.is_causal}, lengths.batch,

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "arguments.h"
@@ -206,20 +207,23 @@ void update_centroids(const Averages& a) {
     check_contiguous(name, x);
     return data<float>(x);
   };
-  const auto counts = read("counts", a.counts, {heads, clusters});
-  if (const auto values = values_on_host(a.counts))
-    for (std::int64_t i = 0; i < heads * clusters; ++i) {
-      const float count = data<const float>(*values)[i];
-      check(count >= 0, "counts: expected numbers of 0 or more, got ", count);
-    }
+  const auto read_counts = [&](const char* name, const StableTensor& x) {
+    float* const counts = read(name, x, {heads, clusters});
+    if (const auto values = values_on_host(x))
+      for (std::int64_t i = 0; i < heads * clusters; ++i) {
+        const float count = data<const float>(*values)[i];
+        check(count >= 0 && std::isfinite(count), name, ": expected finite numbers of 0 or more, got ", count);
+      }
+    return counts;
+  };
   run(UpdateCentroidsParams{.heads = heads,
                             .clusters = clusters,
                             .head_dim = dim,
                             .decay = a.decay,
                             .sums = read("sums", a.sums, {heads, clusters, dim}),
-                            .members = read("members", a.members, {heads, clusters}),
+                            .members = read_counts("members", a.members),
                             .centroids = read("centroids", a.centroids, {heads, clusters, dim}),
-                            .counts = counts},
+                            .counts = read_counts("counts", a.counts)},
       {kSystem, a.centroids});
 }
 

@@ -126,8 +126,10 @@ bool read(const Target& target, const Inputs& x, const Routes& routes, const Mem
   g.clusters = routes.query_offsets.size(2) - 1;
   check_shape("key_offsets", routes.key_offsets, {p.batch, p.heads_q, g.clusters + 1});
   read_memory(memory, p, x.query, g);
-  check(g.keys.slots + g.clusters * g.memory <= std::numeric_limits<std::int32_t>::max(),
-        "memory_key: expected at most 2147483647 keys in all clusters, got ", g.keys.slots + g.clusters * g.memory);
+  constexpr std::int64_t kMostKeys = std::numeric_limits<std::int32_t>::max();
+  check(g.keys.slots <= kMostKeys && g.memory <= (kMostKeys - g.keys.slots) / g.clusters,
+        "memory_key: expected at most ", kMostKeys, " keys in all clusters, got ", g.keys.slots, " and ", g.memory,
+        " more in each of ", g.clusters);
   p.length_q = queries.longest;
   p.length_k = keys.longest + g.memory;
   return queries.once;

@@ -141,6 +141,12 @@ def refusal(operator: str, arguments: dict[str, Any]) -> str:
     )
 
 
+def expect(ok: bool, name: str, expected: object, got: object) -> None:
+    """Refuses an argument unless it is ok, in the words in which the operators of C++ do."""
+    if not ok:
+        raise RuntimeError(f"{name}: expected {expected}, got {got}")
+
+
 def check_placement(arguments: dict[str, Any]) -> None:
     """Checks that all tensors are strided and on one device, that of query, or of the first tensor without query."""
     tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}

@@ -47,7 +47,8 @@ def sigmoid_attention(
         value: (batch, kv_heads, length_k, value_dim).
         bias: what is added to every logit. None: -log(length_k), the paper's rule, under which the weights of
             a row start near a sum of 1. ``"row"``: -log(number of keys the row sees). A float. Or a tensor of
-            shape () or (heads,), float32 (float64 for float64 inputs), which may require a gradient.
+            shape () or (heads,), float32 (float64 for float64 inputs), which may require a gradient. -inf makes
+            all weights 0.
         scale: factor on query . key, 1/sqrt(head_dim) by default. Or a tensor of shape () or (heads,), such as a
             learned temperature, which may require a gradient; the query is multiplied by it then, in its dtype.
         is_causal: hide later keys; aligned bottom-right, so that the last query sees the last key.

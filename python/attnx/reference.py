@@ -101,8 +101,10 @@ def _sigmoid_bias(bias: SigmoidBias, length_k: int, visible: Tensor) -> Tensor |
 def _softmax(logits: Tensor, visible: Tensor, value: Tensor, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The output and logsumexp of logits that are -inf where a key is not visible.
 
-    A sink is one more logit of every row of its head, which has no value.
+    A sink is one more logit of every row of its head, which has no value. A key whose logit is -inf is not visible.
     """
+    visible = visible & (logits != -math.inf)
+    logits = logits.where(visible, -math.inf)
     logsumexp = logits.logsumexp(-1)
     if sink is not None:
         logsumexp = logsumexp.logaddexp(_per_head(sink, logits.shape[1])[..., 0])
@@ -294,7 +296,7 @@ def probabilistic_attention(
     logits = _logits(query, key, scale, None, in_band)
     p = torch.ones_like(logits[0, 0])
     if importance:
-        p = each_element(sampling.keep.double()[_block_distance(grid)])
+        p = each_element(sampling.keep.double()[_block_distance(grid)]).where(visible, 1.0)
     if score == "sigmoid":
         weights = (logits + _sigmoid_bias(bias, length_k, in_band)).sigmoid() / p
         return _weighted(weights.where(visible, 0.0), visible, value)
