@@ -36,8 +36,10 @@ def _words(owner: str, argument: str) -> Iterator[str]:
     """The words of one template argument of a kernel or policy."""
     name, _, inner = argument.removesuffix(">").partition("<")
     name = name.rpartition("::")[2]
-    if name.endswith(("Arguments", "Place")):
-        return  # they follow from the rest
+    if name.endswith(("Arguments", "Place")):  # they follow from the rest, or say where its rows are
+        if re.fullmatch("Cluster.*Arguments", name):
+            yield _POLICIES["Clustered"]
+        return
     if tile := _TILE.search(argument):
         yield from (tile[1], f"{tile[2]}x{tile[3]}")
     elif argument in ("false", "true"):
