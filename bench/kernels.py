@@ -9,7 +9,11 @@ _NAME = re.compile(r"attnx_(\w+?)(?:_(sm\d+))?(?:<(.*)>)?\(")
 _TILE = re.compile(r"\w+Tile<(\d+), (\d+), (\d+)")
 _DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16"}
 # These are the words of policies that are not their names: a band of strided or TMA's rows is the ordinary case.
-_POLICIES = {"Banded": "", "Listed": "listed", "Clustered": "clustered", "Tma": "", "Strided": "", "Gathered": ""}
+_POLICIES = {
+    **dict.fromkeys(("Banded", "Strided", "Tma", "Gathered", "GatheredAsync"), ""),
+    "Listed": "listed",
+    "Clustered": "clustered",
+}
 # These are the words of false and true where they are a kernel's own arguments, or a policy's.
 _FLAGS = {
     "row_terms": ("unaligned", ""),
