@@ -79,13 +79,13 @@ def test_argmax(score: Any, is_causal: bool, dtype: torch.dtype, device: torch.d
 @pytest.mark.parametrize("score", SCORES)
 def test_clusters_of_few_keys(score: Any, keys: int, dtype: torch.dtype, device: torch.device) -> None:
     """All queries are nearest to the first centroid, and all keys but so many to the second."""
-    inputs, _ = random_inputs(Shape(140, 140, 64, heads=1), dtype, device)
+    inputs, _ = random_inputs(Shape(140, 140, 64, heads=2), dtype, device)
     token = inputs["query"][:, :, :1]
     inputs["query"] = token.expand(inputs["query"].shape).contiguous()
     inputs["key"] = -inputs["query"]
     inputs["key"][:, :, :keys] = token
-    centroid = reference._normalised(token.float())[0, 0].float()
-    centroids = torch.stack((centroid[0], -centroid[0]))[None].to(device)
+    centroid = reference._normalised(token.float())[0].float()
+    centroids = torch.cat((centroid, -centroid), 1)
     routes = attnx.route(inputs["query"], inputs["key"], centroids, routing="argmax", shared_qk=False)
     output = check_forward(inputs, routes, score=score)
     assert output.any() == (keys > 0)
@@ -93,14 +93,16 @@ def test_clusters_of_few_keys(score: Any, keys: int, dtype: torch.dtype, device:
 
 @pytest.mark.parametrize("shared_qk", [False, True], ids=["apart", "shared"])
 @pytest.mark.parametrize("score", SCORES)
-def test_argmax_is_causal(score: Any, shared_qk: bool, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("mainloop", ["sm80", "sm90"])
+def test_argmax_is_causal(mainloop: Any, score: Any, shared_qk: bool, dtype: torch.dtype, device: torch.device) -> None:
     """Later tokens change no earlier output, not by a bit, though they may share a tile."""
     inputs, _ = random_inputs(Shape(600, 600, 64, heads=2), dtype, device)
     changed = {name: torch.cat((x[:, :, :300], -x[:, :, 300:].flip(2)), 2) for name, x in inputs.items()}
     options = {"routes": random_centroids(2, 3, 64).to(device), "shared_qk": shared_qk, "score": score}
-    before, after = (
-        attnx.routing_attention(**x, routing="argmax", is_causal=True, **options) for x in (inputs, changed)
-    )
+    with attnx.cuda_mainloop(mainloop):
+        before, after = (
+            attnx.routing_attention(**x, routing="argmax", is_causal=True, **options) for x in (inputs, changed)
+        )
     assert torch.equal(before[:, :, :300], after[:, :, :300])
     assert not torch.equal(before[:, :, 300:], after[:, :, 300:])
 

@@ -98,22 +98,33 @@ def test_repeats_bitwise(score: str, head_dim: int, is_causal: bool, dtype: torc
         assert all(torch.equal(again[name], x) for name, x in first.items())
 
 
-@pytest.mark.parametrize(
-    ("shape", "cluster_size", "why"),
-    [
-        (Shape(150, 150, 60), 100, "rows do not start on 16 bytes"),
-        (Shape(150, 150, 64), 60, "clusters have at most 64 queries in the mean"),
-    ],
-)
-def test_what_it_does_not_serve(
-    shape: Shape, cluster_size: int, why: str, dtype: torch.dtype, device: torch.device
-) -> None:
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize(("head_dim", "value_dim"), HEAD_DIMS)
+@pytest.mark.parametrize("score", SCORES)
+def test_short_clusters(score: str, head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Narrow tiles: one of rows and, with the memory, three of keys to a cluster."""
+    inputs, grad_output = inputs_of(150, head_dim, value_dim, dtype, device, memory=70)
+    options: dict[str, Any] = {"routes": routes_of(inputs, 2, cluster_size=60), "score": score, "is_causal": True}
+    first = check(inputs, grad_output, **options)
+    again = forward_backward(attend, inputs, grad_output, **options)
+    assert all(torch.equal(again[name], x) for name, x in first.items())
+    padded = next(d for d in (64, 128, 256) if d >= max(head_dim, value_dim))
+    kernel = f"attnx_backward_sm90, 64 rows x 64 keys, head_dim padded to {padded}"
+    assert kernel in explanation_of(inputs, **options)
+
+
+def test_rows_that_do_not_start_on_16_bytes(dtype: torch.dtype, device: torch.device) -> None:
     """An error where sm90 is asked for, and served by sm80 where nothing is, with the reason."""
-    inputs, grad_output = random_inputs(shape, dtype, device)
-    routes = routes_of(inputs, 2, cluster_size=cluster_size)
-    with attnx.cuda_mainloop("sm90"), pytest.raises(RuntimeError, match=why):
+    inputs, grad_output = inputs_of(150, 60, 60, dtype, device)
+    routes = routes_of(inputs, 2, cluster_size=100)
+    with attnx.cuda_mainloop("sm90"), pytest.raises(RuntimeError, match="rows do not start on 16 bytes"):
         forward_backward(attend, inputs, grad_output, routes=routes)
     check(inputs, grad_output, routes)
-    for x in inputs.values():
-        x.requires_grad_()
-    assert why in str(attnx.explain(attnx.routing_attention, *inputs.values(), routes))
+    reason = "the backward is not sm90's: rows do not start on 16 bytes, or are not multiples of them"
+    assert reason in explanation_of(inputs, routes=routes)
+
+
+def explanation_of(inputs: dict[str, Tensor], **options: Any) -> str:
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    memory = tuple(leaves.pop(f"memory_{x}") for x in ("key", "value")) if "memory_key" in leaves else None
+    return str(attnx.explain(attnx.routing_attention, **leaves, memory_kv=memory, **options))

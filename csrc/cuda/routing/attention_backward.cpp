@@ -40,7 +40,9 @@ struct BackwardTileSizes {
       wide ? use(typename Tiles::Wide()) : use(typename Tiles::Narrow());
     };
     const auto plan_sm90 = [&]<int kHeadDim>() {
-      use(typename TmaBackwardTiles<kHeadDim>::Gathered());
+      using Tiles = TmaBackwardTiles<kHeadDim>;
+      wide = !are_clusters_short(p);
+      wide ? use(typename Tiles::Gathered()) : use(typename Tiles::GatheredNarrow());
       return why_not_gather_on_sm90(p);
     };
     with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {

@@ -65,7 +65,6 @@ std::string why_not_gather_on_sm90(const AttentionParams& p) {
   if (!ATTNX_CUDA_SM90) return "attnx was built without it";
   if (!are_gathers_aligned(p)) return "rows do not start on 16 bytes, or are not multiples of them";
   if (!are_gathers_near(p)) return "rows are 2^31 bytes apart, or more";
-  if (are_clusters_short(p)) return "clusters have at most 64 queries in the mean";
   return {};
 }
 
@@ -82,7 +81,8 @@ ClusterTileSizes::ClusterTileSizes(const AttentionParams& p, std::optional<Mainl
   };
   const auto plan_sm90 = [&]<int kHeadDim>() {
     use(typename TmaForwardTiles<kHeadDim>::Gathered());
-    return why_not_gather_on_sm90(p);
+    const std::string why = why_not_gather_on_sm90(p);
+    return why.empty() && are_clusters_short(p) ? "clusters have at most 64 queries in the mean" : why;
   };
   with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
     plan_mainloop(

@@ -33,7 +33,7 @@ bool are_gathers_near(const AttentionParams& params);
 
 // This tells whether most clusters are shorter than a wide tile has rows.
 bool are_clusters_short(const AttentionParams& params);
-// This returns what speaks against sm_90's loops over clusters, or nothing.
+// This returns what speaks against gathering rows on sm_90, or nothing.
 std::string why_not_gather_on_sm90(const AttentionParams& params);
 
 // These are the clusters of a call, in tiles of so many rows or, where keys is not 0, of keys; row_tiles bounds how

@@ -13,8 +13,8 @@ namespace attnx::cuda {
 
 template <class Score, class Input, int kHeadDim>
 struct RoutedBackwardSm90 {
-  static void run(const RoutedBackwardCall& call) {
-    using Tile = typename TmaBackwardTiles<kHeadDim>::Gathered;
+  template <class Tile>
+  static void launch(const RoutedBackwardCall& call) {
     using Storage = GatheredAsync<Input>;
     const BackwardArguments<Clustered, Storage> args{
         call.geometry,
@@ -28,6 +28,11 @@ struct RoutedBackwardSm90 {
                   attnx_grad_query_sm90<Storage, Tile, ClusterGradQueryArguments, ClusterGradQueryPlace<Tile>>,
                   call.row_blocks, 128, SharedTile<Tile::kM, Tile::kHeadDim>::kBytes, call.stream,
                   grad_query_arguments(call));
+  }
+
+  static void run(const RoutedBackwardCall& call) {
+    using Sizes = TmaBackwardTiles<kHeadDim>;
+    call.wide ? launch<typename Sizes::Gathered>(call) : launch<typename Sizes::GatheredNarrow>(call);
   }
 };
 

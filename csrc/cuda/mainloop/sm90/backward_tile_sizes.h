@@ -45,28 +45,32 @@ struct TmaBackwardTile {
 template <class Tile, int kProducerRegisters_>
 struct GatherBackwardTile : Tile {
   static constexpr int kProducerRegisters = kProducerRegisters_, kConsumerRegisters = 252 - kProducerRegisters / 2;
-  static constexpr bool kWaitForWeights = true;
+  static constexpr bool kWaitForWeights = true;  // before dQ, so that the fewer registers hold what is left
   static_assert(Tile::kWarpgroups == 2 && kConsumerRegisters % 8 == 0);
 };
 
+// Narrow tiles serve short clusters.
 template <int kHeadDim>
 struct TmaBackwardTiles;
 template <>
 struct TmaBackwardTiles<64> {
   using Dense = TmaBackwardTile<64, 128, 128, 1>;
   using Gathered = GatherBackwardTile<Dense, 40>;
+  using GatheredNarrow = TmaBackwardTile<64, 64, 64, 2>;
   using Listed = DividingTile<Dense, TmaBackwardTile<64, 64, 64, 2>>;
 };
 template <>
 struct TmaBackwardTiles<128> {
   using Dense = TmaBackwardTile<128, 80, 128, 1>;
   using Gathered = GatherBackwardTile<TmaBackwardTile<128, 64, 128, 1>, 40>;
+  using GatheredNarrow = GatherBackwardTile<TmaBackwardTile<128, 64, 64, 1, true>, 40>;
   using Listed = DividingTile<TmaBackwardTile<128, 64, 128, 1>, TmaBackwardTile<128, 64, 64, 1, true>>;
 };
 template <>
 struct TmaBackwardTiles<256> {
   using Dense = TmaBackwardTile<256, 64, 64, 1, true>;
   using Gathered = GatherBackwardTile<TmaBackwardTile<256, 64, 64, 1, true, 64>, 56>;
+  using GatheredNarrow = Gathered;
   using Listed = DividingTile<Dense>;
 };
 
