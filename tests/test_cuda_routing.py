@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+import os
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn.functional import layer_norm
 
 import attnx
 from attnx import reference
+from backends import Backend
 from routing_cases import random_centroids
 
 pytestmark = pytest.mark.backends("cuda", "emulated")
@@ -117,3 +119,26 @@ def test_update_is_the_reference_s(device: torch.device) -> None:
     attnx.update_centroids_(centroids, counts, query, key, decay=1.0)
     assert torch.equal(centroids, before)
     assert not counts.any()
+
+
+@pytest.mark.parametrize("count", [-1.0, math.nan])
+def test_counts_below_0_are_refused(count: float, device: torch.device, backend: Backend) -> None:
+    if backend.name == "cuda" and os.environ.get("ATTNX_DEBUG") != "1":
+        pytest.skip("values on the GPU are looked at under ATTNX_DEBUG=1 only")
+    query, key, centroids = tokens_of(CASES[0], device)
+    counts, before = torch.full(centroids.shape[:2], count, device=device), centroids.clone()
+    with pytest.raises(RuntimeError, match=r"^counts: expected numbers of 0 or more, got"):
+        attnx.update_centroids_(centroids, counts, query, key, decay=0.5)
+    assert torch.equal(centroids, before)
+
+
+@pytest.mark.parametrize("options", [{"cluster_size": 9}, {"routing": "argmax"}], ids=["topk", "argmax"])
+def test_centroids_with_nan_route_nothing(options: dict[str, Any], device: torch.device) -> None:
+    query, key, centroids = tokens_of(CASES[0], device)
+    centroids[:, 1, 3] = math.nan
+    routes = attnx.route(query, key, centroids, **options)
+    for indices, offsets in (routes[:2], routes[2:4]):
+        sizes = [len(x) for x in members(indices, offsets)]
+        assert sizes[1] == sizes[1 + centroids.shape[1]] == 0
+        assert sizes[0] > 0
+    assert attnx.routing_attention(query, key, key, routes).isfinite().all()
