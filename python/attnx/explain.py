@@ -13,7 +13,6 @@ from torch import Tensor
 
 from attnx import _C, _capability, functional, probabilistic, routing, sparse_linear, staircase
 
-
 # What a call does whatever kernel serves it, and may surprise.
 _NOTES = {"routing_attention": ["a centroid with a NaN has no product that is a number: its cluster holds no token"]}
 
