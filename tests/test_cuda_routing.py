@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+import os
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch.nn.functional import layer_norm
 
 import attnx
 from attnx import reference
-from routing_cases import random_centroids
+from backends import Backend
+from compare import forward_backward
+from routing_cases import random_centroids, random_memory, with_memory
 
 pytestmark = pytest.mark.backends("cuda", "emulated")
 
@@ -36,6 +39,7 @@ CASES = [
     Case(2, 4, 2, 96, 96, 16, 5, 1000, torch.bfloat16, with_nan=True),
     Case(1, 1, 1, 3000, 100, 24, 20, 40, torch.float16, with_nan=True),
     Case(1, 1, 1, 5, 7, 3, 131, 2, torch.bfloat16),
+    Case(1, 1, 1, 700, 640, 16, 600, 3, torch.bfloat16, with_nan=True),
 ]
 
 
@@ -117,3 +121,47 @@ def test_update_is_the_reference_s(device: torch.device) -> None:
     attnx.update_centroids_(centroids, counts, query, key, decay=1.0)
     assert torch.equal(centroids, before)
     assert not counts.any()
+
+
+@pytest.mark.parametrize("count", [-1.0, math.nan])
+def test_counts_below_0_are_refused(count: float, device: torch.device, backend: Backend) -> None:
+    if backend.name == "cuda" and os.environ.get("ATTNX_DEBUG") != "1":
+        pytest.skip("values on the GPU are looked at under ATTNX_DEBUG=1 only")
+    query, key, centroids = tokens_of(CASES[0], device)
+    counts, before = torch.full(centroids.shape[:2], count, device=device), centroids.clone()
+    with pytest.raises(RuntimeError, match=r"^counts: expected numbers of 0 or more, got"):
+        attnx.update_centroids_(centroids, counts, query, key, decay=0.5)
+    assert torch.equal(centroids, before)
+
+
+@pytest.mark.parametrize("options", [{"cluster_size": 9}, {"routing": "argmax"}], ids=["topk", "argmax"])
+def test_centroids_with_nan_route_nothing(options: dict[str, Any], device: torch.device) -> None:
+    query, key, centroids = tokens_of(CASES[0], device)
+    centroids[:, 1, 3] = math.nan
+    routes = attnx.route(query, key, centroids, **options)
+    for indices, offsets in (routes[:2], routes[2:4]):
+        sizes = [len(x) for x in members(indices, offsets)]
+        assert sizes[1] == sizes[1 + centroids.shape[1]] == 0
+        assert sizes[0] > 0
+    assert attnx.routing_attention(query, key, key, routes).isfinite().all()
+
+
+@pytest.mark.parametrize("memory", [0, 2])
+def test_more_clusters_than_a_block_has_threads(memory: int, device: torch.device) -> None:
+    """Most are empty or short. Two query heads share a key head."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"query": (1, 2, 600, 64), "key": (1, 1, 600, 64), "value": (1, 1, 600, 64)}
+    inputs = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    inputs |= random_memory(1, memory, 64, 64, torch.bfloat16) if memory else {}
+    inputs = {name: x.to(device) for name, x in inputs.items()}
+    centroids = random_centroids(2, 520, 64).to(device)
+    routes = attnx.route(inputs["query"], inputs["key"], centroids, routing="argmax")
+    grad_output = torch.randn(1, 2, 600, 64, generator=generator).bfloat16().to(device)
+    options = {"routes": routes, "is_causal": True}
+    actual = forward_backward(with_memory(attnx.routing_attention), inputs, grad_output, **options)
+    exact = {name: x.double() for name, x in inputs.items()}
+    expected = forward_backward(with_memory(reference.routing_attention), exact, grad_output.double(), **options)
+    for name, x in expected.items():
+        torch.testing.assert_close(
+            actual[name].double(), x, rtol=0.02, atol=0.02, msg=lambda text, at=name: f"{at}: {text}"
+        )

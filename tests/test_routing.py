@@ -606,3 +606,4 @@ def test_explain(device: torch.device) -> None:
     explanation = attnx.explain(attnx.routing_attention, **inputs, routes=CENTROIDS, memory_kv=(CENTROIDS, CENTROIDS))
     assert explanation.supported
     assert str(explanation).startswith("routing_attention: routing_attention [")
+    assert "a centroid with a NaN" in explanation.reasons[-1]

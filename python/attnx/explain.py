@@ -13,6 +13,9 @@ from torch import Tensor
 
 from attnx import _C, _capability, functional, probabilistic, routing, sparse_linear, staircase
 
+# What a call does whatever kernel serves it, and may surprise.
+_NOTES = {"routing_attention": ["a centroid with a NaN has no product that is a number: its cluster holds no token"]}
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -73,7 +76,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         kernel, reasons = _cuda_kernel(requirement, arguments) if row.backend == "cuda" else _cpu_kernel(requirement)
     except RuntimeError as error:  # the device has no kernel, or there is none
         return Explanation(name, False, reasons=[str(error)], nearest=_capability.describe(row))
-    return Explanation(name, True, row.backend, kernel, reasons)
+    return Explanation(name, True, row.backend, kernel, reasons + _NOTES.get(name, []))
 
 
 def _cpu_kernel(requirement: _capability.Requirement) -> tuple[str, list[str]]:

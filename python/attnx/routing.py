@@ -118,7 +118,7 @@ def route(
 
     A token is compared by :math:`x \cdot \mu` with :math:`x` its query, or key, normalised over the features as by
     LayerNorm without scale and bias (eps 1e-5). Nothing is differentiated, and no matrix of tokens by centroids is
-    made. A token with a NaN or an infinity is in no cluster.
+    made. A token with a NaN or an infinity is in no cluster, and the cluster of a centroid with a NaN holds no token.
 
     Args:
         query: (batch, heads, length_q, head_dim).
@@ -193,8 +193,8 @@ def routing_attention(
         key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads, and consecutive query heads share a
             key head.
         value: (batch, kv_heads, length_k, value_dim).
-        routes: centroids, (heads, clusters, head_dim) float32, as :func:`route` takes them; or its result for this
-            query and key.
+        routes: centroids, (heads, clusters, head_dim) float32, as :func:`route` takes them: one with a NaN routes
+            nothing. Or its result for this query and key.
         cluster_size, routing, shared_qk: as in :func:`route`; only with centroids. ``routing`` is "topk" by default.
         is_causal: within a cluster, hide keys that come later than the query, aligned bottom-right. With ``"topk"``
             routing an output still depends on later tokens, through the membership that they compete for; with

@@ -43,9 +43,16 @@ Geometry geometry_of_heads(const AttentionParams& p) {
   return g;
 }
 
+bool are_gathers_near(const AttentionParams& p) {
+  const Gather& g = *p.gather;
+  const auto is_near = [](const Tensor& x) { return x.row_stride < std::int64_t(1) << 30; };
+  return is_near(p.query) && is_near(p.key) && is_near(p.value) &&
+         (g.memory == 0 || (is_near(g.memory_key) && is_near(g.memory_value)));
+}
+
 bool are_gathers_aligned(const AttentionParams& p) {
   const Gather& g = *p.gather;
-  return are_aligned(p, {p.query}, {p.key}, {p.value}) &&
+  return are_gathers_near(p) && are_aligned(p, {p.query}, {p.key}, {p.value}) &&
          (g.memory == 0 || are_aligned(p, {}, {g.memory_key}, {g.memory_value}));
 }
 
@@ -54,17 +61,10 @@ bool are_clusters_short(const AttentionParams& p) {
   return p.gather->queries.slots <= kRows * p.gather->clusters;
 }
 
-bool are_gathers_near(const AttentionParams& p) {
-  const Gather& g = *p.gather;
-  const auto is_near = [](const Tensor& x) { return x.row_stride < std::int64_t(1) << 30; };
-  return is_near(p.query) && is_near(p.key) && is_near(p.value) &&
-         (g.memory == 0 || (is_near(g.memory_key) && is_near(g.memory_value)));
-}
-
 std::string why_not_gather_on_sm90(const AttentionParams& p) {
   if (!ATTNX_CUDA_SM90) return "attnx was built without it";
-  if (!are_gathers_aligned(p)) return "rows do not start on 16 bytes, or are not multiples of them";
   if (!are_gathers_near(p)) return "rows are 2^31 bytes apart, or more";
+  if (!are_gathers_aligned(p)) return "rows do not start on 16 bytes, or are not multiples of them";
   return {};
 }
 

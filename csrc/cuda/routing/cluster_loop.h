@@ -27,9 +27,9 @@ GatheredTensor gathered_keys(const AttentionParams& params, const Tensor& own, c
                              std::int64_t features);
 // Every query head has tiles of its own.
 Geometry geometry_of_heads(const AttentionParams& params);
-bool are_gathers_aligned(const AttentionParams& params);
-// This tells whether the bytes from a row to the next fit in 32 bits.
+// These tell whether the bytes from a row to the next fit in 32 bits, and whether rows lie on 16 bytes besides.
 bool are_gathers_near(const AttentionParams& params);
+bool are_gathers_aligned(const AttentionParams& params);
 
 // This tells whether most clusters are shorter than a wide tile has rows.
 bool are_clusters_short(const AttentionParams& params);

@@ -12,54 +12,6 @@
 
 namespace attnx::cuda {
 
-// Of a tile of rows, these are what one of kThreads producers copies. They are read before the copies start, and serve
-// every tensor that is gathered alike.
-template <class Tile, int kThreads>
-struct TileIndices {
-  static constexpr int kLanes = Tile::kLanes, kRowStep = Chunks<Tile, kThreads>::kRowStep;
-  static constexpr int kCount = Tile::kRows / kRowStep;
-  static_assert(kRowStep % 8 == 0);  // the producer's rows are swizzled alike
-
-  int rows;             // from the producer's first one to the end of the cluster
-  int indices[kCount];  // in the tensor, or the complements of those in the memory
-
-  TileIndices() = default;
-  // Behind the end, where nothing will be read, they are any.
-  template <class Element>
-  __device__ __forceinline__ TileIndices(const GatheredRows<Element>& all, int row, int end) {
-    row += threadIdx.x / kLanes;
-    rows = end - row;
-    const int own = row - all.memory_rows, own_end = end - all.memory_rows;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      indices[i] = ~(row + i * kRowStep);
-      load_global(indices[i], all.indices + row + i * kRowStep, unsigned(own + i * kRowStep) < unsigned(own_end));
-    }
-  }
-
-  // This starts the copies to the tile; what it has beyond the rows and their features becomes 0.
-  template <class Element>
-  __device__ __forceinline__ void load(std::uint32_t tile, const GatheredRows<Element>& all, int features) const {
-    const int in_tile = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    // Rows are fewer than 2^31 bytes apart.
-    const int own_stride = int(all.own_stride) * sizeof(Element),
-              memory_stride = int(all.memory_stride) * sizeof(Element);
-    const Element* const own = all.own + lane * 8;
-    const Element* const memory = at_stride(all.memory + lane * 8, -1, memory_stride);
-    tile += Tile::offset(in_tile, lane);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const bool remembered = indices[i] < 0;
-      const Element* const from =
-          at_stride(remembered ? memory : own, indices[i], remembered ? -memory_stride : own_stride);
-#pragma unroll
-      for (int c = 0; c < Tile::kChunks; c += kLanes)
-        copy_async(tile + Tile::offset(i * kRowStep, c), from + c * 8,
-                   i * kRowStep < ((lane + c) * 8 < features ? rows : 0));
-    }
-  }
-};
-
 // This is the storage policy, as Tma is. Rows start on 16 bytes and are multiples of them.
 template <class Input_>
 struct GatheredAsync : Gathered<Input_, true> {

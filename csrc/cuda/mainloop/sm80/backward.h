@@ -58,10 +58,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const auto key_rows = [&]<class Element>(const auto& x, Element*) {
     return Storage::template key_rows<Element>(x, batch, head, sequence);
   };
-  Storage::template load<KeyTile, kThreads>(shared_key, key_rows(tensors.key, static_cast<const Input*>(nullptr)),
-                                            key_begin, band.length_k, int(args.head_dim));
-  Storage::template load<KeyTile, kThreads>(shared_value, key_rows(tensors.value, static_cast<const Input*>(nullptr)),
-                                            key_begin, band.length_k, int(args.value_dim));
+  {
+    const auto keys = key_rows(tensors.key, static_cast<const Input*>(nullptr));
+    const typename Storage::template Ahead<KeyTile, kThreads> ahead(keys, key_begin, band.length_k);
+    Storage::template load<KeyTile, kThreads>(shared_key, keys, key_begin, band.length_k, int(args.head_dim), ahead);
+    Storage::template load<KeyTile, kThreads>(shared_value, key_rows(tensors.value, static_cast<const Input*>(nullptr)),
+                                              key_begin, band.length_k, int(args.value_dim), ahead);
+  }
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   constexpr int kScoreRows = kM / Tile::kScoreWarps, kScoreKeys = kN / Tile::kScoreWarpsN;
@@ -79,27 +82,35 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   clear(grad_values);
   float divisor = 1;  // of grad_values so far
 
-  // Either each query head of the group has its own tiles of rows, or one tile holds rows of all of them.
-  const int turns = Tiles::kPerHead ? int(args.heads_q / args.heads_k) : 1;
+  // Either each query head of the group has its own tiles of rows, or one tile holds rows of all of them. A place has
+  // one query head.
+  const int turns = Tiles::kPerHead && !Tiles::kHasPlaces ? int(args.heads_q / args.heads_k) : 1;
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
     const int query_head = Tiles::kPerHead ? head * turns + turn : query_head_of(args, head);
     const auto tiles = Tiles::template rows<Tile>(args, sequence, batch, query_head, key_begin);
     const int begin = tiles.begin(), end = tiles.end();
+    const auto rows = [&](const auto& x) {
+      return Storage::template query_rows<const Input>(args, x, batch, query_head, sequence);
+    };
+    // Rows of queries and output gradients lie alike.
+    typename Storage::template Ahead<RowTile, kThreads> ahead;
+    const auto read_ahead = [&](int tile) {
+      if (tile < end) ahead = {rows(tensors.query), tiles.first(tile), row_end};
+    };
     const auto copy_rows = [&](int tile) {
       if (tile < end) {
         const int row = tiles.first(tile), stage = tile % kStages * RowTile::kBytes;
-        const auto rows = [&](const auto& x) {
-          return Storage::template query_rows<const Input>(args, x, batch, query_head, sequence);
-        };
         Storage::template load<RowTile, kThreads>(shared_query + stage, rows(tensors.query), row, row_end,
-                                                  int(args.head_dim));
+                                                  int(args.head_dim), ahead);
         Storage::template load<RowTile, kThreads>(shared_grad_output + stage, rows(tensors.grad_output), row, row_end,
-                                                  int(args.value_dim));
+                                                  int(args.value_dim), ahead);
       }
       commit_copies();
     };
+    read_ahead(begin);
     copy_rows(begin);
+    if constexpr (kStages == 2) read_ahead(begin + 1);
 
 #pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {
@@ -133,7 +144,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           band.seen_by_all(args.group.divide(row_begin), args.group.divide(min(row_begin + kM, row_end) - 1));
       float multiplier = args.scale_log2;
       if (key_begin < plain.first || key_begin + kN > plain.end || args.alibi_slopes.data) {
-        place_logits(s, args, band, query_head, row_begin + score_row + lane / 4, key_begin + score_key + lane % 4 * 2);
+        place_logits(s, args, band, query_head, row_begin + score_row + fresh(lane) / 4,
+                     key_begin + score_key + fresh(lane) % 4 * 2);
         multiplier = 1;
       }
 #pragma unroll
@@ -226,6 +238,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       if (args.deterministic) end_turn(turn_of_rows);
 
+      read_ahead(tile + kStages);
       multiply<Input, kM>(grad_keys, TransposedA<ScoreTile>(shared_grad_logits, fresh(lane), grad_key),
                           TransposedB<RowTile, Tile::kKeyWarpsD>(shared_query + stage, fresh(lane), grad_feature));
       if constexpr (kStages == 1) {
