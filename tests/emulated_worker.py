@@ -251,9 +251,13 @@ LISTED = (_block_sparse, _tall_blocks, _large_blocks)
 
 
 def staircase(dtype: torch.dtype, head_dim: int, levels: tuple[int, ...]) -> Results:
-    """Appends that fill windows, shares of several blocks, the tail, and a crop that cuts a window open."""
+    """Appends that fill windows, shares of several blocks, the tail, and a crop that cuts a window open.
+
+    With 128 features blocks quantise a group in two turns.
+    """
     key, value = tokens(420, heads=1, head_dim=head_dim, dtype=dtype)
-    cache = cache_of(key[:, :, :63], value[:, :, :63], 600, levels=levels, residual=20, **SMALL)
+    layout = SMALL | {"group": 64 if head_dim == 128 else 32, "residual": 20, "levels": levels}
+    cache = cache_of(key[:, :, :63], value[:, :, :63], 600, **layout)
     for k, v in zip(key[:, :, 63:].split((1, 200, 156), 2), value[:, :, 63:].split((1, 200, 156), 2), strict=True):
         cache.append(k, v)
     query = torch.randn(2, 4, 3, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +42,22 @@ class _Memory(NamedTuple):
     tail: Tensor  # (batch, heads, 2, 2, window + residual, head_dim) in the dtype of the cache
 
 
+class _Lock:
+    """A lock that one thread may take several times; a pickle of it is another lock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Lock, ()
+
+
 def _planes(levels: Sequence[int], max_windows: int) -> list[_Plane]:
     """The first plane has the bits of the last level, and each further one doubles what stands before it."""
     planes, total = [_Plane(levels[-1], max_windows, max_windows)], 2 * levels[-1]
@@ -67,10 +85,11 @@ class StaircaseCache:
     add up, and are at most 2^(7-b) steps. Memory is allocated once, an append writes its own tokens only, and one that
     fails leaves the cache as it was.
 
-    Several threads may use one cache: of :meth:`append`, :meth:`crop`, :meth:`attend` and :meth:`dequantize`, calls
-    that change the cache run one after the other, each alone, and those that read it run together. On a GPU the streams
-    of these threads must be in order, as with any tensor. What moves or copies the memory as a whole (:meth:`reorder`,
-    :meth:`expand`, :meth:`to`, :meth:`load_state_dict`, ``copy``) must not run while another thread changes the cache.
+    Several threads may use one cache: their calls take turns, but for :meth:`attend`, of which many run together. Each
+    works on one state, the one before or the one after a call that changes the cache. On a GPU the streams of these
+    threads must be in order, as with any tensor. What :meth:`state_dict` gives is the cache's memory itself, which
+    later calls change; and a step that was compiled does not wait for a call that moves the memory (:meth:`reorder`,
+    :meth:`expand`, :meth:`load_state_dict`).
 
     Inference only: nothing is differentiated. On a GPU lengths and numbers are known there alone, and nothing waits for
     them: an append or a crop that does not fit a sequence leaves that sequence as it was, and with ``ATTNX_DEBUG=1``
@@ -116,6 +135,7 @@ class StaircaseCache:
         _check(batch_size, num_kv_heads, head_dim, max_length, levels, window, group, residual, dtype)
         self.levels, self.window, self.group, self.max_length = levels, window, group, max_length
         self.residual = residual
+        self._lock = _Lock()
         max_windows = self._windows(max_length)
         words = sum(plane.slots * window * head_dim * plane.bits // 32 for plane in self._planes)
         outer = batch_size, num_kv_heads, 2
@@ -151,12 +171,14 @@ class StaircaseCache:
     @property
     def lengths(self) -> Tensor:
         """(batch_size,) int64: the tokens of each sequence."""
-        return self._memory.state[:, 0].clone()
+        with self._alone():
+            return self._memory.state[:, 0].clone()
 
     @property
     def length(self) -> int:
         """The tokens of the longest sequence."""
-        return int(self._memory.state[:, 0].max()) if self.batch_size else 0
+        with self._alone():
+            return int(self._memory.state[:, 0].max()) if self.batch_size else 0
 
     @property
     def nbytes(self) -> int:
@@ -174,7 +196,8 @@ class StaircaseCache:
     def bits(self, sequence: int = 0) -> Tensor:
         """(length,) int64: how many bits the numbers of each token have, the oldest first."""
         sequence = _arguments.integer("sequence", sequence, 0, self.batch_size - 1)
-        length, _, *refined = self._memory.state[sequence].tolist()
+        with self._alone():
+            length, _, *refined = self._memory.state[sequence].tolist()
         age = self._windows(length) - torch.arange(length) // self.window  # below 1 in the tail
         bits = torch.full((length,), self.levels[-1])
         for plane, held in zip(self._planes[1:], refined[1::2], strict=True):
@@ -203,7 +226,8 @@ class StaircaseCache:
         """
         _arguments.tensors(key=key, value=value)
         _arguments.optional_tensors(counts=counts)
-        _ops.staircase_append_(*self._memory, key.detach(), value.detach(), counts, *self._layout)
+        with self._alone():
+            _ops.staircase_append_(*self._memory, key.detach(), value.detach(), counts, *self._layout)
 
     def attend(
         self,
@@ -231,7 +255,8 @@ class StaircaseCache:
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """Keys and values as attention reads them: (batch_size, num_kv_heads, length, head_dim) in the dtype of the
         cache, 0 beyond the end of a shorter sequence."""
-        return _ops.staircase_dequantize(*self._memory, 0, self.length, *self._layout)
+        with self._alone():
+            return _ops.staircase_dequantize(*self._memory, 0, self.length, *self._layout)
 
     def crop(self, length: int | Tensor) -> None:
         """Drops the last tokens of every sequence, as when speculated ones are rejected.
@@ -249,8 +274,10 @@ class StaircaseCache:
         """
         if not isinstance(length, Tensor):
             length = _arguments.integer("length", length)
-            length = torch.full((self.batch_size,), length, dtype=torch.int64, device=self.device)
-        _ops.staircase_crop_(*self._memory, length, *self._layout)
+        with self._alone():
+            if not isinstance(length, Tensor):
+                length = torch.full((self.batch_size,), length, dtype=torch.int64, device=self.device)
+            _ops.staircase_crop_(*self._memory, length, *self._layout)
 
     def reorder(self, sequences: Tensor) -> None:
         """Makes sequence i the one that was sequence ``sequences[i]``, as beam search does: (new batch_size,) int64 or
@@ -265,30 +292,35 @@ class StaircaseCache:
                 f"sequences: expected one dimension of int64 or int32, got {tuple(sequences.shape)} of "
                 f"{sequences.dtype}"
             )
-        on_host = sequences.device.type == "cpu"
-        if on_host and sequences.numel() and not 0 <= int(sequences.min()) <= int(sequences.max()) < self.batch_size:
-            raise RuntimeError(f"sequences: expected from 0 to {self.batch_size - 1}, got {sequences.tolist()}")
-        self._memory = _Memory(*(x.index_select(0, sequences.to(x.device)) for x in self._memory))
+        least, most = 0, -1
+        if sequences.device.type == "cpu" and sequences.numel():
+            least, most = int(sequences.min()), int(sequences.max())
+        with self._alone():
+            if not 0 <= least <= most + 1 <= self.batch_size:
+                raise RuntimeError(f"sequences: expected from 0 to {self.batch_size - 1}, got {sequences.tolist()}")
+            self._memory = _Memory(*(x.index_select(0, sequences.to(x.device)) for x in self._memory))
 
     def expand(self, beams: int) -> None:
         """Makes so many sequences of each, one after the other, as the start of a beam search does."""
         beams = _arguments.integer("beams", beams, 1)
-        self.reorder(torch.arange(self.batch_size, device=self.device).repeat_interleave(beams))
+        with self._alone():
+            self.reorder(torch.arange(self.batch_size, device=self.device).repeat_interleave(beams))
 
     def to(self, device: torch.device | str) -> StaircaseCache:
         """This cache where it is there, or else a copy there. The memory means the same on every device."""
-        moved = _Memory(*(x.to(device) for x in self._memory))
-        if moved.tail is self._memory.tail:
-            return self
-        cache = copy.copy(self)
-        cache._memory = moved
-        return cache
+        with self._alone():
+            moved = _Memory(*(x.to(device) for x in self._memory))
+            return self if moved.tail is self._memory.tail else self._with(moved)
 
     def cpu(self) -> StaircaseCache:
         return self.to("cpu")
 
     def cuda(self, device: torch.device | str | int = "cuda") -> StaircaseCache:
         return self.to(torch.device("cuda", device) if isinstance(device, int) else device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StaircaseCache:
+        with self._alone():
+            return self._with(copy.deepcopy(self._memory, memo))
 
     def state_dict(self) -> dict[str, Any]:
         """The cache's tensors, not copied, and what they mean, for :meth:`load_state_dict`."""
@@ -301,6 +333,10 @@ class StaircaseCache:
             RuntimeError: that cache had another format, other levels, sizes or dtype, or its state is none that the
                 operators lead to; the cache is as it was.
         """
+        with self._alone():
+            self._load_state_dict(state)
+
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
         for name, expected in self._config().items():
             if state.get(name) != expected:
                 raise RuntimeError(f"state: expected {name} {expected}, got {state.get(name)}")
@@ -310,12 +346,24 @@ class StaircaseCache:
                 got = f"{tuple(new.shape)} of {new.dtype}" if isinstance(new, Tensor) else repr(new)
                 raise RuntimeError(f"state: expected {name} {tuple(x.shape)} of {x.dtype}, got {got}")
         self._refuse_unreachable(state["state"])
-        self._memory = _Memory(*(state[name].to(self.device, copy=True) for name in _Memory._fields))
+        own = self._memory._asdict().items()  # whose strides stay, whatever those of the state are
+        self._memory = _Memory(*(torch.empty_like(x).copy_(state[name].detach()) for name, x in own))
 
     def _refuse_unreachable(self, state: Tensor) -> None:
         """Has the operators look at the state alone: reading no token, they read nothing of the rest."""
         rest = (torch.empty_like(x, device="cpu") for x in self._memory[1:])
         _ops.staircase_dequantize(state.cpu(), *rest, 0, 0, *self._layout)
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Within it no other thread changes the cache. A compiler could not trace a lock; the operators have another
+        one, of the memory."""
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
+
+    def _with(self, memory: _Memory) -> StaircaseCache:
+        """A cache like this one of other memory."""
+        cache = copy.copy(self)
+        cache._memory, cache._lock = memory, _Lock()
+        return cache
 
     def _windows(self, length: int) -> int:
         """How many windows have fallen of so many tokens."""
