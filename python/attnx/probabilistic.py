@@ -177,7 +177,8 @@ def _solve_blocks_per_row(density: float, grid: BlockGrid) -> int:
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if reached(middle) < density else (low, middle)
-    return min(max(low - 1, 1), low, key=lambda blocks: abs(reached(blocks) - density))
+    # The smaller of equals, where rounding does not tell them apart.
+    return min(max(low - 1, 1), low, key=lambda blocks: round(abs(reached(blocks) - density), 12))
 
 
 @functools.cache
