@@ -44,9 +44,9 @@ def differentiable_calls(dtype: torch.dtype, device: torch.device) -> dict[str, 
     def routed(**inputs: Tensor) -> Tensor:
         return with_memory(attnx.routing_attention)(**inputs, routes=centroids, cluster_size=30, is_causal=True)
 
-    def moving(query: Tensor, key: Tensor) -> Tensor:
+    def moving(query: Tensor) -> Tensor:
         moved, counts = centroids.clone(), torch.ones(4, 3, device=device)
-        return move_centroids_in_backward(query, key, moved, counts, decay=0.9, group=None)
+        return move_centroids_in_backward(query, inputs["key"].detach(), moved, counts, decay=0.9, group=None)
 
     return {
         "sigmoid_attention": call("sigmoid_attention", inputs, slopes, bias, is_causal=True),
@@ -58,7 +58,7 @@ def differentiable_calls(dtype: torch.dtype, device: torch.device) -> dict[str, 
         "sparse_linear_attention": call("sparse_linear_attention", inputs, is_causal=True),
         "sparse_linear_attention_varlen": call("sparse_linear_attention_varlen", packed, **sizes),
         "routing_attention": Call(routed, inputs | random_memory(2, 3, 32, 32, dtype)),
-        "move_centroids_in_backward": Call(moving, {name: inputs[name] for name in ("query", "key")}),
+        "move_centroids_in_backward": Call(moving, {"query": inputs["query"]}),
     }
 
 

@@ -171,7 +171,8 @@ def eager(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         visible = visible & torch.ones_like(visible).tril(length_k - length_q)
     p = torch.ones(length_q, length_k, device=query.device)
     if importance:
-        distance = reference._block_distance(BlockGrid(length_q, length_k, block_q, block_k, bool(is_causal)))
+        draw = reference._draw("harmonic", None, "bernoulli", (length_q, length_k), (block_q, block_k), bool(is_causal))
+        distance = draw.distance
         p = elements(attnx.keep_probabilities(options.get("keep", "harmonic"), blocks)[distance])
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -354,7 +354,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"memory_kv": (torch.ones(2, 1, 16).double(), torch.ones(2, 1, 24))},
         "memory_key: expected float32 like query, got float64",
     ),
-    "routes_type": ("centroids", {}, "routes: expected centroids, a tensor, or attnx.Routes, got <class 'str'>"),
+    "routes_type": ("centroids", {}, "routes: expected centroids, a tensor, or attnx.Routes, got 'centroids'"),
     "other_length": (
         lambda: _bad_routes(length_q=lambda n: 100),
         {},

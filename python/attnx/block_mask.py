@@ -143,12 +143,8 @@ class BlockMask:
         """
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
-        own = self.lengths or (length_q, length_k)
-        for name, given, length in zip(("length_q", "length_k"), (length_q, length_k), own, strict=True):
-            if length is None or given not in (None, length):
-                expected = "a number where the mask has no lengths" if length is None else f"{length} as of the mask"
-                raise RuntimeError(f"{name}: expected {expected}, got {given}")
-        length_q, length_k = own
+        own_q, own_k = self.lengths or (None, None)
+        length_q, length_k = _length("length_q", length_q, own_q), _length("length_k", length_k, own_k)
         block_q, block_k = self.block_size
         visited = self.to_dense(-(-length_k // block_k))
         offset = length_k - length_q
@@ -176,6 +172,14 @@ class BlockMask:
             mask_mod=listed_and_causal if is_causal else listed,
             seq_lengths=(length_q, length_k),
         )
+
+
+def _length(name: str, given: int | None, own: int | None) -> int:
+    length = given if own is None else own
+    if length is None or given not in (None, length):
+        expected = "a number where the mask has no lengths" if length is None else f"{length} as of the mask"
+        raise RuntimeError(f"{name}: expected {expected}, got {given}")
+    return length
 
 
 register(BlockMask, leaves=("kv_num_blocks", "kv_indices", "lengths"), constants=("block_size",))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
 from attnx import _arguments, _capability, _nested
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
@@ -16,6 +17,25 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
 _ops = torch.ops.attnx
+
+
+class SoftmaxOptions(TypedDict, total=False):
+    """For type checkers, which tell by ``return_logsumexp`` what comes back."""
+
+    scale: float | Tensor | None
+    is_causal: bool
+    window: tuple[int, int]
+    alibi_slopes: Tensor | None
+    sink: Tensor | None
+
+
+class BlockSparseOptions(TypedDict, total=False):
+    score: ScoreName
+    bias: SigmoidBias
+    block_bias: Tensor | None
+    sink: Tensor | None
+    scale: float | Tensor | None
+    is_causal: bool
 
 
 def _window(window: tuple[int, int]) -> tuple[int, int]:
@@ -131,6 +151,23 @@ def sigmoid_attention_varlen(
     )
 
 
+@overload
+def softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_logsumexp: Literal[False] = False,
+    **options: Unpack[SoftmaxOptions],
+) -> Tensor: ...
+@overload
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: Literal[True], **options: Unpack[SoftmaxOptions]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: bool, **options: Unpack[SoftmaxOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def softmax_attention(
     query: Tensor,
     key: Tensor,
@@ -172,6 +209,45 @@ def softmax_attention(
     return (output, logsumexp) if return_logsumexp else output
 
 
+@overload
+def softmax_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_logsumexp: Literal[False] = False,
+    **options: Unpack[SoftmaxOptions],
+) -> Tensor: ...
+@overload
+def softmax_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_logsumexp: Literal[True],
+    **options: Unpack[SoftmaxOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def softmax_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_logsumexp: bool,
+    **options: Unpack[SoftmaxOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def softmax_attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -202,6 +278,36 @@ def softmax_attention_varlen(
     return (output, logsumexp) if return_logsumexp else output
 
 
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask | FlexBlockMask,
+    *,
+    return_logsumexp: Literal[False] = False,
+    **options: Unpack[BlockSparseOptions],
+) -> Tensor: ...
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask | FlexBlockMask,
+    *,
+    return_logsumexp: Literal[True],
+    **options: Unpack[BlockSparseOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask | FlexBlockMask,
+    *,
+    return_logsumexp: bool,
+    **options: Unpack[BlockSparseOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,

@@ -6,10 +6,11 @@ import functools
 import itertools
 import math
 import operator
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
 from attnx import _arguments
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
@@ -176,7 +177,8 @@ def _solve_blocks_per_row(density: float, grid: BlockGrid) -> int:
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if reached(middle) < density else (low, middle)
-    return min(max(low - 1, 1), low, key=lambda blocks: abs(reached(blocks) - density))
+    # The smaller of equals, where rounding does not tell them apart.
+    return min(max(low - 1, 1), low, key=lambda blocks: round(abs(reached(blocks) - density), 12))
 
 
 @functools.cache
@@ -318,6 +320,46 @@ def probabilistic_block_mask(
     return BlockMask(counts, indices, (grid.block_q, grid.block_k), (length_q, length_k))
 
 
+class ProbabilisticOptions(TypedDict, total=False):
+    """For type checkers, which tell by ``return_logsumexp`` what comes back."""
+
+    keep: Keep
+    density: float | None
+    mode: Mode
+    importance: bool
+    score: ScoreName
+    bias: SigmoidBias
+    scale: float | Tensor | None
+    block_size: tuple[int, int]
+    is_causal: bool
+    generator: torch.Generator | None
+    seed: int | Tensor | None
+    offset: int | Tensor | None
+    training: bool
+
+
+@overload
+def probabilistic_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_logsumexp: Literal[False] = False,
+    **options: Unpack[ProbabilisticOptions],
+) -> Tensor: ...
+@overload
+def probabilistic_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_logsumexp: Literal[True],
+    **options: Unpack[ProbabilisticOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def probabilistic_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: bool, **options: Unpack[ProbabilisticOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def probabilistic_attention(
     query: Tensor,
     key: Tensor,

@@ -50,7 +50,8 @@ class Routes(NamedTuple):
 
     def to(self, device: torch.device | str) -> Routes:
         """The routes with all lists on the device."""
-        return Routes(*(x.to(device) for x in self[:4]), self.length_q, self.length_k)
+        query_indices, query_offsets, key_indices, key_offsets = (x.to(device) for x in self[:4])
+        return Routes(query_indices, query_offsets, key_indices, key_offsets, self.length_q, self.length_k)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Routes):

@@ -7,10 +7,11 @@ import itertools
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
 from attnx import _arguments
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
@@ -66,6 +67,16 @@ def _planes(levels: Sequence[int], max_windows: int) -> list[_Plane]:
         planes.append(_Plane(total // 2, windows, 2 * windows))
         total *= 2
     return planes
+
+
+class StaircaseOptions(TypedDict, total=False):
+    """For type checkers, which tell by ``return_logsumexp`` what comes back."""
+
+    score: ScoreName
+    scale: float | Tensor | None
+    is_causal: bool
+    bias: SigmoidBias
+    query_lengths: Tensor | None
 
 
 class StaircaseCache:
@@ -229,6 +240,18 @@ class StaircaseCache:
         with self._alone():
             _ops.staircase_append_(*self._memory, key.detach(), value.detach(), counts, *self._layout)
 
+    @overload
+    def attend(
+        self, query: Tensor, *, return_logsumexp: Literal[False] = False, **options: Unpack[StaircaseOptions]
+    ) -> Tensor: ...
+    @overload
+    def attend(
+        self, query: Tensor, *, return_logsumexp: Literal[True], **options: Unpack[StaircaseOptions]
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def attend(
+        self, query: Tensor, *, return_logsumexp: bool, **options: Unpack[StaircaseOptions]
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
     def attend(
         self,
         query: Tensor,
@@ -392,6 +415,22 @@ register_named_tuple(_Memory, "attnx.StaircaseCache.memory")
 register(StaircaseCache, leaves=("_memory",), constants=("levels", "window", "group", "residual", "max_length"))
 
 
+@overload
+def staircase_attention(
+    query: Tensor,
+    cache: StaircaseCache,
+    *,
+    return_logsumexp: Literal[False] = False,
+    **options: Unpack[StaircaseOptions],
+) -> Tensor: ...
+@overload
+def staircase_attention(
+    query: Tensor, cache: StaircaseCache, *, return_logsumexp: Literal[True], **options: Unpack[StaircaseOptions]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def staircase_attention(
+    query: Tensor, cache: StaircaseCache, *, return_logsumexp: bool, **options: Unpack[StaircaseOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def staircase_attention(
     query: Tensor,
     cache: StaircaseCache,

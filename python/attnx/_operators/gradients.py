@@ -117,14 +117,15 @@ def _register_kernel(name: str, differentiate: Callable[..., Any], get_one: Coll
         get_one: the arguments that get a gradient, where not all of those do that autograd may ask it of.
     """
     of = signature(name)
+    without = frozenset() if get_one is None else frozenset(of.arguments) - frozenset(get_one)
 
     def kernel(keys: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, of, args)
         if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in args):
             return _below_autograd(of, keys, args)
-        for argument, x in zip(of.arguments, args, strict=True) if get_one is not None else ():
-            if isinstance(x, Tensor) and x.requires_grad and argument not in get_one:
+        for argument, x in zip(of.arguments, args, strict=True):
+            if argument in without and isinstance(x, Tensor) and x.requires_grad:
                 raise RuntimeError(f"{argument}: expected a tensor that needs no gradient, as it gets none; detach it")
         return differentiate(keys, *args)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -201,6 +201,16 @@ class RoutingAttention(ProjectedAttention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self._attend(query, key, value, return_loss=False)[0]
 
+    @overload
+    def forward(self, x: Tensor, context: Tensor | None = None, *, return_loss: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, return_loss: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, return_loss: bool
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, return_loss: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
