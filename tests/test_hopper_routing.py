@@ -108,8 +108,9 @@ def test_argmax_is_causal(mainloop: Any, score: Any, shared_qk: bool, dtype: tor
 
 
 def test_values_of_no_key(dtype: torch.dtype, device: torch.device) -> None:
-    """No tile has rows of other clusters, whose values may be no numbers."""
+    """No tile has rows of other clusters, whose values may be no numbers, nor the first row behind the last key."""
     inputs, _ = random_inputs(Shape(150, 300, 64), dtype, device)
+    inputs["key"][:, :, 0] = math.nan
     routes = routes_of(inputs, 1, cluster_size=140, shared_qk=False)
     expected = check_forward(inputs, routes)
     for h in range(2):

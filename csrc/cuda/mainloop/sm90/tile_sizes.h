@@ -35,9 +35,10 @@ struct TmaForwardTile {
 };
 
 // Producers who gather rows keep their numbers in registers.
-template <int kHeadDim, int kN, bool kOutputOverQuery>
-struct GatherForwardTile : TmaForwardTile<kHeadDim, 128, kN, kOutputOverQuery, 1> {
+template <class Tile>
+struct GatherForwardTile : Tile {
   static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+  static_assert(Tile::kWarpgroups == 2);
 };
 
 template <int kHeadDim>
@@ -45,20 +46,20 @@ struct TmaForwardTiles;
 template <>
 struct TmaForwardTiles<64> {
   using Dense = TmaForwardTile<64, 192, 128, false, 1>;
-  using Gathered = GatherForwardTile<64, 128, false>;
+  using Gathered = GatherForwardTile<TmaForwardTile<64, 128, 128, false, 1>>;
   using Listed = DividingTile<TmaForwardTile<64, 128, 128, false, 1>, TmaForwardTile<64, 128, 64, false, 1>,
                               TmaForwardTile<64, 64, 64, false, 2>>;
 };
 template <>
 struct TmaForwardTiles<128> {
   using Dense = TmaForwardTile<128, 128, 128, false, 1>;
-  using Gathered = GatherForwardTile<128, 128, false>;
+  using Gathered = GatherForwardTile<Dense>;
   using Listed = DividingTile<Dense, TmaForwardTile<128, 128, 64, false, 1>, TmaForwardTile<128, 64, 64, false, 2>>;
 };
 template <>
 struct TmaForwardTiles<256> {
   using Dense = TmaForwardTile<256, 128, 64, true, 1>;
-  using Gathered = GatherForwardTile<256, 64, true>;
+  using Gathered = GatherForwardTile<Dense>;
   using Listed = DividingTile<Dense, TmaForwardTile<256, 64, 64, true, 1>>;
 };
 
