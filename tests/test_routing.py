@@ -13,11 +13,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import attnx
 from attnx import reference
-from attnx.testing import assert_close
 from cases import DTYPES, Shape, random_inputs
 from compare import forward_backward
 from memory import LAYOUTS
-from routing_cases import eager_routing_attention, random_centroids, random_memory, with_memory
+from routing_cases import check, random_centroids, random_memory, with_memory
 
 on_cpu = pytest.mark.backends("cpu")
 on_host = pytest.mark.backends("cpu", "emulated")
@@ -125,23 +124,6 @@ def test_a_token_that_is_not_finite_is_in_no_cluster(
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
-
-
-def check(inputs: dict[str, Tensor], grad_output: Tensor, routes: attnx.Routes, **options: Any) -> dict[str, Tensor]:
-    """Output and gradients against float64, with the error of plain PyTorch as the measure."""
-    options["routes"] = routes
-    results = forward_backward(with_memory(attnx.routing_attention), inputs, grad_output, **options)
-    exact = {name: x.double() for name, x in inputs.items()}
-    expected = forward_backward(with_memory(reference.routing_attention), exact, grad_output.double(), **options)
-    baseline = forward_backward(with_memory(eager_routing_attention), inputs, grad_output, **options)
-    # The gradient of a logit is P (dP - delta), which may cancel: rounding is of the size of P dP.
-    terms = forward_backward(
-        with_memory(eager_routing_attention), exact, grad_output.double(), constant_sums=True, **options
-    )
-    for name, actual in results.items():
-        assert actual.dtype == grad_output.dtype
-        assert_close(actual, expected[name], baseline[name], name=name, terms=terms[name])
-    return results
 
 
 CALLS: dict[str, dict[str, Any]] = {
