@@ -59,7 +59,6 @@ template <class Tile, int kThreads>
 struct TileIndices {
   static constexpr int kLanes = Tile::kLanes, kRowStep = Chunks<Tile, kThreads>::kRowStep;
   static constexpr int kCount = Tile::kRows / kRowStep;
-  static_assert(kRowStep % 8 == 0);  // a thread's rows are swizzled alike
 
   int rows;             // from the thread's first one to the end of the cluster
   int indices[kCount];  // in the tensor, or the complements of those in the memory
@@ -87,7 +86,9 @@ struct TileIndices {
               memory_stride = int(all.memory_stride) * sizeof(Element);
     const Element* const own = all.own + lane * 8;
     const Element* const memory = at_stride(all.memory + lane * 8, -1, memory_stride);
-    tile += Tile::offset(in_tile, lane);
+    // Rows that are swizzled alike are reached from one address.
+    constexpr bool kAlike = kRowStep % 8 == 0;
+    if constexpr (kAlike) tile += Tile::offset(in_tile, lane);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const bool remembered = indices[i] < 0;
@@ -95,8 +96,8 @@ struct TileIndices {
           at_stride(remembered ? memory : own, indices[i], remembered ? -memory_stride : own_stride);
 #pragma unroll
       for (int c = 0; c < Tile::kChunks; c += kLanes)
-        copy_async(tile + Tile::offset(i * kRowStep, c), from + c * 8,
-                   i * kRowStep < ((lane + c) * 8 < features ? rows : 0));
+        copy_async(tile + (kAlike ? Tile::offset(i * kRowStep, c) : Tile::offset(in_tile + i * kRowStep, lane + c)),
+                   from + c * 8, i * kRowStep < ((lane + c) * 8 < features ? rows : 0));
     }
   }
 };
