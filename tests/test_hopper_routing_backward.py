@@ -98,6 +98,19 @@ def test_repeats_bitwise(score: str, head_dim: int, is_causal: bool, dtype: torc
         assert all(torch.equal(again[name], x) for name, x in first.items())
 
 
+@pytest.mark.usefixtures("sm90", "deterministic")
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("score", SCORES)
+def test_sums_of_many_tiles_repeat_bitwise(score: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """A tile or two of queries, to whose sums many tiles of keys add at about the same time."""
+    inputs, grad_output = random_inputs(Shape(80, 64 * 20, head_dim, heads=4), dtype, device)
+    routes = routes_of(inputs, 1, cluster_size=64 * 20, shared_qk=False)
+    first = forward_backward(attend, inputs, grad_output, routes=routes, score=score)
+    for _ in range(4):
+        again = forward_backward(attend, inputs, grad_output, routes=routes, score=score)
+        assert all(torch.equal(again[name], x) for name, x in first.items())
+
+
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize(("head_dim", "value_dim"), HEAD_DIMS)
 @pytest.mark.parametrize("score", SCORES)
