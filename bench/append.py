@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 import attnx
+from device import open_device
 from machine import facts
 from suite import DTYPES
 from timing import Rounds, interleave
@@ -32,13 +33,13 @@ Append = Callable[[Tensor, Tensor], None]
 
 
 def staircase(key: Tensor, value: Tensor) -> tuple[Append, Callable[[], None], int]:
-    cache = attnx.StaircaseCache(1, HEADS, HEAD_DIM, key.shape[2] + WINDOW, dtype=key.dtype)
+    cache = attnx.StaircaseCache(1, HEADS, HEAD_DIM, key.shape[2] + WINDOW, dtype=key.dtype, device=key.device)
     cache.append(key, value)
     return cache.append, lambda: cache.crop(key.shape[2]), cache.nbytes
 
 
 def static(key: Tensor, value: Tensor) -> tuple[Append, Callable[[], None], int]:
-    full = torch.empty(2, 1, HEADS, key.shape[2] + WINDOW, HEAD_DIM, dtype=key.dtype)
+    full = torch.empty(2, 1, HEADS, key.shape[2] + WINDOW, HEAD_DIM, dtype=key.dtype, device=key.device)
     end = key.shape[2]
 
     def append(k: Tensor, v: Tensor) -> None:
@@ -69,9 +70,12 @@ CONTENDERS = {"staircase": staircase, "static": static, "torch.cat": concatenate
 
 
 def _mean_seconds(append: Append, crop: Callable[[], None], new: list[Tensor], tokens: int) -> float:
+    synchronize = torch.cuda.synchronize if new[0].is_cuda else lambda: None
+    synchronize()
     start = time.perf_counter()
     for _ in range(tokens):
         append(*new)
+    synchronize()
     seconds = (time.perf_counter() - start) / tokens
     crop()
     return seconds
@@ -80,10 +84,15 @@ def _mean_seconds(append: Append, crop: Callable[[], None], new: list[Tensor], t
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help="(default: both)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON here, too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    try:
+        device = open_device(arguments.device).torch_device
+    except ValueError as error:
+        parser.error(str(error))
     rows = []
     table = Table(title=f"Appending one token at a time, 1 x {HEADS} heads x {HEAD_DIM}, and memory of the cache")
     for header in ("dtype", "tokens", "cache", "us a token", "MiB"):
@@ -92,7 +101,7 @@ def main() -> int:
         for length in LENGTHS:
             generator = torch.Generator().manual_seed(0)
             key, value, *new = (
-                torch.randn(1, HEADS, n, HEAD_DIM, generator=generator).to(DTYPES[dtype])
+                torch.randn(1, HEADS, n, HEAD_DIM, generator=generator).to(device, DTYPES[dtype])
                 for n in (length, length, 1, 1)
             )
             samplers, sizes = {}, {}
@@ -110,7 +119,7 @@ def main() -> int:
             table.add_section()
     Console(highlight=False, width=None if sys.stdout.isatty() else 110).print(table)
     if arguments.output:
-        content = {"facts": facts(torch.device("cpu")), "rows": rows}
+        content = {"facts": facts(device), "rows": rows}
         arguments.output.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 

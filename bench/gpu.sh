@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # All that is asked of a GPU, in one command and without network: bench/gpu.sh OUT_DIR [PART...]
 #
-# All parts take up to 12 minutes, and named ones, besides the build, less: where a GPU is lent for 10 minutes, name
-# "tests probabilistic sparse-linear summary" in a second call.
+# All parts take up to 18 minutes, and named ones, besides the build, less: where a GPU is lent for 10 minutes, name
+# "tests probabilistic sparse-linear summary" in a second call, and "routing staircase append summary" in a third.
 #
 # Builds for the GPU that is there, runs the tests on it, also under compute-sanitizer, measures attnx beside the peers
 # that are installed and in deterministic mode, and trains 3,000 steps beside the plain formula. OUT_DIR gets
@@ -69,6 +69,9 @@ bench deterministic 20 --suite deterministic --dtype bfloat16 --rounds 15
 bench flex 40 --suite flex --dtype bfloat16 --rounds 15
 bench probabilistic 60 --suite probabilistic-gpu --dtype bfloat16 --rounds 15
 bench sparse-linear 60 --suite sparse-linear-gpu --dtype bfloat16 --rounds 15
+bench routing 300 --suite routing-gpu --dtype bfloat16 --rounds 15
+bench staircase 60 --suite staircase-gpu --dtype bfloat16 --rounds 15
+part append 40 "$python" bench/append.py --device cuda --dtype bfloat16 --output "$out/append-cuda.json"
 part drift 50 "$python" bench/drift.py --device cuda --output "$out"
 part summary 20 "$python" bench/summary.py --output "$out" "$work"/runs/*.json
 

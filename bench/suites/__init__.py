@@ -1,7 +1,7 @@
 """One file per system; a new suite is one more entry here."""
 
 from suite import Suite
-from suites import dense, flash, probabilistic, routing, sparse_linear, staircase, varlen
+from suites import dense, flash, probabilistic, routing, routing_gpu, sparse_linear, staircase, varlen
 
 SUITES: dict[str, Suite] = {
     suite.name: suite
@@ -18,6 +18,8 @@ SUITES: dict[str, Suite] = {
         probabilistic.GPU_SUITE,
         routing.SUITE,
         routing.LENGTHS_SUITE,
+        routing_gpu.SUITE,
         staircase.SUITE,
+        staircase.GPU_SUITE,
     )
 }

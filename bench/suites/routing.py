@@ -27,60 +27,74 @@ def _case(length: int, **options: Any) -> Case:
 
 CASES = (
     _case(2048, quick=True),
+    _case(2048, is_causal=True, quick=True),
     _case(4096),
     _case(8192),
     _case(16384),
     _case(16384, is_causal=True),
 )
 # The time should grow like the length to the power of 1.5.
-LENGTHS = tuple(_case(n) for n in (2048, 4096, 8192, 16384, 32768, 65536))
+LENGTHS = tuple(_case(n, is_causal=c) for n in (2048, 4096, 8192, 16384, 32768, 65536) for c in (False, True))
 
 
-def clusters(length: int) -> int:
+Clusters = Callable[[int], int]  # by the length
+RoutesOf = Callable[[Case, Inputs], attnx.Routes]
+
+
+def root(length: int) -> int:
     """128 at 16384."""
     return round(math.sqrt(length))
 
 
-def cluster_size(length: int) -> int:
+def cluster_size(length: int, clusters: Clusters = root) -> int:
     return -(-length // clusters(length))
 
 
-def _centroids(case: Case) -> Tensor:
+def centroids(case: Case, device: torch.device, clusters: Clusters = root) -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    return torch.randn(case.heads, clusters(case.length_k), case.head_dim, generator=generator)
+    return torch.randn(case.heads, clusters(case.length_k), case.head_dim, generator=generator).to(device)
 
 
-def _options(routing: Any, case: Case) -> dict[str, Any]:
+def _options(routing: Any, case: Case, clusters: Clusters) -> dict[str, Any]:
     options = {"routing": routing, "is_causal": case.is_causal, "shared_qk": case.is_causal}
-    return options | ({"cluster_size": cluster_size(case.length_k)} if routing == "topk" else {})
+    return options | ({"cluster_size": cluster_size(case.length_k, clusters)} if routing == "topk" else {})
 
 
-def _ours(routing: Any) -> Prepare:
+def ours(routing: Any, clusters: Clusters = root) -> Prepare:
     def prepare(case: Case, inputs: Inputs) -> Attention:
-        centroids = _centroids(case)
-        return lambda q, k, v: attnx.routing_attention(q, k, v, centroids, **_options(routing, case))
+        around, options = centroids(case, inputs.query.device, clusters), _options(routing, case, clusters)
+        return lambda q, k, v: attnx.routing_attention(q, k, v, around, **options)
 
     return prepare
 
 
-def _routes(routing: Any, case: Case, inputs: Inputs) -> attnx.Routes:
-    """Of the inputs in float32, which holds them and their float64 copies alike, so that both have the same."""
-    query, key = inputs.query.float(), inputs.key.float()
-    return attnx.route(query, key, _centroids(case), **_options(routing, case))
+def routes_of(routing: Any, clusters: Clusters = root) -> RoutesOf:
+    """In a dtype that holds the inputs and their float64 copies alike, so that both have the same."""
+
+    def routes(case: Case, inputs: Inputs) -> attnx.Routes:
+        device = inputs.query.device
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # CUDA routes no float32
+        query, key = inputs.query.to(dtype), inputs.key.to(dtype)
+        return attnx.route(query, key, centroids(case, device, clusters), **_options(routing, case, clusters))
+
+    return routes
 
 
-def _given(case: Case, inputs: Inputs) -> Attention:
-    routes = _routes("topk", case, inputs)
-    return lambda q, k, v: attnx.routing_attention(q, k, v, routes, is_causal=case.is_causal)
+def given(routes_of: RoutesOf) -> Prepare:
+    def prepare(case: Case, inputs: Inputs) -> Attention:
+        routes = routes_of(case, inputs)
+        return lambda q, k, v: attnx.routing_attention(q, k, v, routes, is_causal=case.is_causal)
+
+    return prepare
 
 
-def _formula(routing: Any) -> Formula:
+def formula(routes_of: RoutesOf) -> Formula:
     def reference(case: Case, exact: Inputs) -> Attention:
-        routes = _routes(routing, case, exact)
+        routes = routes_of(case, exact)
         return lambda q, k, v: attnx.reference.routing_attention(q, k, v, routes, is_causal=case.is_causal)
 
     def eager(case: Case, inputs: Inputs) -> Attention:
-        routes = _routes(routing, case, inputs)
+        routes = routes_of(case, inputs)
 
         def head(query: Tensor, key: Tensor, value: Tensor, b: int, h: int) -> Tensor:
             total, count = torch.zeros_like(query), torch.zeros_like(query[:, :1])
@@ -106,15 +120,15 @@ def _formula(routing: Any) -> Formula:
     return Formula(reference, eager)
 
 
-_BALANCED, _NEAREST = _formula("topk"), _formula("argmax")
+BALANCED, NEAREST = formula(routes_of("topk")), formula(routes_of("argmax"))
 
 
 def _package(case: Case, inputs: Inputs) -> Attention:
     """KmeansAttention as in evaluation, without the update of its centroids, which ours leaves out here as well."""
     module = importlib.import_module("routing_transformer.routing_transformer")
-    sizes = clusters(case.length_k), cluster_size(case.length_k), case.heads, case.head_dim
+    sizes = root(case.length_k), cluster_size(case.length_k), case.heads, case.head_dim
     attention = module.KmeansAttention(*sizes, causal=case.is_causal, shared_qk=case.is_causal)
-    attention.kmeans.means.copy_(F.normalize(_centroids(case), dim=-1))
+    attention.kmeans.means.copy_(F.normalize(centroids(case, inputs.query.device), dim=-1))
     attention.kmeans.initted.fill_(True)
     attention = attention.to(inputs.query.dtype).requires_grad_(False).eval()
     call: Callable[..., tuple[Tensor, Tensor]] = attention
@@ -129,9 +143,9 @@ def _package_formula(case: Case, inputs: Inputs) -> Attention:
 
 _SDPA = Contender("sdpa", dense.SOFTMAX, dense.sdpa)
 _OURS = (
-    Contender("attnx-routing", _BALANCED, _ours("topk")),
-    Contender("attnx-routing-argmax", _NEAREST, _ours("argmax")),
-    Contender("attnx-routing-routes-given", _BALANCED, _given),
+    Contender("attnx-routing", BALANCED, ours("topk")),
+    Contender("attnx-routing-argmax", NEAREST, ours("argmax")),
+    Contender("attnx-routing-routes-given", BALANCED, given(routes_of("topk"))),
 )
 _PACKAGE = (
     (Contender("routing-transformer", Formula(_package_formula, _package_formula), _package),)

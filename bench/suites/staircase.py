@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnx
 import attnx.reference
 from suite import Attention, Case, Contender, Formula, Inputs, Prepare, Suite
-from suites import dense
+from suites import dense, peers
 
 
 def _case(length: int, quick: bool = False, **options: Any) -> Case:
@@ -29,11 +32,19 @@ CASES = (
     _case(32768, length_q=8),
     _case(8192, heads=8, head_dim=64),
 )
+GPU_CASES = tuple(_case(n, quick=n == 8192, batch=b) for n in (131072, 32768, 8192) for b in (1, 8))
+BACKENDS = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
 
 
 def _cache(inputs: Inputs, **layout: Any) -> attnx.StaircaseCache:
     batch, heads, length, head_dim = inputs.key.shape
-    cache = attnx.StaircaseCache(batch, heads, head_dim, length, dtype=inputs.key.dtype, **layout)
+    options: dict[str, Any] = {"dtype": inputs.key.dtype, "device": inputs.key.device} | layout
+    cache = attnx.StaircaseCache(batch, heads, head_dim, length, **options)
     cache.append(inputs.key, inputs.value)
     return cache
 
@@ -79,16 +90,72 @@ def _math(case: Case, inputs: Inputs) -> Attention:
     return attention
 
 
+def _fastest(case: Case, inputs: Inputs) -> Attention:
+    """scaled_dot_product_attention by the backend that is fastest here, of those that take the case."""
+    attention = dense.sdpa(case, inputs)
+
+    def by(backend: SDPBackend) -> Attention:
+        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return attention(query, key, value)
+
+        return call
+
+    def seconds(call: Attention) -> float:
+        synchronize = torch.cuda.synchronize if inputs.query.is_cuda else lambda: None
+        samples = []
+        with torch.no_grad():
+            for _ in range(5):
+                synchronize()
+                start = time.perf_counter()
+                call(*inputs)
+                synchronize()
+                samples.append(time.perf_counter() - start)
+        return min(samples[1:])
+
+    times: dict[SDPBackend, float] = {}
+    for backend in BACKENDS:
+        try:
+            times[backend] = seconds(by(backend))
+        except RuntimeError:  # no kernel of it takes the case
+            continue
+    return by(min(times, key=lambda backend: times[backend]))
+
+
+def _flash_cache(case: Case, inputs: Inputs) -> Attention:
+    """FlashAttention's decoding, of a cache that lies as it wants it."""
+    function = importlib.import_module("flash_attn").flash_attn_with_kvcache
+    keys, values = (x.transpose(1, 2).contiguous() for x in inputs[1:])
+    return lambda query, key, value: function(query.transpose(1, 2), keys, values).transpose(1, 2)
+
+
+_STAIRCASES = (
+    Contender("attnx-staircase", _formula(), _staircase()),
+    Contender("attnx-4-bits", _formula(levels=(16, 4)), _staircase(levels=(16, 4))),
+    Contender("attnx-softmax", dense.SOFTMAX, dense.softmax),
+)
 SUITE = Suite(
     name="staircase",
     cases=CASES,
     contenders=(
-        Contender("attnx-staircase", _formula(), _staircase()),
-        Contender("attnx-4-bits", _formula(levels=(16, 4)), _staircase(levels=(16, 4))),
-        Contender("attnx-softmax", dense.SOFTMAX, dense.softmax),
+        *_STAIRCASES,
         Contender("sdpa", dense.SOFTMAX, dense.sdpa),
         Contender("grouped-matmul", dense.SOFTMAX, _math),
     ),
     baseline="sdpa",
+    memory_case=_case(32768),
+)
+
+_PEERS = {"flash_attn": Contender("flash-attn-kvcache", dense.SOFTMAX, _flash_cache)}
+
+GPU_SUITE = Suite(
+    name="staircase-gpu",
+    cases=GPU_CASES,
+    contenders=(
+        *_STAIRCASES,
+        Contender("sdpa-fastest", dense.SOFTMAX, _fastest),
+        *(contender for module, contender in _PEERS.items() if peers.is_installed(module)),
+    ),
+    baseline="sdpa-fastest",
     memory_case=_case(32768),
 )
