@@ -118,6 +118,13 @@ def test_the_host_touches_no_device_memory(call: str, preloaded: str) -> None:
     assert {name: x for name, x in found.items() if x[0]} == {}
 
 
+def test_a_touch_is_seen(preloaded: str) -> None:
+    """Where checks look at values in host memory, which they do on the host, this is counted."""
+    found = touches("staircase", preloaded)
+    assert all(found[name][0] > 0 for name in CALLS["staircase"]), found
+    assert "libattnx" in found["staircase_append_"][1]
+
+
 def test_the_library_calls_nothing_that_waits_or_allocates() -> None:
     library = Path(attnx.__file__).parent / "libattnx.so"
     table = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout

@@ -313,6 +313,21 @@ def test_autocast(dtype: torch.dtype, device: torch.device) -> None:
     assert torch.equal(output, expected)
 
 
+def test_autocast_of_either_device(dtype: torch.dtype, device: torch.device) -> None:
+    """The rule of a GPU's autocast, which tensors of the emulator do not come by, casts alike."""
+    key, value = tokens(70, device=device)
+    caches = [attnx.StaircaseCache(2, 2, 64, 200, dtype=dtype, device=device, **SMALL) for _ in range(2)]
+    caches[0].append(key.to(dtype), value.to(dtype))
+    cast = torch._C.DispatchKey.AutocastCUDA
+    ops, layout = torch.ops.attnx, caches[1]._layout
+    ops.staircase_append_.default._op_dk(cast, *caches[1]._memory, key, value, None, *layout)
+    assert same(*caches)
+    options = ("softmax", "none", 0.0, None, True)
+    query = key.repeat(1, 2, 1, 1)
+    output, _ = ops.staircase_attention.default._op_dk(cast, query, *caches[1]._memory, None, None, *layout, *options)
+    assert output.dtype == dtype
+
+
 @pytest.mark.backends("cuda")  # the emulator captures no graphs
 def test_a_captured_step_replays_at_any_length(dtype: torch.dtype, device: torch.device) -> None:
     """Tokens come, windows fill, and one is cut open, in replays: lengths and slots lie in device memory alone."""
