@@ -233,6 +233,18 @@ def test_integers_of_numpy_are_integers(backend: object) -> None:
     assert repr(cache(window=np.int64(64))) == repr(cache(window=64))
 
 
+@pytest.mark.parametrize(("rule", "value"), [("length", 0.0), ("row", 0.0), ("none", 0.5)])
+def test_operators_refuse_a_bias_of_softmax(rule: str, value: float, backend: object) -> None:
+    """As the functions do, for every operator that has a choice of scores."""
+    lists = MASK.kv_num_blocks, MASK.kv_indices
+    with pytest.raises(
+        RuntimeError, match=f"^bias: expected none with score softmax, got bias_rule {rule} and bias_val"
+    ):
+        torch.ops.attnx.block_sparse_attention(
+            *INPUTS.values(), *lists, None, None, 64, 64, "softmax", rule, value, None, False
+        )
+
+
 def test_memory_that_is_not_there_is_named(backend: object) -> None:
     """More than an address has bits for, of which the query, expanded, takes next to none."""
     query, key = torch.zeros(1, 1, 1, 64).expand(1, 1000, 10**9, 64), torch.zeros(1, 1000, 4, 64)
