@@ -95,7 +95,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], list[tuple[dict[str, 
             ({"critical": torch.tensor(0.5)}, "critical: expected a share of the blocks from 0 to 1, got a tensor of "),
             ({"negligible": [0.1]}, "negligible: expected a share of the blocks from 0 to 1, got [0.1]"),
             ({"block_size": (64.0, 64)}, "block_size: expected 64 or 128 on each side, got (64.0, 64)"),
-            ({"protect": 2**70}, f"protect: expected an int from 0 to {2**63 - 1}, got {2**70}"),
+            ({"protect": 0.5}, "protect: expected a number of keys, 0 or more, got 0.5"),
             ({"smooth_k": "no"}, "smooth_k: expected True or False, got 'no'"),
             ({"scale": torch.tensor(1.0)}, "scale: expected None or a number, got a tensor of shape ()"),
             ({"feature_map": None}, "feature_map: expected a string, got None"),
@@ -226,9 +226,32 @@ def test_integers_of_numpy_are_integers(backend: object) -> None:
     assert attnx.sparse_linear_block_map(**ROWS, **shares) == attnx.sparse_linear_block_map(
         **ROWS, critical=0.5, protect=3
     )
+    every = attnx.sparse_linear_block_map(**ROWS, protect=2**70)  # more than an operator's int holds
+    assert bool((every.labels == 1).all())
     sampled = attnx.probabilistic_block_mask(*(np.int64(n) for n in (1, 2, 3, 4)), seed=np.int64(3), offset=np.int8(0))
     assert sampled == attnx.probabilistic_block_mask(1, 2, 3, 4, seed=3, offset=0)
     assert repr(cache(window=np.int64(64))) == repr(cache(window=64))
+
+
+@pytest.mark.parametrize(("rule", "value"), [("length", 0.0), ("row", 0.0), ("none", 0.5)])
+def test_operators_refuse_a_bias_of_softmax(rule: str, value: float, backend: object) -> None:
+    """As the functions do, for every operator that has a choice of scores."""
+    lists = MASK.kv_num_blocks, MASK.kv_indices
+    with pytest.raises(
+        RuntimeError, match=f"^bias: expected none with score softmax, got bias_rule {rule} and bias_val"
+    ):
+        torch.ops.attnx.block_sparse_attention(
+            *INPUTS.values(), *lists, None, None, 64, 64, "softmax", rule, value, None, False
+        )
+
+
+def test_memory_that_is_not_there_is_named(backend: object) -> None:
+    """More than an address has bits for, of which the query, expanded, takes next to none."""
+    query, key = torch.zeros(1, 1, 1, 64).expand(1, 1000, 10**9, 64), torch.zeros(1, 1000, 4, 64)
+    with pytest.raises(RuntimeError) as error:
+        attnx.softmax_attention(query, key, key)
+    expected = "memory: expected 2.56e+14 bytes on cpu for a result of shape (1, 1000, 1000000000, 64), got none"
+    assert str(error.value) == expected
 
 
 # Gradients of what may be a number or a tensor ------------------------------------------------------------------------

@@ -92,6 +92,9 @@ inline void read_window(const Causal& causal, AttentionParams& params) {
 void read_bias(const std::string& rule, double value, AttentionParams& params);
 inline void read_score(const ScoreOptions& options, AttentionParams& params) {
   params.score = read_score(options.score);
+  check(!is_normalised(params.score) || (options.bias_rule == "none" && options.bias_value == 0),
+        "bias: expected none with score ", options.score, ", got bias_rule ", options.bias_rule, " and bias_value ",
+        options.bias_value);
   read_bias(options.bias_rule, options.bias_value, params);
 }
 // A sink turns softmax into softmax with a sink; no other score has one. The score is read before.

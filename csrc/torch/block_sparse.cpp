@@ -1,7 +1,5 @@
 // This file registers torch.ops.attnx.block_sparse_attention and its backward, which apply either score to the blocks
 // that a list names.
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <tuple>
 
@@ -115,7 +113,7 @@ BlockBiasGradient empty_block_bias(const Target& target, const KeyLists& lists, 
   std::vector<std::int64_t> shape{0};
   const bool wanted = lists.block_bias && !target.on_cuda();
   if (wanted) shape = {p.batch, p.heads_q, blocks_of(p.length_q, p.block_q), p.key_blocks.width};
-  BlockBiasGradient gradient{torch::stable::new_zeros(target.tensor, shape, ScalarType::Double)};
+  BlockBiasGradient gradient{make_zeros(target.tensor, shape, ScalarType::Double)};
   if (wanted) p.grad_block_bias = data<double>(gradient.grad_block_bias);
   return gradient;
 }

@@ -91,9 +91,7 @@ void check_sizes(const Draw& draw, std::int64_t blocks_per_row, const BlockGrid&
 
 SampledBlocks empty_lists(const StableTensor& like, std::int64_t batch, std::int64_t heads, std::int64_t rows,
                           std::int64_t width, bool with_corrections) {
-  const auto empty = [&](std::vector<std::int64_t> shape, ScalarType dtype) {
-    return torch::stable::new_empty(like, shape, dtype);
-  };
+  const auto empty = [&](std::vector<std::int64_t> shape, ScalarType dtype) { return make_empty(like, shape, dtype); };
   SampledBlocks blocks{
       {empty({batch, heads, rows}, ScalarType::Int), empty({batch, heads, rows, width}, ScalarType::Int)}, {}};
   if (with_corrections) blocks.corrections = empty({batch, heads, rows, width}, ScalarType::Float);

@@ -82,7 +82,7 @@ void check_heads(const Rows& x) {
 }
 
 StableTensor empty_ints(const StableTensor& like, const std::vector<std::int64_t>& shape) {
-  return torch::stable::new_empty(like, shape, ScalarType::Int);
+  return make_empty(like, shape, ScalarType::Int);
 }
 
 StableTensor find_nearest(const RouteParams& route, const StableTensor& rows) {
@@ -169,8 +169,8 @@ Statistics centroid_sums(const Rows& x) {
   check_heads(x);
   const StableTensor& centroids = x.centroids;
   const std::vector shape{centroids.size(0), centroids.size(1)};
-  const StableTensor sums = torch::stable::new_zeros(centroids, centroids.sizes(), ScalarType::Double);
-  const StableTensor counts = torch::stable::new_zeros(centroids, shape, ScalarType::Double);
+  const StableTensor sums = make_zeros(centroids, centroids.sizes(), ScalarType::Double);
+  const StableTensor counts = make_zeros(centroids, shape, ScalarType::Double);
   for (const auto& [name, rows] : {std::pair("query", &x.query), std::pair("key", &x.key)}) {
     CentroidSumsParams p{read_rows(name, *rows, centroids)};
     const StableTensor nearest = find_nearest(p, *rows);
@@ -180,7 +180,7 @@ Statistics centroid_sums(const Rows& x) {
     run(p, {kSystem, *rows});
   }
   const auto half = [&](const StableTensor& whole) {
-    StableTensor result = torch::stable::new_empty(whole, whole.sizes(), ScalarType::Float);
+    StableTensor result = make_empty(whole, whole.sizes(), ScalarType::Float);
     run(HalveSumsParams{.count = whole.numel(), .sums = data<double>(whole), .halves = data<float>(result)},
         {kSystem, centroids});
     return result;

@@ -142,8 +142,7 @@ Outputs forward(const Inputs& x, const Routes& routes, const Memory& memory, con
   Gather gather;
   read(target, x, routes, memory, options, causal, p, gather);
   // Slots that a head does not use hold 0.
-  Outputs y{empty_rows(x.query, p.value_dim),
-            torch::stable::new_zeros(x.query, routes.query_indices.sizes(), sum_type(x.query))};
+  Outputs y{empty_rows(x.query, p.value_dim), make_zeros(x.query, routes.query_indices.sizes(), sum_type(x.query))};
   p.output = view_rows(y.output);
   if (is_normalised(p.score)) p.logsumexp = {y.logsumexp.data_ptr(), 0, 0, 1};
   run(p, target);
@@ -177,9 +176,8 @@ std::tuple<InputGradients, MemoryGradients> backward(const OutputGradients& grad
     p.grad_logsumexp = grad_logsumexp;
   }
   const InputGradients of_inputs = empty_gradients(x, p);
-  const MemoryGradients of_memory{
-      torch::stable::new_empty(x.query, std::vector{p.heads_k, gather.memory, p.head_dim}),
-      torch::stable::new_empty(x.query, std::vector{p.heads_k, gather.memory, p.value_dim})};
+  const MemoryGradients of_memory{make_empty(x.query, std::vector{p.heads_k, gather.memory, p.head_dim}),
+                                  make_empty(x.query, std::vector{p.heads_k, gather.memory, p.value_dim})};
   p.grad_memory_key = view_memory(of_memory.grad_memory_key);
   p.grad_memory_value = view_memory(of_memory.grad_memory_value);
   run(p, target);

@@ -34,7 +34,7 @@ StableTensor labels(const Arguments& a) {
   if (target.on_cuda() || products.scalar_type() != ScalarType::Double)
     check_dtype("products", products, ScalarType::Float, target.on_cuda() ? "" : " or float64");
   check_contiguous("products", products);
-  StableTensor result = torch::stable::new_empty(products, products.sizes(), ScalarType::Char);
+  StableTensor result = make_empty(products, products.sizes(), ScalarType::Char);
   run(LabelBlocksParams{.grid = grid,
                         .heads = products.size(0) * products.size(1),
                         .dtype = to_dtype(products.scalar_type()),

@@ -33,7 +33,7 @@ StableTensor block_map(const QueryAndKey& x, const Layout& layout, const BlockSi
   p.smooth_k = options.smooth_k;
   p.shares = read_shares(options.critical, options.negligible, options.protect);
   const std::vector shape{p.batch, p.heads_q, blocks_of(p.length_q, p.block_q), blocks_of(p.length_k, p.block_k)};
-  StableTensor labels = torch::stable::new_empty(x.query, shape, ScalarType::Char);
+  StableTensor labels = make_empty(x.query, shape, ScalarType::Char);
   p.labels = data<std::int8_t>(labels);
   if (labels.numel() > 0) run(p, target);
   return labels;

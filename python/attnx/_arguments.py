@@ -12,8 +12,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-LARGEST = 2**63 - 1  # that operators take
-
 
 def refuse(name: str, expected: str, got: object) -> NoReturn:
     raise RuntimeError(f"{name}: expected {expected}, got {describe(got)}")
@@ -51,9 +49,10 @@ def needs_no_gradient(name: str, x: Tensor, why: str) -> None:
         raise RuntimeError(f"{name}: expected a tensor that needs no gradient, as {why}, got one that does")
 
 
-def integer(name: str, x: Any, low: int | None = None, high: int | None = None) -> int:
+def integer(name: str, x: Any, low: int | None = None, high: int | None = None, expected: str | None = None) -> int:
     """Any integer, those of numpy too, within bounds that are included."""
     bounds = "an int" if low is None else f"an int, {low} or more" if high is None else f"an int from {low} to {high}"
+    bounds = expected or bounds
     if isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool):
         number = x
     elif isinstance(x, (bool, Tensor)) or not hasattr(x, "__index__"):

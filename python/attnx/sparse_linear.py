@@ -26,6 +26,8 @@ LinearScope: TypeAlias = Literal["marginal", "noncritical", "all"]
 
 _ops = torch.ops.attnx
 
+_MANY = 2**62  # more keys than there are, in an int that operators take
+
 CRITICAL, MARGINAL, NEGLIGIBLE = 1, 0, -1
 
 
@@ -81,7 +83,8 @@ def _shares(critical: float, negligible: float) -> tuple[float, float]:
 
 
 def _protect(protect: int) -> int:
-    return _arguments.integer("protect", protect, 0, _arguments.LARGEST)
+    keys = _arguments.integer("protect", protect, 0, expected="a number of keys, 0 or more")
+    return keys if keys < _MANY else _MANY
 
 
 def _scale(scale: float | None) -> float | None:

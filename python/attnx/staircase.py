@@ -206,8 +206,10 @@ class StaircaseCache:
 
     def bits(self, sequence: int = 0) -> Tensor:
         """(length,) int64: how many bits the numbers of each token have, the oldest first."""
-        sequence = _arguments.integer("sequence", sequence, 0, self.batch_size - 1)
+        sequence = _arguments.integer("sequence", sequence)
         with self._alone():
+            if not 0 <= sequence < self.batch_size:
+                raise RuntimeError(f"sequence: expected from 0 to {self.batch_size - 1}, got {sequence}")
             length, _, *refined = self._memory.state[sequence].tolist()
         age = self._windows(length) - torch.arange(length) // self.window  # below 1 in the tail
         bits = torch.full((length,), self.levels[-1])
@@ -325,7 +327,9 @@ class StaircaseCache:
 
     def expand(self, beams: int) -> None:
         """Makes so many sequences of each, one after the other, as the start of a beam search does."""
-        beams = _arguments.integer("beams", beams, 1)
+        beams = _arguments.integer("beams", beams)
+        if beams < 1:
+            raise RuntimeError(f"beams: expected at least 1, got {beams}")
         with self._alone():
             self.reorder(torch.arange(self.batch_size, device=self.device).repeat_interleave(beams))
 

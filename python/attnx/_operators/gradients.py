@@ -97,8 +97,10 @@ def _function(name: str, save: Callable[..., None], gradient: Callable[..., Any]
             return function.apply(keys, *args)
         # The kernel is called once for each transform, innermost first, and records for that alone, so a function of
         # one level is what belongs here. Function.apply takes it for a call from outside of all transforms.
-        from torch._functorch.autograd_function import enable_single_level_autograd_function
-
+        try:
+            from torch._functorch.autograd_function import enable_single_level_autograd_function
+        except ImportError:
+            raise NotImplementedError(f"{name}: no gradient in a transform of torch.func under this torch") from None
         with enable_single_level_autograd_function():
             return super(torch.autograd.Function, function).apply(keys, *args)
 
