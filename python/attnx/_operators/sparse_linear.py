@@ -89,7 +89,8 @@ def _check_block_size(block_q: int, block_k: int) -> None:
 
 
 def _check_rows(query: Tensor, key: Tensor, rank: int) -> None:
-    row = next(row for row in _capability.table() if row.operator == "sparse_linear_attention" and row.backend == "cpu")
+    served = ("sparse_linear_attention", "cpu")
+    row = next(row for row in _capability.table() if (row.operator, row.backend) == served)
     layout = "(batch, heads, length, head_dim)" if rank == 4 else "(rows, heads, head_dim)"
     for name, x in (("query", query), ("key", key)):
         expect(x.dim() == rank, name, f"{rank} dimensions, {layout}", f"shape {tuple(x.shape)}")
