@@ -62,7 +62,7 @@ _POOLED_TOGETHER = 2048
 
 
 def _mean_of_halves(x: Tensor) -> Tensor:
-    """The mean over the last dimension but one, a power of two: half of it is added to the other half until one is left.
+    """The mean over the last dimension but one, a power of two: one half is added to the other until one row is left.
 
     The mean of equal tokens is that token then, however many they are, as no sum of them is rounded.
     """
