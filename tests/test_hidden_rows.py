@@ -14,7 +14,7 @@ from cases import DTYPES, Shape, random_inputs, random_parameter
 from compare import forward_backward
 from test_block_sparse import eager
 
-SHAPE = Shape(length_q=200, length_k=330, head_dim=32, batch=2, heads=4, kv_heads=2)
+SHAPE = Shape(length_q=200, length_k=330, head_dim=64, batch=2, heads=4, kv_heads=2)
 SCORES = ["softmax", "softmax_sink", "sigmoid"]
 HIDDEN, VISIBLE = 1, 0  # blocks of queries: one that sees nothing, and one that sees some
 
@@ -70,8 +70,8 @@ def test_logsumexp_of_hidden_blocks(dtype: torch.dtype, device: torch.device) ->
 @pytest.mark.parametrize("length_q", [1, 3, 130], ids=str)
 def test_logits_beyond_the_range(length_q: int, is_causal: bool, dtype: torch.dtype, device: torch.device) -> None:
     """The products of the first row and every key are -1e38, times 10: -inf in float32."""
-    query = torch.zeros(1, 1, length_q, 16, dtype=dtype, device=device)
-    key, value = torch.zeros(1, 1, 150, 16, dtype=dtype, device=device), torch.ones(1, 1, 150, 16, dtype=dtype)
+    query = torch.zeros(1, 1, length_q, 64, dtype=dtype, device=device)
+    key, value = torch.zeros(1, 1, 150, 64, dtype=dtype, device=device), torch.ones(1, 1, 150, 64, dtype=dtype)
     size = min(1e38, torch.finfo(dtype).max / 2)
     query[:, :, 0, 0], key[..., 0] = 1, -size
     scale = 1e39 / size
@@ -102,7 +102,7 @@ def test_logits_beyond_the_range_of_float64(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sigmoid_reaches_zero(dtype: torch.dtype, length_q: int, where: str, device: torch.device) -> None:
     """Weights of -inf are 0, so that no value is large enough to show."""
-    inputs, grad = random_inputs(Shape(length_q=length_q, length_k=130, head_dim=32), dtype, device)
+    inputs, grad = random_inputs(Shape(length_q=length_q, length_k=130, head_dim=64), dtype, device)
     inputs["value"] = torch.full_like(inputs["value"], torch.finfo(dtype).max / 4)
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     if where == "bias":

@@ -62,7 +62,7 @@ _POOLED_TOGETHER = 2048
 
 
 def _mean_of_halves(x: Tensor) -> Tensor:
-    """The mean over the last dimension but one, a power of two: half of it is added to the other half until one is left.
+    """The mean over the last dimension but one, a power of two: one half is added to the other until one row is left.
 
     The mean of equal tokens is that token then, however many they are, as no sum of them is rounded.
     """
@@ -89,7 +89,8 @@ def _check_block_size(block_q: int, block_k: int) -> None:
 
 
 def _check_rows(query: Tensor, key: Tensor, rank: int) -> None:
-    row = next(row for row in _capability.table() if row.operator == "sparse_linear_attention" and row.backend == "cpu")
+    served = ("sparse_linear_attention", "cpu")
+    row = next(row for row in _capability.table() if (row.operator, row.backend) == served)
     layout = "(batch, heads, length, head_dim)" if rank == 4 else "(rows, heads, head_dim)"
     for name, x in (("query", query), ("key", key)):
         expect(x.dim() == rank, name, f"{rank} dimensions, {layout}", f"shape {tuple(x.shape)}")
