@@ -21,6 +21,18 @@ std::int64_t most_turns(const StaircaseLayout& layout) {
          ceil_div(layout.tail_tokens(), kTailTokens);
 }
 
+// Blocks of all tiles are there at a time, if their shares still fill multiprocessors alike; else shares are smaller.
+std::int64_t splits_of(std::int64_t tiles, std::int64_t most, int blocks_per_sm) {
+  const std::int64_t multiprocessors = current_device().sm_count, slots = multiprocessors * blocks_per_sm;
+  const auto uneven = [&](std::int64_t splits) {
+    const std::int64_t blocks = tiles * splits;
+    return blocks * 10 < ceil_div(blocks, multiprocessors) * multiprocessors * 9;
+  };
+  std::int64_t splits = std::max<std::int64_t>(slots / tiles, 1);
+  while (uneven(splits) && (splits + 1) * tiles <= 4 * slots) ++splits;
+  return std::min(splits, most);
+}
+
 struct DecodePlan {
   int rows = 0;  // of a block
   std::int64_t row_blocks = 0, tiles = 0, splits = 1;
@@ -39,8 +51,7 @@ DecodePlan make_plan(const ForwardParams& p, void* workspace) {
   plan.row_blocks = ceil_div(all_rows, plan.rows);
   plan.tiles = p.batch * p.heads_k * plan.row_blocks;
   if (plan.tiles == 0) return plan;
-  const std::int64_t slots = std::int64_t(current_device().sm_count) * decode_blocks_per_sm(layout.head_dim, row_tiles);
-  plan.splits = std::clamp<std::int64_t>(slots / plan.tiles, 1, most_turns(layout));
+  plan.splits = splits_of(plan.tiles, most_turns(layout), decode_blocks_per_sm(layout.head_dim, row_tiles));
   if (plan.splits == 1) return plan;
   WorkspaceLayout memory;
   const std::int64_t rows = plan.tiles * plan.splits * plan.rows;

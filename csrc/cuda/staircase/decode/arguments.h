@@ -14,7 +14,7 @@ inline constexpr int kTailTokens = 16;    // of a tile of the tail: M of mma.m16
 
 // So many blocks are on a multiprocessor at a time, by what their registers and shared memory leave room for.
 inline constexpr int decode_blocks_per_sm(std::int64_t head_dim, int tiles) {
-  return tiles * head_dim <= 256 ? 3 : 2;
+  return tiles <= 2 && tiles * head_dim <= 256 ? 3 : 2;
 }
 
 // This is what blocks leave to the last one of those that share rows. Each array starts with [row block][split].

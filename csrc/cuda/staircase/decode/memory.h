@@ -26,7 +26,7 @@ struct DecodeMemory {
   static constexpr int kStages = most_stage(4) <= 8192 ? 4 : 3;
 
   // Few rows leave room for three blocks on a multiprocessor of an H100, and all for one on the least one.
-  static constexpr int kMost = kTiles <= 2 ? 74 << 10 : 96 << 10;
+  static constexpr int kMost = kTiles <= 2 ? 74 << 10 : 94 << 10;
   static constexpr int total(int tiles) { return kStages * most_stage(tiles) + kQuery + 2 * weights(tiles); }
   static constexpr int kTurnTiles = total(4) <= kMost ? 4 : total(2) <= kMost ? 2 : 1;
 

@@ -30,9 +30,11 @@ class DecodeMerge {
   // are alike.
   __device__ void finish_row(const Parts& from, int row, float2* to) const {
     float max = -INFINITY, sum = 0;
+#pragma unroll 1
     for (int i = threadIdx.x % 32; i < from.count; i += 32) max = fmaxf(max, from.ends[i * Memory::kRows + row].x);
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, step));
+#pragma unroll 1
     for (int i = threadIdx.x % 32; i < from.count; i += 32) {
       const float2 own = from.ends[i * Memory::kRows + row];
       sum = fmaf(exp2_approx(own.x - max), own.y, sum);
@@ -49,6 +51,7 @@ class DecodeMerge {
 
   __device__ void finish(const Parts& from) const {
     float2* const of_row = reinterpret_cast<float2*>(memory_ + Memory::kScalesAt / 4);
+#pragma unroll 1
     for (int row = int(threadIdx.x) / 32; row < place_.rows; row += kDecodeWarps) finish_row(from, row, of_row);
     __syncthreads();
     const std::uint32_t chunks = dim_ / 4;
@@ -78,8 +81,10 @@ class DecodeMerge {
   // A block leaves its sums in global memory. It returns whether it is the last one.
   __device__ bool share() const {
     const Parts from = own(), to = of_block(place_.split);
+#pragma unroll 1
     for (int i = threadIdx.x; i < place_.rows * dim_ / 4; i += blockDim.x)
       reinterpret_cast<float4*>(const_cast<float*>(to.sums))[i] = reinterpret_cast<const float4*>(from.sums)[i];
+#pragma unroll 1
     for (int i = threadIdx.x; i < place_.rows; i += blockDim.x) const_cast<float2*>(to.ends)[i] = from.ends[i];
     __threadfence();
     __syncthreads();

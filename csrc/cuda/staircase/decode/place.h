@@ -45,7 +45,7 @@ struct DecodePlace {
     rows = min(most_rows, length_q * args.heads_on_key_head.divisor() - first_row);
     visible = rows > 0 ? end(args, rows - 1) : 0;
 
-    windows = int(layout.windows_of(length));
+    windows = args.window_tiles.divide(max(0, length - int(layout.residual)) / kDecodeTokens);
     tail_first = windows * int(layout.window);
     const int refined = layout.planes > 1 ? int(state.refined(1)) : 0;
     const int tiles = (min(tail_first, visible) + kDecodeTokens - 1) / kDecodeTokens;

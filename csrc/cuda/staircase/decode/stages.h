@@ -18,8 +18,17 @@ class DecodeStages {
 
   const DecodeArguments& args_;
   const DecodePlace& place_;
+  // They are of keys; those of values follow a matrix later. They are computed once: there are registers for them.
+  const std::uint32_t *codes_, *ranges_;
   std::uint32_t memory_;
   int dim_;
+
+  __device__ __forceinline__ const std::uint32_t* codes(int which) const {
+    return codes_ + which * args_.cache.layout.words;
+  }
+  __device__ __forceinline__ const std::uint32_t* ranges(int which) const {
+    return ranges_ + which * args_.matrix_ranges;
+  }
 
   // The number of chunks of 16 bytes is known up to how far the head dimension is padded.
   template <int kMostBytes>
@@ -34,17 +43,13 @@ class DecodeStages {
   // Codes of the first plane lie in order of the tokens.
   template <int kMostTiles>
   __device__ __forceinline__ void copy_codes(std::uint32_t to, int which, const DecodeTurn& turn) const {
-    copy<Memory::codes(kMostTiles, kBits)>(
-        to, args_.cache.codes_of(place_.batch, place_.head_k, which) + std::int64_t(turn.tile()) * dim_ * kBits,
-        turn.tiles * dim_ * kBits / 4);
+    copy<Memory::codes(kMostTiles, kBits)>(to, codes(which) + std::int64_t(turn.tile()) * dim_ * kBits,
+                                           turn.tiles * dim_ * kBits / 4);
   }
 
   // So do ranges of keys. Ranges of values do within a window and a group of channels.
   template <DecodeKind kKind, int kMostTiles>
   __device__ __forceinline__ void copy_ranges(std::uint32_t stage, const DecodeTurn& turn) const {
-    const auto ranges = [&](int which) {
-      return reinterpret_cast<const std::uint32_t*>(args_.cache.ranges_of(place_.batch, place_.head_k, which));
-    };
     const int group = args_.group_tiles.divide(turn.tile());
     const int count = args_.group_tiles.divide(turn.tile() + turn.tiles - 1) - group + 1;
     copy<kMostTiles * kHeadDim * 4>(stage + Memory::template key_ranges_at<kKind>(),
@@ -62,20 +67,20 @@ class DecodeStages {
     }
   }
 
-  // A further plane follows those before it.
+  // A further plane follows those before it. Windows have slots in turn.
   __device__ __forceinline__ void copy_planes(std::uint32_t to, int which, const DecodeTurn& turn, int planes) const {
     const StaircaseLayout& layout = args_.cache.layout;
     int window = turn.tile();
     const int token = args_.window_tiles.split(window) * kDecodeTokens;
-    const std::uint32_t* const codes = args_.cache.codes_of(place_.batch, place_.head_k, which);
     int before = kBits;
 #pragma unroll 1
     for (int p = 1; p < planes; ++p) {
-      copy<Memory::codes(1, 4)>(to + before * dim_ * 4,
-                                codes + layout.plane[p].offset +
-                                    place_.state.slot(layout, p, window) * layout.window_words(p) +
-                                    layout.block_offset(p, token, 0),
-                                before * dim_ / 4);
+      int slot = int(place_.state.newest(p)) - (place_.windows - window - 1);
+      if (slot < 0) slot += int(layout.plane[p].slots);
+      copy<Memory::codes(1, 4)>(
+          to + before * dim_ * 4,
+          codes(which) + layout.plane[p].offset + slot * layout.window_words(p) + layout.block_offset(p, token, 0),
+          before * dim_ / 4);
       before *= 2;
     }
   }
@@ -94,7 +99,13 @@ class DecodeStages {
 
  public:
   __device__ __forceinline__ DecodeStages(const DecodeArguments& args, const DecodePlace& place, std::uint32_t memory)
-      : args_(args), place_(place), memory_(memory), dim_(int(args.cache.layout.head_dim)) {}
+      : args_(args),
+        place_(place),
+        codes_(fresh(args.cache.codes_of(place.batch, place.head_k, kKeyMatrix))),
+        ranges_(fresh(reinterpret_cast<std::uint32_t*>(args.cache.ranges) +
+                      args.cache.matrix(place.batch, place.head_k, kKeyMatrix) * args.matrix_ranges)),
+        memory_(memory),
+        dim_(int(args.cache.layout.head_dim)) {}
 
   __device__ __forceinline__ std::uint32_t at(int stage) const { return memory_ + stage * Memory::kStage; }
 

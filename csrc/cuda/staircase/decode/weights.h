@@ -68,13 +68,19 @@ struct DecodeWeights {
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int i = 0; i < 4; ++i) highest[i % 2] = fmaxf(highest[i % 2], s[m][i]);
-#pragma unroll
-    for (float& x : highest)
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+    // Maxima rise in the first turns and seldom later, so that most turns reduce none.
     const float2 before = load_shared_pair(max_of(row(tile)));
-    const float own[2] = {fmaxf(before.x, ceilf(highest[0]) - kDecodeWeightLog2),
-                          fmaxf(before.y, ceilf(highest[1]) - kDecodeWeightLog2)};
+    float own[2] = {before.x, before.y};
+    const bool risen =
+        __any_sync(~0u, highest[0] > before.x + kDecodeWeightLog2 || highest[1] > before.y + kDecodeWeightLog2);
+    if (risen) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) highest[c] = fmaxf(highest[c], __shfl_xor_sync(~0u, highest[c], step));
+        own[c] = fmaxf(own[c], ceilf(highest[c]) - kDecodeWeightLog2);
+      }
+    }
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -83,12 +89,11 @@ struct DecodeWeights {
       store_shared(maxima(parity, warp(), row(tile)), __float_as_uint(own[0]));
       store_shared(maxima(parity, warp(), row(tile)) + 4, __float_as_uint(own[1]));
     }
-    return own[0] != before.x || own[1] != before.y;
+    return risen;
   }
 
   // Each warp tells the others whether its maxima have risen, and reads whether any has.
   __device__ __forceinline__ void tell(bool risen, int parity) const {
-    risen = __any_sync(~0u, risen);
     if (threadIdx.x % 32 == 0) store_shared(memory + Memory::kRisenAt + (parity * kDecodeWarps + warp()) * 4, risen);
   }
   __device__ __forceinline__ bool risen(int parity) const {
@@ -100,6 +105,7 @@ struct DecodeWeights {
   // with.
   __device__ __forceinline__ float highest(int parity, int warps, int row) const {
     float x = -INFINITY;
+#pragma unroll 1
     for (int w = 0; w < warps; ++w) x = fmaxf(x, __uint_as_float(load_shared_word(maxima(parity, w, row))));
     return x;
   }
