@@ -186,7 +186,6 @@ NUMBERS = [
     Bad("bias_nan", {"bias": torch.tensor([0.0, 0, 0, math.nan])}, "bias", "number for each head", "nan at 3"),
     Bad("bias_inf", {"bias": torch.tensor([math.inf, 0.0, 0, 0])}, "bias", "number for each head", "inf at 0"),
     Bad("sink_nan", {"sink": torch.tensor([0.0, 0, math.nan, 0])}, "sink", "number for each head", "nan at 2"),
-    Bad("sink_inf", {"sink": torch.tensor(math.inf)}, "sink", "number for each head", "inf at 0"),
 ]
 
 

@@ -21,6 +21,7 @@ NAMES = sorted(name.split("::")[1] for name in torch._C._dispatch_get_all_op_nam
 ROWS = {name: row for row in OPERATORS for name in row.names}
 
 VALUES: dict[str, Any] = {"int": 1, "SymInt": 1, "float": 1.0, "bool": False, "str": "softmax", "List[int]": [1]}
+SIZES = {"block_q": 64, "block_k": 64}  # of which few are served
 
 
 def arguments_of(name: str, device: str = "cpu", requires_grad: bool = False) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def arguments_of(name: str, device: str = "cpu", requires_grad: bool = False) ->
     def value(x: torch._C.Argument) -> Any:
         if str(x.type) == "Tensor":
             return torch.zeros(1, 1, 4, 8, device=device, requires_grad=requires_grad)
-        return VALUES.get(str(x.type))  # None where that will do
+        return SIZES.get(x.name, VALUES.get(str(x.type)))  # None where that will do
 
     return {x.name: value(x) for x in signature(name).operator._schema.arguments}
 

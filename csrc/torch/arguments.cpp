@@ -162,8 +162,12 @@ double number_of(const StableTensor& x, std::int64_t head) {
   return x.scalar_type() == ScalarType::Double ? data<const double>(x)[at] : data<const float>(x)[at];
 }
 
-// A bias or a sink of -inf leaves a head without weights, or without a sink. What else is not finite makes NaN.
-bool is_parameter(std::string_view name, double x) { return std::isfinite(x) || (name != "alibi_slopes" && x < 0); }
+// A bias of -inf leaves a head without weights, and a sink of -inf is none; one of +inf takes all weight. What else is
+// not finite makes NaN.
+bool is_parameter(std::string_view name, double x) {
+  if (name == "alibi_slopes") return std::isfinite(x);
+  return name == "sink" ? !std::isnan(x) : x < HUGE_VAL;
+}
 
 }  // namespace
 

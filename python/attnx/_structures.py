@@ -44,7 +44,8 @@ def register(cls: type[Any], leaves: Sequence[str], constants: Sequence[str]) ->
 
     def unflatten(values: Iterable[Any], context: tuple[Any, ...]) -> Any:
         # Whatever stands in the place of leaves, also what is no tensor, makes a tree of the same form.
-        x: Any = object.__new__(cls)
+        make: Any = cls.__new__
+        x = make(cls)
         x.__dict__.update(zip((*leaves, *constants), (*values, *context), strict=True))
         return x
 

@@ -43,22 +43,6 @@ class _Memory(NamedTuple):
     tail: Tensor  # (batch, heads, 2, 2, window + residual, head_dim) in the dtype of the cache
 
 
-class _Lock:
-    """A lock that one thread may take several times; a pickle of it is another lock."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Lock, ()
-
-
 def _planes(levels: Sequence[int], max_windows: int) -> list[_Plane]:
     """The first plane has the bits of the last level, and each further one doubles what stands before it."""
     planes, total = [_Plane(levels[-1], max_windows, max_windows)], 2 * levels[-1]
@@ -122,6 +106,17 @@ class StaircaseCache:
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
     """
 
+    _lock: AbstractContextManager[Any]
+
+    # However a cache is made, as a copy, from a pickle or from the leaves of a tree, it has a lock of its own.
+    def __new__(cls, *args: object, **options: object) -> StaircaseCache:
+        cache = super().__new__(cls)
+        cache._lock = threading.RLock()
+        return cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in self.__dict__.items() if name != "_lock"}
+
     def __init__(
         self,
         batch_size: int,
@@ -146,7 +141,6 @@ class StaircaseCache:
         _check(batch_size, num_kv_heads, head_dim, max_length, levels, window, group, residual, dtype)
         self.levels, self.window, self.group, self.max_length = levels, window, group, max_length
         self.residual = residual
-        self._lock = _Lock()
         max_windows = self._windows(max_length)
         words = sum(plane.slots * window * head_dim * plane.bits // 32 for plane in self._planes)
         outer = batch_size, num_kv_heads, 2
@@ -381,7 +375,7 @@ class StaircaseCache:
         rest = (torch.empty_like(x, device="cpu") for x in self._memory[1:])
         _ops.staircase_dequantize(state.cpu(), *rest, 0, 0, *self._layout)
 
-    def _alone(self) -> AbstractContextManager[None]:
+    def _alone(self) -> AbstractContextManager[Any]:
         """Within it no other thread changes the cache. A compiler could not trace a lock; the operators have another
         one, of the memory."""
         return nullcontext() if torch.compiler.is_compiling() else self._lock
@@ -389,7 +383,7 @@ class StaircaseCache:
     def _with(self, memory: _Memory) -> StaircaseCache:
         """A cache like this one of other memory."""
         cache = copy.copy(self)
-        cache._memory, cache._lock = memory, _Lock()
+        cache._memory = memory
         return cache
 
     def _windows(self, length: int) -> int:
