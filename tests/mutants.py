@@ -1,7 +1,7 @@
 """Faults that are planted one by one, each of which some test must find.
 
-A copy of the sources is built and tested with each fault, which is kept out of the sources at hand. The score is how
-many were found; docs/notes/mutants.md keeps it.
+A copy of the sources is built and tested with each fault, which is kept out of the sources at hand. The score, printed
+at the end, is how many were found.
 
     python tests/mutants.py [--only WORD] [--folder build/mutants]
 
