@@ -51,6 +51,22 @@ class Call:
             torch.autograd.grad(output, [query, key, value, *parameters.values()], torch.ones_like(output))
 
 
+@dataclass(frozen=True)
+class Decode:
+    """New tokens of four query heads over a staircase cache of one key head."""
+
+    head_dim: int
+    rows: int
+    keys: int
+    backward: bool = False
+
+    def run(self) -> None:
+        key = torch.ones(1, 1, self.keys, self.head_dim, dtype=torch.bfloat16)
+        cache = attnx.StaircaseCache(1, 1, self.head_dim, self.keys, dtype=torch.bfloat16)
+        cache.append(key, key)
+        cache.attend(torch.ones(1, 4, self.rows // 4, self.head_dim, dtype=torch.bfloat16))
+
+
 class _Tile(NamedTuple):
     rows: int
     keys: int
@@ -99,7 +115,7 @@ def hopper_calls() -> Iterator[Call]:
         yield Call(score, "bfloat16", 64, 128, 64, backward=True, parameters=parameters)
 
 
-def calls() -> Iterator[Call]:
+def calls() -> Iterator[Call | Decode]:
     """The calls for sm_80, in pairs: the second runs the loop over keys, or rows in a backward, twice as often."""
     head_dims = dict.fromkeys(_tile("softmax", "bfloat16", d, 64).head_dim for d in range(32, 257, 32))
     for (score, parameters), dtype in product(_SCORES, ("bfloat16", "float16")):
@@ -121,6 +137,8 @@ def calls() -> Iterator[Call]:
         yield Call(score, dtype, 64, 1, 1024, parameters=parameters)  # split along the keys
     for score, parameters in _PARAMETERS:
         yield Call(score, "bfloat16", 64, 128, 64, backward=True, parameters=parameters)
+    for head_dim, new, keys in product((64, 128, 256), (1, 16), (2048, 4096)):
+        yield Decode(head_dim, 4 * new, keys)
 
 
 def main() -> None:

@@ -74,23 +74,45 @@ def staircase() -> Calls:
         yield f"attend {tokens}", functools.partial(cache.attend, query[:, :, -1:])
 
 
+def routing() -> Calls:
+    """One head, because all cost the same: clusters of N / C queries and keys, C = sqrt(N), under a causal mask."""
+    for length in (4096, 16384, 65536):
+        leaves = query, key, value = tuple(x.requires_grad_() for x in _inputs(1, length, 64))
+        clusters = round(length**0.5)
+        centroids = torch.randn(1, clusters, 64)
+        found: list[Any] = []
+        for way in ("topk", "argmax"):
+            route = functools.partial(attnx.route, query, key, centroids, routing=way, is_causal=True)
+            yield f"{length} {way}", functools.partial(_keep, found, route)
+        attend = functools.partial(attnx.routing_attention, query, key, value, found[0], is_causal=True)
+        yield f"{length} forward", functools.partial(_keep, found, attend)
+        output = found[-1]
+        yield f"{length} backward", functools.partial(torch.autograd.grad, output, leaves, torch.ones_like(output))
+        counts = torch.ones(1, clusters)
+        yield f"{length} update", functools.partial(attnx.update_centroids_, centroids, counts, query, key)
+
+
+def _keep(found: list[Any], call: Callable[[], Any]) -> None:
+    found.append(call())
+
+
 CALLS: dict[str, Callable[[], Calls]] = {
     "kept": kept,
     "drawing": drawing,
     "sparse-linear": sparse_linear,
     "staircase": staircase,
+    "routing": routing,
 }
 
 
 def _profile(call: Callable[[], Any], file: Path) -> dict[str, dict[str, int]]:
-    """The counters of each of attnx's kernels that the call launches."""
+    """The counters of each kernel that the call launches; those of a library together."""
     file.write_text("")
     call()
     kernels: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(_COUNTERS, 0))
     for launch in map(json.loads, file.read_text().splitlines()):
-        if not is_ours(launch["kernel"]):
-            continue
-        counters = kernels[label(launch["kernel"])]
+        name = launch["kernel"]
+        counters = kernels[label(name) if is_ours(name) else "CUB" if "cub::" in name else "CUTLASS"]
         counters["launches"] += 1
         counters["warp instructions"] += launch["warp_instructions"]
         counters["operations"] += launch["mma_flops"] + launch["wgmma_flops"]

@@ -62,7 +62,7 @@ def _launches(cudaemu: Path) -> Iterator[Launch]:
 
 def _pair(name: str, launches: Sequence[Launch]) -> tuple[Launch | None, Launch]:
     """A kernel's largest launch, and before it one in which its loop runs half as often."""
-    forward = name.startswith("forward")
+    forward = name.startswith(("forward", "staircase_decode"))
     if forward:
         launches = [launch for launch in launches if not launch["backward"]]
     looped, other = ("keys", "rows") if forward else ("rows", "keys")

@@ -9,7 +9,11 @@ _NAME = re.compile(r"attnx_(\w+?)(?:_(sm\d+))?(?:<(.*)>)?\(")
 _TILE = re.compile(r"\w+Tile<(\d+), (\d+), (\d+)")
 _DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16"}
 # These are the words of policies that are not their names: a band of strided or TMA's rows is the ordinary case.
-_POLICIES = {"Banded": "", "Listed": "listed", "Clustered": "clustered", "Tma": "", "Strided": "", "Gathered": ""}
+_POLICIES = {
+    **dict.fromkeys(("Banded", "Strided", "Tma", "Gathered", "GatheredAsync"), ""),
+    "Listed": "listed",
+    "Clustered": "clustered",
+}
 # These are the words of false and true where they are a kernel's own arguments, or a policy's.
 _FLAGS = {
     "row_terms": ("unaligned", ""),
@@ -36,8 +40,10 @@ def _words(owner: str, argument: str) -> Iterator[str]:
     """The words of one template argument of a kernel or policy."""
     name, _, inner = argument.removesuffix(">").partition("<")
     name = name.rpartition("::")[2]
-    if name.endswith(("Arguments", "Place")):
-        return  # they follow from the rest
+    if name.endswith(("Arguments", "Place")):  # they follow from the rest, or say where its rows are
+        if re.fullmatch("Cluster.*Arguments", name):
+            yield _POLICIES["Clustered"]
+        return
     if tile := _TILE.search(argument):
         yield from (tile[1], f"{tile[2]}x{tile[3]}")
     elif argument in ("false", "true"):

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attnx
+from attnx import reference
+from attnx.testing import assert_close
+from compare import forward_backward
 
 
 def random_centroids(heads: int, clusters: int, head_dim: int, seed: int = 7) -> Tensor:
@@ -101,3 +104,27 @@ def _dense(
         added = -keys.clamp(min=1).to(q.dtype).log() if bias in (None, "row") else bias
         weights = (logits + added).sigmoid()
     return weights.masked_fill(~seen, 0.0) @ v.flip(0)
+
+
+def check(
+    inputs: dict[str, Tensor],
+    grad_output: Tensor,
+    routes: attnx.Routes,
+    *,
+    reference: Any = reference.routing_attention,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Output and gradients against float64, with the error of plain PyTorch as the measure."""
+    options["routes"] = routes
+    results = forward_backward(with_memory(attnx.routing_attention), inputs, grad_output, **options)
+    exact = {name: x.double() for name, x in inputs.items()}
+    expected = forward_backward(with_memory(reference), exact, grad_output.double(), **options)
+    baseline = forward_backward(with_memory(eager_routing_attention), inputs, grad_output, **options)
+    # The gradient of a logit is P (dP - delta), which may cancel: rounding is of the size of P dP.
+    terms = forward_backward(
+        with_memory(eager_routing_attention), exact, grad_output.double(), constant_sums=True, **options
+    )
+    for name, actual in results.items():
+        assert actual.dtype == grad_output.dtype
+        assert_close(actual, expected[name], baseline[name], name=name, terms=terms[name])
+    return results

@@ -93,6 +93,8 @@ DENSE = [
     Bad("window_right", {"window": (3, -7)}, "window", "-1", "(3, -7)"),
     Bad("window_right_if_causal", {"window": (3, -7), "is_causal": True}, "window", "-1", "(3, -7)"),
     Bad("scale_nan", {"scale": float("nan")}, "scale", "finite", "nan"),
+    Bad("scale_beyond_float32", {"scale": 1e39}, "scale", "range of float32", "1e+39"),
+    Bad("scale_far_below_float32", {"scale": -1e300}, "scale", "range of float32", "-1e+300"),
     Bad("slopes_length", {"alibi_slopes": zeros(3)}, "alibi_slopes", "(4,)", "(3,)"),
     Bad("slopes_rank", {"alibi_slopes": zeros(1, 4)}, "alibi_slopes", "(4,)", "(1, 4)"),
     Bad("slopes_dtype", {"alibi_slopes": zeros(4, dtype=torch.float16)}, "alibi_slopes", "float32", "float16"),
@@ -169,6 +171,37 @@ def test_sigmoid_bias(bad: Bad, backend: Backend) -> None:
 def test_varlen(operator: str, bad: Bad, backend: Backend) -> None:
     with pytest.raises(RuntimeError, match=bad.pattern(backend)):
         getattr(attnx, operator)(**varlen_arguments(backend) | bad.arguments_on(backend))
+
+
+NUMBERS = [
+    Bad("slopes_nan", {"alibi_slopes": torch.tensor([0.0, math.nan, 0, 0])}, "alibi_slopes", "finite", "nan at 1"),
+    Bad("slopes_inf", {"alibi_slopes": torch.tensor(math.inf)}, "alibi_slopes", "finite", "inf at 0"),
+    Bad(
+        "slopes_strided",
+        {"alibi_slopes": torch.tensor([0, 9, 0, 9, 0, 9, -math.inf, 9])[::2]},
+        "alibi_slopes",
+        "",
+        "-inf",
+    ),
+    Bad("bias_nan", {"bias": torch.tensor([0.0, 0, 0, math.nan])}, "bias", "number for each head", "nan at 3"),
+    Bad("bias_inf", {"bias": torch.tensor([math.inf, 0.0, 0, 0])}, "bias", "number for each head", "inf at 0"),
+    Bad("sink_nan", {"sink": torch.tensor([0.0, 0, math.nan, 0])}, "sink", "number for each head", "nan at 2"),
+    Bad("sink_inf", {"sink": torch.tensor(math.inf)}, "sink", "number for each head", "inf at 0"),
+]
+
+
+@pytest.mark.backends("cpu", "emulated")  # what lies on a GPU is read under ATTNX_DEBUG=1 alone
+@pytest.mark.parametrize("bad", NUMBERS, ids=str)
+def test_numbers_of_heads(bad: Bad, backend: Backend) -> None:
+    attention = attnx.sigmoid_attention if "bias" in bad.arguments else attnx.softmax_attention
+    with pytest.raises(RuntimeError, match=bad.pattern(backend)):
+        attention(**dense_arguments(backend) | bad.arguments_on(backend))
+
+
+@pytest.mark.backends("cpu")
+def test_scale_has_the_range_of_its_dtype(backend: Backend) -> None:
+    x = torch.full((1, 1, 4, 8), 1e-200, dtype=torch.float64)
+    assert attnx.softmax_attention(x, x, x, scale=1e300).isfinite().all()
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -82,6 +82,24 @@ def test_other_masks_are_refused() -> None:
         attnx.block_sparse_attention(*inputs(64, 64), 3)
 
 
+@pytest.mark.backends("cpu")
+def test_compiled_calls_take_converted_masks(backend: object) -> None:
+    x = inputs(256, 256)
+    flex = create_block_mask(lambda b, h, i, j: i >= j, None, None, 256, 256, device="cpu")
+    converted, is_causal = attnx.BlockMask.from_flex(flex)
+
+    def attention(query: Tensor, mask: attnx.BlockMask) -> Tensor:
+        return attnx.block_sparse_attention(query, *x[1:], mask, is_causal=is_causal)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=r"convert it once, outside, with attnx.BlockMask.from_flex"
+    ):
+        compiled(x[0], flex)
+    assert torch.equal(compiled(x[0], converted), attention(x[0], flex))
+
+
 def test_transposed() -> None:
     mask = random_mask(300, 500, (64, 128))
     counts, indices = mask.transposed(4)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+import os
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch.nn.functional import layer_norm
 
 import attnx
 from attnx import reference
-from routing_cases import random_centroids
+from backends import Backend
+from routing_cases import check, eager_routing_attention, random_centroids, random_memory
 
 pytestmark = pytest.mark.backends("cuda", "emulated")
 
@@ -36,6 +38,7 @@ CASES = [
     Case(2, 4, 2, 96, 96, 16, 5, 1000, torch.bfloat16, with_nan=True),
     Case(1, 1, 1, 3000, 100, 24, 20, 40, torch.float16, with_nan=True),
     Case(1, 1, 1, 5, 7, 3, 131, 2, torch.bfloat16),
+    Case(1, 1, 1, 700, 640, 16, 600, 3, torch.bfloat16, with_nan=True),
 ]
 
 
@@ -117,3 +120,58 @@ def test_update_is_the_reference_s(device: torch.device) -> None:
     attnx.update_centroids_(centroids, counts, query, key, decay=1.0)
     assert torch.equal(centroids, before)
     assert not counts.any()
+
+
+@pytest.mark.parametrize("count", [-1.0, math.nan])
+def test_counts_below_0_are_refused(count: float, device: torch.device, backend: Backend) -> None:
+    if backend.name == "cuda" and os.environ.get("ATTNX_DEBUG") != "1":
+        pytest.skip("values on the GPU are looked at under ATTNX_DEBUG=1 only")
+    query, key, centroids = tokens_of(CASES[0], device)
+    counts, before = torch.full(centroids.shape[:2], count, device=device), centroids.clone()
+    with pytest.raises(RuntimeError, match=r"^counts: expected numbers of 0 or more, got"):
+        attnx.update_centroids_(centroids, counts, query, key, decay=0.5)
+    assert torch.equal(centroids, before)
+
+
+@pytest.mark.parametrize("options", [{"cluster_size": 9}, {"routing": "argmax"}], ids=["topk", "argmax"])
+def test_centroids_with_nan_route_nothing(options: dict[str, Any], device: torch.device) -> None:
+    query, key, centroids = tokens_of(CASES[0], device)
+    centroids[:, 1, 3] = math.nan
+    routes = attnx.route(query, key, centroids, **options)
+    for indices, offsets in (routes[:2], routes[2:4]):
+        sizes = [len(x) for x in members(indices, offsets)]
+        assert sizes[1] == sizes[1 + centroids.shape[1]] == 0
+        assert sizes[0] > 0
+    # Slots that no cluster uses count for no token.
+    output = attnx.routing_attention(query, key, key, routes).cpu().double()
+    on_host = [x.cpu() if isinstance(x, Tensor) else x for x in routes]
+    rows = [x.cpu().double() for x in (query, key, key)]
+    expected = eager_routing_attention(*rows, attnx.Routes(*on_host))
+    torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
+
+
+def check_lengths(heads: int, length: int, clusters: int, memory: int = 0, **options: Any) -> None:
+    """One key head; 64 features, under a causal mask."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad_output = (
+        torch.randn(1, n, length, 64, generator=generator).bfloat16() for n in (heads, 1, 1, heads)
+    )
+    inputs = {"query": query, "key": key, "value": value}
+    inputs |= random_memory(1, memory, 64, 64, torch.bfloat16) if memory else {}
+    routes = attnx.route(query, key, random_centroids(heads, clusters, 64), **options)
+    check(inputs, grad_output, routes, reference=eager_routing_attention, is_causal=True)
+
+
+# The references of these are on the CPU.
+@pytest.mark.backends("emulated")
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("memory", [0, 2])
+def test_more_clusters_than_a_block_has_threads(memory: int) -> None:
+    """Most are empty or short."""
+    check_lengths(2, 600, 520, memory, routing="argmax")
+
+
+@pytest.mark.backends("emulated")
+@pytest.mark.usefixtures("backend")
+def test_clusters_of_several_tiles() -> None:
+    check_lengths(1, 600, 2, cluster_size=310)

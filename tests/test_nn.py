@@ -174,7 +174,7 @@ def test_state_dict_round_trip(configuration: str, dtype: torch.dtype, device: t
             parameter.add_(torch.randn_like(parameter))
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(x), module(x))
-    assert set(module.state_dict()) == {name for name, _ in module.named_parameters()}
+    assert set(module.state_dict()) == {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
 
 
 def test_starts_on_the_meta_device(dtype: torch.dtype, device: torch.device) -> None:

@@ -13,6 +13,7 @@ import attnx
 from attnx._operators.description import BackwardOperator, NoDerivative, Operator
 from attnx._operators.schema import signature
 from attnx._operators.table import OPERATORS
+from calls import every_operator
 from cases import Shape, random_inputs
 from test_package import run_python
 
@@ -36,6 +37,17 @@ def arguments_of(name: str, device: str = "cpu", requires_grad: bool = False) ->
 def results_of(name: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
     results = signature(name).call(arguments)
     return results if isinstance(results, tuple) else (results,)
+
+
+@pytest.fixture(scope="module")
+def arguments_of_all(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Any, ...]]:
+    return every_operator(dtype, device)
+
+
+def arguments_without_gradient(name: str) -> list[str]:
+    """The tensors that an operator differentiates by none, in order."""
+    given = signature(f"{name}_backward").results
+    return [x for x, value in arguments_of(name).items() if isinstance(value, Tensor) and f"grad_{x}" not in given]
 
 
 def test_every_operator_has_one_row() -> None:
@@ -64,7 +76,7 @@ def test_everything_is_registered(name: str) -> None:
     assert registered("Meta")
     assert registered("CompositeExplicitAutograd")
     assert registered("Autograd")
-    assert registered("FuncTorchBatched") != bool(signature(name).written)
+    assert registered("FuncTorchBatched")
     assert registered("ADInplaceOrView") == bool(signature(name).written)
     for key in ("AutocastCPU", "AutocastCUDA"):
         assert registered(key) == (bool(row.autocast) and name in row.forward_names)
@@ -82,6 +94,11 @@ def test_other_devices_are_refused(name: str) -> None:
 def test_derivative_or_refusal(name: str) -> None:
     """Tensors are on meta, where shapes are all there is."""
     row, arguments = ROWS[name], arguments_of(name, "meta", requires_grad=True)
+    if isinstance(row.derivative, BackwardOperator) and name in row.forward_names:
+        for argument in arguments_without_gradient(name):
+            with pytest.raises(RuntimeError, match=f"^{argument}: expected a tensor that needs no gradient"):
+                results_of(name, arguments)
+            arguments[argument] = arguments[argument].detach()
     if isinstance(row.derivative, NoDerivative) and signature(name).written:
         with pytest.raises(NotImplementedError, match=f"^{name}: no derivative; {row.derivative.why}"):
             results_of(name, arguments)
@@ -125,6 +142,23 @@ def test_one_tensor_elsewhere_is_refused(name: str, argument: str) -> None:
     for call in calls:
         with pytest.raises(RuntimeError, match=f"^{named}: expected a tensor on {expected} like {first}, got one on "):
             call()
+
+
+@pytest.mark.parametrize(("name", "argument"), TENSORS)
+def test_kernels_ask_for_one_device_too(
+    name: str, argument: str, arguments_of_all: dict[str, tuple[Any, ...]], device: torch.device
+) -> None:
+    """A call that reaches a kernel with one tensor elsewhere is refused by the same rule, before it reads any."""
+    arguments = signature(name).bind(arguments_of_all[name])
+    if not isinstance(arguments[argument], Tensor):
+        arguments[argument] = torch.zeros(1, 1, 4, 8)
+    arguments[argument] = arguments[argument].to("meta")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"attnx::{name}", device.type.upper()):
+        assert ROWS[name].implementation is not None  # plain PyTorch, which the fallback checks
+        return
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.type.upper()))
+    with pytest.raises(RuntimeError, match=r"^\w+: expected a tensor on .* like \w+, got one on "):
+        signature(name).operator.redispatch(keys, *arguments.values())
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if signature(name).written])

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 import attnx
 from attnx import _capability
 from backends import Backend
+from calls import differentiable_calls, run_the_others
 from cases import OPERATORS, Shape, random_inputs
 from compare import forward_backward
 
@@ -136,6 +137,18 @@ def test_no_leak(operator: str, dtype: torch.dtype, device: torch.device) -> Non
     inputs, grad_output = random_inputs(LEAK, dtype, device)
     attention = getattr(attnx, operator)
     assert growth_of_memory(lambda: forward_backward(attention, inputs, grad_output)) < 8 * 2**20
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("name", [*differentiable_calls(torch.float32, torch.device("cpu")), "others"])
+def test_no_leak_of_any(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Every operator, forward and backward, and those without one."""
+    if name == "others":
+        assert growth_of_memory(lambda: run_the_others(dtype, device)) < 8 * 2**20
+        return
+    function, inputs = differentiable_calls(dtype, device)[name]
+    grad_output = torch.ones_like(function(**inputs))
+    assert growth_of_memory(lambda: forward_backward(function, inputs, grad_output)) < 8 * 2**20
 
 
 def test_a_leak_would_show(dtype: torch.dtype, device: torch.device) -> None:

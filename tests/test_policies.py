@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any, get_args
 
 import pytest
+
 from attnx._policies import SCORES, ScoreName
 
 FOLDER = Path(__file__).parents[1] / "csrc" / "attnx"

@@ -134,6 +134,19 @@ def test_density(keep: Any, is_causal: bool, mode: Any) -> None:
     assert abs(float(mask.double().sum() / candidates / 200) - 0.3) < (0.005 if mode == "bernoulli" else 0.02)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("length", [1, 60, 130])
+def test_density_of_short_sequences(length: int, is_causal: bool, mode: Any) -> None:
+    """Where the diagonal is more than the share, it is what takes part; training meets the lengths as they come."""
+    options = {"density": 0.01, "mode": mode, "is_causal": is_causal, **ROUND}
+    mask = attnx.probabilistic_block_mask(1, 2, length, length, **options)
+    assert torch.equal(mask.to_dense()[0, 0], torch.eye(-(-length // 64), dtype=torch.bool))
+    module = ProbabilisticAttention(24, 4, density=0.05, mode=mode, is_causal=is_causal)
+    for length_of_batch in (5, 200, 64):
+        module.train()(torch.randn(2, length_of_batch, 24)).sum().backward()
+
+
 # What the operator computes -------------------------------------------------------------------------------------------
 
 
@@ -158,7 +171,8 @@ def eager(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         visible = visible & torch.ones_like(visible).tril(length_k - length_q)
     p = torch.ones(length_q, length_k, device=query.device)
     if importance:
-        distance = reference._block_distance(BlockGrid(length_q, length_k, block_q, block_k, bool(is_causal)))
+        draw = reference._draw("harmonic", None, "bernoulli", (length_q, length_k), (block_q, block_k), bool(is_causal))
+        distance = draw.distance
         p = elements(attnx.keep_probabilities(options.get("keep", "harmonic"), blocks)[distance])
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -409,12 +423,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "keep_too_short": ({"keep": torch.ones(2)}, "keep: expected a probability for each distance, shape (3,) or longer"),
     "keep_float64": ({"keep": torch.ones(3).double()}, "keep: expected float32, got float64"),
     "density_above_1": ({"density": 1.5}, "density: expected None or a share of the blocks from 0 to 1, got 1.5"),
-    "density_too_low": ({"density": 0.01}, "density: expected from 0.333333 to 1, which keep='harmonic' can reach"),
     "density_nan": ({"density": math.nan}, "density: expected None or a share of the blocks from 0 to 1, got nan"),
-    "density_of_topm": (
-        {"keep": torch.ones(3), "density": 0.1, "mode": "topm"},
-        'density: expected from 0.333333 to 1, which mode="topm" can reach on these lengths, got 0.1',
-    ),
     "topm_of_a_tensor": ({"keep": torch.ones(3), "mode": "topm"}, "density: expected a number with mode="),
     "density_of_a_tensor": ({"keep": torch.ones(3), "density": 0.5}, "density: expected a number with mode="),
     "mode": ({"mode": "random"}, 'mode: expected "bernoulli" or "topm", got \'random\''),
@@ -453,8 +462,8 @@ def test_bad_input(options: dict[str, Any], message: str, device: torch.device, 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((-1, 1, 64, 64), "batch: expected 0 or more, got -1"),
-        ((1, 1, 64, -64), "length_k: expected 0 or more, got -64"),
+        ((-1, 1, 64, 64), "batch: expected an int, 0 or more, got -1"),
+        ((1, 1, 64, -64), "length_k: expected an int, 0 or more, got -64"),
         ((2**31, 3, 64, 64), "batch: expected at most 4294967296 heads in the batch, got 2147483648 times 3"),
     ],
 )
@@ -485,3 +494,13 @@ def test_lists_have_no_kernel_elsewhere() -> None:
     numbers = [torch.ones(1), torch.tensor(1), torch.tensor(1)]
     with pytest.raises(NotImplementedError, match=r"(?s)^probabilistic_block_lists: .*missing:"):
         lists.redispatch(keys, *numbers, *arguments)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_the_reference_differentiates_where_a_probability_is_0(score: Any) -> None:
+    """Hidden weights over 0 are left out before they are divided."""
+    query, key = torch.randn(2, 1, 1, 300, 8, generator=torch.Generator().manual_seed(0)).requires_grad_().unbind(0)
+    keep = torch.tensor([1, 1e-46, 0, 0, 0])  # of which the second is 0 in float32
+    output = attnx.reference.probabilistic_attention(query, key, key, keep=keep, importance=True, score=score, **ROUND)
+    assert isinstance(output, Tensor)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(output.sum(), (query, key)))

@@ -13,11 +13,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import attnx
 from attnx import reference
-from attnx.testing import assert_close
 from cases import DTYPES, Shape, random_inputs
 from compare import forward_backward
 from memory import LAYOUTS
-from routing_cases import eager_routing_attention, random_centroids, random_memory, with_memory
+from routing_cases import check, random_centroids, random_memory, with_memory
 
 on_cpu = pytest.mark.backends("cpu")
 on_host = pytest.mark.backends("cpu", "emulated")
@@ -125,23 +124,6 @@ def test_a_token_that_is_not_finite_is_in_no_cluster(
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
-
-
-def check(inputs: dict[str, Tensor], grad_output: Tensor, routes: attnx.Routes, **options: Any) -> dict[str, Tensor]:
-    """Output and gradients against float64, with the error of plain PyTorch as the measure."""
-    options["routes"] = routes
-    results = forward_backward(with_memory(attnx.routing_attention), inputs, grad_output, **options)
-    exact = {name: x.double() for name, x in inputs.items()}
-    expected = forward_backward(with_memory(reference.routing_attention), exact, grad_output.double(), **options)
-    baseline = forward_backward(with_memory(eager_routing_attention), inputs, grad_output, **options)
-    # The gradient of a logit is P (dP - delta), which may cancel: rounding is of the size of P dP.
-    terms = forward_backward(
-        with_memory(eager_routing_attention), exact, grad_output.double(), constant_sums=True, **options
-    )
-    for name, actual in results.items():
-        assert actual.dtype == grad_output.dtype
-        assert_close(actual, expected[name], baseline[name], name=name, terms=terms[name])
-    return results
 
 
 CALLS: dict[str, dict[str, Any]] = {
@@ -378,7 +360,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"memory_kv": (torch.ones(2, 1, 16).double(), torch.ones(2, 1, 24))},
         "memory_key: expected float32 like query, got float64",
     ),
-    "routes_type": ("centroids", {}, "routes: expected centroids, a tensor, or attnx.Routes, got <class 'str'>"),
+    "routes_type": ("centroids", {}, "routes: expected centroids, a tensor, or attnx.Routes, got 'centroids'"),
     "other_length": (
         lambda: _bad_routes(length_q=lambda n: 100),
         {},
@@ -517,8 +499,8 @@ def test_commitment_loss(dtype: torch.dtype, device: torch.device) -> None:
         ({"counts": torch.ones(4, 5)}, "counts: expected float32 of shape (4, 6), got"),
         ({"counts": torch.ones(4, 6).double()}, "counts: expected float32 of shape (4, 6), got torch.float64"),
         ({"counts": torch.ones(6, 4).mT}, "counts: expected a contiguous tensor"),
-        ({"counts": torch.full((4, 6), -1.0)}, "counts: expected numbers of 0 or more, got -1"),
-        ({"counts": torch.full((4, 6), math.nan)}, "counts: expected numbers of 0 or more, got nan"),
+        ({"counts": torch.full((4, 6), -1.0)}, "counts: expected finite numbers of 0 or more, got -1"),
+        ({"counts": torch.full((4, 6), math.nan)}, "counts: expected finite numbers of 0 or more, got nan"),
         ({"decay": 1.5}, "decay: expected from 0 to 1, got 1.5"),
         ({"key": torch.ones(2, 3, 96, 16)}, "query: expected heads to be a multiple of the 3 heads of key, got 4"),
     ],
@@ -630,3 +612,4 @@ def test_explain(device: torch.device) -> None:
     explanation = attnx.explain(attnx.routing_attention, **inputs, routes=CENTROIDS, memory_kv=(CENTROIDS, CENTROIDS))
     assert explanation.supported
     assert str(explanation).startswith("routing_attention: routing_attention [")
+    assert "a centroid with a NaN" in explanation.reasons[-1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from test_operators import NAMES
+
 QKV = "Tensor query, Tensor key, Tensor value"
 PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 BIAS = "Tensor? bias, Tensor? alibi_slopes, str bias_rule, float bias_value"
@@ -49,7 +51,7 @@ SCHEMAS = [
     f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PACKING}, {SINKS}, {BACKWARD}) -> {SOFTMAX}",
     f"block_sparse_attention({QKV}, {LISTED}, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",
     f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LISTED}, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
-    f"bool deterministic) -> ({GRADS}, Tensor grad_sink)",
+    f"bool deterministic) -> ({GRADS}, Tensor grad_sink, Tensor grad_block_bias)",
     f"probabilistic_attention({QKV}, {DRAWN}, {SCORE}) -> ({SOFTMAX_RESULTS})",
     f"probabilistic_attention_backward({SOFTMAX_SAVED}, {DRAWN}, {SCORE}, bool deterministic) -> ({GRADS})",
     "probabilistic_block_lists(Tensor keep, Tensor seed, Tensor offset, SymInt batch, SymInt heads, SymInt length_q, "
@@ -68,6 +70,8 @@ SCHEMAS = [
     f"({GRADS}, Tensor grad_memory_key, Tensor grad_memory_value)",
     "route(Tensor query, Tensor key, Tensor centroids, SymInt cluster_size_q, SymInt cluster_size_k, str routing, "
     f"bool shared_qk) -> ({ROUTES})",
+    "move_centroids_in_backward(Tensor query, Tensor key, Tensor centroids, Tensor counts, float decay, str group) -> "
+    "Tensor",
     "nearest_centroids(Tensor rows, Tensor centroids) -> Tensor",
     "centroid_sums(Tensor query, Tensor key, Tensor centroids) -> (Tensor sums, Tensor members)",
     "update_centroids_(Tensor(a!) centroids, Tensor(b!) counts, Tensor sums, Tensor members, float decay) -> ()",
@@ -77,6 +81,10 @@ SCHEMAS = [
     f"staircase_attention(Tensor query, {CACHE}, Tensor? query_lengths, Tensor? bias, {LAYOUT}, {SCORE}) -> "
     f"({SOFTMAX_RESULTS})",
 ]
+
+
+def test_every_operator_is_guarded() -> None:
+    assert sorted(schema.split("(")[0] for schema in SCHEMAS) == NAMES
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.split("(")[0])

@@ -310,6 +310,30 @@ def test_block_map(
     assert not actual.labels.requires_grad
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.0, -1.0, None], ids=str)
+def test_sign_of_the_scale_ranks(scale: float | None, dtype: torch.dtype, device: torch.device) -> None:
+    """A scale of 0 makes equals of all blocks, of which the lower index comes first."""
+    inputs, _ = random_inputs(Shape(length_q=130, length_k=640, head_dim=8), dtype, device)
+    query, key = inputs["query"], inputs["key"]
+    options = {"critical": 0.3, "negligible": 0.3, "scale": scale}
+    actual = attnx.sparse_linear_block_map(query, key, **options).labels
+    assert torch.equal(actual, attnx.reference.sparse_linear_block_map(query, key, **options).labels)
+    if scale == 0:
+        assert actual.eq(torch.tensor([1] * 3 + [0] * 4 + [-1] * 3, device=device)).all()
+
+
+@pytest.mark.parametrize("length_k", [70, 131, 191, 1000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_tokens_are_equal_blocks(dtype: torch.dtype, length_k: int, device: torch.device) -> None:
+    """The ragged last block, too, ranks by its index."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 8, 130, 32, generator=generator).to(device, dtype)
+    key = torch.randn(1, 8, 1, 32, generator=generator).to(device, dtype).expand(-1, -1, length_k, -1)
+    actual = attnx.sparse_linear_block_map(query, key, critical=0.2, negligible=0.3)
+    expected = attnx.reference.sparse_linear_block_map(query, key, critical=0.2, negligible=0.3)
+    assert torch.equal(actual.labels, expected.labels)
+
+
 def check_selection(products: Tensor, backend: Backend, *arguments: Any) -> None:
     """The kernel beside torch's own operators, which serve other devices."""
     products = products.to(backend.device)

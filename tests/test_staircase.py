@@ -366,30 +366,35 @@ def dequantize(cache: attnx.StaircaseCache, first: int, count: int) -> tuple[Ten
     return torch.ops.attnx.staircase_dequantize(*cache._memory, first, count, *cache._layout)
 
 
-def test_no_heads_are_refused() -> None:
-    cache = attnx.StaircaseCache(1, 1, 64, 200, **SMALL)
+@pytest.mark.backends("cpu", "emulated", "cuda")
+def test_no_heads_are_refused(dtype: torch.dtype, device: torch.device) -> None:
+    cache = attnx.StaircaseCache(1, 1, 64, 200, dtype=dtype, device=device, **SMALL)
     memory = (x[:, :0] if x.dim() > 2 else x for x in cache._memory)
     with pytest.raises(RuntimeError, match=r"^tail: expected at least 1 head, got shape \(1, 0, 2, 2, 64, 64\)"):
         torch.ops.attnx.staircase_dequantize(*memory, 0, 0, *cache._layout)
 
 
-def test_bad_calls_change_nothing() -> None:
-    key, value = tokens(150)
+@pytest.mark.backends("cpu", "emulated")  # where the host sees all numbers
+def test_bad_calls_change_nothing(dtype: torch.dtype) -> None:
+    key, value = tokens(150, dtype=dtype)
+    own, other = (str(x).removeprefix("torch.") for x in (dtype, torch.float64))
     cache = cache_of(key, value, 200, **SMALL)
     before = copy.deepcopy(cache)
     nan = key.clone()
     nan[1, 1, 149, 63] = float("nan")
     large = value.clone()
     large[0, 0, 0, 0] = 7e4
-    query = torch.zeros(2, 4, 1, 64)
+    query = torch.zeros(2, 4, 1, 64, dtype=dtype)
     k, v = key[:, :, :1], value[:, :, :1]
-    other_length = attnx.StaircaseCache(2, 2, 64, 201, **SMALL).state_dict()
-    other_batch = attnx.StaircaseCache(3, 2, 64, 200, **SMALL).state_dict()
+    other_length = attnx.StaircaseCache(2, 2, 64, 201, dtype=dtype, **SMALL).state_dict()
+    other_batch = attnx.StaircaseCache(3, 2, 64, 200, dtype=dtype, **SMALL).state_dict()
+    other_levels = attnx.StaircaseCache(2, 2, 64, 200, levels=(16, 8), dtype=dtype, **SMALL).state_dict()
+    other_dtype = cache.state_dict() | {"tail": cache._memory.tail.double()}
     int32, too_many = torch.ones(2, dtype=torch.int32), torch.tensor([1, 2])
     calls: list[tuple[str, Callable[[], object]]] = [
         (r"^key: expected at most 50 more tokens, .*got 150", lambda: cache.append(key, value)),
-        (r"^key: expected float32 like the cache, got bfloat16", lambda: cache.append(k.bfloat16(), v)),
-        (r"^value: expected float32 like the cache, got float16", lambda: cache.append(k, v.half())),
+        (rf"^key: expected {own} like the cache, got {other}", lambda: cache.append(k.double(), v)),
+        (rf"^value: expected {own} like the cache, got {other}", lambda: cache.append(k, v.double())),
         (r"^key: expected shape \(2, 2, 1, 64\), got \(2, 1, 1, 64\)", lambda: cache.append(k[:, :1], v[:, :1])),
         (r"^value: expected shape \(2, 2, 2, 64\), got \(2, 2, 1, 64\)", lambda: cache.append(key[:, :, :2], v)),
         (r"^key: expected 4 dimensions", lambda: cache.append(key[0], value[0])),
@@ -401,7 +406,7 @@ def test_bad_calls_change_nothing() -> None:
         (r"^length: expected from -150 to the 150 tokens of sequence 0, got 151", lambda: cache.crop(151)),
         (r"^length: expected from -150 .*, got -151", lambda: cache.crop(-151)),
         (r"^length: expected from -150 to the 150 .* 1, got 160", lambda: cache.crop(torch.tensor([3, 160]))),
-        (r"^query: expected float32 like the cache, got bfloat16", lambda: cache.attend(query.bfloat16())),
+        (rf"^query: expected {own} like the cache, got {other}", lambda: cache.attend(query.double())),
         (r"^query: expected heads to be a multiple of the 2 heads .*, got 3", lambda: cache.attend(query[:, :3])),
         (r"^query: expected shape \(2, 4, 1, 64\)", lambda: cache.attend(query[..., :32])),
         (r"^query_lengths: expected from 0 .*, got 2", lambda: cache.attend(query, query_lengths=too_many)),
@@ -416,11 +421,17 @@ def test_bad_calls_change_nothing() -> None:
         (r"^sequence: expected from 0 to 1, got 2", lambda: cache.bits(2)),
         (r"^state: expected max_length 200, got 201", lambda: cache.load_state_dict(other_length)),
         (r"^state: expected state .*, got ", lambda: cache.load_state_dict(other_batch)),
+        (r"^state: expected levels \(16, 8, 4, 2\), got \(16, 8\)", lambda: cache.load_state_dict(other_levels)),
+        (r"^state: expected tail .*, got .* of torch.float64", lambda: cache.load_state_dict(other_dtype)),
+        (r"^state: expected codes .*, got None", lambda: cache.load_state_dict(cache.state_dict() | {"codes": None})),
+        (r"^state: .* something else for sequence 0", lambda: cache.load_state_dict(with_state(cache, 0, 0, -1))),
         (r"^state: expected format 1, got 2", lambda: cache.load_state_dict(cache.state_dict() | {"format": 2})),
         (r"^state: expected residual 0, got 7", lambda: cache.load_state_dict(cache.state_dict() | {"residual": 7})),
         (r"^state: .* something else for sequence 0", lambda: cache.load_state_dict(with_state(cache, 0, 0, 201))),
         (r"^state: .* something else for sequence 1", lambda: cache.load_state_dict(with_state(cache, 1, 3, 3))),
         (r"^first: expected from 0 to 200, got 201", lambda: dequantize(cache, 201, 0)),
+        (r"^first: expected from 0 to 200, got -1", lambda: dequantize(cache, -1, 2**63 - 1)),
+        (r"^first: expected from 0 to 200, got 9223372036854775807", lambda: dequantize(cache, 2**63 - 1, 2**63 - 1)),
         (r"^count: expected from 0 to 199, got 9223372036854775807", lambda: dequantize(cache, 1, 2**63 - 1)),
     ]
     for message, call in calls:
@@ -428,7 +439,18 @@ def test_bad_calls_change_nothing() -> None:
             call()
         assert same(cache, before), message
     with pytest.raises(RuntimeError, match=r"^cache: expected at least one token, got an empty cache"):
-        attnx.StaircaseCache(2, 2, 64, 200).attend(query)
+        attnx.StaircaseCache(2, 2, 64, 200, dtype=dtype).attend(query)
+
+
+def test_a_state_may_lie_in_any_order() -> None:
+    """What is loaded lies as the cache's own memory does, so that no later call refuses it."""
+    key, value = tokens(150)
+    cache, other = (cache_of(key[:, :, :n], value[:, :, :n], 200, **SMALL) for n in (150, 20))
+    saved = cache.state_dict() | {"codes": cache._memory.codes.mT.contiguous().mT}
+    assert not saved["codes"].is_contiguous()
+    other.load_state_dict(saved)
+    assert same(other, cache)
+    other.append(key[:, :, :9], value[:, :, :9])
 
 
 def test_other_devices_are_refused_by_the_table(device: torch.device) -> None:

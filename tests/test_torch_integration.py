@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import attnx
+from calls import RecordedCalls
 from cases import DTYPES, OPERATORS, Shape, pack, parameter_dtype, random_inputs, random_parameter
 from compare import forward_backward
 from memory import surrounded
@@ -55,27 +56,6 @@ def test_opcheck(
     assert {op._opname for op, _, _ in calls.seen} == {operator, f"{operator}_backward"}
     for op, args, kwargs in calls.seen:
         torch.library.opcheck(op, args, kwargs)
-
-
-class RecordedCalls(torch.utils._python_dispatch.TorchDispatchMode):
-    """Keeps the arguments of every attnx operator that runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[torch._ops.OpOverload, tuple[object, ...], dict[str, Any]]] = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        if op.namespace == "attnx":
-            differentiable = not op._opname.endswith("_backward")
-            self.seen.append((op, tuple(_leaf(x, differentiable) for x in args), kwargs))
-        return op(*args, **kwargs)
-
-
-def _leaf(x: object, requires_grad: bool) -> object:
-    if not isinstance(x, Tensor):
-        return x
-    return x.detach().requires_grad_(requires_grad and x.is_floating_point())
 
 
 def model(operator: str) -> Callable[..., Tensor]:

@@ -21,7 +21,8 @@ def attention_sums(
     logits = scale * (q[:, None] * k).sum(-1)
     if softmax:
         logits = logits.where(visible, -math.inf)
-        weights = logits.softmax(-1).where(visible, 0.0)
+        sees_some = ~logits.isneginf().all(-1, keepdim=True)
+        weights = logits.softmax(-1).where(visible & sees_some, 0.0)
     else:
         weights = (logits + bias).sigmoid().where(visible, 0.0)
 

@@ -50,9 +50,9 @@ def _composed(clusters: Clusters) -> Prepare:
                 queries = _members(query, centroids, size)
                 keys = queries if case.is_causal else _members(key, centroids, size)
             shape = case.batch * case.heads, centroids.shape[1], -1, case.head_dim
-            rows = (_gather(x, places).view(shape) for x, places in ((query, queries), (key, keys), (value, keys)))
+            q, k, v = (_gather(x, places).view(shape) for x, places in ((query, queries), (key, keys), (value, keys)))
             # Queries that share the clusters of keys see a triangle.
-            output = F.scaled_dot_product_attention(*rows, is_causal=case.is_causal).reshape(*queries.shape, -1)
+            output = F.scaled_dot_product_attention(q, k, v, is_causal=case.is_causal).reshape(*queries.shape, -1)
             index = queries[..., None]
             total = torch.zeros_like(query).scatter_add(2, index.expand_as(output), output)
             count = torch.zeros_like(query[..., :1]).scatter_add(2, index, torch.ones_like(output[..., :1]))

@@ -25,7 +25,7 @@ struct LabelRow {
     candidates = (of_last + grid.block_k - 1) / grid.block_k;
     // Blocks that only some queries of the row see, and the last of the candidates, are not ranked.
     end = grid.is_causal ? larger(smaller(of_first / grid.block_k, candidates - 1), 0) : candidates;
-    begin = smaller((shares.protect + grid.block_k - 1) / grid.block_k, end);
+    begin = smaller((smaller(shares.protect, grid.length_k) + grid.block_k - 1) / grid.block_k, end);
     const std::int64_t unranked = candidates - (end - begin);
     const auto most = std::int64_t(ceil(share_of(shares.critical, candidates)));
     const std::int64_t least = candidates - std::int64_t(floor(share_of(shares.negligible, candidates)));

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <memory>
 #include <new>
+#include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
@@ -24,7 +26,10 @@ void run(std::size_t (*Kernels::*workspace_bytes)(const Params&, const Executor&
   executor.threads = int(std::min(double(executor.threads), 1 + operations / 1e6));
   const Kernels& kernels = chosen_kernels(params.dtype);
   const std::size_t bytes = (kernels.*workspace_bytes)(params, executor);
-  const std::unique_ptr<char, Free> workspace(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
+  const std::unique_ptr<char, Free> workspace(
+      static_cast<char*>(::operator new(bytes, std::align_val_t(64), std::nothrow)));
+  if (!workspace)
+    throw std::runtime_error("memory: expected " + std::to_string(bytes) + " bytes of workspace, got none");
   (kernels.*kernel)(params, executor, workspace.get());
 }
 

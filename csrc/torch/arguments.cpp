@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "attnx/capability.h"
 #include "attnx/policies.h"
@@ -117,6 +118,8 @@ void read_inputs(const Target& target, const Inputs& x, const Packed* packed, At
 void read_window(const Window& window, AttentionParams& p) {
   p.scale = window.scale ? *window.scale : 1 / std::sqrt(double(p.head_dim));
   check(std::isfinite(p.scale), "scale: expected a finite number, got ", p.scale);
+  check(p.dtype == DType::kFloat64 || std::abs(p.scale) <= std::numeric_limits<float>::max(),
+        "scale: expected a number in the range of float32, got ", p.scale);
   check(window.window_left >= -1 && window.window_right >= -1,
         "window: expected -1 (no bound) or more on each side, got (", window.window_left, ", ", window.window_right,
         ")");
@@ -143,6 +146,27 @@ void read_block_size(const BlockSize& size, AttentionParams& p) {
   p.block_k = size.block_k;
 }
 
+BlockShares read_shares(double critical, double negligible, std::int64_t protect) {
+  for (const auto& [name, share] : {std::pair("critical", critical), std::pair("negligible", negligible)})
+    check(share >= 0 && share <= 1, name, ": expected a share of the blocks from 0 to 1, got ", share);
+  check(critical + negligible <= 1, "critical, negligible: expected shares of at most 1 together, got ", critical,
+        " + ", negligible);
+  check(protect >= 0, "protect: expected a number of keys, 0 or more, got ", protect);
+  return {critical, negligible, protect};
+}
+
+namespace {
+
+double number_of(const StableTensor& x, std::int64_t head) {
+  const std::int64_t at = x.dim() == 0 ? 0 : head * x.stride(0);
+  return x.scalar_type() == ScalarType::Double ? data<const double>(x)[at] : data<const float>(x)[at];
+}
+
+// A bias or a sink of -inf leaves a head without weights, or without a sink. What else is not finite makes NaN.
+bool is_parameter(std::string_view name, double x) { return std::isfinite(x) || (name != "alibi_slopes" && x < 0); }
+
+}  // namespace
+
 PerHead read_per_head(std::string_view name, const std::optional<StableTensor>& x, const StableTensor& query,
                       std::int64_t heads) {
   if (!x) return {};
@@ -150,6 +174,13 @@ PerHead read_per_head(std::string_view name, const std::optional<StableTensor>& 
   check(x->dim() == 0 || (x->dim() == 1 && x->size(0) == heads), name, ": expected shape () or (", heads,
         ",), one number per query head, got ", shape_of(*x));
   check_device(name, *x, query);
+  if (const auto values = values_on_host(*x)) {
+    for (std::int64_t head = 0; head < values->numel(); ++head) {
+      const double number = number_of(*values, head);
+      check(is_parameter(name, number), name, ": expected a ", name == "alibi_slopes" ? "finite " : "",
+            "number for each head, got ", number, " at ", head);
+    }
+  }
   return {x->data_ptr(), x->dim() == 0 ? 0 : x->stride(0)};
 }
 

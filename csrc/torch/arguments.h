@@ -1,6 +1,7 @@
 // These are the groups of arguments that operators share. They are checked, then written into AttentionParams.
 #pragma once
 
+#include "attnx/block_labels.h"
 #include "attnx/params.h"
 #include "backend.h"
 #include "operator.h"
@@ -91,12 +92,17 @@ inline void read_window(const Causal& causal, AttentionParams& params) {
 void read_bias(const std::string& rule, double value, AttentionParams& params);
 inline void read_score(const ScoreOptions& options, AttentionParams& params) {
   params.score = read_score(options.score);
+  check(!is_normalised(params.score) || (options.bias_rule == "none" && options.bias_value == 0),
+        "bias: expected none with score ", options.score, ", got bias_rule ", options.bias_rule, " and bias_value ",
+        options.bias_value);
   read_bias(options.bias_rule, options.bias_value, params);
 }
 // A sink turns softmax into softmax with a sink; no other score has one. The score is read before.
 void read_sink(const Sink& sink, AttentionParams& params);
 void check_block_size(const BlockSize& size);
 void read_block_size(const BlockSize& size, AttentionParams& params);
+
+BlockShares read_shares(double critical, double negligible, std::int64_t protect);
 
 PerHead read_per_head(std::string_view name, const std::optional<StableTensor>& x, const StableTensor& query,
                       std::int64_t heads);

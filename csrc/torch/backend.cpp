@@ -66,8 +66,7 @@ class CudaContext {
   void reserve(std::size_t bytes) {
     if (bytes == 0) return;
     constexpr std::size_t kAlignment = 256;  // torch gives 512 on devices, but 64 on the host
-    workspace_ =
-        torch::stable::new_empty(target_.tensor, std::vector{std::int64_t(bytes + kAlignment - 1)}, ScalarType::Byte);
+    workspace_ = make_empty(target_.tensor, std::vector{std::int64_t(bytes + kAlignment - 1)}, ScalarType::Byte);
     const auto address = reinterpret_cast<std::uintptr_t>(workspace_->data_ptr());
     launch.workspace = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
   }

@@ -5,6 +5,7 @@
 #include "attnx/cluster_params.h"
 #include "attnx/params.h"
 #include "check.h"
+#include "memory.h"
 
 namespace attnx {
 struct Capability;

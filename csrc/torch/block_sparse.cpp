@@ -1,6 +1,7 @@
 // This file registers torch.ops.attnx.block_sparse_attention and its backward, which apply either score to the blocks
 // that a list names.
 #include <algorithm>
+#include <tuple>
 
 #include "results.h"
 
@@ -75,7 +76,7 @@ BlockList read_lists(const Lists& lists, const AttentionParams& p, const StableT
     add_per_block(*lists.bias, list.bias, list);
   }
   const auto counts = values_on_host(lists.counts), indices = values_on_host(lists.indices);
-  if (counts && indices) check_values(lists, *counts, *indices, listed);
+  if (counts && indices && p.batch > 0) check_values(lists, *counts, *indices, listed);
   return list;
 }
 
@@ -100,10 +101,26 @@ Outputs forward(const Inputs& x, const KeyLists& lists, const Additions& additio
   return run_forward(target, x, p);
 }
 
-Gradients<Additions> backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y,
-                              const KeyLists& lists, const Additions& additions, const QueryLists& transposed,
-                              const BlockSize& size, const ScoreOptions& options, const Causal& causal,
-                              const Deterministic& option) {
+struct BlockBiasGradient {
+  StableTensor grad_block_bias;
+  ATTNX_FIELDS(grad_block_bias)
+};
+using AllGradients = std::tuple<InputGradients, HeadGradients<Additions>, BlockBiasGradient>;
+
+// The gradient of block_bias is (batch, heads, rows, width) in float64, whatever of it one bias serves. It is empty
+// where there is none: without block_bias, and on CUDA.
+BlockBiasGradient empty_block_bias(const Target& target, const KeyLists& lists, BackwardParams& p) {
+  std::vector<std::int64_t> shape{0};
+  const bool wanted = lists.block_bias && !target.on_cuda();
+  if (wanted) shape = {p.batch, p.heads_q, blocks_of(p.length_q, p.block_q), p.key_blocks.width};
+  BlockBiasGradient gradient{make_zeros(target.tensor, shape, ScalarType::Double)};
+  if (wanted) p.grad_block_bias = data<double>(gradient.grad_block_bias);
+  return gradient;
+}
+
+AllGradients backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y, const KeyLists& lists,
+                      const Additions& additions, const QueryLists& transposed, const BlockSize& size,
+                      const ScoreOptions& options, const Causal& causal, const Deterministic& option) {
   const Target target{kSystem, x.query, option.deterministic};
   BackwardParams p;
   read(target, x, lists, additions, size, options, causal, p);
@@ -120,7 +137,8 @@ Gradients<Additions> backward(const OutputGradients& gradients, const Inputs& x,
           shape_of(*indices), " beside ", shape_of(*counts), ", or expanded ones");
   }
   read_outputs(gradients, y, x, p);
-  return run_backward(target, x, additions, p);
+  const BlockBiasGradient of_blocks = empty_block_bias(target, lists, p);
+  return std::tuple_cat(run_backward(target, x, additions, p), std::tuple(of_blocks));
 }
 
 const Registration registration(kSystem, OnHost::kRefused,

@@ -1,5 +1,7 @@
 #include "operator.h"
 
+#include <algorithm>
+
 #include "attnx/capability.h"
 
 namespace attnx::ops {
@@ -29,6 +31,17 @@ std::string schema_of(const char* name, const std::vector<std::string>& argument
   char letter = 'a';  // it tells apart the tensors that are written to
   for (auto at = text.find("(!)"); at != text.npos; at = text.find("(!)")) text.insert(at + 1, 1, letter++);
   return text;
+}
+
+void check_placement(const std::vector<NamedTensor>& tensors) {
+  const auto is_query = [](const NamedTensor& x) { return x.name == "query"; };
+  auto first = std::find_if(tensors.begin(), tensors.end(), is_query);
+  if (first == tensors.end()) first = tensors.begin();
+  for (const auto& [name, x] : tensors) {
+    if (x->is_cpu() && first->tensor->is_cpu()) continue;
+    const std::string expected = device_of(*first->tensor), got = device_of(*x);
+    check(got == expected, name, ": expected a tensor on ", expected, " like ", first->name, ", got one on ", got);
+  }
 }
 
 using torch::stable::detail::StableLibrary;

@@ -130,6 +130,26 @@ void box_group(const Group& group, StableIValue*& next) {
   }
 }
 
+// It adds the tensors of a group to a list.
+struct NamedTensor {
+  std::string_view name;
+  const StableTensor* tensor;
+};
+template <class Group>
+void list_tensors(const Group& group, std::vector<NamedTensor>& list) {
+  for_each_field(group, [&]<class Field>(std::string_view name, const Field& field) {
+    if constexpr (std::is_convertible_v<const Field*, const StableTensor*>) {
+      list.push_back({name, &field});
+    } else if constexpr (std::is_same_v<Field, std::optional<StableTensor>>) {
+      if (field) list.push_back({name, &*field});
+    } else if constexpr (requires { field.kGradient; }) {
+      if (field.tensor) list.push_back({name, &*field.tensor});
+    }
+  });
+}
+// It checks that all lie where query does, or the first where there is no query. Each operator has this one rule.
+void check_placement(const std::vector<NamedTensor>& tensors);
+
 // A function returns nothing, a tensor without a name, a group, or a tuple of groups.
 template <class Result>
 struct Results {
@@ -172,6 +192,9 @@ struct Boxed<kFunction> {
   static void call(StableIValue* stack, std::uint64_t, std::uint64_t) {
     StableIValue* next = stack;
     const std::tuple<Groups...> groups{unbox_group<Groups>(next)...};
+    std::vector<NamedTensor> tensors;
+    std::apply([&](const Groups&... group) { (list_tensors(group, tensors), ...); }, groups);
+    check_placement(tensors);
     if constexpr (std::is_void_v<Result>) {
       std::apply(kFunction, groups);
     } else {

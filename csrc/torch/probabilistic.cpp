@@ -91,9 +91,7 @@ void check_sizes(const Draw& draw, std::int64_t blocks_per_row, const BlockGrid&
 
 SampledBlocks empty_lists(const StableTensor& like, std::int64_t batch, std::int64_t heads, std::int64_t rows,
                           std::int64_t width, bool with_corrections) {
-  const auto empty = [&](std::vector<std::int64_t> shape, ScalarType dtype) {
-    return torch::stable::new_empty(like, shape, dtype);
-  };
+  const auto empty = [&](std::vector<std::int64_t> shape, ScalarType dtype) { return make_empty(like, shape, dtype); };
   SampledBlocks blocks{
       {empty({batch, heads, rows}, ScalarType::Int), empty({batch, heads, rows, width}, ScalarType::Int)}, {}};
   if (with_corrections) blocks.corrections = empty({batch, heads, rows, width}, ScalarType::Float);
@@ -176,9 +174,7 @@ Gradients<Choice> backward(const OutputGradients& gradients, const Inputs& x, co
 }
 
 Lists block_lists(const Draw& draw, const Lengths& lengths, const BlockSize& size, const ListOptions& options) {
-  for_each_field(lengths, [](std::string_view name, std::int64_t length) {
-    check(length >= 0, name, ": expected 0 or more, got ", length);
-  });
+  for_each_field(lengths, check_length);
   check_block_size(size);
   return sample({kSystem, draw.keep}, draw, {.blocks_per_row = options.blocks_per_row, .importance = false},
                 {lengths.length_q, lengths.length_k, size.block_q, size.block_k, options.is_causal}, lengths.batch,

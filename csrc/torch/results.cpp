@@ -5,18 +5,18 @@
 namespace attnx::ops {
 
 StableTensor empty_rows(const StableTensor& like, std::int64_t dim, std::optional<ScalarType> dtype) {
-  if (like.dim() == 3) return torch::stable::new_empty(like, std::vector{like.size(0), like.size(1), dim}, dtype);
+  if (like.dim() == 3) return make_empty(like, std::vector{like.size(0), like.size(1), dim}, dtype);
   if (like.stride(1) < like.stride(2)) {
     const std::vector shape{like.size(0), like.size(2), like.size(1), dim};
-    return torch::stable::transpose(torch::stable::new_empty(like, shape, dtype), 1, 2);
+    return torch::stable::transpose(make_empty(like, shape, dtype), 1, 2);
   }
-  return torch::stable::new_empty(like, std::vector{like.size(0), like.size(1), like.size(2), dim}, dtype);
+  return make_empty(like, std::vector{like.size(0), like.size(1), like.size(2), dim}, dtype);
 }
 
 StableTensor empty_logsumexp(const StableTensor& query) {
   const ScalarType dtype = sum_type(query);
-  if (query.dim() == 3) return torch::stable::new_empty(query, std::vector{query.size(1), query.size(0)}, dtype);
-  return torch::stable::new_empty(query, std::vector{query.size(0), query.size(1), query.size(2)}, dtype);
+  if (query.dim() == 3) return make_empty(query, std::vector{query.size(1), query.size(0)}, dtype);
+  return make_empty(query, std::vector{query.size(0), query.size(1), query.size(2)}, dtype);
 }
 
 Outputs run_forward(const Target& target, const Inputs& x, ForwardParams& p) {
@@ -76,14 +76,14 @@ void read_outputs(const OutputGradients& gradients, const Outputs& y, const Inpu
 std::optional<StableTensor> empty_sums(const std::optional<StableTensor>& parameter, const StableTensor& query,
                                        const AttentionParams& p) {
   if (!parameter) return std::nullopt;
-  return torch::stable::new_empty(query, std::vector{p.batch, p.heads_q}, ScalarType::Double);
+  return make_empty(query, std::vector{p.batch, p.heads_q}, ScalarType::Double);
 }
 
 StableTensor sum_over_batch(const std::optional<StableTensor>& sums, const Target& target) {
   const StableTensor& query = target.tensor;
   const std::vector shape{query.size(1)};
-  if (!sums) return torch::stable::new_zeros(query, shape, sum_type(query));
-  StableTensor result = torch::stable::new_empty(query, shape, sum_type(query));
+  if (!sums) return make_zeros(query, shape, sum_type(query));
+  StableTensor result = make_empty(query, shape, sum_type(query));
   run(SumOverBatchParams{.dtype = to_dtype(sum_type(query)),
                          .batch = sums->size(0),
                          .heads = sums->size(1),

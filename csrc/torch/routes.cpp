@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "arguments.h"
@@ -81,7 +82,7 @@ void check_heads(const Rows& x) {
 }
 
 StableTensor empty_ints(const StableTensor& like, const std::vector<std::int64_t>& shape) {
-  return torch::stable::new_empty(like, shape, ScalarType::Int);
+  return make_empty(like, shape, ScalarType::Int);
 }
 
 StableTensor find_nearest(const RouteParams& route, const StableTensor& rows) {
@@ -168,8 +169,8 @@ Statistics centroid_sums(const Rows& x) {
   check_heads(x);
   const StableTensor& centroids = x.centroids;
   const std::vector shape{centroids.size(0), centroids.size(1)};
-  const StableTensor sums = torch::stable::new_zeros(centroids, centroids.sizes(), ScalarType::Double);
-  const StableTensor counts = torch::stable::new_zeros(centroids, shape, ScalarType::Double);
+  const StableTensor sums = make_zeros(centroids, centroids.sizes(), ScalarType::Double);
+  const StableTensor counts = make_zeros(centroids, shape, ScalarType::Double);
   for (const auto& [name, rows] : {std::pair("query", &x.query), std::pair("key", &x.key)}) {
     CentroidSumsParams p{read_rows(name, *rows, centroids)};
     const StableTensor nearest = find_nearest(p, *rows);
@@ -179,7 +180,7 @@ Statistics centroid_sums(const Rows& x) {
     run(p, {kSystem, *rows});
   }
   const auto half = [&](const StableTensor& whole) {
-    StableTensor result = torch::stable::new_empty(whole, whole.sizes(), ScalarType::Float);
+    StableTensor result = make_empty(whole, whole.sizes(), ScalarType::Float);
     run(HalveSumsParams{.count = whole.numel(), .sums = data<double>(whole), .halves = data<float>(result)},
         {kSystem, centroids});
     return result;
@@ -206,20 +207,23 @@ void update_centroids(const Averages& a) {
     check_contiguous(name, x);
     return data<float>(x);
   };
-  const auto counts = read("counts", a.counts, {heads, clusters});
-  if (const auto values = values_on_host(a.counts))
-    for (std::int64_t i = 0; i < heads * clusters; ++i) {
-      const float count = data<const float>(*values)[i];
-      check(count >= 0, "counts: expected numbers of 0 or more, got ", count);
-    }
+  const auto read_counts = [&](const char* name, const StableTensor& x) {
+    float* const counts = read(name, x, {heads, clusters});
+    if (const auto values = values_on_host(x))
+      for (std::int64_t i = 0; i < heads * clusters; ++i) {
+        const float count = data<const float>(*values)[i];
+        check(count >= 0 && std::isfinite(count), name, ": expected finite numbers of 0 or more, got ", count);
+      }
+    return counts;
+  };
   run(UpdateCentroidsParams{.heads = heads,
                             .clusters = clusters,
                             .head_dim = dim,
                             .decay = a.decay,
                             .sums = read("sums", a.sums, {heads, clusters, dim}),
-                            .members = read("members", a.members, {heads, clusters}),
+                            .members = read_counts("members", a.members),
                             .centroids = read("centroids", a.centroids, {heads, clusters, dim}),
-                            .counts = counts},
+                            .counts = read_counts("counts", a.counts)},
       {kSystem, a.centroids});
 }
 

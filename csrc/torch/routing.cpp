@@ -126,8 +126,10 @@ bool read(const Target& target, const Inputs& x, const Routes& routes, const Mem
   g.clusters = routes.query_offsets.size(2) - 1;
   check_shape("key_offsets", routes.key_offsets, {p.batch, p.heads_q, g.clusters + 1});
   read_memory(memory, p, x.query, g);
-  check(g.keys.slots + g.clusters * g.memory <= std::numeric_limits<std::int32_t>::max(),
-        "memory_key: expected at most 2147483647 keys in all clusters, got ", g.keys.slots + g.clusters * g.memory);
+  constexpr std::int64_t kMostKeys = std::numeric_limits<std::int32_t>::max();
+  check(g.keys.slots <= kMostKeys && g.memory <= (kMostKeys - g.keys.slots) / g.clusters,
+        "memory_key: expected at most ", kMostKeys, " keys in all clusters, got ", g.keys.slots, " and ", g.memory,
+        " more in each of ", g.clusters);
   p.length_q = queries.longest;
   p.length_k = keys.longest + g.memory;
   return queries.once;
@@ -140,8 +142,7 @@ Outputs forward(const Inputs& x, const Routes& routes, const Memory& memory, con
   Gather gather;
   read(target, x, routes, memory, options, causal, p, gather);
   // Slots that a head does not use hold 0.
-  Outputs y{empty_rows(x.query, p.value_dim),
-            torch::stable::new_zeros(x.query, routes.query_indices.sizes(), sum_type(x.query))};
+  Outputs y{empty_rows(x.query, p.value_dim), make_zeros(x.query, routes.query_indices.sizes(), sum_type(x.query))};
   p.output = view_rows(y.output);
   if (is_normalised(p.score)) p.logsumexp = {y.logsumexp.data_ptr(), 0, 0, 1};
   run(p, target);
@@ -175,9 +176,8 @@ std::tuple<InputGradients, MemoryGradients> backward(const OutputGradients& grad
     p.grad_logsumexp = grad_logsumexp;
   }
   const InputGradients of_inputs = empty_gradients(x, p);
-  const MemoryGradients of_memory{
-      torch::stable::new_empty(x.query, std::vector{p.heads_k, gather.memory, p.head_dim}),
-      torch::stable::new_empty(x.query, std::vector{p.heads_k, gather.memory, p.value_dim})};
+  const MemoryGradients of_memory{make_empty(x.query, std::vector{p.heads_k, gather.memory, p.head_dim}),
+                                  make_empty(x.query, std::vector{p.heads_k, gather.memory, p.value_dim})};
   p.grad_memory_key = view_memory(of_memory.grad_memory_key);
   p.grad_memory_value = view_memory(of_memory.grad_memory_value);
   run(p, target);

@@ -78,9 +78,9 @@ struct CriticalBlocks {
 CriticalBlocks list_critical_blocks(const Target& target, const StableTensor& map, std::int64_t width,
                                     bool transposed) {
   std::vector shape{map.size(0), map.size(1), map.size(transposed ? 3 : 2)};
-  const StableTensor counts = torch::stable::new_empty(map, shape, ScalarType::Int);
+  const StableTensor counts = make_empty(map, shape, ScalarType::Int);
   shape.push_back(width);
-  const StableTensor indices = torch::stable::new_empty(map, shape, ScalarType::Int);
+  const StableTensor indices = make_empty(map, shape, ScalarType::Int);
   run(CriticalBlocksParams{.heads = map.size(0) * map.size(1),
                            .query_blocks = map.size(2),
                            .key_blocks = map.size(3),

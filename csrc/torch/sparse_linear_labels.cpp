@@ -2,8 +2,7 @@
 // negligible to each block of queries, from the products of their means.
 #include <torch/csrc/stable/ops.h>
 
-#include "backend.h"
-#include "operator.h"
+#include "arguments.h"
 
 namespace attnx::ops {
 
@@ -22,8 +21,10 @@ struct Arguments {
 };
 
 StableTensor labels(const Arguments& a) {
-  check(a.block_q > 0 && a.block_k > 0, "block_size: expected positive sizes, got (", a.block_q, ", ", a.block_k, ")");
-  check(a.protect >= 0, "protect: expected a number of keys, 0 or more, got ", a.protect);
+  check_block_size({a.block_q, a.block_k});
+  check_length("length_q", a.length_q);
+  check_length("length_k", a.length_k);
+  const BlockShares shares = read_shares(a.critical, a.negligible, a.protect);
   const StableTensor& products = a.products;
   const BlockGrid grid{a.length_q, a.length_k, a.block_q, a.block_k, a.is_causal};
   check(products.dim() == 4 && products.size(2) == grid.query_blocks() && products.size(3) == grid.key_blocks(),
@@ -33,12 +34,12 @@ StableTensor labels(const Arguments& a) {
   if (target.on_cuda() || products.scalar_type() != ScalarType::Double)
     check_dtype("products", products, ScalarType::Float, target.on_cuda() ? "" : " or float64");
   check_contiguous("products", products);
-  StableTensor result = torch::stable::new_empty(products, products.sizes(), ScalarType::Char);
+  StableTensor result = make_empty(products, products.sizes(), ScalarType::Char);
   run(LabelBlocksParams{.grid = grid,
                         .heads = products.size(0) * products.size(1),
                         .dtype = to_dtype(products.scalar_type()),
                         .products = products.data_ptr(),
-                        .shares = {a.critical, a.negligible, a.protect},
+                        .shares = shares,
                         .labels = data<std::int8_t>(result)},
       target);
   return result;

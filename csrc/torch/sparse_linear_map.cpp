@@ -30,11 +30,10 @@ StableTensor block_map(const QueryAndKey& x, const Layout& layout, const BlockSi
   read_block_size(size, p);
   read_inputs(target, {x.query, x.key, x.key}, layout, p);
   read_window(causal, p);
-  check(options.protect >= 0, "protect: expected a number of keys, 0 or more, got ", options.protect.value);
   p.smooth_k = options.smooth_k;
-  p.shares = {options.critical, options.negligible, options.protect};
+  p.shares = read_shares(options.critical, options.negligible, options.protect);
   const std::vector shape{p.batch, p.heads_q, blocks_of(p.length_q, p.block_q), blocks_of(p.length_k, p.block_k)};
-  StableTensor labels = torch::stable::new_empty(x.query, shape, ScalarType::Char);
+  StableTensor labels = make_empty(x.query, shape, ScalarType::Char);
   p.labels = data<std::int8_t>(labels);
   if (labels.numel() > 0) run(p, target);
   return labels;

@@ -101,7 +101,7 @@ KeyAndValue dequantize(const CacheMemory& memory, const Range& range, const Cach
   check(count >= 0 && count <= layout.max_length - first, "count: expected from 0 to ", layout.max_length - first,
         ", got ", count);
   const std::vector shape{cache.batch, cache.memory.heads, count, cache.memory.layout.head_dim};
-  const KeyAndValue result{torch::stable::new_zeros(memory.tail, shape), torch::stable::new_zeros(memory.tail, shape)};
+  const KeyAndValue result{make_zeros(memory.tail, shape), make_zeros(memory.tail, shape)};
   auto p = params_of<StaircaseReadParams>(cache);
   p.first = first;
   p.count = count;

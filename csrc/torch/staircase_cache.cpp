@@ -10,7 +10,8 @@ namespace attnx::ops {
 
 namespace {
 
-constexpr std::int64_t kMaxResidual = std::int64_t(1) << 30;
+// Larger ones would have the sizes of memory overflow.
+constexpr std::int64_t kMaxWindow = std::int64_t(1) << 30, kMaxResidual = kMaxWindow;
 
 std::string to_text(const std::vector<std::int64_t>& levels) {
   std::string text;
@@ -71,11 +72,12 @@ Cache read_cache(const StableTensor& state, const StableTensor& codes, const Sta
                  const StableTensor& tail, const CacheLayout& l) {
   check_levels(l.levels);
   check(l.group >= 32 && l.group % 32 == 0, "group: expected a multiple of 32, got ", l.group);
-  check(l.window >= l.group && l.window % l.group == 0, "window: expected a multiple of group, ", l.group, ", got ",
-        l.window);
+  check(l.window >= l.group && l.window <= kMaxWindow && l.window % l.group == 0,
+        "window: expected a multiple of group, ", l.group, ", at most ", kMaxWindow, ", got ", l.window);
   check(l.residual >= 0 && l.residual <= kMaxResidual, "residual: expected from 0 to ", kMaxResidual, ", got ",
         l.residual);
   check(l.max_length >= 1, "max_length: expected at least 1, got ", l.max_length);
+  check_length("max_length", l.max_length);
   const Target target{"staircase_attention", tail};
   const Capability& row = target.capability();
   check(lists(row.dtypes, dtype_of(tail)), "dtype: expected one of ", row.dtypes, " (", row.op, " on ", row.backend,

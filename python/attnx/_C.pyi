@@ -41,6 +41,7 @@ def cuda_forward_kernel(
     key: tuple[int, int, int, int] | None = None,
     value: tuple[int, int, int, int] | None = None,
     cache: tuple[list[int], int, int, int, int] | None = None,
+    clusters_and_slots: tuple[int, int] = (0, 0),
 ) -> CudaKernel: ...
 def cuda_backward_kernel(
     operator: str,
@@ -59,6 +60,7 @@ def cuda_backward_kernel(
     key: tuple[int, int, int, int] | None = None,
     value: tuple[int, int, int, int] | None = None,
     cache: tuple[list[int], int, int, int, int] | None = None,
+    clusters_and_slots: tuple[int, int] = (0, 0),
 ) -> CudaKernel: ...
 def cuda_mainloop() -> str: ...
 def set_cuda_mainloop(name: str) -> None: ...

@@ -77,20 +77,21 @@ class Requirement:
             "causal": arguments.get("is_causal", False),
             "window": max(arguments.get("window_left", -1), arguments.get("window_right", -1)) >= 0,
             "block_bias": arguments.get("block_bias") is not None,
+            "block_bias_gradient": _requires_grad(arguments.get("block_bias")),
             "importance": arguments.get("importance", False),
             "memory_kv": any(arguments.get(name) is not None for name in ("memory_key", "memory_kv")),
         }
         for name, feature in _NUMBERS_PER_HEAD.items():
             argument = arguments.get(name)
             wanted[feature] = argument is not None
-            wanted[f"{feature}_gradient"] = isinstance(argument, Tensor) and argument.requires_grad
+            wanted[f"{feature}_gradient"] = _requires_grad(argument)
         return cls(
             operator=base,
             backend=backend_of(query.device),
             dtype=dtype_name(query.dtype),
             head_dims=tuple(x.shape[-1] for x in (query, value) if x.dim()),
             features=tuple(feature for feature, used in wanted.items() if used),
-            backward=any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values()),
+            backward=any(_requires_grad(x) for x in arguments.values()),
         )
 
     def missing(self, row: Capability) -> list[str]:
@@ -110,6 +111,10 @@ class Requirement:
     def __str__(self) -> str:
         dims = ", ".join(f"head_dim {d}" for d in dict.fromkeys(self.head_dims))
         return ", ".join(filter(None, (f"backend {self.backend}", f"dtype {self.dtype}", dims, *self.features)))
+
+
+def _requires_grad(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.requires_grad
 
 
 def describe(row: Capability) -> str:
@@ -134,6 +139,12 @@ def refusal(operator: str, arguments: dict[str, Any]) -> str:
         f"  supported: {describe(row)}\n"
         f"  missing:   {', '.join(requirement.missing(row))}"
     )
+
+
+def expect(ok: bool, name: str, expected: object, got: object) -> None:
+    """Refuses an argument unless it is ok, in the words in which the operators of C++ do."""
+    if not ok:
+        raise RuntimeError(f"{name}: expected {expected}, got {got}")
 
 
 def check_placement(arguments: dict[str, Any]) -> None:

@@ -9,46 +9,96 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from attnx._structures import Lengths, register, same
+
 if TYPE_CHECKING:  # importing it takes longer than all of attnx
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
 __all__ = ["BlockMask"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockMask:
     """Lists of blocks, in the format of ``torch.nn.attention.flex_attention.BlockMask``.
+
+    It is a pytree: ``torch.export`` takes it as an argument. Two are equal where their lists name the same blocks in
+    the same order, and sizes, lengths and devices agree.
 
     Attributes:
         kv_num_blocks: int32 (batch or 1, heads or 1, query_blocks): how many blocks of keys a block of queries visits.
         kv_indices: int32 (batch or 1, heads or 1, query_blocks, width): which ones, in any order, none twice. Of each
             row the first ``kv_num_blocks`` are in use; the rest may hold anything.
         block_size: queries and keys of a block, 64 or 128 each. The last block may be ragged.
+        lengths: of queries and of keys, which the mask is for, and calls with others are refused; None: any lengths
+            of so many blocks.
     """
 
     kv_num_blocks: Tensor
     kv_indices: Tensor
     block_size: tuple[int, int] = (64, 64)
+    lengths: Lengths | None = None
 
     @classmethod
-    def from_dense(cls, visited: Tensor, block_size: tuple[int, int] = (64, 64)) -> BlockMask:
+    def from_dense(
+        cls, visited: Tensor, block_size: tuple[int, int] = (64, 64), lengths: Lengths | None = None
+    ) -> BlockMask:
         """From a bool tensor (batch or 1, heads or 1, query_blocks, key_blocks); the lists ascend."""
         if visited.dtype != torch.bool or visited.dim() != 4:
             raise RuntimeError(
                 "visited: expected a bool tensor (batch, heads, query_blocks, key_blocks), "
                 f"got {visited.dtype} of shape {tuple(visited.shape)}"
             )
+        if lengths is not None:
+            blocks = tuple(-(-length // block) for length, block in zip(lengths, block_size, strict=True))
+            if tuple(visited.shape[2:]) != blocks:
+                raise RuntimeError(
+                    f"lengths: expected those of {visited.shape[2]} blocks of queries and {visited.shape[3]} of keys, "
+                    f"got {lengths}, which are {blocks[0]} and {blocks[1]}"
+                )
         counts, indices = _lists(visited)
-        return cls(counts, indices, block_size)
+        return cls(counts, indices, block_size, lengths)
 
-    def to_dense(self, key_blocks: int) -> Tensor:
-        """The bool tensor (batch or 1, heads or 1, query_blocks, key_blocks)."""
-        return to_dense(self.kv_num_blocks, self.kv_indices, key_blocks)
+    def to(self, device: torch.device | str) -> BlockMask:
+        """This mask where its lists are there, or else a copy there."""
+        counts, indices = self.kv_num_blocks.to(device), self.kv_indices.to(device)
+        if counts is self.kv_num_blocks and indices is self.kv_indices:
+            return self
+        return BlockMask(counts, indices, self.block_size, self.lengths)
 
-    def transposed(self, key_blocks: int) -> tuple[Tensor, Tensor]:
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BlockMask):
+            return NotImplemented
+        sizes = (self.block_size, self.lengths) == (other.block_size, other.lengths)
+        if not sizes or not same(self.kv_num_blocks, other.kv_num_blocks):
+            return False
+        return same(self._used(), other._used())
+
+    def __hash__(self) -> int:
+        return hash((self.block_size, self.lengths, self.kv_num_blocks.shape))
+
+    def _used(self) -> Tensor:
+        """The indices as wide as the longest list, with 0 where a row does not use them."""
+        counts, indices = self.kv_num_blocks, self.kv_indices
+        place = torch.arange(int(counts.max()) if counts.numel() else 0, device=indices.device)
+        return indices[..., : len(place)].where(place < counts[..., None], 0)
+
+    def to_dense(self, key_blocks: int | None = None) -> Tensor:
+        """The bool tensor (batch or 1, heads or 1, query_blocks, key_blocks); a mask with lengths knows key_blocks."""
+        return to_dense(self.kv_num_blocks, self.kv_indices, self._key_blocks(key_blocks))
+
+    def transposed(self, key_blocks: int | None = None) -> tuple[Tensor, Tensor]:
         """The lists of the other side: counts and indices of the blocks of queries that visit each block of keys."""
-        counts, indices, _ = transpose(self.kv_num_blocks, self.kv_indices, None, key_blocks)
+        counts, indices, _ = transpose(self.kv_num_blocks, self.kv_indices, None, self._key_blocks(key_blocks))
         return counts, indices
+
+    def _key_blocks(self, given: int | None) -> int:
+        if self.lengths is None and given is None:
+            raise RuntimeError("key_blocks: expected a number where the mask has no lengths, got None")
+        own = given if self.lengths is None else -(-self.lengths[1] // self.block_size[1])
+        if given is not None and given != own:
+            raise RuntimeError(f"key_blocks: expected {own}, as the mask has {self.lengths} tokens, got {given}")
+        assert own is not None
+        return own
 
     @classmethod
     def from_flex(cls, mask: FlexBlockMask) -> tuple[BlockMask, bool]:
@@ -78,19 +128,23 @@ class BlockMask:
                 "block_mask: expected a mask_mod that hides nothing, or later keys (aligned bottom-right), within its "
                 f"blocks, got {mask.mask_mod}"
             )
-        return cls.from_dense(partial | full, (block_q, block_k)), not all_visible
+        return cls.from_dense(partial | full, (block_q, block_k), tuple(mask.seq_lengths)), not all_visible
 
-    def to_flex(self, length_q: int, length_k: int, *, is_causal: bool = False) -> FlexBlockMask:
+    def to_flex(
+        self, length_q: int | None = None, length_k: int | None = None, *, is_causal: bool = False
+    ) -> FlexBlockMask:
         """As a mask of ``torch.nn.attention.flex_attention``, on the device of the lists.
 
         Args:
-            length_q: queries.
-            length_k: keys.
+            length_q: queries; a mask with lengths knows them.
+            length_k: keys, likewise.
             is_causal: also hide later keys, aligned bottom-right. Blocks that the diagonal cuts become partial ones,
                 those beyond it are left out.
         """
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
+        own_q, own_k = self.lengths or (None, None)
+        length_q, length_k = _length("length_q", length_q, own_q), _length("length_k", length_k, own_k)
         block_q, block_k = self.block_size
         visited = self.to_dense(-(-length_k // block_k))
         offset = length_k - length_q
@@ -118,6 +172,17 @@ class BlockMask:
             mask_mod=listed_and_causal if is_causal else listed,
             seq_lengths=(length_q, length_k),
         )
+
+
+def _length(name: str, given: int | None, own: int | None) -> int:
+    length = given if own is None else own
+    if length is None or given not in (None, length):
+        expected = "a number where the mask has no lengths" if length is None else f"{length} as of the mask"
+        raise RuntimeError(f"{name}: expected {expected}, got {given}")
+    return length
+
+
+register(BlockMask, leaves=("kv_num_blocks", "kv_indices", "lengths"), constants=("block_size",))
 
 
 def _rows(mask: FlexBlockMask, partial: Tensor, full: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from attnx import _C, _capability, functional, probabilistic, routing, sparse_linear, staircase
 
+# What a call does whatever kernel serves it, and may surprise.
+_NOTES = {"routing_attention": ["a centroid with a NaN has no product that is a number: its cluster holds no token"]}
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -73,7 +76,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         kernel, reasons = _cuda_kernel(requirement, arguments) if row.backend == "cuda" else _cpu_kernel(requirement)
     except RuntimeError as error:  # the device has no kernel, or there is none
         return Explanation(name, False, reasons=[str(error)], nearest=_capability.describe(row))
-    return Explanation(name, True, row.backend, kernel, reasons)
+    return Explanation(name, True, row.backend, kernel, reasons + _NOTES.get(name, []))
 
 
 def _cpu_kernel(requirement: _capability.Requirement) -> tuple[str, list[str]]:
@@ -108,6 +111,7 @@ def _cuda_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]
         "key": _layout(key),
         "value": _layout(value),
         "cache": arguments["cache"]._layout if "cache" in arguments else None,
+        "clusters_and_slots": _clusters_and_slots(arguments) if "routes" in arguments else (0, 0),
     }
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
         kernel = _C.cuda_forward_kernel(requirement.operator, requirement.dtype, **sizes)
@@ -140,6 +144,17 @@ def _describe(direction: str, kernel: _C.CudaKernel) -> list[str]:
     if kernel["why_not_sm90"]:
         lines.append(f"{direction} is not sm90's: {kernel['why_not_sm90']}")
     return lines
+
+
+def _clusters_and_slots(arguments: dict[str, Any]) -> tuple[int, int]:
+    """How many clusters a head has, and places for queries in all of them."""
+    routes, length = arguments["routes"], arguments["query"].shape[2]
+    if isinstance(routes, routing.Routes):
+        return routes.clusters, routes.query_indices.shape[2]
+    clusters = routes.shape[1]
+    if arguments["routing"] == "argmax":
+        return clusters, length
+    return clusters, clusters * routing._cluster_size(arguments["cluster_size"], "query", length, clusters)
 
 
 def _layout(x: Tensor) -> tuple[int, int, int, int] | None:

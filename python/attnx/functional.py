@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
+from attnx import _arguments, _capability, _nested
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
+from attnx._structures import check_lengths
 from attnx.block_mask import BlockMask
 
 if TYPE_CHECKING:
@@ -16,12 +19,28 @@ if TYPE_CHECKING:
 _ops = torch.ops.attnx
 
 
+class SoftmaxOptions(TypedDict, total=False):
+    """For type checkers, which tell by ``return_logsumexp`` what comes back."""
+
+    scale: float | Tensor | None
+    is_causal: bool
+    window: tuple[int, int]
+    alibi_slopes: Tensor | None
+    sink: Tensor | None
+
+
+class BlockSparseOptions(TypedDict, total=False):
+    score: ScoreName
+    bias: SigmoidBias
+    block_bias: Tensor | None
+    sink: Tensor | None
+    scale: float | Tensor | None
+    is_causal: bool
+
+
 def _window(window: tuple[int, int]) -> tuple[int, int]:
-    try:
-        left, right = window
-    except (TypeError, ValueError):
-        raise RuntimeError(f"window: expected a pair (left, right), got {window!r}") from None
-    return left, right
+    left, right = _arguments.pair("window", window, "a pair (left, right)")
+    return _arguments.integer("window", left), _arguments.integer("window", right)
 
 
 def sigmoid_attention(
@@ -30,7 +49,7 @@ def sigmoid_attention(
     value: Tensor,
     *,
     bias: SigmoidBias = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
@@ -48,15 +67,18 @@ def sigmoid_attention(
         value: (batch, kv_heads, length_k, value_dim).
         bias: what is added to every logit. None: -log(length_k), the paper's rule, under which the weights of
             a row start near a sum of 1. ``"row"``: -log(number of keys the row sees). A float. Or a tensor of
-            shape () or (heads,), float32 (float64 for float64 inputs), which may require a gradient.
-        scale: factor on query . key, 1/sqrt(head_dim) by default.
+            shape () or (heads,), float32 (float64 for float64 inputs), which may require a gradient. -inf makes
+            all weights 0.
+        scale: factor on query . key, 1/sqrt(head_dim) by default. Or a tensor of shape () or (heads,), such as a
+            learned temperature, which may require a gradient; the query is multiplied by it then, in its dtype.
         is_causal: hide later keys; aligned bottom-right, so that the last query sees the last key.
         window: (left, right): how many keys before and after its own position a query sees; -1 for no bound.
             With ``is_causal`` the right bound is 0.
         alibi_slopes: (heads,) or (), dtype as for bias; slope times distance is subtracted from the logit.
 
     The inputs share one dtype (bfloat16, float16; float32 and float64 on the CPU) and device. Strides are free but
-    for a contiguous last dimension. Sums are kept in float32 (float64 for float64).
+    for a contiguous last dimension. Sums are kept in float32 (float64 for float64). Nested tensors of layout
+    ``torch.jagged``, whose lengths differ, go to :func:`sigmoid_attention_varlen`, and the output is nested like query.
 
     On the GPU gradients are the same bits every time under ``torch.use_deterministic_algorithms(True)`` only, and what
     a hidden key or value holds has no effect as long as it is finite; on the CPU both hold always.
@@ -71,10 +93,15 @@ def sigmoid_attention(
     Source: Ramapuram et al., "Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
     arXiv 2409.04431.
     """
+    if isinstance(query, Tensor) and query.is_nested:
+        options: dict[str, Any] = {"bias": bias, "scale": scale, "is_causal": is_causal, "window": window}
+        return _nested.attend(sigmoid_attention_varlen, query, key, value, alibi_slopes=alibi_slopes, **options)
+    _arguments.tensors(query=query, key=key, value=value)
+    _arguments.optional_tensors(alibi_slopes=alibi_slopes)
+    query, scale = _arguments.with_scale(query, scale)
+    mask = _arguments.flag("is_causal", is_causal), *_window(window)
     s = resolve_score("sigmoid", bias, tensor_bias=True)
-    return _ops.sigmoid_attention(
-        query, key, value, s.bias, alibi_slopes, s.bias_rule, s.bias_value, scale, is_causal, *_window(window)
-    )
+    return _ops.sigmoid_attention(query, key, value, s.bias, alibi_slopes, s.bias_rule, s.bias_value, scale, *mask)
 
 
 def sigmoid_attention_varlen(
@@ -87,7 +114,7 @@ def sigmoid_attention_varlen(
     max_seqlen_k: int,
     *,
     bias: SigmoidBias = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
@@ -113,31 +140,40 @@ def sigmoid_attention_varlen(
     Returns:
         (total_q, heads, value_dim) in the dtype of query.
     """
+    _arguments.tensors(query=query, key=key, value=value)
+    _arguments.optional_tensors(alibi_slopes=alibi_slopes)
+    packing = _arguments.packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    query, scale = _arguments.with_scale(query, scale)
+    mask = _arguments.flag("is_causal", is_causal), *_window(window)
     s = resolve_score("sigmoid", bias, tensor_bias=True)
     return _ops.sigmoid_attention_varlen(
-        query,
-        key,
-        value,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        s.bias,
-        alibi_slopes,
-        s.bias_rule,
-        s.bias_value,
-        scale,
-        is_causal,
-        *_window(window),
+        query, key, value, *packing, s.bias, alibi_slopes, s.bias_rule, s.bias_value, scale, *mask
     )
 
 
+@overload
 def softmax_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
-    scale: float | None = None,
+    return_logsumexp: Literal[False] = False,
+    **options: Unpack[SoftmaxOptions],
+) -> Tensor: ...
+@overload
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: Literal[True], **options: Unpack[SoftmaxOptions]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: bool, **options: Unpack[SoftmaxOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
@@ -161,12 +197,19 @@ def softmax_attention(
 
     Source of the sink: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", arXiv 2508.10925.
     """
-    output, logsumexp = _ops.softmax_attention(
-        query, key, value, alibi_slopes, sink, scale, is_causal, *_window(window)
-    )
+    if isinstance(query, Tensor) and query.is_nested:
+        options: dict[str, Any] = {"scale": scale, "is_causal": is_causal, "window": window, "sink": sink}
+        options |= {"alibi_slopes": alibi_slopes, "return_logsumexp": return_logsumexp}
+        return _nested.attend(softmax_attention_varlen, query, key, value, **options)
+    _arguments.tensors(query=query, key=key, value=value)
+    _arguments.optional_tensors(alibi_slopes=alibi_slopes, sink=sink)
+    query, scale = _arguments.with_scale(query, scale)
+    mask = _arguments.flag("is_causal", is_causal), *_window(window)
+    output, logsumexp = _ops.softmax_attention(query, key, value, alibi_slopes, sink, scale, *mask)
     return (output, logsumexp) if return_logsumexp else output
 
 
+@overload
 def softmax_attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -176,7 +219,45 @@ def softmax_attention_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
-    scale: float | None = None,
+    return_logsumexp: Literal[False] = False,
+    **options: Unpack[SoftmaxOptions],
+) -> Tensor: ...
+@overload
+def softmax_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_logsumexp: Literal[True],
+    **options: Unpack[SoftmaxOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def softmax_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_logsumexp: bool,
+    **options: Unpack[SoftmaxOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def softmax_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
@@ -188,23 +269,45 @@ def softmax_attention_varlen(
     Returns:
         (total_q, heads, value_dim) in the dtype of query; with ``return_logsumexp`` also (heads, total_q).
     """
-    output, logsumexp = _ops.softmax_attention_varlen(
-        query,
-        key,
-        value,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        alibi_slopes,
-        sink,
-        scale,
-        is_causal,
-        *_window(window),
-    )
+    _arguments.tensors(query=query, key=key, value=value)
+    _arguments.optional_tensors(alibi_slopes=alibi_slopes, sink=sink)
+    packing = _arguments.packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    query, scale = _arguments.with_scale(query, scale)
+    mask = _arguments.flag("is_causal", is_causal), *_window(window)
+    output, logsumexp = _ops.softmax_attention_varlen(query, key, value, *packing, alibi_slopes, sink, scale, *mask)
     return (output, logsumexp) if return_logsumexp else output
 
 
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask | FlexBlockMask,
+    *,
+    return_logsumexp: Literal[False] = False,
+    **options: Unpack[BlockSparseOptions],
+) -> Tensor: ...
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask | FlexBlockMask,
+    *,
+    return_logsumexp: Literal[True],
+    **options: Unpack[BlockSparseOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask | FlexBlockMask,
+    *,
+    return_logsumexp: bool,
+    **options: Unpack[BlockSparseOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -215,7 +318,7 @@ def block_sparse_attention(
     bias: SigmoidBias = None,
     block_bias: Tensor | None = None,
     sink: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -231,9 +334,10 @@ def block_sparse_attention(
             there are refused where the lists lie in host memory, and on the GPU under ``ATTNX_DEBUG=1``; otherwise
             they are undefined there, as looking would wait for the device.
         score: "softmax", or "sigmoid" with ``bias`` as in :func:`attnx.sigmoid_attention`, but not a tensor.
-        block_bias: float32 like ``block_mask.kv_indices``, added to every logit of the block; it gets no gradient.
+        block_bias: float32 like ``block_mask.kv_indices``, or 1 in the place of batch or heads, added to every logit of
+            the block. It may require a gradient on the CPU.
         sink: with the softmax score, as in :func:`attnx.softmax_attention`.
-        scale: of the logits; 1/sqrt(head_dim) by default.
+        scale: of the logits; 1/sqrt(head_dim) by default; or a tensor as in :func:`attnx.sigmoid_attention`.
         is_causal: also hide later keys, aligned bottom-right.
         return_logsumexp: with the softmax score, also return (batch, heads, length_q) float32.
 
@@ -244,11 +348,23 @@ def block_sparse_attention(
         RuntimeError: an argument of the wrong shape, dtype or value, by its name.
         NotImplementedError: no kernel for these arguments on this device; the message names what is missing.
     """
+    _arguments.tensors(query=query, key=key, value=value)
+    _arguments.optional_tensors(block_bias=block_bias, sink=sink)
+    _arguments.flag("is_causal", is_causal)
     if not isinstance(block_mask, BlockMask):
         if not hasattr(block_mask, "mask_mod"):
             raise RuntimeError(f"block_mask: expected attnx.BlockMask or flex_attention's, got {type(block_mask)}")
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "block_mask: expected attnx.BlockMask under torch.compile, got one of flex_attention; convert it once, "
+                "outside, with attnx.BlockMask.from_flex"
+            )
         block_mask, causal = BlockMask.from_flex(block_mask)
         is_causal = is_causal or causal
+    if block_bias is not None and block_bias.requires_grad:
+        _refuse_where_bias_has_no_gradient(query, key, value, block_bias)
+    check_lengths("block_mask", block_mask.lengths, query, key)
+    query, scale = _arguments.with_scale(query, scale)
     s = resolve_score(score, bias, sink=sink, return_logsumexp=return_logsumexp)
     output, logsumexp = _ops.block_sparse_attention(
         query,
@@ -266,3 +382,12 @@ def block_sparse_attention(
         is_causal,
     )
     return (output, logsumexp) if return_logsumexp else output
+
+
+def _refuse_where_bias_has_no_gradient(query: Tensor, key: Tensor, value: Tensor, block_bias: Tensor) -> None:
+    """Ahead of the forward, as the backward would be late."""
+    arguments = {"query": query, "key": key, "value": value, "block_bias": block_bias}
+    required = _capability.Requirement.of("block_sparse_attention", arguments)
+    rows = [row for row in _capability.table() if (row.operator, row.backend) == (required.operator, required.backend)]
+    if any("block_bias_gradient" not in row.features for row in rows):
+        raise NotImplementedError(_capability.refusal(required.operator, arguments))

@@ -6,11 +6,13 @@ import functools
 import itertools
 import math
 import operator
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
+from attnx import _arguments
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx.block_mask import BlockMask
 from attnx.functional import sigmoid_attention, softmax_attention
@@ -54,11 +56,13 @@ def keep_probabilities(
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
     """
-    if keep not in DEFAULT_PARAMETERS:
-        raise RuntimeError(f"keep: expected one of {', '.join(DEFAULT_PARAMETERS)}, got {keep!r}")
-    x = DEFAULT_PARAMETERS[keep] if parameter is None else parameter
+    if not isinstance(keep, str) or keep not in DEFAULT_PARAMETERS:
+        _arguments.refuse("keep", f"one of {', '.join(DEFAULT_PARAMETERS)}", keep)
+    key_blocks = _arguments.integer("key_blocks", key_blocks, 0)
+    expected = "0 or more, and at most 1 for geometric"
+    x = DEFAULT_PARAMETERS[keep] if parameter is None else _arguments.number("parameter", parameter, expected)
     if not x >= 0 or (keep == "geometric" and x > 1):
-        raise RuntimeError(f"parameter: expected 0 or more, and at most 1 for geometric, got {parameter!r}")
+        _arguments.refuse("parameter", expected, parameter)
     d = torch.arange(key_blocks, dtype=torch.float64, device=device)
     return _formula(keep, d, x).clamp(_least(keep), 1.0).where(d > 0, 1.0).float()
 
@@ -142,13 +146,6 @@ def _expected_density(candidates: list[int], keep: Family, parameter: float) -> 
     return (candidates[0] + kept) / sum(candidates)
 
 
-def _check_reachable(density: float, low: float, high: float, what: str) -> None:
-    if not low <= density <= high:
-        raise RuntimeError(
-            f"density: expected from {low:.6g} to {high:.6g}, which {what} can reach on these lengths, got {density!r}"
-        )
-
-
 def _solve_parameter(keep: Family, density: float, grid: BlockGrid) -> float:
     """The parameter under which the mean share of the candidates that take part is ``density``."""
     # From next to no block but the diagonal's to all of them.
@@ -159,14 +156,13 @@ def _solve_parameter(keep: Family, density: float, grid: BlockGrid) -> float:
         "gaussian": (1e-3, 1e9 * grid.key_blocks),
     }[keep]
     reached = functools.partial(_expected_density, _candidates_by_distance(grid), keep)
-    _check_reachable(density, reached(sparse), reached(dense), f"keep={keep!r}")
     for _ in range(100):
         middle = (sparse + dense) / 2
         if reached(middle) < density:
             sparse = middle
         else:
             dense = middle
-    return dense
+    return dense  # the densest that there is, where rounding keeps all below the density
 
 
 def _solve_blocks_per_row(density: float, grid: BlockGrid) -> int:
@@ -177,12 +173,12 @@ def _solve_blocks_per_row(density: float, grid: BlockGrid) -> int:
     def reached(blocks: int) -> float:
         return sum(max(min(blocks, candidates), end - begin) for begin, end, candidates in rows) / most
 
-    _check_reachable(density, reached(1), 1.0, 'mode="topm"')
     low, high = 1, grid.key_blocks
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if reached(middle) < density else (low, middle)
-    return min(max(low - 1, 1), low, key=lambda blocks: abs(reached(blocks) - density))
+    # The smaller of equals, where rounding does not tell them apart.
+    return min(max(low - 1, 1), low, key=lambda blocks: round(abs(reached(blocks) - density), 12))
 
 
 @functools.cache
@@ -213,12 +209,12 @@ def _solve_symbols(keep: Family | None, density: float | None, mode: Mode, grid:
     return _solve_numbers(keep, share, mode, *map(operator.index, grid))
 
 
-def solve(keep: Keep, density: float | None, mode: Mode, grid: BlockGrid, device: torch.device) -> Sampling:
-    """What the operators draw with, from what the user gave."""
-    if mode not in ("bernoulli", "topm"):
-        raise RuntimeError(f'mode: expected "bernoulli" or "topm", got {mode!r}')
-    if density is not None and (isinstance(density, (bool, str)) or not 0 <= density <= 1):
-        raise RuntimeError(f"density: expected None or a share of the blocks from 0 to 1, got {density!r}")
+def _check_choice(keep: Keep, density: float | None, mode: Mode) -> float | None:
+    """Refuses what does not go together, whatever the lengths; the density."""
+    if not isinstance(mode, str) or mode not in ("bernoulli", "topm"):
+        _arguments.refuse("mode", '"bernoulli" or "topm"', mode)
+    if density is not None:
+        density = _arguments.share("density", density, "None or a share of the blocks from 0 to 1")
     if isinstance(keep, Tensor):
         if keep.requires_grad:
             raise RuntimeError("keep: expected a tensor that needs no gradient, as it gets none, got one that does")
@@ -227,9 +223,16 @@ def solve(keep: Keep, density: float | None, mode: Mode, grid: BlockGrid, device
                 'density: expected a number with mode="topm", and None otherwise, where keep is a tensor, '
                 f"got {density!r} with mode={mode!r}"
             )
+    elif not isinstance(keep, str) or keep not in DEFAULT_PARAMETERS:
+        _arguments.refuse("keep", f"one of {', '.join(DEFAULT_PARAMETERS)} or a tensor", keep)
+    return density
+
+
+def solve(keep: Keep, density: float | None, mode: Mode, grid: BlockGrid, device: torch.device) -> Sampling:
+    """What the operators draw with, from what the user gave."""
+    density = _check_choice(keep, density, mode)
+    if isinstance(keep, Tensor):
         return Sampling(keep, 0 if mode == "bernoulli" else _solve_symbols(None, density, mode, grid)[1])
-    if not isinstance(keep, str) or keep not in DEFAULT_PARAMETERS:
-        raise RuntimeError(f"keep: expected one of {', '.join(DEFAULT_PARAMETERS)} or a tensor, got {keep!r}")
     family = cast(Family, keep)
     if density is None and mode == "bernoulli":
         return Sampling(keep_probabilities(family, grid.key_blocks, device=device), 0)
@@ -240,9 +243,7 @@ def solve(keep: Keep, density: float | None, mode: Mode, grid: BlockGrid, device
 def _number(name: str, x: int | Tensor, low: int, high: int, device: torch.device) -> Tensor:
     if isinstance(x, Tensor):
         return x
-    if isinstance(x, bool) or not isinstance(x, int) or not low <= x <= high:
-        raise RuntimeError(f"{name}: expected an int from {low} to {high} or an int64 tensor of shape (), got {x!r}")
-    return torch.full((), x, dtype=torch.int64, device=device)
+    return torch.full((), _arguments.integer(name, x, low, high), dtype=torch.int64, device=device)
 
 
 def _round(
@@ -258,16 +259,6 @@ def _round(
     if generator is not None:
         raise RuntimeError("generator: expected None where seed and offset are given, got a generator")
     return _number("seed", seed, -(2**63), 2**63 - 1, device), _number("offset", offset, 0, 2**32 - 1, device)
-
-
-def _pair(block_size: tuple[int, int]) -> tuple[int, int]:
-    try:
-        block_q, block_k = block_size
-    except (TypeError, ValueError):
-        raise RuntimeError(f"block_size: expected a pair (queries, keys), got {block_size!r}") from None
-    if not {block_q, block_k} <= {64, 128}:
-        raise RuntimeError(f"block_size: expected 64 or 128 on each side, got {block_size!r}")
-    return block_q, block_k
 
 
 def probabilistic_block_mask(
@@ -303,15 +294,15 @@ def probabilistic_block_mask(
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
     """
-    for name, length in (("length_q", length_q), ("length_k", length_k)):
-        if length < 0:
-            raise RuntimeError(f"{name}: expected 0 or more, got {length}")
+    batch, heads = _arguments.integer("batch", batch, 0), _arguments.integer("heads", heads, 0)
+    length_q, length_k = _arguments.integer("length_q", length_q, 0), _arguments.integer("length_k", length_k, 0)
+    _arguments.flag("is_causal", is_causal)
     if device is None:
         given = [x.device for x in (keep, seed, offset) if isinstance(x, Tensor)]
         device = given[0] if given else "cpu"
     device = torch.device(device)
     seed, offset = _round(generator, seed, offset, device)
-    grid = BlockGrid(length_q, length_k, *_pair(block_size), is_causal)
+    grid = BlockGrid(length_q, length_k, *_arguments.block_size(block_size), is_causal)
     sampling = solve(keep, density, mode, grid, device)
     counts, indices = _ops.probabilistic_block_lists(
         sampling.keep,
@@ -326,9 +317,49 @@ def probabilistic_block_mask(
         sampling.blocks_per_row,
         is_causal,
     )
-    return BlockMask(counts, indices, (grid.block_q, grid.block_k))
+    return BlockMask(counts, indices, (grid.block_q, grid.block_k), (length_q, length_k))
 
 
+class ProbabilisticOptions(TypedDict, total=False):
+    """For type checkers, which tell by ``return_logsumexp`` what comes back."""
+
+    keep: Keep
+    density: float | None
+    mode: Mode
+    importance: bool
+    score: ScoreName
+    bias: SigmoidBias
+    scale: float | Tensor | None
+    block_size: tuple[int, int]
+    is_causal: bool
+    generator: torch.Generator | None
+    seed: int | Tensor | None
+    offset: int | Tensor | None
+    training: bool
+
+
+@overload
+def probabilistic_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_logsumexp: Literal[False] = False,
+    **options: Unpack[ProbabilisticOptions],
+) -> Tensor: ...
+@overload
+def probabilistic_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    return_logsumexp: Literal[True],
+    **options: Unpack[ProbabilisticOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def probabilistic_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: bool, **options: Unpack[ProbabilisticOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def probabilistic_attention(
     query: Tensor,
     key: Tensor,
@@ -340,7 +371,7 @@ def probabilistic_attention(
     importance: bool = False,
     score: ScoreName = "softmax",
     bias: SigmoidBias = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     block_size: tuple[int, int] = (64, 64),
     is_causal: bool = False,
     generator: torch.Generator | None = None,
@@ -366,7 +397,8 @@ def probabilistic_attention(
             blocks of keys, each from 0 to 1, the first 1. It gets no gradient.
         density: the mean share of the blocks to take part, of all those that may (when causal, those on and before
             the diagonal). It sets the family's parameter, which has its default otherwise, and with ``mode="topm"`` m.
-            Under torch.compile each new length compiles anew with it.
+            Where the lengths allow no share as small, on short sequences, the diagonal alone takes part. Under
+            torch.compile each new length compiles anew with it.
         mode: ``"bernoulli"``: every block by itself. ``"topm"``: the same number m of blocks in each row, or all where
             there are fewer: the diagonal, and of the others a sample without replacement, p being their weights
             (Gumbel-top-m on log p; a block of weight 0 is never in it). The cost is then known ahead. m brings the
@@ -377,7 +409,7 @@ def probabilistic_attention(
             comes near dense attention as the density grows. Not with ``mode="topm"``, where p is not the probability.
         score: "softmax", over the blocks that take part, or "sigmoid".
         bias: with the sigmoid score, as in :func:`attnx.sigmoid_attention`, but not a tensor.
-        scale: factor on query . key, 1/sqrt(head_dim) by default.
+        scale: factor on query . key, 1/sqrt(head_dim) by default; or a tensor as in :func:`attnx.sigmoid_attention`.
         block_size: queries and keys of a block, 64 or 128 each. The last block may be ragged.
         is_causal: hide later keys, aligned bottom-right.
         generator: draws seed and offset where they are not given; by default torch's own of query's device.
@@ -405,6 +437,11 @@ def probabilistic_attention(
     generator is Philox4x32-10 (Salmon et al., SC 2011) with the seed as key and (block of keys, block of queries, head
     counted over the batch, offset) as counter.
     """
+    _arguments.tensors(query=query, key=key, value=value)
+    for name, x in (("importance", importance), ("is_causal", is_causal), ("training", training)):
+        _arguments.flag(name, x)
+    sizes = _arguments.block_size(block_size)
+    density = _check_choice(keep, density, mode)
     s = resolve_score(score, bias, return_logsumexp=return_logsumexp)
     if importance and mode == "topm":
         raise RuntimeError(
@@ -419,8 +456,9 @@ def probabilistic_attention(
             raise RuntimeError(
                 f"{name}: expected 4 dimensions, (batch, heads, length, head_dim), got shape {tuple(x.shape)}"
             )
+    query, scale = _arguments.with_scale(query, scale)
     seed, offset = _round(generator, seed, offset, query.device)
-    grid = BlockGrid(query.shape[2], key.shape[2], *_pair(block_size), is_causal)
+    grid = BlockGrid(query.shape[2], key.shape[2], *sizes, is_causal)
     sampling = solve(keep, density, mode, grid, query.device)
     output, logsumexp = _ops.probabilistic_attention(
         query,

@@ -9,16 +9,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnx._scores import ScoreName
-from attnx.block_mask import BlockMask, dense_bias
+from attnx.block_mask import BlockMask
 from attnx.functional import SigmoidBias
-from attnx.probabilistic import BlockGrid, Keep, Mode, Sampling, solve
-from attnx.routing import Routes, Routing, _cluster_size, _shared
+from attnx.probabilistic import Keep, Mode
+from attnx.routing import Routes, Routing
 from attnx.sparse_linear import FeatureMap, LinearScope, SparseLinearMap
 
 __all__ = [
@@ -64,10 +64,14 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
     return x.double().expand(heads)[:, None, None]
 
 
-def _logits(query: Tensor, key: Tensor, scale: float | None, alibi_slopes: Tensor | None, distance: Tensor) -> Tensor:
+def _logits(
+    query: Tensor, key: Tensor, scale: float | Tensor | None, alibi_slopes: Tensor | None, distance: Tensor
+) -> Tensor:
     """(batch, heads, length_q, length_k)."""
     heads, head_dim = query.shape[1], query.shape[3]
     key = key.double().repeat_interleave(heads // key.shape[1], dim=1)
+    if isinstance(scale, Tensor):
+        query, scale = query.double() * _per_head(scale, heads), 1.0
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     logits = scale * query.double() @ key.transpose(-1, -2)
     if alibi_slopes is not None:
@@ -97,8 +101,10 @@ def _sigmoid_bias(bias: SigmoidBias, length_k: int, visible: Tensor) -> Tensor |
 def _softmax(logits: Tensor, visible: Tensor, value: Tensor, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The output and logsumexp of logits that are -inf where a key is not visible.
 
-    A sink is one more logit of every row of its head, which has no value.
+    A sink is one more logit of every row of its head, which has no value. A key whose logit is -inf is not visible.
     """
+    visible = visible & (logits != -math.inf)
+    logits = logits.where(visible, -math.inf)
     logsumexp = logits.logsumexp(-1)
     if sink is not None:
         logsumexp = logsumexp.logaddexp(_per_head(sink, logits.shape[1])[..., 0])
@@ -113,7 +119,7 @@ def sigmoid_attention(
     value: Tensor,
     *,
     bias: SigmoidBias = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
@@ -131,7 +137,7 @@ def softmax_attention(
     key: Tensor,
     value: Tensor,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
@@ -155,7 +161,7 @@ def block_sparse_attention(
     bias: SigmoidBias = None,
     block_bias: Tensor | None = None,
     sink: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -169,11 +175,14 @@ def block_sparse_attention(
 
     distance = _distance(length_q, length_k, query.device)
     in_band = _visible(distance, is_causal, (-1, -1))
-    visible = (each_element(block_mask.to_dense(key_blocks)) & in_band).expand(*query.shape[:2], -1, -1)
+    # (..., query_blocks, width, key_blocks): which block an entry of a list in use names.
+    width = torch.arange(block_mask.kv_indices.shape[-1], device=query.device)
+    used = (width < block_mask.kv_num_blocks[..., None])[..., None]
+    names = used & (block_mask.kv_indices[..., None] == torch.arange(key_blocks, device=query.device))
+    visible = (each_element(names.any(-2)) & in_band).expand(*query.shape[:2], -1, -1)
     logits = _logits(query, key, scale, None, distance)
     if block_bias is not None:
-        lists = block_mask.kv_num_blocks, block_mask.kv_indices
-        logits = logits + each_element(dense_bias(*lists, block_bias.double(), key_blocks))
+        logits = logits + each_element(block_bias.double()[..., None].where(names, 0.0).sum(-2))
     if score == "sigmoid":
         return _weighted(
             (logits + _sigmoid_bias(bias, length_k, in_band)).sigmoid().where(visible, 0.0), visible, value
@@ -214,29 +223,100 @@ def _negative_log2(word: Tensor) -> Tensor:
     return (33 << 24) - log
 
 
-def _block_distance(grid: BlockGrid) -> Tensor:
-    """(query_blocks, key_blocks): how many blocks a block of keys lies from the nearest diagonal one.
+class _Draw(NamedTuple):
+    """What is drawn with, of each block of queries and block of keys."""
 
-    In a row that sees no key, and so has none, it is any number.
-    """
-    begin, end, _ = torch.tensor(grid.rows(), dtype=torch.int64).view(-1, 3, 1).unbind(1)
-    j = torch.arange(grid.key_blocks)
-    return (begin - j).maximum(j - end + 1).clamp(0, grid.key_blocks - 1)
+    distance: Tensor  # in blocks, to the nearest that holds the position of one of the queries
+    candidate: Tensor  # whether it may take part
+    p: Tensor  # its probability, float32 as the operators have it
+    blocks_per_row: int | None  # with mode="topm"
 
 
-def _sampled(batch: int, heads: int, grid: BlockGrid, sampling: Sampling, seed: int, offset: int) -> Tensor:
+_PARAMETERS = {"harmonic": 1.0, "geometric": 0.9, "power": 0.5, "gaussian": 8.0}
+
+
+def _probability(keep: str, distance: Tensor, parameter: float) -> Tensor:
+    d = distance.double()
+    p = {
+        "harmonic": lambda: parameter / (1 + d),
+        "geometric": lambda: (parameter**d).clamp(min=0.01),
+        "power": lambda: (1 + d) ** -parameter,
+        "gaussian": lambda: (-((d / parameter) ** 2) / 2).exp(),
+    }[keep]()
+    return p.clamp(max=1.0).where(distance > 0, 1.0)
+
+
+def _draw(
+    keep: Keep,
+    density: float | None,
+    mode: Mode,
+    lengths: tuple[int, int],
+    block_size: tuple[int, int],
+    is_causal: bool,
+) -> _Draw:
+    (length_q, length_k), (block_q, block_k) = lengths, block_size
+    position = torch.arange(length_q) + length_k - length_q
+    blocks_k = -(-length_k // block_k)
+    lasts = _lasts(position, block_q)
+    first, last = (x.clamp(0, max(length_k - 1, 0)) // block_k for x in (position[::block_q], lasts))
+    j = torch.arange(blocks_k)
+    distance = (first[:, None] - j).maximum(j - last[:, None]).clamp(min=0)
+    candidate = torch.ones_like(distance, dtype=torch.bool)
+    if is_causal:
+        candidate = (j <= last[:, None]) & (lasts >= 0)[:, None]
+    if not candidate.any():
+        return _Draw(distance, candidate, torch.ones_like(distance).float(), 1 if mode == "topm" else None)
+
+    def share(parameter: float) -> float:
+        """The mean share of the candidates that take part."""
+        assert isinstance(keep, str)
+        return float(_probability(keep, distance[candidate], parameter).mean())
+
+    if isinstance(keep, Tensor):
+        p = keep.cpu()[distance]
+    else:
+        parameter = _PARAMETERS[keep]
+        if density is not None:
+            # From next to no block but the diagonal's to all of them; the share grows from the one to the other.
+            sparse, parameter = {
+                "harmonic": (0.0, float(blocks_k)),
+                "geometric": (0.0, 1.0),
+                "power": (64.0, 0.0),
+                "gaussian": (1e-3, 1e9 * blocks_k),
+            }[keep]
+            for _ in range(100):
+                middle = (sparse + parameter) / 2
+                sparse, parameter = (middle, parameter) if share(middle) < density else (sparse, middle)
+        elif mode == "topm":
+            density = share(parameter)
+        p = _probability(keep, distance, parameter).float()
+    if mode == "bernoulli":
+        return _Draw(distance, candidate, p, None)
+    assert density is not None
+    diagonal, candidates = ((x & candidate).sum(1) for x in (distance == 0, candidate))
+    kept = [int(candidates.clamp(max=m).maximum(diagonal).sum()) for m in range(1, blocks_k + 1)]
+    # The first of equals, where rounding does not tell them apart.
+    nearest = min(range(blocks_k), key=lambda m: round(abs(kept[m] / int(candidates.sum()) - density), 12))
+    return _Draw(distance, candidate, p, nearest + 1)
+
+
+def _lasts(x: Tensor, block: int) -> Tensor:
+    """The last element of each block, of a ragged one too."""
+    return torch.stack([part[-1] for part in x.split(block)]) if len(x) else x
+
+
+def _sampled(batch: int, heads: int, draw: _Draw, seed: int, offset: int) -> Tensor:
     """bool (batch, heads, query_blocks, key_blocks): which blocks take part."""
-    i, j = torch.arange(grid.query_blocks)[:, None], torch.arange(grid.key_blocks)
-    distance, candidates = _block_distance(grid), torch.tensor(grid.rows(), dtype=torch.int64).view(-1, 3, 1)[:, 2]
-    p = sampling.keep.double()[distance]
+    distance, candidate, p, blocks_per_row = draw
+    i, j = (torch.arange(n) for n in distance.shape)
     head = torch.arange(batch * heads).view(batch, heads, 1, 1)
-    word = philox(torch.broadcast_tensors(j, i, head, torch.tensor(offset)), seed)[0]
-    if sampling.blocks_per_row == 0:
-        return ((word + 0.5) * 2.0**-32 < p) & (j < candidates)
+    word = philox(torch.broadcast_tensors(j, i[:, None], head, torch.tensor(offset)), seed)[0]
+    if blocks_per_row is None:
+        return ((word + 0.5) * 2.0**-32 < p.double()) & candidate
     # A race, won by the diagonal; stable, so that of equals the lower index comes first.
-    arrival = (_negative_log2(word) / p).where(distance > 0, 0.0).where(j < candidates, math.inf)
+    arrival = (_negative_log2(word) / p.double()).where(distance > 0, 0.0).where(candidate, math.inf)
     place = arrival.argsort(dim=-1, stable=True).argsort(-1)
-    return ((place < sampling.blocks_per_row) | (distance == 0)) & arrival.isfinite()
+    return ((place < blocks_per_row) | (distance == 0)) & arrival.isfinite()
 
 
 def probabilistic_block_mask(
@@ -253,9 +333,9 @@ def probabilistic_block_mask(
     seed: int,
     offset: int,
 ) -> BlockMask:
-    grid = BlockGrid(length_q, length_k, *block_size, is_causal)
-    sampling = solve(keep, density, mode, grid, torch.device("cpu"))
-    return BlockMask.from_dense(_sampled(batch, heads, grid, sampling, seed, offset), block_size)
+    draw = _draw(keep, density, mode, (length_q, length_k), block_size, is_causal)
+    visited = _sampled(batch, heads, draw, seed, offset)
+    return BlockMask.from_dense(visited, block_size, (length_q, length_k))
 
 
 def probabilistic_attention(
@@ -269,7 +349,7 @@ def probabilistic_attention(
     importance: bool = False,
     score: ScoreName = "softmax",
     bias: SigmoidBias = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     block_size: tuple[int, int] = (64, 64),
     is_causal: bool = False,
     seed: int,
@@ -277,19 +357,18 @@ def probabilistic_attention(
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     length_q, length_k = query.shape[2], key.shape[2]
-    grid = BlockGrid(length_q, length_k, *block_size, is_causal)
-    sampling = solve(keep, density, mode, grid, torch.device("cpu"))
+    draw = _draw(keep, density, mode, (length_q, length_k), block_size, is_causal)
 
     def each_element(blocks: Tensor) -> Tensor:
-        elements = blocks.repeat_interleave(grid.block_q, -2).repeat_interleave(grid.block_k, -1)
+        elements = blocks.repeat_interleave(block_size[0], -2).repeat_interleave(block_size[1], -1)
         return elements[..., :length_q, :length_k].to(query.device)
 
     in_band = _visible(_distance(length_q, length_k, query.device), is_causal, (-1, -1))
-    visible = each_element(_sampled(query.shape[0], query.shape[1], grid, sampling, seed, offset)) & in_band
+    visible = each_element(_sampled(query.shape[0], query.shape[1], draw, seed, offset)) & in_band
     logits = _logits(query, key, scale, None, in_band)
     p = torch.ones_like(logits[0, 0])
     if importance:
-        p = each_element(sampling.keep.double()[_block_distance(grid)])
+        p = each_element(draw.p.double()).where(visible, 1.0)
     if score == "sigmoid":
         weights = (logits + _sigmoid_bias(bias, length_k, in_band)).sigmoid() / p
         return _weighted(weights.where(visible, 0.0), visible, value)
@@ -306,7 +385,7 @@ def sparse_linear_block_map(
     block_size: tuple[int, int] = (64, 64),
     is_causal: bool = False,
     smooth_k: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     protect: int = 0,
 ) -> SparseLinearMap:
     heads, length_q, length_k = query.shape[1], query.shape[2], key.shape[2]
@@ -335,7 +414,8 @@ def sparse_linear_block_map(
             for rank, (_, _, j) in enumerate(sorted(order)):
                 labels[b, h, j] = 1 if rank < most else -1 if rank >= least else 0
         rows.append(labels)
-    return SparseLinearMap(torch.stack(rows, dim=2).to(query.device), block_size)
+    labels = torch.stack(rows, dim=2).to(query.device)
+    return SparseLinearMap(labels, block_size, (query.shape[2], key.shape[2]))
 
 
 _FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -355,7 +435,7 @@ def sparse_linear_attention(
     feature_map: FeatureMap = "softmax",
     linear_scope: LinearScope = "marginal",
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     **map_options: Any,
 ) -> tuple[Tensor, Tensor]:
     if block_map is None:
@@ -421,7 +501,7 @@ def staircase_attention(
     *,
     score: ScoreName = "softmax",
     is_causal: bool = True,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     bias: SigmoidBias = None,
     **layout: Any,
 ) -> Tensor:
@@ -556,14 +636,16 @@ def route(
     """Takes centroids in float64, too."""
     clusters = centroids.shape[1]
 
-    def lists(name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def lists(rows: Tensor) -> tuple[Tensor, Tensor]:
         length = rows.shape[2]
-        size = min(_cluster_size(cluster_size, name, length, clusters), length) if routing == "topk" else 0
+        size = min(length, max(length // clusters, 1) if cluster_size is None else cluster_size)
         member = _members(_routing_products(rows, centroids), routing, size)
         return _as_lists(member, clusters * size if routing == "topk" else length)
 
-    of_queries = lists("query", query)
-    of_keys = of_queries if _shared(shared_qk, is_causal, query, key) else lists("key", key)
+    of_queries = lists(query)
+    if shared_qk is None:
+        shared_qk = is_causal and query.shape[2] == key.shape[2]
+    of_keys = of_queries if shared_qk else lists(key)
     return Routes(*of_queries, *of_keys, query.shape[2], key.shape[2])
 
 
@@ -590,7 +672,7 @@ def routing_attention(
     score: ScoreName = "softmax",
     bias: SigmoidBias = None,
     memory_kv: tuple[Tensor, Tensor] | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
 ) -> Tensor:
     if isinstance(routes, Tensor):
         options: dict[str, Any] = {"cluster_size": cluster_size, "routing": routing or "topk", "shared_qk": shared_qk}

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnx import _arguments
 from attnx._operators.routing import update
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
+from attnx._structures import register_named_tuple, same
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,6 +48,26 @@ class Routes(NamedTuple):
     def clusters(self) -> int:
         return self.query_offsets.shape[-1] - 1
 
+    def to(self, device: torch.device | str) -> Routes:
+        """The routes with all lists on the device."""
+        query_indices, query_offsets, key_indices, key_offsets = (x.to(device) for x in self[:4])
+        return Routes(query_indices, query_offsets, key_indices, key_offsets, self.length_q, self.length_k)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Routes):
+            return NotImplemented
+        lengths = self[4:] == other[4:]
+        return lengths and all(same(x, y) for x, y in zip(self[:4], other[:4], strict=True))
+
+    def __ne__(self, other: object) -> bool:  # a tuple has one of its own
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((self.query_indices.shape, self.query_offsets.shape, self.length_q, self.length_k))
+
+
+register_named_tuple(Routes, "attnx.Routes")
+
 
 def _shared(shared_qk: bool | None, is_causal: bool, query: Tensor, key: Tensor) -> bool:
     if shared_qk is None:
@@ -61,12 +83,17 @@ def _cluster_size(cluster_size: int | None, name: str, length: int, clusters: in
                 "clusters, got None"
             )
         return max(length // clusters, 1)
-    if isinstance(cluster_size, bool) or not isinstance(cluster_size, (int, torch.SymInt)) or cluster_size < 1:
-        raise RuntimeError(f"cluster_size: expected an int, 1 or more, got {cluster_size!r}")
-    return cluster_size
+    return _arguments.integer("cluster_size", cluster_size, 1)
+
+
+def _check_centroids(centroids: Tensor) -> None:
+    _arguments.tensors(centroids=centroids)
+    _arguments.needs_no_gradient("centroids", centroids, "update_centroids_ moves them")
 
 
 def _check_rows(query: Tensor, key: Tensor, centroids: Tensor) -> None:
+    _arguments.tensors(query=query, key=key)
+    _check_centroids(centroids)
     for name, x, rank, shape in (
         ("query", query, 4, "(batch, heads, length, head_dim)"),
         ("key", key, 4, "(batch, kv_heads, length, head_dim)"),
@@ -92,13 +119,13 @@ def route(
 
     A token is compared by :math:`x \cdot \mu` with :math:`x` its query, or key, normalised over the features as by
     LayerNorm without scale and bias (eps 1e-5). Nothing is differentiated, and no matrix of tokens by centroids is
-    made. A token with a NaN or an infinity is in no cluster.
+    made. A token with a NaN or an infinity is in no cluster, and the cluster of a centroid with a NaN holds no token.
 
     Args:
         query: (batch, heads, length_q, head_dim).
         key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads.
-        centroids: (heads, clusters, head_dim) float32, contiguous. They belong to query heads: those that share a key
-            head each route its keys for themselves.
+        centroids: (heads, clusters, head_dim) float32, contiguous, without a gradient. They belong to query heads:
+            those that share a key head each route its keys for themselves.
         cluster_size: with ``"topk"``, how many tokens a cluster has, or all where there are fewer; by default
             length / clusters, which must be whole.
         routing: ``"topk"``: each cluster takes the tokens with the largest product; of equals those that come first.
@@ -119,8 +146,8 @@ def route(
     Source: Roy et al., "Efficient Content-Based Sparse Attention with Routing Transformers", arXiv 2003.05997; the
     arg-max form, under which causal attention does not look ahead, is ours.
     """
-    if routing not in ("topk", "argmax"):
-        raise RuntimeError(f'routing: expected "topk" or "argmax", got {routing!r}')
+    if not isinstance(routing, str) or routing not in ("topk", "argmax"):
+        _arguments.refuse("routing", '"topk" or "argmax"', routing)
     _check_rows(query, key, centroids)
     length_q, length_k, clusters = query.shape[2], key.shape[2], centroids.shape[1]
     shared = _shared(shared_qk, is_causal, query, key)
@@ -152,7 +179,7 @@ def routing_attention(
     score: ScoreName = "softmax",
     bias: SigmoidBias = None,
     memory_kv: tuple[Tensor, Tensor] | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
 ) -> Tensor:
     r"""Attention within clusters: a query sees the keys of the clusters that hold it.
 
@@ -167,8 +194,8 @@ def routing_attention(
         key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads, and consecutive query heads share a
             key head.
         value: (batch, kv_heads, length_k, value_dim).
-        routes: centroids, (heads, clusters, head_dim) float32, as :func:`route` takes them; or its result for this
-            query and key.
+        routes: centroids, (heads, clusters, head_dim) float32, as :func:`route` takes them: one with a NaN routes
+            nothing. Or its result for this query and key.
         cluster_size, routing, shared_qk: as in :func:`route`; only with centroids. ``routing`` is "topk" by default.
         is_causal: within a cluster, hide keys that come later than the query, aligned bottom-right. With ``"topk"``
             routing an output still depends on later tokens, through the membership that they compete for; with
@@ -180,7 +207,7 @@ def routing_attention(
             sees; "row" is the latter; or a float.
         memory_kv: learned keys (kv_heads, memory, head_dim) and values (kv_heads, memory, value_dim) in the dtype of
             query, which every cluster sees besides its own; they get gradients.
-        scale: of the logits; 1/sqrt(head_dim) by default.
+        scale: of the logits; 1/sqrt(head_dim) by default; or a tensor as in :func:`attnx.sigmoid_attention`.
 
     Returns:
         (batch, heads, length_q, value_dim) in the dtype of query.
@@ -191,6 +218,8 @@ def routing_attention(
 
     Source: Roy et al., arXiv 2003.05997.
     """
+    _arguments.tensors(query=query, key=key, value=value)
+    _arguments.flag("is_causal", is_causal)
     if isinstance(routes, Tensor):
         routes = route(
             query,
@@ -211,6 +240,7 @@ def routing_attention(
     memory_key, memory_value = _memory(memory_kv)
     if normalize_qk:
         query, key = _normalise(query), _normalise(key)
+    query, scale = _arguments.with_scale(query, scale)
     output, _ = _ops.routing_attention(
         query, key, value, *routes[:4], memory_key, memory_value, s.score, s.bias_rule, s.bias_value, scale, is_causal
     )
@@ -219,7 +249,7 @@ def routing_attention(
 
 def _check_routes(routes: Routes, query: Tensor, key: Tensor) -> None:
     if not isinstance(routes, Routes):
-        raise RuntimeError(f"routes: expected centroids, a tensor, or attnx.Routes, got {type(routes)}")
+        _arguments.refuse("routes", "centroids, a tensor, or attnx.Routes", routes)
     lengths = query.shape[-2], key.shape[-2]
     if (routes.length_q, routes.length_k) != lengths:
         raise RuntimeError(
@@ -231,10 +261,8 @@ def _check_routes(routes: Routes, query: Tensor, key: Tensor) -> None:
 def _memory(memory_kv: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     if memory_kv is None:
         return None, None
-    try:
-        memory_key, memory_value = memory_kv
-    except (TypeError, ValueError):
-        raise RuntimeError(f"memory_kv: expected a pair of tensors, keys and values, got {memory_kv!r}") from None
+    memory_key, memory_value = _arguments.pair("memory_kv", memory_kv, "a pair of tensors, keys and values")
+    _arguments.tensors(memory_key=memory_key, memory_value=memory_value)
     return memory_key, memory_value
 
 
@@ -252,6 +280,8 @@ def nearest_centroids(rows: Tensor, centroids: Tensor) -> Tensor:
     Returns:
         (batch, heads, length) int32; of equals the lower index; -1 where no product is a number.
     """
+    _arguments.tensors(rows=rows)
+    _check_centroids(centroids)
     return _ops.nearest_centroids(rows.detach(), centroids)
 
 
@@ -326,8 +356,9 @@ def update_centroids_(
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
     """
-    if not 0 <= decay <= 1:
-        raise RuntimeError(f"decay: expected from 0 to 1, got {decay!r}")
+    _arguments.tensors(query=query, key=key, counts=counts)
+    _check_centroids(centroids)
+    decay = _arguments.share("decay", decay, "from 0 to 1")
     if centroids.dim() != 3 or counts.shape != centroids.shape[:2] or counts.dtype != torch.float32:
         raise RuntimeError(
             f"counts: expected float32 of shape {tuple(centroids.shape[:2])}, got {counts.dtype} of shape "
@@ -336,12 +367,12 @@ def update_centroids_(
     update(centroids, counts, query.detach(), key.detach(), decay, _name(group))
 
 
-def _name(group: ProcessGroup | None) -> str:
-    return "" if group is None else group.group_name
+def _name(group: ProcessGroup | str | None) -> str:
+    return "" if group is None else group if isinstance(group, str) else group.group_name
 
 
 def move_centroids_in_backward(
-    query: Tensor, key: Tensor, centroids: Tensor, counts: Tensor, *, decay: float, group: ProcessGroup | None
+    query: Tensor, key: Tensor, centroids: Tensor, counts: Tensor, *, decay: float, group: ProcessGroup | str | None
 ) -> Tensor:
     """The query again, whose backward calls :func:`update_centroids_`."""
     return _ops.move_centroids_in_backward(query, key, centroids, counts, decay, _name(group))

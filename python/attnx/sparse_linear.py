@@ -8,7 +8,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from attnx import _arguments, _nested
 from attnx._operators.sparse_linear import longest
+from attnx._structures import Lengths, check_lengths, register, same
 from attnx.block_mask import BlockMask
 
 __all__ = [
@@ -24,54 +26,73 @@ LinearScope: TypeAlias = Literal["marginal", "noncritical", "all"]
 
 _ops = torch.ops.attnx
 
+_MANY = 2**62  # more keys than there are, in an int that operators take
+
 CRITICAL, MARGINAL, NEGLIGIBLE = 1, 0, -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SparseLinearMap:
     """What each block of keys is to each block of queries.
+
+    It is a pytree: ``torch.export`` takes it as an argument. Two are equal where labels, sizes and lengths are.
 
     Attributes:
         labels: int8 (batch or 1, heads or 1, query_blocks, key_blocks), contiguous: 1 critical, 0 marginal,
             -1 negligible. Of packed sequences each counts its blocks from its own start, in as many rows and columns as
             the longest needs.
         block_size: queries and keys of a block, 64 or 128 each. The last block may be ragged.
+        lengths: of queries and of keys, which the map is for, and calls with others are refused; None: any lengths of
+            so many blocks, and packed sequences.
     """
 
     labels: Tensor
     block_size: tuple[int, int] = (64, 64)
+    lengths: Lengths | None = None
 
     def critical_mask(self) -> BlockMask:
         """The critical blocks, as :func:`attnx.block_sparse_attention` takes them."""
-        return BlockMask.from_dense(self.labels == CRITICAL, self.block_size)
+        return BlockMask.from_dense(self.labels == CRITICAL, self.block_size, self.lengths)
+
+    def to(self, device: torch.device | str) -> SparseLinearMap:
+        """This map where its labels are there, or else a copy there."""
+        labels = self.labels.to(device)
+        return self if labels is self.labels else SparseLinearMap(labels, self.block_size, self.lengths)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SparseLinearMap):
+            return NotImplemented
+        sizes = (self.block_size, self.lengths) == (other.block_size, other.lengths)
+        return sizes and same(self.labels, other.labels)
+
+    def __hash__(self) -> int:
+        return hash((self.block_size, self.lengths, self.labels.shape))
 
 
-def _check_shares(critical: float, negligible: float) -> None:
-    for name, share in (("critical", critical), ("negligible", negligible)):
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise RuntimeError(f"{name}: expected a share of the blocks from 0 to 1, got {share!r}")
+register(SparseLinearMap, leaves=("labels", "lengths"), constants=("block_size",))
+
+
+def _shares(critical: float, negligible: float) -> tuple[float, float]:
+    critical = _arguments.share("critical", critical)
+    negligible = _arguments.share("negligible", negligible)
     if critical + negligible > 1:
         raise RuntimeError(
             f"critical, negligible: expected shares of at most 1 together, got {critical} + {negligible}"
         )
+    return critical, negligible
 
 
-def _check_block_size(block_size: tuple[int, int]) -> tuple[int, int]:
-    try:
-        block_q, block_k = block_size
-    except (TypeError, ValueError):
-        raise RuntimeError(f"block_size: expected a pair (queries, keys), got {block_size!r}") from None
-    if not {block_q, block_k} <= {64, 128}:
-        raise RuntimeError(f"block_size: expected 64 or 128 on each side, got {block_size!r}")
-    return block_q, block_k
+def _protect(protect: int) -> int:
+    keys = _arguments.integer("protect", protect, 0, expected="a number of keys, 0 or more")
+    return keys if keys < _MANY else _MANY
 
 
-def _check_protect(protect: int) -> None:
-    if isinstance(protect, bool) or not isinstance(protect, int) or protect < 0:
-        raise RuntimeError(f"protect: expected a number of keys, 0 or more, got {protect!r}")
+def _scale(scale: float | None) -> float | None:
+    return None if scale is None else _arguments.number("scale", scale, "None or a number")
 
 
 def _check_heads(query: Tensor, key: Tensor, rank: int) -> None:
+    _arguments.tensors(query=query, key=key)
     for name, x in (("query", query), ("key", key)):
         if x.dim() != rank:
             layout = "(batch, heads, length, head_dim)" if rank == 4 else "(tokens, heads, head_dim)"
@@ -126,14 +147,16 @@ def sparse_linear_block_map(
     Source: Zhang et al., "SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention",
     arXiv 2509.24006.
     """
-    _check_shares(critical, negligible)
-    block_q, block_k = _check_block_size(block_size)
+    critical, negligible = _shares(critical, negligible)
+    block_q, block_k = _arguments.block_size(block_size)
     _check_heads(query, key, 4)
-    _check_protect(protect)
+    protect, scale = _protect(protect), _scale(scale)
+    _arguments.flag("is_causal", is_causal)
+    _arguments.flag("smooth_k", smooth_k)
     labels = _ops.sparse_linear_block_map(
         query, key, block_q, block_k, critical, negligible, smooth_k, protect, scale, is_causal
     )
-    return SparseLinearMap(labels, (block_q, block_k))
+    return SparseLinearMap(labels, (block_q, block_k), (query.shape[2], key.shape[2]))
 
 
 @torch.no_grad()
@@ -166,17 +189,20 @@ def sparse_linear_block_map_varlen(
         Labels (batch, heads, query_blocks, key_blocks) as large as max_seqlen needs, or all rows do, negligible beyond
         a shorter sequence.
     """
-    _check_shares(critical, negligible)
-    block_q, block_k = _check_block_size(block_size)
+    critical, negligible = _shares(critical, negligible)
+    block_q, block_k = _arguments.block_size(block_size)
     _check_heads(query, key, 3)
-    _check_protect(protect)
+    _arguments.tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    protect, scale = _protect(protect), _scale(scale)
+    _arguments.flag("is_causal", is_causal)
+    _arguments.flag("smooth_k", smooth_k)
     labels = _ops.sparse_linear_block_map_varlen(
         query,
         key,
         cu_seqlens_q,
         cu_seqlens_k,
-        longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q,
-        longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k,
+        longest(cu_seqlens_q) if max_seqlen_q is None else _arguments.integer("max_seqlen_q", max_seqlen_q),
+        longest(cu_seqlens_k) if max_seqlen_k is None else _arguments.integer("max_seqlen_k", max_seqlen_k),
         block_q,
         block_k,
         critical,
@@ -198,10 +224,15 @@ _MAP_DEFAULTS: dict[str, Any] = {
 }
 
 
+def _check_map(block_map: SparseLinearMap) -> None:
+    if not isinstance(block_map, SparseLinearMap):
+        _arguments.refuse("block_map", "None or attnx.SparseLinearMap", block_map)
+
+
 def _check_no_map_options(**options: Any) -> None:
     for name, x in options.items():
-        if x != _MAP_DEFAULTS[name]:
-            raise RuntimeError(f"{name}: expected its default with block_map, which has it settled, got {x!r}")
+        if isinstance(x, Tensor) or x != _MAP_DEFAULTS[name]:
+            _arguments.refuse(name, "its default with block_map, which has it settled", x)
 
 
 def sparse_linear_attention(
@@ -243,7 +274,8 @@ def sparse_linear_attention(
         scale: of the softmax's logits; 1/sqrt(head_dim) by default.
 
     The inputs share one dtype (float32, bfloat16, float16, float64) and device. Sums are kept in float32 (float64 for
-    float64). A call takes a matrix of head_dim by value_dim + 1 numbers for each block of keys, of one head at a time.
+    float64). Nested tensors of layout ``torch.jagged`` go to :func:`sparse_linear_attention_varlen`. A call takes a
+    matrix of head_dim by value_dim + 1 numbers for each block of keys, of one head at a time.
 
     Returns:
         O^s and O^l, each (batch, heads, length_q, value_dim) in the dtype of query. The map has no gradient.
@@ -254,6 +286,12 @@ def sparse_linear_attention(
 
     Source: Zhang et al., arXiv 2509.24006, whose released kernels have the other two scopes.
     """
+    if isinstance(query, Tensor) and query.is_nested:
+        options: dict[str, Any] = {"critical": critical, "negligible": negligible, "block_size": block_size}
+        options |= {"feature_map": feature_map, "linear_scope": linear_scope, "is_causal": is_causal, "scale": scale}
+        options |= {"block_map": block_map, "smooth_k": smooth_k, "protect": protect}
+        return _nested.attend(sparse_linear_attention_varlen, query, key, value, **options)
+    _arguments.tensors(query=query, key=key, value=value)
     if block_map is None:
         block_map = sparse_linear_block_map(
             query,
@@ -267,11 +305,21 @@ def sparse_linear_attention(
             protect=protect,
         )
     else:
+        _check_map(block_map)
         _check_no_map_options(
             critical=critical, negligible=negligible, block_size=block_size, smooth_k=smooth_k, protect=protect
         )
+    check_lengths("block_map", block_map.lengths, query, key)
     sparse, linear, _ = _ops.sparse_linear_attention(
-        query, key, value, block_map.labels, *block_map.block_size, feature_map, linear_scope, scale, is_causal
+        query,
+        key,
+        value,
+        block_map.labels,
+        *block_map.block_size,
+        _arguments.text("feature_map", feature_map),
+        _arguments.text("linear_scope", linear_scope),
+        _scale(scale),
+        _arguments.flag("is_causal", is_causal),
     )
     return sparse, linear
 
@@ -307,14 +355,13 @@ def sparse_linear_attention_varlen(
     Returns:
         O^s and O^l, each (total_q, heads, value_dim).
     """
+    _arguments.tensors(query=query, key=key, value=value)
+    packing = _arguments.packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if block_map is None:
         block_map = sparse_linear_block_map_varlen(
             query,
             key,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
+            *packing,
             critical=critical,
             negligible=negligible,
             block_size=block_size,
@@ -324,6 +371,7 @@ def sparse_linear_attention_varlen(
             protect=protect,
         )
     else:
+        _check_map(block_map)
         _check_no_map_options(
             critical=critical, negligible=negligible, block_size=block_size, smooth_k=smooth_k, protect=protect
         )
@@ -331,15 +379,12 @@ def sparse_linear_attention_varlen(
         query,
         key,
         value,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
+        *packing,
         block_map.labels,
         *block_map.block_size,
-        feature_map,
-        linear_scope,
-        scale,
-        is_causal,
+        _arguments.text("feature_map", feature_map),
+        _arguments.text("linear_scope", linear_scope),
+        _scale(scale),
+        _arguments.flag("is_causal", is_causal),
     )
     return sparse, linear

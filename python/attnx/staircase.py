@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
+from attnx import _arguments
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
+from attnx._structures import register, register_named_tuple
 
 __all__ = ["StaircaseCache", "staircase_attention"]
 
@@ -38,6 +43,22 @@ class _Memory(NamedTuple):
     tail: Tensor  # (batch, heads, 2, 2, window + residual, head_dim) in the dtype of the cache
 
 
+class _Lock:
+    """A lock that one thread may take several times; a pickle of it is another lock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Lock, ()
+
+
 def _planes(levels: Sequence[int], max_windows: int) -> list[_Plane]:
     """The first plane has the bits of the last level, and each further one doubles what stands before it."""
     planes, total = [_Plane(levels[-1], max_windows, max_windows)], 2 * levels[-1]
@@ -46,6 +67,16 @@ def _planes(levels: Sequence[int], max_windows: int) -> list[_Plane]:
         planes.append(_Plane(total // 2, windows, 2 * windows))
         total *= 2
     return planes
+
+
+class StaircaseOptions(TypedDict, total=False):
+    """For type checkers, which tell by ``return_logsumexp`` what comes back."""
+
+    score: ScoreName
+    scale: float | Tensor | None
+    is_causal: bool
+    bias: SigmoidBias
+    query_lengths: Tensor | None
 
 
 class StaircaseCache:
@@ -65,10 +96,11 @@ class StaircaseCache:
     add up, and are at most 2^(7-b) steps. Memory is allocated once, an append writes its own tokens only, and one that
     fails leaves the cache as it was.
 
-    Several threads may use one cache: of :meth:`append`, :meth:`crop`, :meth:`attend` and :meth:`dequantize`, calls
-    that change the cache run one after the other, each alone, and those that read it run together. On a GPU the streams
-    of these threads must be in order, as with any tensor. What moves or copies the memory as a whole (:meth:`reorder`,
-    :meth:`expand`, :meth:`to`, :meth:`load_state_dict`, ``copy``) must not run while another thread changes the cache.
+    Several threads may use one cache: their calls take turns, but for :meth:`attend`, of which many run together. Each
+    works on one state, the one before or the one after a call that changes the cache. On a GPU the streams of these
+    threads must be in order, as with any tensor. What :meth:`state_dict` gives is the cache's memory itself, which
+    later calls change; and a step that was compiled does not wait for a call that moves the memory (:meth:`reorder`,
+    :meth:`expand`, :meth:`load_state_dict`).
 
     Inference only: nothing is differentiated. On a GPU lengths and numbers are known there alone, and nothing waits for
     them: an append or a crop that does not fit a sequence leaves that sequence as it was, and with ``ATTNX_DEBUG=1``
@@ -105,12 +137,17 @@ class StaircaseCache:
         device: torch.device | str | None = None,
     ) -> None:
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        levels = tuple(levels)
+        levels = tuple(_arguments.integer("levels", level) for level in levels)
+        batch_size = _arguments.integer("batch_size", batch_size)
+        num_kv_heads = _arguments.integer("num_kv_heads", num_kv_heads)
+        head_dim, max_length = _arguments.integer("head_dim", head_dim), _arguments.integer("max_length", max_length)
+        window, group = _arguments.integer("window", window), _arguments.integer("group", group)
+        residual = _arguments.integer("residual", residual)
         _check(batch_size, num_kv_heads, head_dim, max_length, levels, window, group, residual, dtype)
         self.levels, self.window, self.group, self.max_length = levels, window, group, max_length
         self.residual = residual
+        self._lock = _Lock()
         max_windows = self._windows(max_length)
-        self._planes = _planes(levels, max_windows)
         words = sum(plane.slots * window * head_dim * plane.bits // 32 for plane in self._planes)
         outer = batch_size, num_kv_heads, 2
         self._memory = _Memory(
@@ -145,12 +182,14 @@ class StaircaseCache:
     @property
     def lengths(self) -> Tensor:
         """(batch_size,) int64: the tokens of each sequence."""
-        return self._memory.state[:, 0].clone()
+        with self._alone():
+            return self._memory.state[:, 0].clone()
 
     @property
     def length(self) -> int:
         """The tokens of the longest sequence."""
-        return int(self._memory.state[:, 0].max()) if self.batch_size else 0
+        with self._alone():
+            return int(self._memory.state[:, 0].max()) if self.batch_size else 0
 
     @property
     def nbytes(self) -> int:
@@ -167,9 +206,11 @@ class StaircaseCache:
 
     def bits(self, sequence: int = 0) -> Tensor:
         """(length,) int64: how many bits the numbers of each token have, the oldest first."""
-        if not 0 <= sequence < self.batch_size:
-            raise RuntimeError(f"sequence: expected from 0 to {self.batch_size - 1}, got {sequence}")
-        length, _, *refined = self._memory.state[sequence].tolist()
+        sequence = _arguments.integer("sequence", sequence)
+        with self._alone():
+            if not 0 <= sequence < self.batch_size:
+                raise RuntimeError(f"sequence: expected from 0 to {self.batch_size - 1}, got {sequence}")
+            length, _, *refined = self._memory.state[sequence].tolist()
         age = self._windows(length) - torch.arange(length) // self.window  # below 1 in the tail
         bits = torch.full((length,), self.levels[-1])
         for plane, held in zip(self._planes[1:], refined[1::2], strict=True):
@@ -196,14 +237,29 @@ class StaircaseCache:
         Raises:
             RuntimeError: an argument does not fit, or a sequence would grow beyond ``max_length``.
         """
-        _ops.staircase_append_(*self._memory, key.detach(), value.detach(), counts, *self._layout)
+        _arguments.tensors(key=key, value=value)
+        _arguments.optional_tensors(counts=counts)
+        with self._alone():
+            _ops.staircase_append_(*self._memory, key.detach(), value.detach(), counts, *self._layout)
 
+    @overload
+    def attend(
+        self, query: Tensor, *, return_logsumexp: Literal[False] = False, **options: Unpack[StaircaseOptions]
+    ) -> Tensor: ...
+    @overload
+    def attend(
+        self, query: Tensor, *, return_logsumexp: Literal[True], **options: Unpack[StaircaseOptions]
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def attend(
+        self, query: Tensor, *, return_logsumexp: bool, **options: Unpack[StaircaseOptions]
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
     def attend(
         self,
         query: Tensor,
         *,
         score: ScoreName = "softmax",
-        scale: float | None = None,
+        scale: float | Tensor | None = None,
         is_causal: bool = True,
         bias: SigmoidBias = None,
         query_lengths: Tensor | None = None,
@@ -224,7 +280,8 @@ class StaircaseCache:
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """Keys and values as attention reads them: (batch_size, num_kv_heads, length, head_dim) in the dtype of the
         cache, 0 beyond the end of a shorter sequence."""
-        return _ops.staircase_dequantize(*self._memory, 0, self.length, *self._layout)
+        with self._alone():
+            return _ops.staircase_dequantize(*self._memory, 0, self.length, *self._layout)
 
     def crop(self, length: int | Tensor) -> None:
         """Drops the last tokens of every sequence, as when speculated ones are rejected.
@@ -241,8 +298,11 @@ class StaircaseCache:
             RuntimeError: a sequence has fewer tokens; the cache is as it was.
         """
         if not isinstance(length, Tensor):
-            length = torch.full((self.batch_size,), length, dtype=torch.int64, device=self.device)
-        _ops.staircase_crop_(*self._memory, length, *self._layout)
+            length = _arguments.integer("length", length)
+        with self._alone():
+            if not isinstance(length, Tensor):
+                length = torch.full((self.batch_size,), length, dtype=torch.int64, device=self.device)
+            _ops.staircase_crop_(*self._memory, length, *self._layout)
 
     def reorder(self, sequences: Tensor) -> None:
         """Makes sequence i the one that was sequence ``sequences[i]``, as beam search does: (new batch_size,) int64 or
@@ -251,36 +311,43 @@ class StaircaseCache:
         The memory moves to new tensors, as in any permutation that repeats some. Indices on a GPU are not looked at
         here, as that would wait for it; PyTorch reports those that are out of range there.
         """
+        _arguments.tensors(sequences=sequences)
         if sequences.dtype not in (torch.int64, torch.int32) or sequences.dim() != 1:
             raise RuntimeError(
                 f"sequences: expected one dimension of int64 or int32, got {tuple(sequences.shape)} of "
                 f"{sequences.dtype}"
             )
-        on_host = sequences.device.type == "cpu"
-        if on_host and sequences.numel() and not 0 <= int(sequences.min()) <= int(sequences.max()) < self.batch_size:
-            raise RuntimeError(f"sequences: expected from 0 to {self.batch_size - 1}, got {sequences.tolist()}")
-        self._memory = _Memory(*(x.index_select(0, sequences.to(x.device)) for x in self._memory))
+        least, most = 0, -1
+        if sequences.device.type == "cpu" and sequences.numel():
+            least, most = int(sequences.min()), int(sequences.max())
+        with self._alone():
+            if not 0 <= least <= most + 1 <= self.batch_size:
+                raise RuntimeError(f"sequences: expected from 0 to {self.batch_size - 1}, got {sequences.tolist()}")
+            self._memory = _Memory(*(x.index_select(0, sequences.to(x.device)) for x in self._memory))
 
     def expand(self, beams: int) -> None:
         """Makes so many sequences of each, one after the other, as the start of a beam search does."""
+        beams = _arguments.integer("beams", beams)
         if beams < 1:
             raise RuntimeError(f"beams: expected at least 1, got {beams}")
-        self.reorder(torch.arange(self.batch_size, device=self.device).repeat_interleave(beams))
+        with self._alone():
+            self.reorder(torch.arange(self.batch_size, device=self.device).repeat_interleave(beams))
 
     def to(self, device: torch.device | str) -> StaircaseCache:
         """This cache where it is there, or else a copy there. The memory means the same on every device."""
-        moved = _Memory(*(x.to(device) for x in self._memory))
-        if moved.tail is self._memory.tail:
-            return self
-        cache = copy.copy(self)
-        cache._memory = moved
-        return cache
+        with self._alone():
+            moved = _Memory(*(x.to(device) for x in self._memory))
+            return self if moved.tail is self._memory.tail else self._with(moved)
 
     def cpu(self) -> StaircaseCache:
         return self.to("cpu")
 
     def cuda(self, device: torch.device | str | int = "cuda") -> StaircaseCache:
         return self.to(torch.device("cuda", device) if isinstance(device, int) else device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StaircaseCache:
+        with self._alone():
+            return self._with(copy.deepcopy(self._memory, memo))
 
     def state_dict(self) -> dict[str, Any]:
         """The cache's tensors, not copied, and what they mean, for :meth:`load_state_dict`."""
@@ -293,6 +360,10 @@ class StaircaseCache:
             RuntimeError: that cache had another format, other levels, sizes or dtype, or its state is none that the
                 operators lead to; the cache is as it was.
         """
+        with self._alone():
+            self._load_state_dict(state)
+
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
         for name, expected in self._config().items():
             if state.get(name) != expected:
                 raise RuntimeError(f"state: expected {name} {expected}, got {state.get(name)}")
@@ -302,16 +373,32 @@ class StaircaseCache:
                 got = f"{tuple(new.shape)} of {new.dtype}" if isinstance(new, Tensor) else repr(new)
                 raise RuntimeError(f"state: expected {name} {tuple(x.shape)} of {x.dtype}, got {got}")
         self._refuse_unreachable(state["state"])
-        self._memory = _Memory(*(state[name].to(self.device, copy=True) for name in _Memory._fields))
+        own = self._memory._asdict().items()  # whose strides stay, whatever those of the state are
+        self._memory = _Memory(*(torch.empty_like(x).copy_(state[name].detach()) for name, x in own))
 
     def _refuse_unreachable(self, state: Tensor) -> None:
         """Has the operators look at the state alone: reading no token, they read nothing of the rest."""
         rest = (torch.empty_like(x, device="cpu") for x in self._memory[1:])
         _ops.staircase_dequantize(state.cpu(), *rest, 0, 0, *self._layout)
 
+    def _alone(self) -> AbstractContextManager[None]:
+        """Within it no other thread changes the cache. A compiler could not trace a lock; the operators have another
+        one, of the memory."""
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
+
+    def _with(self, memory: _Memory) -> StaircaseCache:
+        """A cache like this one of other memory."""
+        cache = copy.copy(self)
+        cache._memory, cache._lock = memory, _Lock()
+        return cache
+
     def _windows(self, length: int) -> int:
         """How many windows have fallen of so many tokens."""
         return max(length - self.residual, 0) // self.window
+
+    @property
+    def _planes(self) -> list[_Plane]:
+        return _planes(self.levels, self._windows(self.max_length))
 
     @property
     def _layout(self) -> tuple[list[int], int, int, int, int]:
@@ -328,12 +415,32 @@ class StaircaseCache:
         }
 
 
+register_named_tuple(_Memory, "attnx.StaircaseCache.memory")
+register(StaircaseCache, leaves=("_memory",), constants=("levels", "window", "group", "residual", "max_length"))
+
+
+@overload
+def staircase_attention(
+    query: Tensor,
+    cache: StaircaseCache,
+    *,
+    return_logsumexp: Literal[False] = False,
+    **options: Unpack[StaircaseOptions],
+) -> Tensor: ...
+@overload
+def staircase_attention(
+    query: Tensor, cache: StaircaseCache, *, return_logsumexp: Literal[True], **options: Unpack[StaircaseOptions]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def staircase_attention(
+    query: Tensor, cache: StaircaseCache, *, return_logsumexp: bool, **options: Unpack[StaircaseOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def staircase_attention(
     query: Tensor,
     cache: StaircaseCache,
     *,
     score: ScoreName = "softmax",
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = True,
     bias: SigmoidBias = None,
     query_lengths: Tensor | None = None,
@@ -349,7 +456,7 @@ def staircase_attention(
             consecutive query heads share a key head, which is read once for all of them.
         cache: the keys and values, those of the queries among them.
         score: what turns a logit into a weight.
-        scale: factor on query . key, 1/sqrt(head_dim) by default.
+        scale: factor on query . key, 1/sqrt(head_dim) by default; or a tensor as in :func:`attnx.sigmoid_attention`.
         is_causal: hide later keys, where several tokens are new.
         bias: of the sigmoid's logits, as in :func:`attnx.sigmoid_attention`; the default is -log(tokens).
         query_lengths: (batch_size,) int64, how many queries of each sequence there are, the first ones; all by default.
@@ -364,6 +471,12 @@ def staircase_attention(
             came.
         NotImplementedError: no kernel serves the call; the message says what is supported.
     """
+    _arguments.tensors(query=query)
+    _arguments.optional_tensors(query_lengths=query_lengths)
+    if not isinstance(cache, StaircaseCache):
+        _arguments.refuse("cache", "attnx.StaircaseCache", cache)
+    _arguments.flag("is_causal", is_causal)
+    query, scale = _arguments.with_scale(query, scale)
     s = resolve_score(score, bias, return_logsumexp=return_logsumexp, tensor_bias=True)
     output, logsumexp = _ops.staircase_attention(
         query,

@@ -9,6 +9,7 @@
 // results do not depend on who ran first.
 #pragma once
 
+#include "backward/sums.h"
 #include "backward/tile.h"
 #include "backward/turns.h"
 #include "units.h"
@@ -64,7 +65,7 @@ class Backward {
         char* const sums = all_sums + (splits_ == 1 ? worker : unit) * sums_bytes();
         differentiate(unit / splits_, unit % splits_, sums, buffers);
         if constexpr (!Source::kGathered)
-          if (splits_ == 1) finish(unit, 0, sums);
+          if (splits_ == 1) store_sums<Input>(p_, sizes_, unit, 1, 0, sums);
       }
     });
     if constexpr (Source::kGathered) {
@@ -77,7 +78,8 @@ class Backward {
     } else {
       if (splits_ == 1) return;
       for_each_unit(executor_, units(), nullptr, 0, [&](std::int64_t unit, char*) {
-        finish(unit / splits_, unit % splits_, all_sums + unit / splits_ * splits_ * sums_bytes());
+        const std::int64_t head = unit / splits_;
+        store_sums<Input>(p_, sizes_, head, splits_, unit % splits_, all_sums + head * splits_ * sums_bytes());
       });
     }
   }
@@ -124,12 +126,15 @@ class Backward {
     const KeyRange keys{0, sequence.length_k};
     if constexpr (Source::kGathered) storage.prefetch(0, sizes_.tile_keys);
     const Sums sums = begin_sums(sequence, keys, memory);
-    // A split takes every splits_-th tile of the rows of the key head's query heads.
-    const std::int64_t rows = sequence.length_q * rows_.group;
-    const std::int64_t tiles = (rows + rows_.tile_rows - 1) / rows_.tile_rows;
-    for (std::int64_t i = split; i < tiles * (query_heads() / rows_.group); i += splits_) {
-      const std::int64_t row0 = i % tiles * rows_.tile_rows, end = smaller(rows, row0 + rows_.tile_rows);
-      differentiate_rows(sequence, storage, {head0 + i / tiles * rows_.group, row0, end, keys, false}, sums, b);
+    // A split takes every splits_-th tile of the rows of the key head's query heads. Tiles that share a list stay
+    // together, as they add to the gradients of its biases.
+    const std::int64_t rows = sequence.length_q * rows_.group, part = Tiles::kListed ? p_.block_q : rows_.tile_rows;
+    const std::int64_t parts = (rows + part - 1) / part;
+    for (std::int64_t i = split; i < parts * (query_heads() / rows_.group); i += splits_) {
+      const std::int64_t first_head = head0 + i / parts * rows_.group, end = smaller(rows, (i % parts + 1) * part);
+      for (std::int64_t row = i % parts * part; row < end; row += rows_.tile_rows)
+        differentiate_rows(sequence, storage, {first_head, row, smaller(end, row + rows_.tile_rows), keys, false}, sums,
+                           b);
     }
   }
 
@@ -202,8 +207,18 @@ class Backward {
         work.add_products(b, r, PanelOnTile<Sum>(*r.panel, tile, padded), padded);
       });
     }
-    for_each_tile([&](Rows& r, const KeyTile& tile) { work.visit(sums, b, r, tile, needs_output && at_once); });
+    for_each_tile([&](Rows& r, const KeyTile& tile) {
+      work.visit(sums, b, r, tile, needs_output && at_once);
+      if constexpr (Tiles::kListed)
+        if (p_.grad_block_bias) r.move_grad_bias(bias_of_block(sequence.batch, x.head, x.first, tile.place));
+    });
     for (int i = 0; i < panels; ++i) store_rows(sequence, sums, b.panel[i], x.adds);
+  }
+
+  double& bias_of_block(std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t place) const {
+    const std::int64_t blocks = (p_.length_q + p_.block_q - 1) / p_.block_q;
+    const std::int64_t list = (batch * p_.heads_q + head) * blocks + row / p_.block_q;
+    return p_.grad_block_bias[list * p_.key_blocks.width + place];
   }
 
   void begin(const Sequence& s, Rows& r, Element* rows) const {
@@ -250,50 +265,6 @@ class Backward {
       if constexpr (Score::kNormalised)
         if (p_.grad_sink) sums.grad_sink[head % sizes_.group] += r.score->grad_sink(p_, *r.panel, lane);
     }
-  }
-
-  static void add_row(const Tensor& addend, std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t dim,
-                      Sum* to) {
-    if (!addend.data) return;
-    const Sum* const from = row_of<const Sum>(addend, batch, head, row);
-    for (std::int64_t d = 0; d < dim; ++d) to[d] += from[d];
-  }
-
-  // Adds up the sums of the splits of a head and stores them; each part of splits_ does its share of the keys. Not for
-  // clusters, whose sums are scattered afterwards.
-  void finish(std::int64_t head, std::int64_t part, char* sums) const {
-    const std::int64_t key_head = head % p_.heads_k;
-    const Sequence s(p_, head / p_.heads_k);
-    const auto add_up = [&](auto pick, std::int64_t n, Sum* to) {
-      for (std::int64_t i = 0; i < n; ++i) to[i] = 0;
-      for (std::int64_t split = 0; split < splits_; ++split) {
-        const Sum* from = pick(Sums(sizes_, sums + split * sums_bytes()));
-        for (std::int64_t i = 0; i < n; ++i) to[i] += from[i];
-      }
-    };
-    Sum row[kMaxHeadDim];
-    for (std::int64_t key = s.length_k * part / splits_; key < s.length_k * (part + 1) / splits_; ++key) {
-      add_up([&](const Sums& x) { return x.grad_key + key * sizes_.head_lanes; }, p_.head_dim, row);
-      for (std::int64_t d = 0; d < p_.head_dim; ++d) row[d] *= Sum(p_.scale);
-      add_row(p_.grad_key_addend, s.batch, key_head, s.first_k + key, p_.head_dim, row);
-      convert_row(row_of<Input>(p_.grad_key, s.batch, key_head, s.first_k + key), row, p_.head_dim);
-      add_up([&](const Sums& x) { return x.grad_value + key * sizes_.value_lanes; }, p_.value_dim, row);
-      add_row(p_.grad_value_addend, s.batch, key_head, s.first_k + key, p_.value_dim, row);
-      convert_row(row_of<Input>(p_.grad_value, s.batch, key_head, s.first_k + key), row, p_.value_dim);
-    }
-    if (part != 0) return;
-    const auto store_heads = [&](auto pick, double* to) {
-      if (!to) return;
-      for (std::int64_t g = 0; g < sizes_.group; ++g) {
-        double sum = 0;
-        for (std::int64_t split = 0; split < splits_; ++split)
-          sum += pick(Sums(sizes_, sums + split * sums_bytes()))[g];
-        to[s.batch * p_.heads_q + key_head * sizes_.group + g] = sum;
-      }
-    };
-    store_heads([](const Sums& x) { return x.grad_bias; }, p_.grad_bias);
-    store_heads([](const Sums& x) { return x.grad_slope; }, p_.grad_alibi_slopes);
-    store_heads([](const Sums& x) { return x.grad_sink; }, p_.grad_sink);
   }
 
   const BackwardParams& p_;

@@ -5,15 +5,14 @@
 
 namespace attnx::cpu::ATTNX_ISA {
 
-// e^x for x <= 88; below -87 it stays at e^-87, a normal number. NaN stays NaN. Relative error 2^-22.
+// e^x for x <= 88; 0 below -87, so that it is 0 or a normal number. NaN stays NaN. Relative error 2^-22.
 //
 // x = n ln2 + r with |r| <= ln2 / 2; e^r by a polynomial of degree 5 (relative minimax, error 2^-23.2), 2^n by
 // adding n to the exponent. Adding 1.5 * 2^23 rounds to the integer n and leaves it in the low bits. With fused
 // multiply-add one constant for ln2 is enough: its error, 1.9e-9, times |n| <= 127 is below half a unit of the result's
 // last place. Without, n ln2 would be rounded: then ln2 is the sum of two, of which the first has few enough bits.
 ATTNX_INLINE Vec<float> exp(Vec<float> x) {
-  constexpr float kRound = 12582912.0f, kLog2E = 1.44269504f;
-  x = at_least(x, -87.0f);
+  constexpr float kRound = 12582912.0f, kLog2E = 1.44269504f, kLowest = -87.0f;
   const Vec<float> shifted = x * kLog2E + kRound;
   const Vec<float> n = shifted - kRound;
 #if defined(__FMA__) || defined(__aarch64__)
@@ -26,7 +25,13 @@ ATTNX_INLINE Vec<float> exp(Vec<float> x) {
   p = p * r + 4.99992311e-1f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return bit_cast<Vec<float>>(bit_cast<Mask<float>>(p) + (bit_cast<Mask<float>>(shifted) << 23));
+  const Mask<float> bits = bit_cast<Mask<float>>(p), exponent = bit_cast<Mask<float>>(shifted) << 23;
+#if defined(__AVX512F__)
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(kLowest), _CMP_NLT_UQ);
+  return (Vec<float>)_mm512_maskz_add_epi32(kept, (__m512i)bits, (__m512i)exponent);
+#else
+  return bit_cast<Vec<float>>((bits + exponent) & ~(x < kLowest));
+#endif
 }
 
 // float64 exists for gradient checks: exactness counts, speed does not.

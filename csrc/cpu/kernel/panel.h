@@ -39,9 +39,10 @@ struct KeyRange {
 // Keys that are loaded together, and what a list of blocks says of them.
 struct KeyTile {
   std::int64_t first, count;
-  std::int64_t next;  // the first key of the tile that probably follows
-  float bias = 0;     // added to the logits
-  float divisor = 1;  // of the weights
+  std::int64_t next;       // the first key of the tile that probably follows
+  float bias = 0;          // added to the logits
+  float divisor = 1;       // of the weights
+  std::int64_t place = 0;  // of its block in the list
 };
 
 template <class T>

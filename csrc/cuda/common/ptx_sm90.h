@@ -53,6 +53,12 @@ __device__ __forceinline__ void wait(std::uint32_t barrier, std::uint32_t parity
       : "memory");
 }
 
+// The barrier is arrived at, once, when the copies that this thread has started by copy_async have ended. It is among
+// the arrivals that the barrier was made for.
+__device__ __forceinline__ void arrive_after_copies(std::uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // What this thread wrote to shared memory, or read of it, comes before what TMA and wgmma do there after the next
 // barrier. The fence is needed because they are another proxy.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

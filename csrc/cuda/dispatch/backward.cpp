@@ -51,7 +51,7 @@ void launch(const BackwardPlan& plan, const BackwardCall& call) {
 }  // namespace
 
 std::size_t backward_workspace(const BackwardParams& params, const Launch& launch) {
-  if (params.gather) return routed_backward_workspace(params);
+  if (params.gather) return routed_backward_workspace(params, launch);
   return make_plan(params, launch.mainloop, launch.deterministic, nullptr).workspace;
 }
 

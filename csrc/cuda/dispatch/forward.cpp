@@ -57,7 +57,7 @@ void launch(const ForwardPlan& plan, const ForwardCall& call) {
 
 std::size_t forward_workspace(const ForwardParams& params, const Launch& launch) {
   if (params.cache) return staircase_attention_workspace(params);
-  if (params.gather) return routed_forward_workspace(params);
+  if (params.gather) return routed_forward_workspace(params, launch);
   return make_plan(params, launch.mainloop, nullptr).workspace;
 }
 

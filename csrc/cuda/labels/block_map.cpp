@@ -1,7 +1,6 @@
 #include "block_map.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "cuda/dispatch/range.h"
 #include "cuda/dispatch/tiling.h"
@@ -38,7 +37,8 @@ MapPlan make_plan(const BlockMapParams& p, void* memory) {
         rows,  cu_seqlens, heads, length,
         block, blocks,     sign,  layout.place<float>(memory, p.batch * heads * blocks * plan.features)};
   };
-  plan.query = pooled(p.query, p.cu_seqlens_q, p.heads_q, p.length_q, p.block_q, std::copysign(1.0f, float(p.scale)));
+  const auto sign = float(int(p.scale > 0) - int(p.scale < 0));
+  plan.query = pooled(p.query, p.cu_seqlens_q, p.heads_q, p.length_q, p.block_q, sign);
   plan.key = pooled(p.key, p.cu_seqlens_k, p.heads_k, p.length_k, p.block_k, 1);
   plan.row_stride = padded_to_vectors(plan.key.blocks);
   const std::int64_t of_problem = plan.group * plan.query.blocks * plan.row_stride;

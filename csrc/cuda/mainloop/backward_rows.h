@@ -1,5 +1,5 @@
-// The backward mainloops share this: the store of their results, and the turns in which tiles of keys add to a tile of
-// rows.
+// The backward mainloops share this: which keys a tile holds, the store of their results, and the turns in which tiles
+// of keys add to a tile of rows.
 #pragma once
 
 #include "cuda/common/sequence.h"
@@ -7,6 +7,32 @@
 #include "cuda/mainloop/backward_arguments.h"
 
 namespace attnx::cuda {
+
+// This says which tile of keys a block owns.
+struct KeyPlace {
+  int key_begin, head, batch;
+  Sequence sequence;
+
+  template <class Tile>
+  static __device__ __forceinline__ KeyPlace of(const BackwardGeometry& args, int block, Tile) {
+    KeyPlace place;
+    place.key_begin = args.key_blocks.split(block) * Tile::kN;
+    place.head = args.key_heads.split(block);
+    place.batch = block;
+    place.sequence = sequence_of(args, place.batch);
+    return place;
+  }
+};
+
+// Some tiles policies have places of their own.
+template <class Tiles, bool kHasPlaces = Tiles::kHasPlaces>
+struct KeyPlaceOf {
+  using Type = KeyPlace;
+};
+template <class Tiles>
+struct KeyPlaceOf<Tiles, true> {
+  using Type = typename Tiles::KeyPlace;
+};
 
 // This stores a warp's accumulators, rounded, as rows of a tile from (row, column) on; lane is the warp's.
 template <class Tile, class Input, int kStride = 1, int kM, int kN>

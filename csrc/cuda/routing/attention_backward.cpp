@@ -1,8 +1,9 @@
 #include "attnx/policies.h"
-#include "cuda/common/device.h"
+#include "cuda/dispatch/plan.h"
 #include "cuda/dispatch/range.h"
 #include "cuda/head_dims.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
+#include "cuda/mainloop/sm90/backward_tile_sizes.h"
 #include "cuda/routing/attention.h"
 #include "cuda/routing/cluster_loop.h"
 #include "cuda/routing/cluster_row_terms.h"
@@ -15,47 +16,75 @@ namespace attnx::cuda {
 
 namespace {
 
-struct RoutedBackward {
+std::int64_t most_key_tiles(const Gather& g, int keys) {
+  return most_cluster_tiles(g.keys.slots + g.clusters * g.memory, g.clusters, keys);
+}
+
+struct BackwardTileSizes {
+  Mainloop mainloop = Mainloop::kSm80;
+  std::string why_not_sm90;  // on a device that could run it
+  bool wide = false;
+  int rows = 0, tile_keys = 0, head_dim = 0;
+
+  // It throws std::runtime_error where sm_90's loop is asked for in vain.
+  BackwardTileSizes(const BackwardParams& p, std::optional<Mainloop> asked) {
+    const auto use = [&]<class Tile>(Tile) {
+      rows = Tile::kM;
+      tile_keys = Tile::kN;
+      head_dim = Tile::kHeadDim;
+    };
+    const auto plan_sm80 = [&]<int kHeadDim>() {
+      using Tiles = BackwardTiles<kHeadDim>;
+      wide = are_gathers_aligned(p) && !are_clusters_short(p) &&
+             Tiles::Wide::kSharedBytes <= current_device().shared_bytes;
+      wide ? use(typename Tiles::Wide()) : use(typename Tiles::Narrow());
+    };
+    const auto plan_sm90 = [&]<int kHeadDim>() {
+      using Tiles = TmaBackwardTiles<kHeadDim>;
+      wide = !are_clusters_short(p);
+      wide ? use(typename Tiles::Gathered()) : use(typename Tiles::GatheredNarrow());
+      return why_not_gather_on_sm90(p);
+    };
+    with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
+      plan_mainloop(
+          "backward", asked, *this, [&] { plan_sm80.template operator()<kHeadDim>(); },
+          [&] { return plan_sm90.template operator()<kHeadDim>(); });
+    });
+  }
+};
+
+struct RoutedBackward : BackwardTileSizes {
   WorkspaceLayout layout;
   ClusterLoop loop;  // its output is computed again, because only the sums over clusters were kept
   SortedLists queries, keys;
   char *sort_queries, *sort_keys;
 
-  bool wide = false;
-  int rows = 0, tile_keys = 0, head_dim = 0;  // of a tile
-  std::int64_t row_tiles, key_tiles;          // to a head
-  ClusterTile *row_table, *key_table;
+  std::int64_t row_tiles;  // of a head, at most
+  ClusterTile* row_table;  // by cluster: sums over tiles of rows lie in this order
+  OrderedTiles key_tiles;
   void* shares;  // of the gradient of the output
   BackwardScratch scratch{};
   std::size_t zeros_bytes;
   Tensor grad_query;
   KeyPlaces grad_key, grad_value;
 
-  RoutedBackward(const BackwardParams& p, void* workspace)
-      : loop(p, layout, workspace),
+  RoutedBackward(const BackwardParams& p, std::optional<Mainloop> asked, bool deterministic, void* workspace)
+      : BackwardTileSizes(p, asked),
+        loop(p, asked, layout, workspace),
         queries(places_of(p.gather->queries, p.gather->clusters, loop.heads, layout, workspace)),
         keys(places_of(p.gather->keys, p.gather->clusters, loop.heads, layout, workspace)),
         sort_queries(layout.place<char>(workspace, std::int64_t(sort_into_lists_workspace(queries)))),
-        sort_keys(layout.place<char>(workspace, std::int64_t(sort_into_lists_workspace(keys)))) {
+        sort_keys(layout.place<char>(workspace, std::int64_t(sort_into_lists_workspace(keys)))),
+        row_tiles(most_cluster_tiles(p.gather->queries.slots, p.gather->clusters, rows)),
+        row_table(layout.place<ClusterTile>(workspace, loop.heads * row_tiles)),
+        key_tiles(loop.heads, most_key_tiles(*p.gather, tile_keys), layout, workspace) {
     const Gather& g = *p.gather;
     const std::int64_t heads = loop.heads;
-    with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
-      using Tiles = BackwardTiles<kHeadDim>;
-      wide = are_gathers_aligned(p) && Tiles::Wide::kSharedBytes <= current_device().shared_bytes;
-      rows = wide ? Tiles::Wide::kM : Tiles::Narrow::kM;
-      tile_keys = wide ? Tiles::Wide::kN : Tiles::Narrow::kN;
-      head_dim = kHeadDim;
-    });
-    row_tiles = most_cluster_tiles(g.queries.slots, g.clusters, rows);
-    const std::int64_t all_keys = g.keys.slots + g.clusters * g.memory;
-    key_tiles = most_cluster_tiles(all_keys, g.clusters, tile_keys);
-    row_table = layout.place<ClusterTile>(workspace, heads * row_tiles);
-    key_table = layout.place<ClusterTile>(workspace, heads * key_tiles);
     const std::int64_t features = padded_features(p.head_dim), value_features = padded_features(p.value_dim);
     shares = layout.place<std::uint16_t>(workspace, heads * g.queries.rows * value_features);
 
     const std::int64_t padded_rows = heads * row_tiles * rows;
-    scratch.deterministic = true;
+    scratch.deterministic = deterministic;
     scratch.offset = layout.place<float>(workspace, padded_rows);
     if (is_normalised(p.score)) scratch.delta = layout.place<float>(workspace, padded_rows);
     const std::size_t zeros_begin = layout.bytes();
@@ -101,53 +130,60 @@ void run_loop(const BackwardParams& p, const RoutedBackward& plan, cudaStream_t 
   BackwardGeometry geometry{};
   static_cast<Geometry&>(geometry) = geometry_of_heads(p);
   const std::int64_t features = padded_features(p.value_dim);
-  const RoutedBackwardCall call{geometry,
-                                scaling_of(p),
-                                plan.scratch,
-                                gathered_queries(p, p.query),
-                                gathered_keys(p, p.key, g.memory_key),
-                                gathered_keys(p, p.value, g.memory_value),
-                                gathered_queries(p, by_slot(plan.shares, p.heads_q, g.queries.rows, features)),
-                                plan.grad_query,
-                                plan.grad_key,
-                                plan.grad_value,
-                                {plan.row_table, plan.loop.ends, g.queries.slots},
-                                {plan.key_table, plan.loop.ends, g.queries.slots},
-                                plan.loop.heads * plan.row_tiles,
-                                plan.loop.heads * plan.key_tiles,
-                                are_gathers_aligned(p),
-                                plan.wide,
-                                stream};
+  const RoutedBackwardCall call{
+      geometry,
+      scaling_of(p),
+      plan.scratch,
+      gathered_queries(p, p.query, p.head_dim),
+      gathered_keys(p, p.key, g.memory_key, p.head_dim),
+      gathered_keys(p, p.value, g.memory_value, p.value_dim),
+      gathered_queries(p, by_slot(plan.shares, p.heads_q, g.queries.rows, features), p.value_dim),
+      plan.grad_query,
+      plan.grad_key,
+      plan.grad_value,
+      {plan.row_table, plan.loop.ends, g.queries.slots},
+      {plan.key_tiles.table, plan.loop.ends, g.queries.slots},
+      plan.loop.heads * plan.row_tiles,
+      plan.key_tiles.count(),
+      are_gathers_aligned(p),
+      plan.wide,
+      stream};
   with_dtype(p.dtype, [&]<DType kDType>() {
     with_head_dim<kRoutedHeadDims>(p, [&]<int kHeadDim>() {
-      p.score == Score::kSigmoid ? launch_routed_backward_sm80<Score::kSigmoid, kDType, kHeadDim>(call)
-                                 : launch_routed_backward_sm80<Score::kSoftmax, kDType, kHeadDim>(call);
+      const auto launch = [&]<Score kScore>() {
+        if (plan.mainloop == Mainloop::kSm80) {
+          launch_routed_backward_sm80<kScore, kDType, kHeadDim>(call);
+        } else if constexpr (ATTNX_CUDA_SM90) {
+          launch_routed_backward_sm90<kScore, kDType, kHeadDim>(call);
+        }
+      };
+      p.score == Score::kSigmoid ? launch.template operator()<Score::kSigmoid>()
+                                 : launch.template operator()<Score::kSoftmax>();
     });
   });
 }
 
 }  // namespace
 
-std::size_t routed_backward_workspace(const BackwardParams& p) { return RoutedBackward(p, nullptr).layout.bytes(); }
+std::size_t routed_backward_workspace(const BackwardParams& p, const Launch& launch) {
+  return RoutedBackward(p, launch.mainloop, launch.deterministic, nullptr).layout.bytes();
+}
 
 void routed_backward(const BackwardParams& p, const Launch& launch) {
-  check_mainloop(launch.mainloop);
   const Range range("attnx::routing_attention_backward");
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  const RoutedBackward plan(p, launch.workspace);
+  const RoutedBackward plan(p, launch.mainloop, launch.deterministic, launch.workspace);
   const Gather& g = *p.gather;
   if (plan.zeros_bytes)
     check(cudaMemsetAsync(plan.scratch.grad_query_sum, 0, plan.zeros_bytes, stream), "cudaMemsetAsync");
   sort_into_lists(plan.queries, plan.sort_queries, stream);
   sort_into_lists(plan.keys, plan.sort_keys, stream);
   plan.loop.prepare(p, stream);
-  ClusterTilesArguments tiles{int(g.clusters), int(g.memory),  g.queries.offsets, g.keys.offsets, plan.rows, 0,
-                              plan.loop.heads, plan.row_tiles, plan.row_tiles,    plan.row_table};
-  launch_cluster_tiles(tiles, stream);
-  tiles.keys_of_tile = plan.tile_keys;
-  tiles.tiles = plan.key_tiles;
-  tiles.table = plan.key_table;
-  launch_cluster_tiles(tiles, stream);
+  ClusterTilesArguments row_tiles = cluster_tiles(p, plan.rows, 0, plan.row_tiles);
+  row_tiles.tiles = plan.row_tiles;
+  row_tiles.table = plan.row_table;
+  launch_cluster_tiles(row_tiles, stream);
+  plan.key_tiles.make(cluster_tiles(p, plan.rows, plan.tile_keys, plan.row_tiles), stream);
   launch_share_rows({p.batch, p.heads_q, g.queries.rows, int(p.value_dim), int(padded_features(p.value_dim)),
                      plan.queries.offsets, p.grad_output, plan.shares},
                     p.dtype, stream);
@@ -173,12 +209,10 @@ void routed_backward(const BackwardParams& p, const Launch& launch) {
 }
 
 KernelDescription describe_routed(const BackwardParams& p) {
-  check_mainloop(asked_mainloop());
-  const RoutedBackward plan(p, nullptr);
-  KernelDescription description{"attnx_backward_sm80",  "sm80", plan.rows, plan.tile_keys, plan.head_dim,
-                                are_gathers_aligned(p), 1,      ""};
-  if (current_device().major == 9) description.why_not_sm90 = kWhyNotSm90;
-  return description;
+  const RoutedBackward plan(p, asked_mainloop(), false, nullptr);
+  const std::string mainloop = name_of(plan.mainloop);
+  return {"attnx_backward_" + mainloop, mainloop, plan.rows,        plan.tile_keys, plan.head_dim,
+          are_gathers_aligned(p),       1,        plan.why_not_sm90};
 }
 
 }  // namespace attnx::cuda

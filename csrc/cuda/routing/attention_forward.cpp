@@ -14,21 +14,22 @@ struct RoutedForward {
   SortedLists places;
   char* sort;
 
-  RoutedForward(const ForwardParams& p, void* workspace)
-      : loop(p, layout, workspace),
+  RoutedForward(const ForwardParams& p, std::optional<Mainloop> asked, void* workspace)
+      : loop(p, asked, layout, workspace),
         places(places_of(p.gather->queries, p.gather->clusters, loop.heads, layout, workspace)),
         sort(layout.place<char>(workspace, std::int64_t(sort_into_lists_workspace(places)))) {}
 };
 
 }  // namespace
 
-std::size_t routed_forward_workspace(const ForwardParams& p) { return RoutedForward(p, nullptr).layout.bytes(); }
+std::size_t routed_forward_workspace(const ForwardParams& p, const Launch& launch) {
+  return RoutedForward(p, launch.mainloop, nullptr).layout.bytes();
+}
 
 void routed_forward(const ForwardParams& p, const Launch& launch) {
-  check_mainloop(launch.mainloop);
   const Range range("attnx::routing_attention");
   const auto stream = static_cast<cudaStream_t>(launch.stream);
-  const RoutedForward plan(p, launch.workspace);
+  const RoutedForward plan(p, launch.mainloop, launch.workspace);
   const Clusters& queries = p.gather->queries;
   sort_into_lists(plan.places, plan.sort, stream);
   plan.loop.prepare(p, stream);
@@ -39,13 +40,11 @@ void routed_forward(const ForwardParams& p, const Launch& launch) {
 }
 
 KernelDescription describe_routed(const ForwardParams& p) {
-  check_mainloop(asked_mainloop());
   WorkspaceLayout layout;
-  const ClusterLoop loop(p, layout, nullptr);
-  KernelDescription description{"attnx_forward_sm80",   "sm80", loop.rows, loop.keys, loop.head_dim,
-                                are_gathers_aligned(p), 1,      ""};
-  if (current_device().major == 9) description.why_not_sm90 = kWhyNotSm90;
-  return description;
+  const ClusterLoop loop(p, asked_mainloop(), layout, nullptr);
+  const std::string mainloop = name_of(loop.mainloop);
+  return {"attnx_forward_" + mainloop, mainloop, loop.rows,        loop.keys, loop.head_dim,
+          are_gathers_aligned(p),      1,        loop.why_not_sm90};
 }
 
 }  // namespace attnx::cuda

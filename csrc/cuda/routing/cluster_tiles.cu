@@ -14,6 +14,19 @@ using Scan = cub::BlockScan<int, kThreads>;
 
 __device__ __forceinline__ int tiles_in(int length, int of_tile) { return (length + of_tile - 1) / of_tile; }
 
+// This returns how many keys the tile of rows sees, or how many rows see the tile of keys. Under a causal mask it
+// takes queries and keys to be as far apart in time.
+__device__ __forceinline__ int work_of(const ClusterTilesArguments& args, const ClusterTile& tile) {
+  const std::int64_t begin = tile.begin, length_q = tile.length_q, length_k = tile.length_k;
+  if (args.keys_of_tile) return int(args.is_causal ? length_q - length_q * begin / length_k : length_q);
+  return int(args.is_causal ? min(begin + args.rows_of_tile, length_q) * length_k / length_q : length_k);
+}
+
+// Work is told apart by its exponent and three bits of its mantissa: that is 0 where there is no tile, and the last.
+__device__ __forceinline__ std::uint32_t order_key(int work) {
+  return 255 - (work > 0 ? (__float_as_uint(float(work)) >> 20) - (127 << 3) + 1 : 0);
+}
+
 }  // namespace
 
 // A block has one head, and a thread one cluster at a time.
@@ -22,7 +35,13 @@ __global__ void __launch_bounds__(kThreads) attnx_cluster_tiles(const __grid_con
   const int head = blockIdx.x;
   const std::int32_t* query_offset = args.query_offsets + std::int64_t(head) * (args.clusters + 1);
   const std::int32_t* key_offset = args.key_offsets + std::int64_t(head) * (args.clusters + 1);
-  ClusterTile* const table = args.table + head * args.tiles;
+  const std::int64_t first = head * args.tiles;  // of the head's tiles
+  const auto write = [&](std::int64_t i, const ClusterTile& tile, int work) {
+    args.table[first + i] = tile;
+    if (!args.order_keys) return;
+    args.order_keys[first + i] = order_key(work);
+    args.order_items[first + i] = std::int32_t(first + i);
+  };
   int row_tiles = 0, tiles = 0;  // of the clusters before
   for (int begin = 0; begin < args.clusters; begin += kThreads) {
     const int c = begin + threadIdx.x;
@@ -38,14 +57,15 @@ __global__ void __launch_bounds__(kThreads) attnx_cluster_tiles(const __grid_con
     Scan(memory).ExclusiveSum(own, tiles_before, all_tiles);
     __syncthreads();
     const int of_tile = args.keys_of_tile ? args.keys_of_tile : args.rows_of_tile;
-    for (int i = 0; i < own; ++i)
-      table[tiles + tiles_before + i] = {
-          head,     c,       i * of_tile, first_q,
-          length_q, first_k, length_k,    int(head * args.row_tiles) + row_tiles + row_tiles_before};
+    for (int i = 0; i < own; ++i) {
+      const ClusterTile tile{head,     c,       i * of_tile, first_q,
+                             length_q, first_k, length_k,    int(head * args.row_tiles) + row_tiles + row_tiles_before};
+      write(tiles + tiles_before + i, tile, max(work_of(args, tile), 1));
+    }
     row_tiles += all_row_tiles;
     tiles += all_tiles;
   }
-  for (std::int64_t i = tiles + threadIdx.x; i < args.tiles; i += kThreads) table[i].head = -1;
+  for (std::int64_t i = tiles + threadIdx.x; i < args.tiles; i += kThreads) write(i, {-1, 0, 0, 0, 0, 0, 0, 0}, 0);
 }
 
 void launch_cluster_tiles(const ClusterTilesArguments& args, cudaStream_t stream) {

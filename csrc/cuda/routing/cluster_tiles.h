@@ -11,8 +11,13 @@ struct ClusterTilesArguments {
   int clusters, memory;
   const std::int32_t *query_offsets, *key_offsets;  // [heads, clusters + 1]
   int rows_of_tile, keys_of_tile;                   // where one is 0, the tiles are those of the other
-  std::int64_t heads, row_tiles, tiles;             // of a head: row_tiles and tiles are bounds
-  ClusterTile* table;                               // [heads, tiles]: by cluster, and then those that do not exist
+  bool is_causal;
+  std::int64_t heads, row_tiles, tiles;  // of a head: row_tiles and tiles are bounds
+  ClusterTile* table;                    // [heads, tiles]: by cluster, and then those that do not exist
+  // Where they are not null, these are what orders tiles by work, the longest first, and their numbers in the table. Of
+  // two tiles of keys of a cluster, the former is not less work.
+  std::uint32_t* order_keys;
+  std::int32_t* order_items;
 };
 
 // This is how many tiles the slots of a head fill at most, each in `clusters` parts.

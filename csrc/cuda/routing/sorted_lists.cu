@@ -1,12 +1,12 @@
-// CUB's radix sort is stable, so that the items of a list stay in their order.
 #include "sorted_lists.h"
 
-#include <cub/device/device_radix_sort.cuh>
+#include <bit>
 #include <stdexcept>
 #include <string>
 
 #include "cuda/common/device.h"
 #include "cuda/routing/routing.h"
+#include "cuda/routing/sorted_pairs.h"
 
 namespace attnx::cuda {
 
@@ -59,54 +59,30 @@ __global__ void __launch_bounds__(kThreads)
 
 namespace {
 
-struct SortMemory {
-  std::uint32_t* keys[2];
-  std::int32_t* items[2];
-  char* sort;
-  std::size_t sort_bytes = 0, bytes;
-  int bits = 1;
-
-  SortMemory(const SortedLists& p, void* workspace) {
-    const std::int64_t n = p.heads * p.length, keys_of_all = p.heads * (p.lists + 1);
-    if (n > INT32_MAX || keys_of_all > UINT32_MAX)
-      throw std::runtime_error("sort_into_lists: expected at most 2^31 - 1 rows of all heads, got " +
-                               std::to_string(n > INT32_MAX ? n : keys_of_all));
-    while (keys_of_all >> bits) ++bits;
-    WorkspaceLayout layout;
-    for (int i = 0; i < 2; ++i) {
-      keys[i] = layout.place<std::uint32_t>(workspace, n);
-      items[i] = layout.place<std::int32_t>(workspace, n);
-    }
-    sort_pairs(p, nullptr, nullptr);
-    sort = layout.place<char>(workspace, std::int64_t(sort_bytes));
-    bytes = layout.bytes();
-  }
-
-  // It leaves the sorted arrays in keys[0] and items[0]. Without memory it asks how much is needed.
-  void sort_pairs(const SortedLists& p, void* memory, cudaStream_t stream) {
-    cub::DoubleBuffer<std::uint32_t> key_buffers(keys[0], keys[1]);
-    cub::DoubleBuffer<std::int32_t> item_buffers(items[0], items[1]);
-    check(cub::DeviceRadixSort::SortPairs(memory, sort_bytes, key_buffers, item_buffers, int(p.heads * p.length), 0,
-                                          bits, stream),
-          "cub::DeviceRadixSort");
-    keys[0] = key_buffers.Current();
-    items[0] = item_buffers.Current();
-  }
-};
+SortedPairs pairs_of(const SortedLists& p, WorkspaceLayout& layout, void* workspace) {
+  const std::int64_t keys = p.heads * (p.lists + 1);
+  if (keys > UINT32_MAX)
+    throw std::runtime_error("sort_into_lists: expected at most 2^32 - 1 lists of all heads, got " +
+                             std::to_string(keys));
+  return {p.heads * p.length, int(std::bit_width(std::uint64_t(keys))), layout, workspace};
+}
 
 }  // namespace
 
-std::size_t sort_into_lists_workspace(const SortedLists& p) { return SortMemory(p, nullptr).bytes; }
+std::size_t sort_into_lists_workspace(const SortedLists& p) {
+  WorkspaceLayout layout;
+  pairs_of(p, layout, nullptr);
+  return layout.bytes();
+}
 
 void sort_into_lists(const SortedLists& p, void* workspace, void* launch_stream) {
   const auto stream = static_cast<cudaStream_t>(launch_stream);
-  SortMemory memory(p, workspace);
-  const std::int64_t n = p.heads * p.length;
-  launch_kernel("attnx_list_keys", attnx_list_keys, blocks_of(n), kThreads, 0, stream, p, memory.keys[0],
-                memory.items[0]);
-  if (n > 0) memory.sort_pairs(p, memory.sort, stream);
-  const std::uint32_t* keys = memory.keys[0];
-  const std::int32_t* items = memory.items[0];
+  WorkspaceLayout layout;
+  const SortedPairs pairs = pairs_of(p, layout, workspace);
+  const std::int64_t n = pairs.count;
+  launch_kernel("attnx_list_keys", attnx_list_keys, blocks_of(n), kThreads, 0, stream, p, pairs.keys[0],
+                pairs.items[0]);
+  const auto [keys, items] = pairs.sort(stream);
   launch_kernel("attnx_list_items", attnx_list_items, blocks_of(n), kThreads, 0, stream, p, keys, items);
   launch_kernel("attnx_list_offsets", attnx_list_offsets, blocks_of(p.heads * (p.lists + 1)), kThreads, 0, stream, p,
                 keys);

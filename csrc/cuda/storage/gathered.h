@@ -2,6 +2,8 @@
 // shared memory. What is made for each slot of a cluster lies in the order of the slots.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/storage/gathered_tensors.h"
 #include "cuda/storage/strided.h"
 #include "cuda/tiles/clustered.h"
@@ -51,28 +53,56 @@ struct ClampedRows {
   __device__ __forceinline__ Element* at(int row) const { return rows.at(row < last ? row : last); }
 };
 
-// This loads as load_tile does. A thread reads all of its indices before it starts the first copy.
-template <class Tile, int kThreads, class Element>
-__device__ __forceinline__ void load_gathered_tile(std::uint32_t tile, const GatheredRows<Element>& rows, int row,
-                                                   int end, int features) {
-  using Plan = Chunks<Tile, kThreads>;
-  constexpr int kCount = Tile::kRows / Plan::kRowStep;
-  const int in_tile = threadIdx.x / Plan::kLanes, lane = threadIdx.x % Plan::kLanes;
-  int indices[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) indices[i] = rows.index(min(row + in_tile + i * Plan::kRowStep, end - 1));
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const int own = row + in_tile + i * Plan::kRowStep;
-    const auto* from = rows.at(min(own, end - 1), indices[i]);
-#pragma unroll
-    for (int c = 0; c < Tile::kChunks; c += Plan::kLanes)
-      copy_async(tile + Tile::offset(in_tile + i * Plan::kRowStep, lane + c), from + (lane + c) * 8,
-                 own < end && (lane + c) * 8 < features);
-  }
-}
+// Of a tile of rows, these are what one of kThreads threads copies. They are read before the copies start, and serve
+// every tensor that is gathered alike.
+template <class Tile, int kThreads>
+struct TileIndices {
+  static constexpr int kLanes = Tile::kLanes, kRowStep = Chunks<Tile, kThreads>::kRowStep;
+  static constexpr int kCount = Tile::kRows / kRowStep;
 
-// This is the storage policy. Rows that are not kAligned need not lie on 16 bytes.
+  int rows;             // from the thread's first one to the end of the cluster
+  int indices[kCount];  // in the tensor, or the complements of those in the memory
+
+  TileIndices() = default;
+  // Behind the end, where nothing will be read, they are any.
+  template <class Element>
+  __device__ __forceinline__ TileIndices(const GatheredRows<Element>& all, int row, int end) {
+    row += fresh(threadIdx.x) / kLanes;
+    rows = end - row;
+    const int own = row - all.memory_rows, own_end = end - all.memory_rows;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      indices[i] = ~(row + i * kRowStep);
+      load_global(indices[i], all.indices + row + i * kRowStep, unsigned(own + i * kRowStep) < unsigned(own_end));
+    }
+  }
+
+  // This starts the copies to the tile; what it has beyond the rows and their features becomes 0.
+  template <class Element>
+  __device__ __forceinline__ void load(std::uint32_t tile, const GatheredRows<Element>& all, int features) const {
+    const int thread = fresh(threadIdx.x), in_tile = thread / kLanes, lane = thread % kLanes;
+    // Rows are fewer than 2^31 bytes apart.
+    const int own_stride = int(all.own_stride) * sizeof(Element),
+              memory_stride = int(all.memory_stride) * sizeof(Element);
+    const Element* const own = all.own + lane * 8;
+    const Element* const memory = at_stride(all.memory + lane * 8, -1, memory_stride);
+    // Rows that are swizzled alike are reached from one address.
+    constexpr bool kAlike = kRowStep % 8 == 0;
+    if constexpr (kAlike) tile += Tile::offset(in_tile, lane);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const bool remembered = indices[i] < 0;
+      const Element* const from =
+          at_stride(remembered ? memory : own, indices[i], remembered ? -memory_stride : own_stride);
+#pragma unroll
+      for (int c = 0; c < Tile::kChunks; c += kLanes)
+        copy_async(tile + (kAlike ? Tile::offset(i * kRowStep, c) : Tile::offset(in_tile + i * kRowStep, lane + c)),
+                   from + c * 8, i * kRowStep < ((lane + c) * 8 < features ? rows : 0));
+    }
+  }
+};
+
+// This is the storage policy. Rows that are not kAligned need not lie on 16 bytes, nor near each other.
 template <class Input_, bool kAligned>
 struct Gathered {
   using Input = Input_;
@@ -123,10 +153,15 @@ struct Gathered {
             x.memory.row_stride, x.memory_rows};
   }
 
+  // This is what is read of a tile's rows before load() copies them, for all that are gathered alike.
+  template <class Tile, int kThreads>
+  using Ahead = std::conditional_t<kAligned, TileIndices<Tile, kThreads>, NothingAhead>;
+
   template <class Tile, int kThreads, class Rows>
-  static __device__ __forceinline__ void load(std::uint32_t tile, const Rows& rows, int row, int end, int features) {
+  static __device__ __forceinline__ void load(std::uint32_t tile, const Rows& rows, int row, int end, int features,
+                                              const Ahead<Tile, kThreads>& ahead) {
     if constexpr (kAligned) {
-      load_gathered_tile<Tile, kThreads>(tile, rows, row, end, features);
+      ahead.load(tile, rows, features);
     } else {
       load_tile<false, Tile, kThreads>(tile, ClampedRows{rows, end - 1}, row, end, features);
     }

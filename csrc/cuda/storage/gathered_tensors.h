@@ -9,7 +9,8 @@ namespace attnx::cuda {
 // These are the rows that every head gathers from a tensor.
 struct GatheredTensor {
   Tensor own, memory;           // memory: [heads, row, feature], the rows that each cluster has before its own
-  int memory_rows;              // of a head
+  int memory_rows;              // of a cluster
+  int features;                 // of a row
   const std::int32_t* indices;  // [batch, heads_q, slots]
   std::int64_t slots, heads;    // heads: heads_q
   Divisor group;                // query heads that share a head of rows

@@ -48,7 +48,7 @@ struct Chunks {
 template <bool kAligned, class Tile, int kThreads, class Rows>
 __device__ __forceinline__ void load_tile(std::uint32_t tile, const Rows& rows, int row, int end, int features) {
   using Plan = Chunks<Tile, kThreads>;
-  const int thread = threadIdx.x;
+  const int thread = kAligned ? int(threadIdx.x) : fresh(threadIdx.x);
   if constexpr (kAligned) {
     const int in_tile = thread / Plan::kLanes, lane = thread % Plan::kLanes;
     auto* from = rows.at(row + in_tile);
@@ -101,6 +101,13 @@ __device__ __forceinline__ void store_tile(std::uint32_t tile, int begin, const 
   }
 }
 
+// Where rows lie is known without reading anything ahead.
+struct NothingAhead {
+  NothingAhead() = default;
+  template <class Rows>
+  __device__ __forceinline__ NothingAhead(const Rows&, int, int) {}
+};
+
 // This is the storage policy of mainloops whose threads all copy. Rows that are not kAligned need not lie on 16 bytes.
 template <class Input_, bool kAligned>
 struct Strided {
@@ -129,8 +136,12 @@ struct Strided {
     return {rows_of<Element>(x, batch, key_head, sequence.first_k), x.row_stride};
   }
 
+  template <class Tile, int kThreads>
+  using Ahead = NothingAhead;
+
   template <class Tile, int kThreads, class Rows>
-  static __device__ __forceinline__ void load(std::uint32_t tile, const Rows& rows, int row, int end, int features) {
+  static __device__ __forceinline__ void load(std::uint32_t tile, const Rows& rows, int row, int end, int features,
+                                              NothingAhead) {
     load_tile<kAligned, Tile, kThreads>(tile, rows, row, end, features);
   }
   template <class Tile, int kRows, int kThreads, class Rows>

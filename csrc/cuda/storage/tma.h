@@ -11,9 +11,11 @@ namespace attnx::cuda {
 template <class Input_>
 struct Tma {
   using Input = Input_;
-  // So many threads of the producer warpgroup have copies made, one or a warp. Each arrives once at the barrier of a
-  // full stage: here when it announces what comes, but in another storage it may be when its copies have ended.
-  static constexpr int kProducers = 1;
+  // So many threads of the producer warpgroup have copies made, and so many times they arrive at the barrier of a full
+  // stage: here the thread does when it announces what comes.
+  static constexpr int kProducers = 1, kArrivals = 1;
+  // Past the end of a packed sequence tiles have rows of the next one.
+  static constexpr bool kReadsOn = true;
 
   struct ForwardTensors {
     CUtensorMap query, key, value, output;
@@ -60,10 +62,25 @@ struct Tma {
     prefetch(tensors.grad_output);
   }
 
+  // This is what a producer must know of the rows or keys of a tile before it loads them, which may be well before:
+  // here the first.
+  template <class Tile>
+  using Rows = int;
+  template <class Tile, class Args>
+  static __device__ __forceinline__ int find_rows(const CUtensorMap&, const Args&, const Sequence&, int, int, int row) {
+    return row;
+  }
+  template <class Tile, class Args>
+  static __device__ __forceinline__ int find_keys(const CUtensorMap&, const Args&, const Sequence&, int, int, int key) {
+    return key;
+  }
+
   // This announces tiles of so many bytes, and what else the caller has copied, at the barrier that gets them.
   static __device__ __forceinline__ void announce(std::uint32_t barrier, int tile_bytes, int other_bytes = 0) {
     arrive_expecting(barrier, tile_bytes + other_bytes);
   }
+  // This is all arrivals at a barrier where no tile comes.
+  static __device__ __forceinline__ void announce_none(std::uint32_t barrier) { arrive(barrier); }
   // These have a tile brought that begins with this row or key of a sequence and head, between announce() and finish().
   // Rows are (query, head of the group); where heads do not share a tile, the one head stands among all.
   template <class Tile, class Args>
@@ -81,6 +98,15 @@ struct Tma {
     Tile::load(tile, from, at, barrier, cache_policy);
   }
   static __device__ __forceinline__ void finish(std::uint32_t) {}
+  // Consumers call this between the wait for a tile and the first product that reads it.
+  static __device__ __forceinline__ void receive() {}
+
+  // These are the places of the gradients of a head's keys.
+  template <class Element>
+  static __device__ __forceinline__ StridedRows<Element> key_rows(const Tensor& x, int batch, int key_head,
+                                                                  const Sequence& sequence) {
+    return Strided<Input, true>::template key_rows<Element>(x, batch, key_head, sequence);
+  }
 
   // This stores a warp's 16 rows of the output from shared memory, where no one writes them before wait_stores_read().
   template <class Tile, class Args>

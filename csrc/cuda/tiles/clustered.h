@@ -93,6 +93,23 @@ __device__ __forceinline__ void place_logits(float (&s)[kM][kN][4], const Args& 
   }
 }
 
+// This does the same where s is transposed: its rows are keys, and its columns are rows.
+template <class Args, int kM, int kN>
+__device__ __forceinline__ void place_transposed_logits(float (&s)[kM][kN][4], const Args& args,
+                                                        const ClusterBand& band, int, int key, int row) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int end = band.visible(row + n * 8 + e).end - key;
+#pragma unroll
+      for (int r = 0; r < kM * 2; ++r) {
+        float& x = s[r / 2][n][r % 2 * 2 + e];
+        x = row_of(r) < end ? x * args.scale_log2 : -INFINITY;
+      }
+    }
+}
+
 // This is the tiles policy.
 struct Clustered {
   static constexpr bool kPerHead = true;

@@ -60,6 +60,24 @@ class ListedTiles {
   __device__ __forceinline__ const std::int32_t* entry(int tile) const { return list_.entry(tile >> shift_); }
 };
 
+// These are tiles of keys. What a bias of -inf hides lies past the end of every sequence, where no row sees it.
+template <int kSize>
+class ListedKeyTiles : public ListedTiles<kSize> {
+  using Base = ListedTiles<kSize>;
+  static constexpr int kPastEnd = 1 << 30;
+
+ public:
+  using Base::Base;
+
+  __device__ __forceinline__ int first(int tile) const {
+    return Base::bias(tile) == -INFINITY ? kPastEnd : Base::first(tile);
+  }
+  __device__ __forceinline__ float bias(int tile) const {
+    const float bias = Base::bias(tile);
+    return bias == -INFINITY ? 0 : bias;
+  }
+};
+
 // This is the tiles policy.
 struct Listed {
   // Each query head has lists, and so tiles of rows, of its own.
@@ -88,7 +106,7 @@ struct Listed {
   }
 
   template <class Tile, class Args, class Place>
-  static __device__ __forceinline__ ListedTiles<Tile::kN> keys(const Args& args, const Place& place) {
+  static __device__ __forceinline__ ListedKeyTiles<Tile::kN> keys(const Args& args, const Place& place) {
     const auto& lists = args.tiles;
     return {List(lists.key_blocks, place.batch, place.head, place.row_begin / lists.block_q), lists.block_k};
   }

@@ -8,26 +8,9 @@
 #include "cuda/storage/gathered.h"
 #include "cuda/tiles/clustered.h"
 #include "cuda/units/routed_call.h"
+#include "cuda/units/routed_grad_query.h"
 
 namespace attnx::cuda {
-
-struct ClusterGradQueryArguments : GradQueryArguments {
-  ClusterTable tiles;  // of rows
-};
-
-// This says which tile of rows a block makes, as GradQueryPlace does.
-template <class Tile>
-struct ClusterGradQueryPlace {
-  int head, batch;
-  ClusterSequence sequence;
-  int row_begin, row_end;
-  std::int64_t row_tile;
-
-  static __device__ __forceinline__ ClusterGradQueryPlace of(const ClusterGradQueryArguments& args, int block) {
-    const ClusterPlace place = ClusterPlace::of(args, block, Tile());
-    return {place.head, place.batch, place.sequence, place.row_begin, place.row_end, block};
-  }
-};
 
 template <class Score, class Input, int kHeadDim>
 struct RoutedBackwardSm80 {
@@ -42,12 +25,11 @@ struct RoutedBackwardSm80 {
         call.keys};
     launch_kernel("attnx_backward_sm80", attnx_backward_sm80<Score, Clustered, Storage, Tile>, call.key_blocks,
                   Tile::kThreads, Tile::kSharedBytes, call.stream, args);
-    const ClusterGradQueryArguments grad_query{
-        {call.geometry, call.scaling.scale, call.scratch.grad_query_sum, call.grad_query, {}}, call.rows};
     launch_kernel(
         "attnx_grad_query_sm80",
         attnx_grad_query_sm80<Gathered<Input, true>, Tile, ClusterGradQueryArguments, ClusterGradQueryPlace<Tile>>,
-        call.row_blocks, Tile::kThreads, SharedTile<Tile::kM, Tile::kHeadDim>::kBytes, call.stream, grad_query);
+        call.row_blocks, Tile::kThreads, SharedTile<Tile::kM, Tile::kHeadDim>::kBytes, call.stream,
+        grad_query_arguments(call));
   }
 
   static void run(const RoutedBackwardCall& call) {

@@ -6,6 +6,7 @@
 
 #include "cuda/mainloop/backward_arguments.h"
 #include "cuda/mainloop/forward_arguments.h"
+#include "cuda/mainloop/sm90/forward_arguments.h"
 #include "cuda/storage/gathered_tensors.h"
 #include "cuda/tiles/cluster_tile.h"
 
@@ -18,7 +19,8 @@ struct RoutedForwardCall {
   GatheredTensor query, key, value;
   Tensor output, logsumexp;  // by slot
   ClusterTable tiles;
-  bool aligned;
+  ForwardSchedule schedule;  // of blocks that stay
+  bool aligned, wide;
   std::int64_t blocks;
   cudaStream_t stream;
 };
@@ -38,8 +40,12 @@ struct RoutedBackwardCall {
 
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_routed_forward_sm80(const RoutedForwardCall& call);
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_routed_forward_sm90(const RoutedForwardCall& call);
 // This makes dK and dV, and then dQ from its sums.
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_routed_backward_sm80(const RoutedBackwardCall& call);
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_routed_backward_sm90(const RoutedBackwardCall& call);
 
 }  // namespace attnx::cuda

@@ -12,10 +12,9 @@ namespace attnx::cuda {
 
 template <class Score, class Input, int kHeadDim>
 struct RoutedForwardSm80 {
-  template <bool kAligned>
+  template <bool kAligned, class Tile>
   static void launch(const RoutedForwardCall& call) {
     using Storage = Gathered<Input, kAligned>;
-    using Tile = typename ForwardTiles<kHeadDim>::Wide;
     const ForwardArguments<Score, Clustered, Storage> args{call.geometry,
                                                            call.scaling,
                                                            {call.query, call.key, call.value, call.output},
@@ -27,7 +26,16 @@ struct RoutedForwardSm80 {
                   Tile::kThreads, Tile::kSharedBytes, call.stream, args);
   }
 
-  static void run(const RoutedForwardCall& call) { call.aligned ? launch<true>(call) : launch<false>(call); }
+  static void run(const RoutedForwardCall& call) {
+    using Sizes = ForwardTiles<kHeadDim>;
+    if (!call.aligned) {
+      launch<false, typename Sizes::Wide>(call);
+    } else if (call.wide) {
+      launch<true, typename Sizes::Wide>(call);
+    } else {
+      launch<true, typename Sizes::Narrow>(call);
+    }
+  }
 };
 
 }  // namespace attnx::cuda

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,8 +16,15 @@ Rule: TypeAlias = Callable[..., tuple[Any, Any]]
 
 def register(row: Operator, name: str) -> None:
     of = signature(name)
-    if not of.written:
-        torch.library.register_vmap(f"attnx::{name}", _by_heads(of) if row.vmap == "heads" else _by_looping(of))
+    rule = _refusal(name, of) if of.written else _by_heads(of) if row.vmap == "heads" else _by_looping(of)
+    torch.library.register_vmap(f"attnx::{name}", rule)
+
+
+def _refusal(name: str, of: Signature) -> Rule:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> NoReturn:
+        raise NotImplementedError(f"{name}: no vmap, as it changes {' and '.join(sorted(of.written))} in place")
+
+    return rule
 
 
 def _by_heads(of: Signature) -> Rule:

@@ -55,10 +55,11 @@ class Operator:
         shapes: the result of each name that does not follow the rules of the module ``shapes``.
         fake: computes all results instead, from the arguments by name.
         vmap: whether examples become more heads of one call, or each example is a call of its own. Operators that
-            write to their arguments have no rule.
+            write to their arguments refuse it.
         autocast: the arguments that autocast converts to its dtype. It leaves float64 alone, and all other floating
             point tensors become float32. Without any the operator takes its arguments as they come.
         autocast_like: the argument whose dtype those get instead; all others then stay as they come.
+        flops: what torch.utils.flop_counter counts, from the arguments and whether it is the backward; None: nothing.
         refusal: the message where no kernel serves the call, from the operator's name and its arguments.
         implementation: serves calls that no kernel serves, instead of the refusal.
         schema: the schema of an operator that is defined here and not in C++.
@@ -72,6 +73,7 @@ class Operator:
     vmap: Literal["heads", "loop"] = "loop"
     autocast: tuple[str, ...] = ()
     autocast_like: str | None = None
+    flops: Callable[[Arguments, bool], int] | None = None
     refusal: Callable[[str, Arguments], str] = _capability.refusal
     implementation: Callable[..., Any] | None = None
     schema: str | None = None

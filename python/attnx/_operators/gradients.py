@@ -1,14 +1,20 @@
-"""Operators get their gradients here, or a refusal where they have none."""
+"""Operators get their gradients here, or a refusal where they have none.
+
+Each has a kernel of its own at the key of autograd, in the place of ``torch.library.register_autograd``, whose kernels
+let forward-mode tangents fall and refuse the transforms of ``torch.func``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnx._operators.description import BackwardOperator, Formula, Operator
-from attnx._operators.schema import LIBRARY, signature
+from attnx._operators.schema import LIBRARY, Signature, signature
 
 
 def register(row: Operator, name: str) -> None:
@@ -18,7 +24,7 @@ def register(row: Operator, name: str) -> None:
         _by_operator(name, derivative)
         _refuse(f"{name}_backward", f"{name}: no second derivative; attnx.reference.{name} has one")
     elif isinstance(derivative, Formula):
-        torch.library.register_autograd(f"attnx::{name}", derivative.gradient, setup_context=derivative.save)
+        _register_kernel(name, _function(name, derivative.save, derivative.gradient))
     else:
         _refuse(name, f"{name}: no derivative; {derivative.why}")
 
@@ -48,28 +54,90 @@ def _by_operator(name: str, derivative: BackwardOperator) -> None:
         if derivative.more is not None:
             values |= derivative.more(values)
         gradients: dict[str, Any] = dict.fromkeys(forward.arguments)
+        wanted = dict(zip(forward.arguments, ctx.needs_input_grad[1:], strict=True))
         for argument, x in zip(of_arguments, backward.call(values), strict=True):
-            if values[argument] is not None:  # one number of shape () was used by every head
-                gradients[argument] = x.sum() if values[argument].dim() == 0 else x
+            if wanted[argument]:  # one number may have served every head, and sequence
+                gradients[argument] = x.sum_to_size(values[argument].shape).to(values[argument].dtype)
         return tuple(gradients.values())
 
-    torch.library.register_autograd(f"attnx::{name}", gradient, setup_context=save)
+    _register_kernel(name, _function(name, save, gradient), of_arguments)
 
 
 def _refuse(name: str, message: str) -> None:
-    of = signature(name)
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None: ...
 
     def gradient(ctx: Any, *grads: Tensor) -> NoReturn:
         raise NotImplementedError(message)
 
-    # Torch registers no formula for an operator that changes its arguments, so the forward already refuses.
-    def forward(keys: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            raise NotImplementedError(message)
-        with torch._C._AutoDispatchBelowAutograd():
-            return of.operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+    # Autograd has no formula for an operator that changes its arguments, so the forward already refuses.
+    def refuse(*args: Any) -> NoReturn:
+        raise NotImplementedError(message)
 
-    if of.written:
-        LIBRARY.impl(name, forward, "Autograd", with_keyset=True)
-    else:
-        torch.library.register_autograd(f"attnx::{name}", gradient)
+    _register_kernel(name, refuse if signature(name).written else _function(name, save, gradient))
+
+
+def _function(name: str, save: Callable[..., None], gradient: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls the operator below autograd, which keeps what ``save`` gives it and calls ``gradient`` in the backward."""
+    of = signature(name)
+
+    def forward(ctx: Any, keys: Any, *args: Any) -> Any:
+        with torch.enable_grad():  # an outer transform of torch.func may differentiate the same call
+            results = _below_autograd(of, keys, args)
+        save(ctx, args, results)
+        return results
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, *gradient(ctx, *grads)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(name, (torch.autograd.Function,), members)
+
+    def apply(keys: Any, *args: Any) -> Any:
+        if not torch._C._are_functorch_transforms_active():
+            return function.apply(keys, *args)
+        # The kernel is called once for each transform, innermost first, and records for that alone, so a function of
+        # one level is what belongs here. Function.apply takes it for a call from outside of all transforms.
+        try:
+            from torch._functorch.autograd_function import enable_single_level_autograd_function
+        except ImportError:
+            raise NotImplementedError(f"{name}: no gradient in a transform of torch.func under this torch") from None
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, function).apply(keys, *args)
+
+    return apply
+
+
+def _below_autograd(of: Signature, keys: Any, args: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return of.operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+
+def _register_kernel(name: str, differentiate: Callable[..., Any], get_one: Collection[str] | None = None) -> None:
+    """Has autograd call ``differentiate`` where an argument requires grad, and be left out otherwise.
+
+    Args:
+        get_one: the arguments that get a gradient, where not all of those do that autograd may ask it of.
+    """
+    of = signature(name)
+    without = frozenset() if get_one is None else frozenset(of.arguments) - frozenset(get_one)
+
+    def kernel(keys: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, of, args)
+        if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return _below_autograd(of, keys, args)
+        for argument, x in zip(of.arguments, args, strict=True):
+            if argument in without and isinstance(x, Tensor) and x.requires_grad:
+                raise RuntimeError(f"{argument}: expected a tensor that needs no gradient, as it gets none; detach it")
+        return differentiate(keys, *args)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _refuse_tangents(name: str, of: Signature, args: tuple[Any, ...]) -> None:
+    for argument, x in zip(of.arguments, args, strict=True):
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{name}: no forward-mode derivative, got a tangent of {argument}; what attnx.reference has is "
+                "differentiable in forward mode, too"
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnx._operators import block_sparse, probabilistic, routing, sparse_linear, staircase
+from attnx._operators import block_sparse, flops, probabilistic, routing, sparse_linear, staircase
 from attnx._operators.description import BackwardOperator, Formula, NoDerivative, Operator
 
 _QKV = ("query", "key", "value")
@@ -11,23 +11,26 @@ _CACHE = NoDerivative("a cache serves inference")
 _STATISTICS = NoDerivative("centroids move by an average of the tokens")
 
 OPERATORS = (
-    Operator("sigmoid_attention", varlen=True, vmap="heads", autocast=_QKV),
-    Operator("softmax_attention", varlen=True, vmap="heads", autocast=_QKV),
+    Operator("sigmoid_attention", varlen=True, vmap="heads", autocast=_QKV, flops=flops.band),
+    Operator("softmax_attention", varlen=True, vmap="heads", autocast=_QKV, flops=flops.band),
     Operator(
         "block_sparse_attention",
         BackwardOperator(more=block_sparse.transposed_lists),
+        shapes={"grad_block_bias": block_sparse.grad_block_bias},
         autocast=_QKV,
+        flops=flops.listed,
     ),
     # A block's draw depends on the place of its head in the batch, so examples as more heads would draw others.
-    Operator("probabilistic_attention", autocast=_QKV),
+    Operator("probabilistic_attention", autocast=_QKV, flops=flops.drawn),
     Operator("probabilistic_block_lists", _LISTS, fake=probabilistic.lists, refusal=probabilistic.refusal),
-    Operator("sparse_linear_attention", varlen=True, autocast=_QKV),
+    Operator("sparse_linear_attention", varlen=True, autocast=_QKV, flops=flops.sparse_linear),
     Operator(
         "sparse_linear_block_map",
         NoDerivative("the map has none"),
         varlen=True,
         autocast=("query", "key"),
         fake=sparse_linear.map_labels,
+        flops=flops.block_means,
         implementation=sparse_linear.block_map,
     ),
     Operator(
@@ -44,10 +47,11 @@ OPERATORS = (
             "grad_memory_value": routing.memory_value,
         },
         autocast=(*_QKV, "memory_key", "memory_value"),
+        flops=flops.clusters,
     ),
-    Operator("route", _LISTS, fake=routing.routes, refusal=routing.refusal),
-    Operator("nearest_centroids", _LISTS, fake=routing.nearest, refusal=routing.refusal),
-    Operator("centroid_sums", _STATISTICS, fake=routing.sums, refusal=routing.refusal),
+    Operator("route", _LISTS, fake=routing.routes, refusal=routing.refusal, flops=flops.centroids),
+    Operator("nearest_centroids", _LISTS, fake=routing.nearest, refusal=routing.refusal, flops=flops.centroids),
+    Operator("centroid_sums", _STATISTICS, fake=routing.sums, refusal=routing.refusal, flops=flops.centroids),
     Operator("update_centroids_", _STATISTICS, refusal=routing.refusal),
     # It is an operator of its own because compilers and checkpoints alike leave a change in a backward where it stands.
     Operator(
@@ -63,6 +67,7 @@ OPERATORS = (
         shapes={"output": staircase.output},
         autocast=("query",),
         autocast_like="tail",
+        flops=flops.cached,
         refusal=staircase.refusal,
     ),
     Operator("staircase_append_", _CACHE, autocast=("key", "value"), autocast_like="tail", refusal=staircase.refusal),

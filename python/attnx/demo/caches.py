@@ -12,6 +12,7 @@ from torch import Tensor
 
 import attnx
 from attnx.demo.corpus import Corpus, consecutive_windows
+from attnx.demo.measure import kernel_dtype
 from attnx.demo.model import ModelConfig, Transformer
 from attnx.demo.results import CacheResult
 
@@ -32,8 +33,9 @@ class Cache(Protocol):
 
 
 class FullCache:
-    def __init__(self, batch: int, heads: int, head_dim: int, max_length: int) -> None:
-        self.key, self.value = torch.empty(2, batch, heads, max_length, head_dim).unbind(0)
+    def __init__(self, batch: int, heads: int, head_dim: int, max_length: int, device: torch.device) -> None:
+        shape = 2, batch, heads, max_length, head_dim
+        self.key, self.value = torch.empty(shape, dtype=kernel_dtype(device), device=device).unbind(0)
         self.length = 0
 
     def append(self, key: Tensor, value: Tensor) -> None:
@@ -43,17 +45,18 @@ class FullCache:
 
     def attend(self, query: Tensor) -> Tensor:
         key, value = self.key[:, :, : self.length], self.value[:, :, : self.length]
-        output = attnx.softmax_attention(query, key, value, is_causal=True)
+        output = attnx.softmax_attention(query.to(key.dtype), key, value, is_causal=True)
         assert isinstance(output, Tensor)
-        return output
+        return output.float()
 
     def bits(self) -> Tensor:
-        return torch.full((self.length,), 32)
+        return torch.full((self.length,), 8 * self.key.element_size())
 
 
 class Staircase:
-    def __init__(self, *sizes: int) -> None:
-        self.cache = attnx.StaircaseCache(*sizes, levels=LEVELS, window=WINDOW, group=GROUP, dtype=DTYPE)
+    def __init__(self, batch: int, heads: int, head_dim: int, max_length: int, device: torch.device) -> None:
+        layout: dict[str, Any] = {"levels": LEVELS, "window": WINDOW, "group": GROUP}
+        self.cache = attnx.StaircaseCache(batch, heads, head_dim, max_length, **layout, dtype=DTYPE, device=device)
 
     def append(self, key: Tensor, value: Tensor) -> None:
         self.cache.append(key.to(DTYPE), value.to(DTYPE))
@@ -99,12 +102,12 @@ def _nearest(x: Tensor, bits: int) -> Tensor:
 @dataclass(frozen=True)
 class _Kind:
     name: str
-    label: str
+    label: str  # {dtype} stands for that of the kernels
     build: Callable[..., Cache]
 
 
 KINDS = (
-    _Kind("full", "full, float32", FullCache),
+    _Kind("full", "full, {dtype}", FullCache),
     _Kind("staircase", f"staircase {'-'.join(map(str, LEVELS))}", Staircase),
     _Kind("requantised", "requantised to nearest", RequantisedCache),
 )
@@ -116,7 +119,8 @@ def compare_caches(
 ) -> list[CacheResult]:
     """Bits per byte of held-out text, decoded byte by byte after a first half that is taken in at once, and text
     generated after the beginning of it. ``on_step`` is called ``steps(config)`` times."""
-    windows = consecutive_windows(corpus.validation, config.context)[:LARGEST_BATCH]
+    device = model.head.weight.device
+    windows = consecutive_windows(corpus.validation, config.context)[:LARGEST_BATCH].to(device)
     letters = (windows[:, :PROMPT] >= ord("a")) & (windows[:, :PROMPT] <= ord("z"))
     prompt = windows[letters.sum(1).argmax(), None, :PROMPT]  # of plain text
     model.eval()
@@ -124,13 +128,15 @@ def compare_caches(
     for kind in KINDS:
 
         def caches(batch: int, build: Any = kind.build) -> list[Cache]:
-            return [build(batch, config.heads, config.width // config.heads, config.context) for _ in model.blocks]
+            head_dim = config.width // config.heads
+            return [build(batch, config.heads, head_dim, config.context, device) for _ in model.blocks]
 
         bits_per_byte, kept, ranges = _decode(model, caches(len(windows)), windows, on_step)
         text = _generate(model, caches(1), prompt, seed, on_step)
         numbers = 2 * config.layers * config.width
         bytes_per_token = numbers * (kept / 8 + (0 if kind.name == "full" else ranges))
-        results.append(CacheResult(kind.name, kind.label, bits_per_byte, kept, bytes_per_token, text))
+        label = kind.label.format(dtype=str(kernel_dtype(device)).removeprefix("torch."))
+        results.append(CacheResult(kind.name, label, bits_per_byte, kept, bytes_per_token, text))
     model.train()
     return results
 
@@ -161,8 +167,8 @@ def _generate(model: Transformer, caches: list[Cache], prompt: Tensor, seed: int
     generator = torch.Generator().manual_seed(seed)
     logits, length, text = model.decode(prompt, 0, caches), prompt.shape[1], b""
     for t in range(length, length + GENERATED):
-        byte = torch.multinomial((logits[:, -1] / TEMPERATURE).softmax(-1), 1, generator=generator)
+        byte = torch.multinomial((logits[:, -1] / TEMPERATURE).softmax(-1).cpu(), 1, generator=generator)
         text += bytes([int(byte)])
-        logits = model.decode(byte, t, caches)
+        logits = model.decode(byte.to(prompt.device), t, caches)
         on_step()
     return text.decode(errors="replace")

@@ -74,7 +74,7 @@ def run(config: DemoConfig, console: Console) -> Results:
         forward = forward_seconds(attentions, device, on_round=lambda: progress.advance(timing), stop=stop)
         caches: list[CacheResult] = []
         softmax = next((learner for learner in learners if learner.attention.name in ("softmax", "sdpa")), None)
-        if softmax and device.type == "cpu" and not stop():  # where the staircase has a kernel
+        if softmax and device.type in ("cpu", "cuda") and not stop():  # where the staircase has kernels
             decoding = progress.add("decoding with caches", steps(model))
             caches = compare_caches(
                 softmax.model, model, corpus, config.training.seed, on_step=lambda: progress.advance(decoding)

@@ -63,7 +63,7 @@ class ProbabilisticAttention(ProjectedAttention):
     ) -> None:
         super().__init__(embed_dim, num_heads, **projection)
         self.keep = None if isinstance(keep, Tensor) else keep
-        self.register_buffer("keep_table", keep if isinstance(keep, Tensor) else None)
+        self.register_buffer("keep_table", keep.to(projection.get("device")) if isinstance(keep, Tensor) else None)
         self.density = density
         self.mode = mode
         self.importance = importance

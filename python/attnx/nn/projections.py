@@ -85,9 +85,10 @@ class ProjectedAttention(nn.Module):
                 raise ValueError(
                     f"{name}: expected (batch, length, {self.embed_dim}), got a tensor of shape {tuple(tokens.shape)}"
                 )
-        query = self.q_norm(self.q_proj(x).unflatten(2, (self.num_heads, self.head_dim))).transpose(1, 2)
-        key = self.k_norm(self.k_proj(context).unflatten(2, (self.num_kv_heads, self.head_dim))).transpose(1, 2)
-        value = self.v_proj(context).unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        # The projections say how many heads there are: under tensor parallelism each process has a share of them.
+        query = self.q_norm(self.q_proj(x).unflatten(2, (-1, self.head_dim))).transpose(1, 2)
+        key = self.k_norm(self.k_proj(context).unflatten(2, (-1, self.head_dim))).transpose(1, 2)
+        value = self.v_proj(context).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
         if self.rotary is not None:
             query, key = self.rotary(query, key)
         return query, key, value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,9 @@ class RoutingAttention(ProjectedAttention):
         num_memory: learned keys and values of a routed head that every cluster sees.
         decay: of the centroids' moving average, from 0 to 1.
         commitment: the weight of :func:`attnx.commitment_loss` of the routed heads.
-        process_group: over which the centroids' update is added up, or ``"world"``; every process then ends with the
-            same centroids, whatever its data. DistributedDataParallel needs it, or centroids follow the first process's
-            data alone.
+        process_group: over which the centroids' update is added up, or its name, or ``"world"``; every process then
+            ends with the same centroids, whatever its data. DistributedDataParallel needs it, or centroids follow the
+            first process's data alone. Copies and pickles of the module have the name.
         {projection_arguments}
 
     Shapes:
@@ -86,7 +86,7 @@ class RoutingAttention(ProjectedAttention):
         num_memory: int = 0,
         decay: float = 0.999,
         commitment: float = 1e-4,
-        process_group: ProcessGroup | Literal["world"] | None = None,
+        process_group: ProcessGroup | str | None = None,
         **projection: Unpack[ProjectionArguments],
     ) -> None:
         super().__init__(embed_dim, num_heads, **projection)
@@ -139,6 +139,11 @@ class RoutingAttention(ProjectedAttention):
             if memory is not None:
                 nn.init.normal_(memory, std=self.head_dim**-0.5)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, in which the name stands for a process group; calls look the group up by it."""
+        group = self.process_group
+        return self.__dict__ | {"process_group": group if group is None or isinstance(group, str) else group.group_name}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutingAttention:
         before = {name: getattr(self, name) for name in _STATE}
         super()._apply(fn, recurse)
@@ -149,6 +154,11 @@ class RoutingAttention(ProjectedAttention):
         return self
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, return_loss: bool) -> tuple[Tensor, Tensor | None]:
+        if query.shape[1] != self.num_heads:
+            raise ValueError(
+                f"num_heads: expected projections of all {self.num_heads} heads, got one of {query.shape[1]}; which "
+                "heads are local depends on their place, so that they cannot be shared out"
+            )
         heads, kv_heads = self.num_local_heads, self.num_local_kv_heads
         routed_query, routed_key = query[:, heads:], key[:, kv_heads:]
         if self.training and torch.is_grad_enabled():
@@ -191,6 +201,16 @@ class RoutingAttention(ProjectedAttention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self._attend(query, key, value, return_loss=False)[0]
 
+    @overload
+    def forward(self, x: Tensor, context: Tensor | None = None, *, return_loss: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, return_loss: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, return_loss: bool
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, return_loss: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:

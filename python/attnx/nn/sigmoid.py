@@ -89,7 +89,7 @@ class SigmoidAttention(ProjectedAttention):
         if alibi == "trainable":
             self.alibi_slopes = nn.Parameter(per_head.clone())
         else:
-            self.register_buffer("alibi_slopes", per_head if alibi else None, persistent=False)
+            self.register_buffer("alibi_slopes", per_head if alibi else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -47,6 +47,14 @@ struct BackwardRows {
   Element *query_rows, *grad_rows;  // steps over rows
   Sum* grad_query;                  // transposed
   double *grad_bias, *grad_slope;   // per lane
+
+  // Adds the gradients of the biases of all rows to one that they share.
+  void move_grad_bias(double& to) const {
+    for (int lane = 0; lane < panel->rows; ++lane) {
+      to += grad_bias[lane];
+      grad_bias[lane] = 0;
+    }
+  }
 };
 
 template <class A, class Score>

@@ -7,14 +7,22 @@
 
 namespace attnx::cpu::ATTNX_ISA {
 
-// It returns e^-x with x bounded so that 1 + e^-x and its reciprocal stay normal; the weight of a lower logit stays at
-// 4e-38.
+// It returns e^x with x bounded so that 1 + e^x and its reciprocal stay normal. A weight is e^x / (1 + e^x), which
+// reaches 0 where e^x does.
 template <class V>
-ATTNX_INLINE V exp_minus(V x) {
+ATTNX_INLINE V bounded_exp(V x) {
   if constexpr (sizeof(x[0]) == 4)
-    return exp(at_most(-x, 86.0f));
+    return exp(at_most(x, 86.0f));
   else
-    return exp(-x);
+    return exp(x > 700.0 ? V{} + 700.0 : x);
+}
+
+// It returns the weight, and sets `complement` to 1 less the weight times the divisor, over the divisor.
+template <class V>
+ATTNX_INLINE V weight_and_complement(V x, decltype(V()[0] + 0) divisor, V& complement) {
+  const V e = bounded_exp(x);
+  complement = reciprocal(e * divisor + divisor);
+  return e * complement;
 }
 
 template <class A>
@@ -32,7 +40,8 @@ class SigmoidForward {
       for_each_logit<A>(s, keys, scale, panel, on_tile, v, [&](auto key, auto& x, auto& visible, auto masked) {
         Vec<Sum> p[A::kStep];
         for (int k = 0; k < A::kStep; ++k) {
-          p[k] = reciprocal(exp_minus(x[k]) * on_tile.divisor + on_tile.divisor);
+          Vec<Sum> complement;
+          p[k] = weight_and_complement(x[k], on_tile.divisor, complement);
           if constexpr (masked.kValue) p[k] = visible[k] ? p[k] : Vec<Sum>{};
         }
         A::store_step(weights + step_index<A>(key, lane, kPanelLanes<Sum>), p);
@@ -44,7 +53,7 @@ class SigmoidForward {
   void weigh_row(Sum* s, std::int64_t keys, Sum scale, const Panel<Sum>& panel, const PanelOnTile<Sum>& on_tile,
                  int row, typename A::Element* weights, Sum* /*output*/, std::int64_t /*value_dim*/) {
     for_each_logit_of_row<A>(s, keys, scale, panel, on_tile, row, [&](auto key, auto x, auto visible, auto masked) {
-      Vec<Sum> p = reciprocal(exp_minus(x) * on_tile.divisor + on_tile.divisor);
+      Vec<Sum> complement, p = weight_and_complement(x, on_tile.divisor, complement);
       if constexpr (masked.kValue) p = visible ? p : Vec<Sum>{};
       A::store_row(weights + key, p);
     });
@@ -61,14 +70,14 @@ class SigmoidBackward {
   template <class Input, class Sequence>
   void begin(const BackwardParams&, const Sequence&, const Panel<Sum>&) {}
 
-  // It computes the weight of a logit, and its derivative times dP: p (1 - p) dP with 1 - p = e^-x p, which is exact to
-  // rounding where p - p^2 would cancel. Where a list divides the weights, p times the divisor takes the place of p
-  // in 1 - p.
+  // It computes the weight of a logit, and its derivative times dP: p (1 - p) dP with 1 - p = 1 / (1 + e^x), which is
+  // exact to rounding where p - p^2 would cancel. Where a list divides the weights, p times the divisor takes the place
+  // of p in 1 - p.
   ATTNX_INLINE void differentiate(Vec<Sum> x, Vec<Sum> dp, int /*lane*/, const PanelOnTile<Sum>& on_tile, Vec<Sum>& p,
                                   Vec<Sum>& ds) const {
-    const Vec<Sum> e = exp_minus(x) * on_tile.divisor;
-    p = reciprocal(e + on_tile.divisor);
-    ds = e * p * p * dp;
+    Vec<Sum> complement;
+    p = weight_and_complement(x, on_tile.divisor, complement);
+    ds = p * complement * (on_tile.divisor * dp);
   }
 };
 

@@ -50,7 +50,6 @@ class SoftmaxForward {
         for (int k = 0; k < A::kStep; ++k) {
           const Vec<Sum> x = load(s + (key + k) * kWidth + lane);
           p[k] = exp(x - shift);
-          if (on_tile.masked) p[k] = x == -kInfinity ? Vec<Sum>{} : p[k];
           sum += p[k];
         }
         A::store_step(weights + step_index<A>(key, lane, kWidth), p);
@@ -82,8 +81,7 @@ class SoftmaxForward {
     Vec<Sum> sum = {};
     for (std::int64_t key = 0; key < keys; key += kLanes<Sum>) {
       const Vec<Sum> x = load(s + key);
-      Vec<Sum> p = exp(x - shift);
-      if (on_tile.masked) p = x == -kInfinity ? Vec<Sum>{} : p;
+      const Vec<Sum> p = exp(x - shift);
       sum += p;
       A::store_row(weights + key, p);
     }
@@ -95,7 +93,11 @@ class SoftmaxForward {
     sum_[row] += sum_of_lanes<Sum>(sum);
   }
 
-  Sum output_factor(const Panel<Sum>& panel, int lane) const { return sees_nothing(panel, lane) ? 0 : 1 / sum_[lane]; }
+  // A row whose logits are all -inf is one that sees nothing. A NaN among them shows in the sum.
+  Sum output_factor(const Panel<Sum>& panel, int lane) const {
+    if (sees_nothing(panel, lane)) return 0;
+    return maximum_[lane] == -kInfinity ? 0 * sum_[lane] : 1 / sum_[lane];
+  }
   Sum logsumexp(const Panel<Sum>& panel, int lane) const {
     return sees_nothing(panel, lane) ? maximum_[lane] : maximum_[lane] + Sum(__builtin_log(sum_[lane]));
   }
@@ -127,7 +129,8 @@ class SoftmaxBackward {
                               : 0;
       offset_[lane] = product - *row_of<const Sum>(p.grad_logsumexp, s.batch, head, result);
       const Sum logsumexp = *row_of<const Sum>(p.logsumexp, s.batch, head, result);
-      logsumexp_[lane] = sees_nothing(panel, lane) ? 0 : logsumexp;
+      // A row that sees nothing has no weights.
+      logsumexp_[lane] = sees_nothing(panel, lane) || logsumexp == -kInfinity ? kInfinity : logsumexp;
     }
   }
 

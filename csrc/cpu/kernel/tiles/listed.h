@@ -24,7 +24,7 @@ class ListedTiles {
     hull_ = {length_, 0};
     for (std::int64_t i = 0; i < count_; ++i) {
       const std::int64_t first = indices_[i] * block_;
-      if (first >= length_) continue;
+      if (first >= length_ || is_hidden(i)) continue;
       hull_ = {smaller(hull_.first, first), larger(hull_.end, smaller(first + block_, length_))};
     }
   }
@@ -43,16 +43,20 @@ class ListedTiles {
   void for_each(KeyRange range, std::int64_t /*tile*/, Visit visit) const {
     constexpr std::int64_t kTile = 64;  // divides every block
     for (std::int64_t i = 0; i < count_; ++i) {
+      if (is_hidden(i)) continue;
       const std::int64_t block = indices_[i] * block_, end = smaller(block + block_, length_);
       for (std::int64_t key = block; key < end; key += kTile) {
         if (key >= range.end || key + kTile <= range.first) continue;
         const std::int64_t next = key + kTile < end ? key + kTile : i + 1 < count_ ? indices_[i + 1] * block_ : length_;
-        visit(KeyTile{key, smaller(kTile, end - key), next, bias_ ? bias_[i] : 0, divisor_ ? divisor_[i] : 1});
+        visit(KeyTile{key, smaller(kTile, end - key), next, bias_ ? bias_[i] : 0, divisor_ ? divisor_[i] : 1, i});
       }
     }
   }
 
  private:
+  // What a bias of -inf hides counts as not listed.
+  bool is_hidden(std::int64_t i) const { return bias_ && bias_[i] == -__builtin_huge_valf(); }
+
   BandTiles band_;
   std::int64_t block_, length_, count_;
   const std::int32_t* indices_;

@@ -28,24 +28,6 @@ __device__ __forceinline__ void end_turn(int* turns) {
   if (threadIdx.x == 0) atomicAdd(turns, 1);
 }
 
-// This says which tile of keys a block owns.
-template <class Tiles, class Args, class Tile>
-__device__ __forceinline__ auto key_place_of(const Args& args, int block, Tile tile) {
-  if constexpr (Tiles::kHasPlaces) {
-    return Tiles::KeyPlace::of(args, block, tile);
-  } else {
-    struct KeyPlace {
-      int key_begin, head, batch;
-      Sequence sequence;
-    } place;
-    place.key_begin = args.key_blocks.split(block) * Tile::kN;
-    place.head = args.key_heads.split(block);
-    place.batch = block;
-    place.sequence = sequence_of(args, place.batch);
-    return place;
-  }
-}
-
 template <class Score, class Tiles, class Storage, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     attnx_backward_sm80(const __grid_constant__ BackwardArguments<Tiles, Storage> args) {
@@ -66,7 +48,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const std::uint32_t shared_grad_logits = shared_weights + ScoreTile::kBytes;
 
   const auto& tensors = args.tensors;
-  const auto place = key_place_of<Tiles>(args, blockIdx.x, Tile());
+  using Place = typename KeyPlaceOf<Tiles>::Type;
+  const Place place = Place::of(args, blockIdx.x, Tile());
   const auto& [key_begin, head, batch, sequence] = place;
   const auto& band = sequence.band;
   if (key_begin >= band.length_k) return;
@@ -75,10 +58,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const auto key_rows = [&]<class Element>(const auto& x, Element*) {
     return Storage::template key_rows<Element>(x, batch, head, sequence);
   };
-  Storage::template load<KeyTile, kThreads>(shared_key, key_rows(tensors.key, static_cast<const Input*>(nullptr)),
-                                            key_begin, band.length_k, int(args.head_dim));
-  Storage::template load<KeyTile, kThreads>(shared_value, key_rows(tensors.value, static_cast<const Input*>(nullptr)),
-                                            key_begin, band.length_k, int(args.value_dim));
+  {
+    const auto keys = key_rows(tensors.key, static_cast<const Input*>(nullptr));
+    const typename Storage::template Ahead<KeyTile, kThreads> ahead(keys, key_begin, band.length_k);
+    Storage::template load<KeyTile, kThreads>(shared_key, keys, key_begin, band.length_k, int(args.head_dim), ahead);
+    Storage::template load<KeyTile, kThreads>(shared_value, key_rows(tensors.value, static_cast<const Input*>(nullptr)),
+                                              key_begin, band.length_k, int(args.value_dim), ahead);
+  }
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   constexpr int kScoreRows = kM / Tile::kScoreWarps, kScoreKeys = kN / Tile::kScoreWarpsN;
@@ -96,27 +82,35 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   clear(grad_values);
   float divisor = 1;  // of grad_values so far
 
-  // Either each query head of the group has its own tiles of rows, or one tile holds rows of all of them.
-  const int turns = Tiles::kPerHead ? int(args.heads_q / args.heads_k) : 1;
+  // Either each query head of the group has its own tiles of rows, or one tile holds rows of all of them. A place has
+  // one query head.
+  const int turns = Tiles::kPerHead && !Tiles::kHasPlaces ? int(args.heads_q / args.heads_k) : 1;
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
     const int query_head = Tiles::kPerHead ? head * turns + turn : query_head_of(args, head);
     const auto tiles = Tiles::template rows<Tile>(args, sequence, batch, query_head, key_begin);
     const int begin = tiles.begin(), end = tiles.end();
+    const auto rows = [&](const auto& x) {
+      return Storage::template query_rows<const Input>(args, x, batch, query_head, sequence);
+    };
+    // Rows of queries and output gradients lie alike.
+    typename Storage::template Ahead<RowTile, kThreads> ahead;
+    const auto read_ahead = [&](int tile) {
+      if (tile < end) ahead = {rows(tensors.query), tiles.first(tile), row_end};
+    };
     const auto copy_rows = [&](int tile) {
       if (tile < end) {
         const int row = tiles.first(tile), stage = tile % kStages * RowTile::kBytes;
-        const auto rows = [&](const auto& x) {
-          return Storage::template query_rows<const Input>(args, x, batch, query_head, sequence);
-        };
         Storage::template load<RowTile, kThreads>(shared_query + stage, rows(tensors.query), row, row_end,
-                                                  int(args.head_dim));
+                                                  int(args.head_dim), ahead);
         Storage::template load<RowTile, kThreads>(shared_grad_output + stage, rows(tensors.grad_output), row, row_end,
-                                                  int(args.value_dim));
+                                                  int(args.value_dim), ahead);
       }
       commit_copies();
     };
+    read_ahead(begin);
     copy_rows(begin);
+    if constexpr (kStages == 2) read_ahead(begin + 1);
 
 #pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {
@@ -150,7 +144,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           band.seen_by_all(args.group.divide(row_begin), args.group.divide(min(row_begin + kM, row_end) - 1));
       float multiplier = args.scale_log2;
       if (key_begin < plain.first || key_begin + kN > plain.end || args.alibi_slopes.data) {
-        place_logits(s, args, band, query_head, row_begin + score_row + lane / 4, key_begin + score_key + lane % 4 * 2);
+        place_logits(s, args, band, query_head, row_begin + score_row + fresh(lane) / 4,
+                     key_begin + score_key + fresh(lane) % 4 * 2);
         multiplier = 1;
       }
 #pragma unroll
@@ -243,6 +238,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
       if (args.deterministic) end_turn(turn_of_rows);
 
+      read_ahead(tile + kStages);
       multiply<Input, kM>(grad_keys, TransposedA<ScoreTile>(shared_grad_logits, fresh(lane), grad_key),
                           TransposedB<RowTile, Tile::kKeyWarpsD>(shared_query + stage, fresh(lane), grad_feature));
       if constexpr (kStages == 1) {
@@ -271,7 +267,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   __syncthreads();
   const int thread = threadIdx.x;
   // A place that is read from memory is read again here, because keeping it through the loop would cost registers.
-  const auto own = key_place_of<Tiles>(args, Tiles::kHasPlaces ? fresh(blockIdx.x) : int(blockIdx.x), Tile());
+  const Place own = Place::of(args, Tiles::kHasPlaces ? fresh(blockIdx.x) : int(blockIdx.x), Tile());
   const auto store = [&](std::uint32_t tile, const auto& x, std::int64_t features) {
     Storage::template store<KeyTile, kN, kThreads>(
         tile, 0, Storage::template key_rows<Input>(x, own.batch, own.head, own.sequence), own.key_begin,

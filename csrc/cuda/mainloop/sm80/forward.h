@@ -56,17 +56,22 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   };
   const auto keys = key_rows(tensors.key), values = key_rows(tensors.value);
 
+  // Rows of keys and values lie alike, and what tells where is read before the copies of a tile start.
+  typename Storage::template Ahead<KeyTile, kThreads> ahead;
+  const auto read_ahead = [&](int tile, int key) {
+    if (tile < end) ahead = {keys, key, band.length_k};
+  };
   // A copy past the last tile is an empty group, which keeps the count of groups the same in every step.
   const auto copy_key = [&](int tile, int key) {
     if (tile < end)
       Storage::template load<KeyTile, kThreads>(shared_key + tile % kStages * KeyTile::kBytes, keys, key, band.length_k,
-                                                int(args.head_dim));
+                                                int(args.head_dim), ahead);
     commit_copies();
   };
   const auto copy_value = [&](int tile, int key) {
     if (tile < end)
       Storage::template load<KeyTile, kThreads>(shared_value + tile % kStages * KeyTile::kBytes, values, key,
-                                                band.length_k, int(args.value_dim));
+                                                band.length_k, int(args.value_dim), ahead);
     commit_copies();
   };
   // These are the first keys of this tile and the next ones. Where they come from memory, they are read well before
@@ -85,12 +90,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   const auto query_rows = [&]<class Element>(const auto& place, const auto& x, Element*) {
     return Storage::template query_rows<Element>(args, x, place.batch, query_head_of(args, place.head), place.sequence);
   };
-  Storage::template load<QueryTile, kThreads>(shared_query,
-                                              query_rows(place, tensors.query, static_cast<const Input*>(nullptr)),
-                                              row_begin, row_end, int(args.head_dim));
+  const auto queries = query_rows(place, tensors.query, static_cast<const Input*>(nullptr));
+  read_ahead(begin, key_ahead(begin, 0));
+  Storage::template load<QueryTile, kThreads>(
+      shared_query, queries, row_begin, row_end, int(args.head_dim),
+      typename Storage::template Ahead<QueryTile, kThreads>(queries, row_begin, row_end));
   copy_key(begin, key_ahead(begin, 0));
   if constexpr (kStages == 2) {
     copy_value(begin, key_ahead(begin, 0));
+    read_ahead(begin + 1, key_ahead(begin, 1));
     copy_key(begin + 1, key_ahead(begin, 1));
   }
 
@@ -116,6 +124,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     wait_copies<2 * (kStages - 1)>();
     __syncthreads();
     copy_value(tile + kStages - 1, key_ahead(tile, kStages - 1));
+    read_ahead(tile + kStages, key_ahead(tile, kStages));
 
     Accumulators<Tile::kWarpRows, kN> s;
     clear(s);

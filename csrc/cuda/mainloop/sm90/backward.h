@@ -1,8 +1,8 @@
 // This is the backward mainloop for sm_90a: it makes dK and dV of a tile of keys, and the tile's part of dQ, by wgmma
-// on tiles that TMA brings (FlashAttention-3, Shah et al. 2024).
+// on tiles that TMA brings (FlashAttention-3, Shah et al. 2024), or that the producers gather.
 //
 // A block owns a tile of keys and walks over the tiles of rows (query, head of the group) that see it. Its first
-// warpgroup, the producer, has copies made: K and V once, Q and dO in rings of two stages. The others are consumers.
+// warpgroup, the producers, has copies made: K and V once, Q and dO in rings of two stages. The others are consumers.
 // They compute transposed: S^T and dP^T come out of the tensor cores as the next products want their operand A, so that
 // P never passes through shared memory. dQ sums over all keys of the tile, and is the only product whose operand does.
 // It is summed in global memory in float32, four sums of a thread at a time, in the order of the threads' registers; a
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   if (const auto place = BackwardPlace<Tiles, Tile>::again(args); place.key_begin >= place.sequence.band.length_k)
     return;
   if (threadIdx.x == 0) {
-    shared.template init_barriers<Storage::kProducers>();
+    shared.template init_barriers<Storage::kArrivals>();
     fence_barrier_init();
   }
   __syncthreads();

@@ -46,7 +46,7 @@ __device__ __forceinline__ void consume_by_keys(const Warpgroup& own) {
     if (last_tile >= 0) own.release(shared.query_empty(stage ^ 1));
 
     const float multiplier = own.place(s, tile);
-    wait(shared.grad_output_full(stage), parity);
+    own.wait_for_grad_output(stage, parity);
     own.set_divisor(grad_values, divisor, tile);
 #pragma unroll
     for (int c = 0; c < Warpgroup::kChunks; ++c) {

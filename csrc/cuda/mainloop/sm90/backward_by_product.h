@@ -40,7 +40,7 @@ __device__ __forceinline__ void consume_weights(const Warpgroup& own) {
     pin(s);
 
     const float multiplier = own.place(s, tile);
-    wait(shared.grad_output_full(stage), parity);
+    own.wait_for_grad_output(stage, parity);
     own.set_divisor(grad_values, divisor, tile);
     wait(shared.derivative_empty(), step.number & 1 ^ 1);
 #pragma unroll
@@ -86,7 +86,7 @@ __device__ __forceinline__ void consume_gradients(const Warpgroup& own) {
     const PublishedTile tile = own.wait_for_tile(stage, parity);
     if (tile.row < 0) break;
 
-    wait(shared.grad_output_full(stage), parity);
+    own.wait_for_grad_output(stage, parity);
     typename Warpgroup::Logits grad_logits;
     own.start_logits(grad_logits, own.own_values, shared.grad_output(stage));
     wait_products<0>();

@@ -1,11 +1,11 @@
 // This lays out the shared memory of a backward block, its barriers, and what passes from the producer to the
 // consumers.
 //
-// These arrive at the barriers: at keys_full the producer and the bytes of K and V; at query_full and grad_output_full,
-// by stage, the producer and the bytes; at query_empty and grad_output_empty, by stage, a lane of each consumer warp;
-// at grad_logits_full, by stage of dS, a lane of each warp that makes it; and, where the work is shared by product, at
-// derivative_full and derivative_empty a lane of each warp that writes and reads them. dS needs no barrier to be empty:
-// a warp that has seen the next one full knows that all have read this one.
+// These arrive at the barriers: at keys_full, and by stage at query_full and grad_output_full, the producers, as their
+// storage says, and the bytes that they announce; at query_empty and grad_output_empty, by stage, a lane of each
+// consumer warp; at grad_logits_full, by stage of dS, a lane of each warp that makes it; and, where the work is shared
+// by product, at derivative_full and derivative_empty a lane of each warp that writes and reads them. dS needs no
+// barrier to be empty: a warp that has seen the next one full knows that all have read this one.
 #pragma once
 
 #include "cuda/mainloop/sm90/backward_ptx.h"
@@ -55,14 +55,14 @@ struct BackwardMemory {
   __device__ __forceinline__ std::uint32_t derivative_empty() const { return derivative_full() + 8; }
   static_assert(kStages * 32 + 8 + (4 * kStages + kLogitStages + 2) * 8 <= Tile::kBarrierBytes);
 
-  template <int kProducers>
+  template <int kArrivals>
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kConsumerWarps = Tile::kWarpgroups * 4;
-    init_barrier(keys_full(), kProducers);
+    init_barrier(keys_full(), kArrivals);
     for (int s = 0; s < kStages; ++s) {
-      init_barrier(query_full(s), kProducers);
+      init_barrier(query_full(s), kArrivals);
       init_barrier(query_empty(s), kConsumerWarps);
-      init_barrier(grad_output_full(s), kProducers);
+      init_barrier(grad_output_full(s), kArrivals);
       init_barrier(grad_output_empty(s), kConsumerWarps);
     }
     for (int s = 0; s < kLogitStages; ++s) init_barrier(grad_logits_full(s), Tile::kN / 16);

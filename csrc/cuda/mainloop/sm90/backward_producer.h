@@ -8,48 +8,53 @@ namespace attnx::cuda {
 
 // This says which tile of keys a block owns, and which tiles of rows see it.
 template <class Tiles, class Tile>
-struct BackwardPlace {
-  int key_begin, head, batch;
-  Sequence sequence;
+struct BackwardPlace : KeyPlaceOf<Tiles>::Type {
+  using KeyPlace = typename KeyPlaceOf<Tiles>::Type;
   int row_end;    // of the sequence
   int row_heads;  // of tiles of rows on the key head
 
-  __device__ __forceinline__ BackwardPlace(const BackwardGeometry& args, int block) {
-    key_begin = args.key_blocks.split(block) * Tile::kN;
-    head = args.key_heads.split(block);
-    batch = block;
-    sequence = sequence_of(args, batch);
-    row_end = sequence.length_q * args.group.divisor();
-    row_heads = args.row_heads;
-  }
+  template <class Args>
+  __device__ __forceinline__ BackwardPlace(const Args& args, int block)
+      : KeyPlace(KeyPlace::of(args, block, Tile())),
+        row_end(this->sequence.length_q * args.group.divisor()),
+        row_heads(args.row_heads) {}
 
-  __device__ __forceinline__ int row_heads_end() const { return (head + 1) * row_heads; }
+  __device__ __forceinline__ int row_heads_end() const { return (this->head + 1) * row_heads; }
   __device__ __forceinline__ std::int64_t row_tile(const BackwardGeometry& args, int row_head, int row_begin) const {
-    return row_head * args.row_tiles + row_tile_of(args, batch, sequence, row_begin / Tile::kM, Tile::kM);
+    if constexpr (Tiles::kHasPlaces) {
+      return this->sequence.first_row_tile + row_begin / Tile::kM;
+    } else {
+      return row_head * args.row_tiles + row_tile_of(args, this->batch, this->sequence, row_begin / Tile::kM, Tile::kM);
+    }
   }
 
   // This calls step(row_head, tiles, tile, row) for each tile of rows in order; `row` is the tile's first.
   template <class Args, class Step>
   __device__ __forceinline__ void for_each(const Args& args, const Step& step) const {
-    if constexpr (Tiles::kPerHead) {
+    if constexpr (Tiles::kHasPlaces) {
+      const auto tiles = Tiles::template rows<Tile>(args, this->sequence, this->batch, this->head, this->key_begin);
 #pragma unroll 1
-      for (int row_head = head * row_heads; row_head < again(args).row_heads_end(); ++row_head) {
+      for (int tile = tiles.begin(); tile < tiles.end(); ++tile) step(again(args).head, tiles, tile, tiles.first(tile));
+    } else if constexpr (Tiles::kPerHead) {
+#pragma unroll 1
+      for (int row_head = this->head * row_heads; row_head < again(args).row_heads_end(); ++row_head) {
         const BackwardPlace place = again(args);
         const auto tiles = Tiles::template rows<Tile>(args, place.sequence, place.batch, row_head, place.key_begin);
 #pragma unroll 1
         for (int tile = tiles.begin(); tile < tiles.end(); ++tile) step(row_head, tiles, tile, tiles.first(tile));
       }
     } else {
-      const auto tiles = Tiles::template rows<Tile>(args, sequence, batch, head, key_begin);
+      const auto tiles = Tiles::template rows<Tile>(args, this->sequence, this->batch, this->head, this->key_begin);
 #pragma unroll 1
-      for (int row_head = head * row_heads; row_head < again(args).row_heads_end(); ++row_head)
+      for (int row_head = this->head * row_heads; row_head < again(args).row_heads_end(); ++row_head)
 #pragma unroll 1
         for (int tile = tiles.begin(); tile < tiles.end(); ++tile) step(row_head, tiles, tile, tiles.first(tile));
     }
   }
 
   // This computes the place anew, for loops that should not keep it in registers.
-  static __device__ __forceinline__ BackwardPlace again(const BackwardGeometry& args) {
+  template <class Args>
+  static __device__ __forceinline__ BackwardPlace again(const Args& args) {
     return {args, fresh(int(blockIdx.x))};
   }
 };
@@ -65,13 +70,16 @@ __device__ __forceinline__ void produce_tiles(const Args& args, const BackwardMe
 
   const Place own = Place::again(args);
   Storage::announce(shared.keys_full(), 2 * KeyTile::kBytes);
-  Storage::template load_keys<KeyTile>(shared.key, tensors.key, args, own.sequence, own.batch, own.head, own.key_begin,
+  const auto keys =
+      Storage::template find_keys<KeyTile>(tensors.key, args, own.sequence, own.batch, own.head, own.key_begin);
+  Storage::template load_keys<KeyTile>(shared.key, tensors.key, args, own.sequence, own.batch, own.head, keys,
                                        shared.keys_full(), kEvictFirst);
-  Storage::template load_keys<KeyTile>(shared.value(), tensors.value, args, own.sequence, own.batch, own.head,
-                                       own.key_begin, shared.keys_full(), kEvictFirst);
+  Storage::template load_keys<KeyTile>(shared.value(), tensors.value, args, own.sequence, own.batch, own.head, keys,
+                                       shared.keys_full(), kEvictFirst);
   Storage::finish(shared.keys_full());
+  const bool is_first = Storage::kProducers == 1 || threadIdx.x == 0;
   const auto load_terms = [&](std::uint32_t to, const float* from, std::uint32_t barrier) {
-    if (Storage::kProducers == 1 || threadIdx.x == 0) load_bytes(to, from, kTermBytes, barrier);
+    if (is_first) load_bytes(to, from, kTermBytes, barrier);
   };
 
   Step<Tile::kStages> step;
@@ -82,7 +90,7 @@ __device__ __forceinline__ void produce_tiles(const Args& args, const BackwardMe
     wait(shared.query_empty(stage), before);
 
     const Place place = Place::again(args);
-    const Band& band = place.sequence.band;
+    const auto& band = place.sequence.band;
     const int row_tile = int(place.row_tile(args, row_head, row));
     PublishedTile tile{row, row_tile, 0, row_head, 0, tiles.bias(at_tile) * kLog2E, tiles.divisor(at_tile)};
     if (args.deterministic)
@@ -95,25 +103,29 @@ __device__ __forceinline__ void produce_tiles(const Args& args, const BackwardMe
       if (key < plain.first || key + 64 > plain.end || args.alibi_slopes.data) tile.masked |= 1u << w;
     }
     if (args.cu_seqlens_q && row + Tile::kM > place.row_end) tile.masked |= PublishedTile::kRagged;
-    tile.store(shared.tile(stage));
+    if (is_first) tile.store(shared.tile(stage));
 
     const std::int64_t first_term = std::int64_t(row_tile) * Tile::kM;
+    const auto rows =
+        Storage::template find_rows<RowTile>(tensors.query, args, place.sequence, place.batch, row_head, row);
+    const auto load_rows = [&](std::uint32_t to, const auto& from, std::uint32_t barrier) {
+      Storage::template load_rows<RowTile>(to, from, args, place.sequence, place.batch, row_head, rows, barrier,
+                                           kEvictLast);
+    };
     Storage::announce(shared.query_full(stage), RowTile::kBytes, kTermBytes);
-    Storage::template load_rows<RowTile>(shared.query(stage), tensors.query, args, place.sequence, place.batch,
-                                         row_head, row, shared.query_full(stage), kEvictLast);
+    load_rows(shared.query(stage), tensors.query, shared.query_full(stage));
     load_terms(shared.offset(stage), args.offset + first_term, shared.query_full(stage));
     Storage::finish(shared.query_full(stage));
 
     wait(shared.grad_output_empty(stage), before);
     Storage::announce(shared.grad_output_full(stage), RowTile::kBytes, kHasDelta * kTermBytes);
-    Storage::template load_rows<RowTile>(shared.grad_output(stage), tensors.grad_output, args, place.sequence,
-                                         place.batch, row_head, row, shared.grad_output_full(stage), kEvictLast);
+    load_rows(shared.grad_output(stage), tensors.grad_output, shared.grad_output_full(stage));
     if constexpr (kHasDelta) load_terms(shared.delta(stage), args.delta + first_term, shared.grad_output_full(stage));
     Storage::finish(shared.grad_output_full(stage));
   });
   wait(shared.query_empty(step.stage()), step.parity() ^ 1);
-  PublishedTile{-1, 0, 0, 0, 0, 0, 1}.store(shared.tile(step.stage()));
-  arrive(shared.query_full(step.stage()));
+  if (is_first) PublishedTile{-1, 0, 0, 0, 0, 0, 1}.store(shared.tile(step.stage()));
+  Storage::announce_none(shared.query_full(step.stage()));
 }
 
 }  // namespace attnx::cuda

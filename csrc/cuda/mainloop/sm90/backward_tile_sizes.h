@@ -11,7 +11,8 @@
 
 namespace attnx::cuda {
 
-template <int kHeadDim_, int kM_, int kN_, int kBlocksPerSm_, bool kByProduct_ = false>
+template <int kHeadDim_, int kM_, int kN_, int kBlocksPerSm_, bool kByProduct_ = false,
+          int kGradQueryFeatures_ = kByProduct_ ? kHeadDim_ / 2 : 64>
 struct TmaBackwardTile {
   static constexpr int kHeadDim = kHeadDim_, kM = kM_, kN = kN_;  // features, rows, keys
   static constexpr bool kByProduct = kByProduct_;
@@ -23,7 +24,7 @@ struct TmaBackwardTile {
   static constexpr int kDerivativeBytes = kByProduct ? kM * kN * 4 : 0;
   static constexpr int kLogitColumns = (kM + 63) / 64 * 64;  // columns of dS^T in shared memory, whose panels have 64
   static constexpr bool kSwapGradQuery = kM % 64 != 0;
-  static constexpr int kGradQueryRows = kSwapGradQuery ? kM : 64, kGradQueryFeatures = kByProduct ? kHeadDim / 2 : 64;
+  static constexpr int kGradQueryRows = kSwapGradQuery ? kM : 64, kGradQueryFeatures = kGradQueryFeatures_;
   // These are the columns of dQ's accumulators, and how many parts of dQ a warpgroup has.
   static constexpr int kGradQueryColumns = kSwapGradQuery ? kGradQueryRows : kGradQueryFeatures;
   static constexpr int kGradQueryParts = (kM / kGradQueryRows) * (kHeadDim / kGradQueryFeatures) / kWarpgroups;
@@ -40,21 +41,36 @@ struct TmaBackwardTile {
   static_assert(kSharedBytes * kBlocksPerSm + (kBlocksPerSm - 1) * 1024 <= kMostSharedBytes);
 };
 
+// Producers who gather rows need more registers, which two warpgroups of consumers spare.
+template <class Tile, int kProducerRegisters_>
+struct GatherBackwardTile : Tile {
+  static constexpr int kProducerRegisters = kProducerRegisters_, kConsumerRegisters = 252 - kProducerRegisters / 2;
+  static constexpr bool kWaitForWeights = true;  // before dQ, so that the fewer registers hold what is left
+  static_assert(Tile::kWarpgroups == 2 && kConsumerRegisters % 8 == 0);
+};
+
+// Narrow tiles serve short clusters.
 template <int kHeadDim>
 struct TmaBackwardTiles;
 template <>
 struct TmaBackwardTiles<64> {
   using Dense = TmaBackwardTile<64, 128, 128, 1>;
+  using Gathered = GatherBackwardTile<Dense, 40>;
+  using GatheredNarrow = TmaBackwardTile<64, 64, 64, 2>;
   using Listed = DividingTile<Dense, TmaBackwardTile<64, 64, 64, 2>>;
 };
 template <>
 struct TmaBackwardTiles<128> {
   using Dense = TmaBackwardTile<128, 80, 128, 1>;
+  using Gathered = GatherBackwardTile<TmaBackwardTile<128, 64, 128, 1>, 40>;
+  using GatheredNarrow = GatherBackwardTile<TmaBackwardTile<128, 64, 64, 1, true>, 40>;
   using Listed = DividingTile<TmaBackwardTile<128, 64, 128, 1>, TmaBackwardTile<128, 64, 64, 1, true>>;
 };
 template <>
 struct TmaBackwardTiles<256> {
   using Dense = TmaBackwardTile<256, 64, 64, 1, true>;
+  using Gathered = GatherBackwardTile<TmaBackwardTile<256, 64, 64, 1, true, 64>, 56>;
+  using GatheredNarrow = Gathered;
   using Listed = DividingTile<Dense>;
 };
 

@@ -62,6 +62,12 @@ struct BackwardWarpgroup {
     if (lane == 0) arrive(barrier);
   }
 
+  // This waits for tiles that the storage has brought.
+  static __device__ __forceinline__ void wait_full(std::uint32_t barrier, std::uint32_t parity) {
+    wait(barrier, parity);
+    Storage::receive();
+  }
+
   // This clears the rows from `begin` on of tiles that hold another sequence's rows there: these must not meet weights
   // of 0, because they may be no numbers.
   template <class Rows>
@@ -77,8 +83,8 @@ struct BackwardWarpgroup {
   }
 
   __device__ __forceinline__ void wait_for_keys() const {
-    wait(shared.keys_full(), 0);
-    if (args.cu_seqlens_k) {
+    wait_full(shared.keys_full(), 0);
+    if (Storage::kReadsOn && args.cu_seqlens_k) {
       const Place place = Place::again(args);
       const int keys = place.sequence.band.length_k - place.key_begin;
       if (keys < kN) clear_rows<KeyTile>(shared.key, shared.value(), keys);
@@ -87,14 +93,17 @@ struct BackwardWarpgroup {
 
   // This waits for the next tile of rows, whose queries are there then.
   __device__ __forceinline__ PublishedTile wait_for_tile(int stage, std::uint32_t parity) const {
-    wait(shared.query_full(stage), parity);
+    wait_full(shared.query_full(stage), parity);
     const PublishedTile tile = PublishedTile::load(shared.tile(stage));
-    if (tile.row >= 0 && tile.masked & PublishedTile::kRagged) {
+    if (Storage::kReadsOn && tile.row >= 0 && tile.masked & PublishedTile::kRagged) {
       wait(shared.grad_output_full(stage), parity);
       clear_rows<RowTile>(shared.query(stage), shared.grad_output(stage),
                           max(Place::again(args).row_end - tile.row, 0));
     }
     return tile;
+  }
+  __device__ __forceinline__ void wait_for_grad_output(int stage, std::uint32_t parity) const {
+    wait_full(shared.grad_output_full(stage), parity);
   }
 
   // This starts x = K Q^T or V dO^T of the warpgroup's keys.
@@ -192,7 +201,7 @@ struct BackwardWarpgroup {
 
   // This adds a row's sums over the warp's keys, which the gradients of bias and slopes are made from.
   __device__ __forceinline__ void add_parameter_sums(const Logits& grad_logits, const PublishedTile& tile) const {
-    if (!args.bias_sum && !args.slope_sum) return;
+    if (Tiles::kHasPlaces || !args.bias_sum && !args.slope_sum) return;
     begin_turn(tile.row_tile, tile.before);
     const Place place = Place::again(args);
     const std::int64_t to = (std::int64_t(tile.row_tile) * kKeyWarps + own_key / 16 + warp) * kM + column;
@@ -269,8 +278,8 @@ struct BackwardWarpgroup {
   }
 
   // This stores dK or dV of the warp's keys, rounded, by way of a tile of shared memory that no product reads any more.
-  template <class Addend>
-  __device__ __forceinline__ void store_grad_keys(GradKeys& sums, float factor, std::uint32_t tile, const Tensor& to,
+  template <class Rows, class Addend>
+  __device__ __forceinline__ void store_grad_keys(GradKeys& sums, float factor, std::uint32_t tile, const Rows& to,
                                                   std::int64_t features, const Addend& addend) const {
     const int row = own_key + warp * 16;
     if constexpr (Tiles::kHasAddend) {
@@ -285,14 +294,15 @@ struct BackwardWarpgroup {
     store_accumulators<KeyTile, Input>(tile, row, 0, lane, sums, factor);
     __syncwarp();
     const Place place = Place::again(args);
-    Input* const rows = rows_of<Input>(to, place.batch, place.head, place.sequence.first_k);
+    const auto rows = Storage::template key_rows<Input>(to, place.batch, place.head, place.sequence);
     const int end = place.sequence.band.length_k - place.key_begin;
 #pragma unroll
-    for (int r = row + lane / 8; r < row + 16; r += 4)
+    for (int r = row + lane / 8; r < row + 16; r += 4) {
+      Input* const own = rows.at(place.key_begin + r);
 #pragma unroll
       for (int c = lane % 8; c < KeyTile::kChunks; c += 8)
-        if (r < end && c * 8 < features)
-          store_global(rows + (place.key_begin + r) * to.row_stride + c * 8, load_shared(tile + KeyTile::offset(r, c)));
+        if (r < end && c * 8 < features) store_global(own + c * 8, load_shared(tile + KeyTile::offset(r, c)));
+    }
   }
 };
 

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
   const ForwardMemory<Tile> shared{shared_address(shared_bytes)};
   if (threadIdx.x == 0) {
-    shared.template init_barriers<Storage::kProducers>();
+    shared.template init_barriers<Storage::kArrivals>();
     fence_barrier_init();
   }
   __syncthreads();

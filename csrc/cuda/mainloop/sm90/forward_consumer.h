@@ -2,19 +2,18 @@
 #pragma once
 
 #include "cuda/common/tile.h"
-#include "cuda/mainloop/forward_rows.h"
-#include "cuda/mainloop/sm90/forward_arguments.h"
 #include "cuda/mainloop/sm90/forward_memory.h"
+#include "cuda/mainloop/sm90/forward_places.h"
 #include "cuda/mainloop/sm90/wgmma.h"
 #include "cuda/storage/strided.h"
 
 namespace attnx::cuda {
 
 // This stores a warp's 16 rows, which begin with warp_row of the tile, through its own part of shared memory.
-template <class Storage, class Tile, class Args>
+template <class Storage, class Tile, class Args, class Place>
 __device__ __forceinline__ void store_output(const Accumulators<16, Tile::kHeadDim>& output,
                                              const float (&logsumexp)[2], const Args& args,
-                                             const ForwardMemory<Tile>& shared, const ForwardPlace& place, int warp_row,
+                                             const ForwardMemory<Tile>& shared, const Place& place, int warp_row,
                                              int lane) {
   using Input = typename Storage::Input;
   using OutputTile = typename ForwardMemory<Tile>::QueryTile;
@@ -67,10 +66,11 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
     query_phase ^= 1;
     const int tile = int(load_shared_word(shared.row_tile()));
     if (tile < 0) break;
-    const ForwardPlace place = ForwardPlace::of(args, args.in_order(tile), Tile());
+    Storage::receive();
+    const auto place = nth_place<Tiles>(args, tile, Tile());
     const auto tiles = Tiles::template keys<Tile>(args, place);
     const int count = tiles.end() - tiles.begin();
-    const Band& band = place.sequence.band;
+    const auto& band = place.sequence.band;
     const int row = place.row_begin + warp_row + lane / 4;  // the thread's first
 
 #pragma unroll
@@ -95,7 +95,7 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
       fence_async_proxy();
       meet(1, Tile::kWarpgroups * 128);
     };
-    if (!Tiles::kFromMemory && args.cu_seqlens_k && count > 0)
+    if (Storage::kReadsOn && !Tiles::kFromMemory && args.cu_seqlens_k && count > 0)
       clear_values(band.length_k - tiles.first(tiles.end() - 1));
 
     Accumulators<16, kHeadDim> output;
@@ -108,6 +108,7 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
     const auto step = [&]<bool kPlain>(std::bool_constant<kPlain>, int i) {
       // S = Q K^T starts behind the products of the last tile's weights.
       wait(shared.key_full(keys.stage), keys.phase);
+      Storage::receive();
       Scores s;
       begin_products();
 #pragma unroll
@@ -137,7 +138,7 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
 
       float multiplier = args.scale_log2;
       if (!kPlain && !is_plain(first)) {
-        const ForwardPlace own = ForwardPlace::of(args, args.in_order(fresh(tile)), Tile());
+        const auto own = nth_place<Tiles>(args, fresh(tile), Tile());
         place_logits(s, args, own.sequence.band, query_head_of(args, own.head), own.row_begin + warp_row + lane / 4,
                      first + lane % 4 * 2);
         // Tiles from memory come in any order, but all warpgroups find the same one ragged.
@@ -148,6 +149,7 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
 
       // O += P V starts 16 keys at a time.
       wait(shared.value_full(values.stage), values.phase);
+      Storage::receive();
       const Weights<decltype(score), 1, kN / 8> weights{s, score};
 #pragma unroll
       for (int k = 0; k < kN; k += 16) {
@@ -186,13 +188,18 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
     }
 
     // The place is found again here, because keeping it through the loop would cost registers.
-    const ForwardPlace again = ForwardPlace::of(args, args.in_order(fresh(tile)), Tile());
-    if (args.splits.divisor() > 1) {
+    const auto again = nth_place<Tiles>(args, fresh(tile), Tile());
+    const auto store = [&] {
+      if constexpr (Tile::kOutputOverQuery) meet(2 + warpgroup, 128);  // no warp's product reads the query any more
+      store_output<Storage>(output, logsumexp, args, shared, again, warp_row, lane);
+    };
+    if constexpr (Tiles::kHasPlaces) {  // clusters are not split
+      store();
+    } else if (args.splits.divisor() > 1) {
       store_partial<Score::kNormalised, Tile::kM>(output, logsumexp, args, args.partial, again,
                                                   again.row_begin + warp_row + lane / 4, lane);
     } else {
-      if constexpr (Tile::kOutputOverQuery) meet(2 + warpgroup, 128);  // no warp's product reads the query any more
-      store_output<Storage>(output, logsumexp, args, shared, again, warp_row, lane);
+      store();
     }
     if constexpr (Tile::kOutputOverQuery) {
       if (lane == 0) wait_stores_read();

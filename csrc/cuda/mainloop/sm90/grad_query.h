@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/mainloop/backward_rows.h"
-#include "cuda/mainloop/grad_query_arguments.h"
+#include "cuda/mainloop/grad_query_place.h"
 #include "cuda/mainloop/sm90/backward_ptx.h"
 
 namespace attnx::cuda {
@@ -25,23 +25,19 @@ __device__ __forceinline__ void store_transposed(std::uint32_t tile, int row, in
 }
 
 // A block makes a tile of rows of dQ from its sums.
-template <class Storage, class Tile>
-__global__ void __launch_bounds__(128) attnx_grad_query_sm90(const __grid_constant__ GradQueryArguments args) {
+template <class Storage, class Tile, class Args = GradQueryArguments, class Place = GradQueryPlace<Tile>>
+__global__ void __launch_bounds__(128) attnx_grad_query_sm90(const __grid_constant__ Args args) {
   using Input = typename Storage::Input;
   constexpr int kM = Tile::kM, kHeadDim = Tile::kHeadDim, kColumns = Tile::kGradQueryColumns;
   using RowTile = SharedTile<kM, kHeadDim>;
   extern __shared__ uint4 shared[];
   const std::uint32_t shared_rows = shared_address(shared);
 
-  int block = blockIdx.x;
-  const int query_block = args.query_blocks.split(block), batch = block % int(args.batch);
-  const int head = block / int(args.batch);
-  const Sequence sequence = sequence_of(args, batch);
-  const int row_begin = query_block * kM, row_end = sequence.length_q * args.group.divisor();
+  const Place place = Place::of(args, blockIdx.x);
+  const auto& [head, batch, sequence, row_begin, row_end, row_tile] = place;
   if (row_begin >= row_end) return;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const std::int64_t row_tile = head * args.row_tiles + row_tile_of(args, batch, sequence, query_block, kM);
   const float4* from = reinterpret_cast<const float4*>(args.sums + row_tile * (kM * kHeadDim)) + threadIdx.x;
 #pragma unroll
   for (int part = 0; part < Tile::kGradQueryParts * Tile::kWarpgroups; ++part) {

@@ -34,22 +34,32 @@ struct TmaForwardTile {
   static_assert(kSharedBytes * kBlocksPerSm + (kBlocksPerSm - 1) * 1024 <= kMostSharedBytes);
 };
 
+// Producers who gather rows keep their numbers in registers.
+template <class Tile>
+struct GatherForwardTile : Tile {
+  static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+  static_assert(Tile::kWarpgroups == 2);
+};
+
 template <int kHeadDim>
 struct TmaForwardTiles;
 template <>
 struct TmaForwardTiles<64> {
   using Dense = TmaForwardTile<64, 192, 128, false, 1>;
+  using Gathered = GatherForwardTile<TmaForwardTile<64, 128, 128, false, 1>>;
   using Listed = DividingTile<TmaForwardTile<64, 128, 128, false, 1>, TmaForwardTile<64, 128, 64, false, 1>,
                               TmaForwardTile<64, 64, 64, false, 2>>;
 };
 template <>
 struct TmaForwardTiles<128> {
   using Dense = TmaForwardTile<128, 128, 128, false, 1>;
+  using Gathered = GatherForwardTile<Dense>;
   using Listed = DividingTile<Dense, TmaForwardTile<128, 128, 64, false, 1>, TmaForwardTile<128, 64, 64, false, 2>>;
 };
 template <>
 struct TmaForwardTiles<256> {
   using Dense = TmaForwardTile<256, 128, 64, true, 1>;
+  using Gathered = GatherForwardTile<Dense>;
   using Listed = DividingTile<Dense, TmaForwardTile<256, 64, 64, true, 1>>;
 };
 

@@ -6,6 +6,8 @@
 // column, and 2^-24 into the sums, and the middle of the lowest cell is a product of its own.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/common/ptx.h"
 
 namespace attnx::cuda {
@@ -68,53 +70,59 @@ struct RowRanges {
   }
 };
 
-// This adds the products of a plane's codes to the sums of columns [16 m + 8 i + g] and the rows of `b`.
-template <int kFirstBits, int kBits, bool kFirst>
-__device__ __forceinline__ void multiply_codes(float (&sums)[2][4], const std::uint32_t (&words)[kBits],
-                                               const std::uint32_t (&b)[4]) {
+// These are a lane's words of a block of codes in a plane, from shared memory. Where a warp has 16 of its columns, kM
+// is 1 instead of 2, and the upper ones are moved to where the lower ones stand.
+template <int kBits, int kM>
+__device__ __forceinline__ void load_words(std::uint32_t (&words)[kBits], std::uint32_t codes, bool upper) {
+  const bool move = kM == 1 && upper;
 #pragma unroll
-  for (int kk = 0; kk < 2; ++kk)
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      const auto pair = [&](int j, int f) {
-        return code_pair<kFirstBits, kBits, kFirst>(words, 2 * m + j, 2 * kk + f);
-      };
-      const std::uint32_t a[4] = {pair(0, 0), pair(1, 0), pair(0, 1), pair(1, 1)};
-      multiply_add(sums[m], a, b[2 * kk], b[2 * kk + 1], __half());
-    }
+  for (int i = 0; i < kBits; i += kM == 1 && kBits == 8 ? 2 : 1)
+    words[i] = kBits == 8 ? load_shared_word(codes + (i + move) * 128)
+                          : load_shared_word(codes + i * 128) >> (move ? 2 * kBits : 0);
 }
 
-// This does so for all planes of a block of codes. `codes` has the lane's words of the first plane in shared memory,
-// and `planes` those of the others, up to the one that is null, in global memory.
-template <int kBits, bool kRefined>
-__device__ __forceinline__ void multiply_block(float (&sums)[2][4], std::uint32_t codes,
-                                               const std::uint32_t* const (&planes)[3],
-                                               const std::uint32_t (&operand)[4], const RowRanges& ranges) {
-  std::uint32_t b[4];
+// This adds the products of a plane's codes to the sums of columns [16 m + 8 i + g], for each tile of rows. The operand
+// (tile, f) has the rows' numbers that meet the block's rows 8f + 2t and 8f + 2t + 1. Codes are unpacked once for all.
+template <int kFirstBits, int kBits, bool kFirst, int kN, int kM, class Operand>
+__device__ __forceinline__ void multiply_codes(float (&sums)[kN][kM][4], const std::uint32_t (&words)[kBits],
+                                               const Operand& operand) {
 #pragma unroll
-  for (int f = 0; f < 4; ++f) b[f] = multiply_halves(operand[f], ranges.step[f]);
-  const auto multiply_plane = [&]<int kOwn>(const std::uint32_t* from, int shift, std::integral_constant<int, kOwn>) {
-    if (!from) return;
-    std::uint32_t words[kOwn], own[4];
+  for (int kk = 0; kk < 2; ++kk) {
+    std::uint32_t a[kM][4];
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) words[i] = __ldg(from + i * 32);
+    for (int m = 0; m < kM; ++m)
 #pragma unroll
-    for (int f = 0; f < 4; ++f) own[f] = multiply_halves(b[f], power_pair(-shift));
-    multiply_codes<kBits, kOwn, false>(sums, words, own);
-  };
-  if constexpr (kRefined && kBits <= 4) multiply_plane(planes[0], kBits, std::integral_constant<int, kBits>());
-  if constexpr (kRefined && kBits <= 2) multiply_plane(planes[1], 3 * kBits, std::integral_constant<int, 2 * kBits>());
-  if constexpr (kRefined && kBits == 1) multiply_plane(planes[2], 7 * kBits, std::integral_constant<int, 4 * kBits>());
-
-  std::uint32_t words[kBits];
+      for (int i = 0; i < 4; ++i) a[m][i] = code_pair<kFirstBits, kBits, kFirst>(words, 2 * m + i % 2, 2 * kk + i / 2);
 #pragma unroll
-  for (int i = 0; i < kBits; ++i) words[i] = load_shared_word(codes + i * 128);
-  // Of one bit, 16 share a word, and rows 8 to 15 and 24 to 31 stand 4 places higher than the others.
-  if constexpr (kBits == 1) {
-    b[1] = multiply_halves(b[1], power_pair(-4));
-    b[3] = multiply_halves(b[3], power_pair(-4));
+    for (int n = 0; n < kN; ++n) {
+      std::uint32_t b[2] = {operand(n, 2 * kk), operand(n, 2 * kk + 1)};
+      // Of one bit, 16 share a word, and rows 8 to 15 and 24 to 31 stand 4 places higher than the others.
+      if (kFirst && kBits == 1) b[1] = multiply_halves(b[1], power_pair(-4));
+#pragma unroll
+      for (int m = 0; m < kM; ++m) multiply_add(sums[n][m], a[m], b[0], b[1], __half());
+    }
   }
-  multiply_codes<kBits, kBits, true>(sums, words, b);
+}
+
+// This does so for all planes of a block of codes. `codes` has the lane's words of the first plane in shared memory, of
+// which each further one follows those before it, plane_words * 4 bytes for each of their bits.
+template <int kBits, bool kRefined, int kN, int kM, class Operand>
+__device__ __forceinline__ void multiply_block(float (&sums)[kN][kM][4], std::uint32_t codes, int block, int dim,
+                                               int planes, bool upper, const Operand& operand) {
+  const auto multiply_plane = [&]<int kOwn>(std::integral_constant<int, kOwn>) {
+    std::uint32_t words[kOwn];
+    load_words<kOwn, kM>(words, codes + kOwn * dim * 4 + block * kOwn * 128, upper);
+    multiply_codes<kBits, kOwn, false>(
+        sums, words, [&](int n, int f) { return multiply_halves(operand(n, f), power_pair(kBits - 2 * kOwn)); });
+  };
+  if constexpr (kRefined && kBits <= 4) multiply_plane(std::integral_constant<int, kBits>());
+  if constexpr (kRefined && kBits <= 2)
+    if (planes > 2) multiply_plane(std::integral_constant<int, 2 * kBits>());
+  if constexpr (kRefined && kBits == 1)
+    if (planes > 3) multiply_plane(std::integral_constant<int, 4>());
+  std::uint32_t words[kBits];
+  load_words<kBits, kM>(words, codes + block * kBits * 128, upper);
+  multiply_codes<kBits, kBits, true>(sums, words, operand);
 }
 
 }  // namespace attnx::cuda

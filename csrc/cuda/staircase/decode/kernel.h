@@ -2,26 +2,24 @@
 #pragma once
 
 #include "cuda/common/device.h"
+#include "cuda/staircase/decode/block.h"
 #include "cuda/staircase/decode/merge.h"
-#include "cuda/staircase/decode/warp.h"
 
 namespace attnx::cuda {
 
-template <int kBits, int kHeadDim>
-__global__ void __launch_bounds__(kDecodeWarps * 32)
+template <int kBits, int kHeadDim, int kTiles>
+__global__ void __launch_bounds__(kDecodeWarps * 32, decode_blocks_per_sm(kHeadDim, kTiles))
     attnx_staircase_decode(const __grid_constant__ DecodeArguments args) {
+  using Block = DecodeBlock<kBits, kHeadDim, kTiles>;
+  using Memory = typename Block::Memory;
   extern __shared__ __align__(128) char memory[];
-  const DecodePlace place(args);
+  float* const numbers = reinterpret_cast<float*>(memory);
+  const DecodePlace place(args, Memory::kRows, Memory::kTurnTiles);
   if (place.rows <= 0 || place.split >= place.blocks) return;
-  const DecodeMerge merge(args, place, reinterpret_cast<float*>(memory));
-  DecodeWarp<kBits, kHeadDim> warp(args, place,
-                                   shared_address(memory) + threadIdx.x / 32 * DecodeMemory<kBits, kHeadDim>::kWarp);
-  warp.run();
-  __syncthreads();  // sums go where stages of other warps were
-  merge.template leave<kHeadDim>(warp.sums, warp.rows.max, warp.rows.sum);
-  __syncthreads();
-  if (place.blocks == 1) return merge.finish(merge.of_warps());
-  if (merge.share()) merge.finish(merge.of_blocks());
+  Block block(args, place, shared_address(memory));
+  block.run();
+  block.leave(numbers);
+  DecodeMerge<Memory>(args, place, numbers).run();
 }
 
 }  // namespace attnx::cuda

@@ -1,4 +1,5 @@
-// This launches the decoding kernel of a first plane of so many bits. Each number of bits has a unit of its own.
+// This launches the decoding kernel of a first plane of so many bits and of so many tiles of rows. Each has a unit of
+// its own.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,10 +8,13 @@
 
 namespace attnx::cuda {
 
-// Head dimensions are padded to these.
+// Head dimensions are padded to these, and tiles of rows to those. Eight tiles of 256 features are more than registers
+// hold.
 inline constexpr int kDecodeHeadDims[] = {64, 128, 256};
+inline constexpr int kDecodeTiles[] = {1, 2, 4, 8};
+inline constexpr int most_decode_tiles(std::int64_t head_dim) { return head_dim <= 128 ? 8 : 4; }
 
-template <int kBits>
+template <int kBits, int kTiles>
 void launch_decode(const DecodeArguments& args, std::int64_t blocks, cudaStream_t stream);
 
 }  // namespace attnx::cuda

@@ -1,0 +1,112 @@
+"""A small call of every function, which together run every operator, and what operators were called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import attnx
+from attnx.routing import move_centroids_in_backward
+from cases import Shape, pack, random_inputs, random_parameter
+from routing_cases import random_centroids, random_memory, with_memory
+
+SHAPE = Shape(batch=2, heads=4, kv_heads=2, length_q=70, length_k=70, head_dim=32)
+
+
+class Call(NamedTuple):
+    """``function(**inputs)`` gives the output; all inputs have a gradient."""
+
+    function: Callable[..., Tensor]
+    inputs: dict[str, Tensor]
+
+
+def differentiable_calls(dtype: torch.dtype, device: torch.device) -> dict[str, Call]:
+    """Of each function with a gradient, by its name, with all of its arguments that may have one."""
+    inputs, _ = random_inputs(SHAPE, dtype, device)
+    packed, _, sizes = pack(([3, 0, 70], [4, 2, 70]), dtype, device, head_dim=32, value_dim=32)
+    slopes, bias = ({name: random_parameter((4,), dtype, device)} for name in ("alibi_slopes", "bias"))
+    sink = {"sink": random_parameter((4,), dtype, device)}
+    centroids = random_centroids(4, 3, 32).to(device)
+    mask = attnx.BlockMask.from_dense(torch.tensor([[[[True, False], [True, True]]]], device=device))
+
+    def call(name: str, inputs: dict[str, Tensor], *more: dict[str, Tensor], **options: Any) -> Call:
+        function = getattr(attnx, name)
+
+        def output(**inputs: Tensor) -> Tensor:
+            results = function(**inputs, **options)
+            return torch.cat(results, -1) if isinstance(results, tuple) else results
+
+        return Call(output, {name: x for group in (inputs, *more) for name, x in group.items()})
+
+    def routed(**inputs: Tensor) -> Tensor:
+        return with_memory(attnx.routing_attention)(**inputs, routes=centroids, cluster_size=30, is_causal=True)
+
+    def moving(query: Tensor) -> Tensor:
+        moved, counts = centroids.clone(), torch.ones(4, 3, device=device)
+        return move_centroids_in_backward(query, inputs["key"].detach(), moved, counts, decay=0.9, group=None)
+
+    return {
+        "sigmoid_attention": call("sigmoid_attention", inputs, slopes, bias, is_causal=True),
+        "softmax_attention": call("softmax_attention", inputs, slopes, sink, is_causal=True),
+        "sigmoid_attention_varlen": call("sigmoid_attention_varlen", packed, slopes, bias, **sizes),
+        "softmax_attention_varlen": call("softmax_attention_varlen", packed, slopes, sink, **sizes),
+        "block_sparse_attention": call("block_sparse_attention", inputs, sink, block_mask=mask),
+        "probabilistic_attention": call("probabilistic_attention", inputs, seed=3, offset=0),
+        "sparse_linear_attention": call("sparse_linear_attention", inputs, is_causal=True),
+        "sparse_linear_attention_varlen": call("sparse_linear_attention_varlen", packed, **sizes),
+        "routing_attention": Call(routed, inputs | random_memory(2, 3, 32, 32, dtype)),
+        "move_centroids_in_backward": Call(moving, {"query": inputs["query"]}),
+    }
+
+
+def run_the_others(dtype: torch.dtype, device: torch.device) -> None:
+    """Calls what has no gradient: lists, clusters, caches."""
+    inputs, _ = random_inputs(SHAPE, dtype, device)
+    query, key, value = inputs.values()
+    centroids, counts = random_centroids(4, 3, 32).to(device), torch.ones(4, 3, device=device)
+    attnx.probabilistic_block_mask(2, 4, 70, 70, seed=3, offset=0, device=device)
+    products = torch.randn(2, 4, 2, 2, device=device)
+    torch.ops.attnx.sparse_linear_labels(products, 70, 70, 64, 64, 0.05, 0.1, True, 0)
+    attnx.nearest_centroids(query, centroids)
+    attnx.update_centroids_(centroids, counts, query, key, decay=0.9)
+    cache = attnx.StaircaseCache(2, 2, 32, 200, window=32, dtype=dtype, device=device)
+    cache.append(key, value)
+    cache.crop(60)
+    cache.dequantize()
+    cache.attend(query)
+
+
+class RecordedCalls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Keeps the arguments of every attnx operator that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[torch._ops.OpOverload, tuple[object, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if op.namespace == "attnx":
+            differentiable = not op._opname.endswith("_backward")
+            self.seen.append((op, tuple(_leaf(x, differentiable) for x in args), kwargs))
+        return op(*args, **kwargs)
+
+
+def _leaf(x: object, requires_grad: bool) -> object:
+    if not isinstance(x, Tensor):
+        return x
+    return x.detach().requires_grad_(requires_grad and x.is_floating_point())
+
+
+def every_operator(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Any, ...]]:
+    """The arguments of one call of each operator, by the operator's name; none of them requires grad."""
+    with RecordedCalls() as calls:
+        for function, inputs in differentiable_calls(dtype, device).values():
+            function(**{name: x.requires_grad_() for name, x in inputs.items()}).float().sum().backward()
+        run_the_others(dtype, device)
+    return {
+        op._opname: tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in args)
+        for op, args, _ in calls.seen
+    }

@@ -1,0 +1,109 @@
+"""A few valid calls of every operator of torch.ops.attnx, recorded from the functions that users call."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attnx
+from attnx._operators.schema import Arguments, signature
+from attnx._operators.table import OPERATORS
+
+NAMES = [name for row in OPERATORS for name in row.names]
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the arguments of each call of attnx's operators, as they were before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[Arguments]] = {name: [] for name in NAMES}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "attnx":
+            values = signature(function._schema.name.removeprefix("attnx::")).bind(args)
+            kept = {name: x.detach().clone() if isinstance(x, Tensor) else x for name, x in values.items()}
+            self.calls[function._schema.name.removeprefix("attnx::")].append(kept)
+        return function(*args, **(kwargs or {}))
+
+
+def _differentiate(function: Any, inputs: list[Tensor], *more: Any, **options: Any) -> None:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    results = function(*leaves, *more, **options)
+    results = results if isinstance(results, tuple) else (results,)
+    torch.autograd.grad(sum(x.float().sum() for x in results), leaves, allow_unused=True)
+
+
+def _draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def _pointwise(dtype: torch.dtype) -> None:
+    dense = [_draw(2, 4, 20, 16, dtype=dtype), _draw(2, 2, 30, 16, dtype=dtype), _draw(2, 2, 30, 8, dtype=dtype)]
+    packed = [_draw(50, 4, 16, dtype=dtype), _draw(60, 2, 16, dtype=dtype), _draw(60, 2, 8, dtype=dtype)]
+    offsets = torch.tensor([0, 20, 20, 50], dtype=torch.int32), torch.tensor([0, 10, 30, 60], dtype=torch.int32)
+    heads = torch.rand(4), torch.rand(4)
+    _differentiate(attnx.sigmoid_attention, dense, bias=heads[0], alibi_slopes=heads[1], window=(5, 3))
+    _differentiate(attnx.softmax_attention, dense, sink=heads[0], alibi_slopes=heads[1], is_causal=True)
+    _differentiate(attnx.sigmoid_attention_varlen, packed, *offsets, 30, 30, bias="row", window=(5, 3))
+    _differentiate(attnx.softmax_attention_varlen, packed, *offsets, 30, 30, sink=heads[0])
+
+
+def _blocks(dtype: torch.dtype) -> None:
+    inputs = [_draw(2, 4, 130, 16, dtype=dtype), _draw(2, 2, 200, 16, dtype=dtype), _draw(2, 2, 200, 8, dtype=dtype)]
+    mask = attnx.BlockMask.from_dense(torch.rand(1, 4, 3, 4) < 0.6)
+    block_bias = torch.randn(*mask.kv_indices.shape)
+    _differentiate(attnx.block_sparse_attention, inputs, mask, block_bias=block_bias, sink=torch.rand(4))
+    _differentiate(attnx.block_sparse_attention, inputs, mask, score="sigmoid", is_causal=True)
+    for options in ({"mode": "bernoulli", "importance": True}, {"mode": "topm"}):
+        _differentiate(attnx.probabilistic_attention, inputs, density=0.6, seed=3, offset=1, **options)
+    attnx.probabilistic_block_mask(2, 4, 130, 200, density=0.6, seed=3, offset=1)
+
+
+def _maps(dtype: torch.dtype) -> None:
+    inputs = [_draw(2, 4, 130, 16, dtype=dtype), _draw(2, 2, 200, 16, dtype=dtype), _draw(2, 2, 200, 8, dtype=dtype)]
+    packed = [_draw(150, 4, 16, dtype=dtype), _draw(200, 2, 16, dtype=dtype), _draw(200, 2, 8, dtype=dtype)]
+    offsets = torch.tensor([0, 20, 150], dtype=torch.int32), torch.tensor([0, 70, 200], dtype=torch.int32)
+    shares = {"critical": 0.3, "negligible": 0.3}
+    _differentiate(attnx.sparse_linear_attention, inputs, **shares, is_causal=True, smooth_k=True)
+    _differentiate(attnx.sparse_linear_attention_varlen, packed, *offsets, 130, 130, **shares, linear_scope="all")
+    torch.ops.attnx.sparse_linear_labels(torch.randn(2, 4, 3, 4), 130, 200, 64, 64, 0.3, 0.3, True, 70)
+
+
+def _routing(dtype: torch.dtype) -> None:
+    inputs = [_draw(2, 4, 40, 16, dtype=dtype), _draw(2, 2, 50, 16, dtype=dtype), _draw(2, 2, 50, 8, dtype=dtype)]
+    centroids, counts = torch.randn(4, 3, 16), torch.ones(4, 3)
+    memory = _draw(2, 5, 16, dtype=dtype), _draw(2, 5, 8, dtype=dtype)
+    _differentiate(attnx.routing_attention, inputs, centroids, cluster_size=12, memory_kv=memory)
+    _differentiate(attnx.routing_attention, inputs, centroids, routing="argmax", score="sigmoid")
+    attnx.update_centroids_(centroids.clone(), counts, inputs[0], inputs[1])
+    torch.ops.attnx.nearest_centroids(inputs[0], centroids)
+    torch.ops.attnx.move_centroids_in_backward(*inputs[:2], centroids, counts, 0.9, "")
+
+
+def _staircase(dtype: torch.dtype) -> None:
+    cache = attnx.StaircaseCache(2, 2, 32, 300, window=32, group=32, residual=5, dtype=dtype)
+    key, value = _draw(2, 2, 120, 32, dtype=dtype), _draw(2, 2, 120, 32, dtype=dtype)
+    cache.append(key, value)
+    cache.append(key[:, :, :7], value[:, :, :7], counts=torch.tensor([3, 7]))
+    cache.crop(torch.tensor([100, 110]))
+    cache.attend(_draw(2, 4, 3, 32, dtype=dtype))
+    cache.attend(_draw(2, 4, 3, 32, dtype=dtype), score="sigmoid", bias=torch.rand(4))
+    cache.dequantize()
+
+
+@cache
+def valid_calls() -> dict[str, list[Arguments]]:
+    """For every operator some arguments that it takes, by name."""
+    torch.manual_seed(0)
+    with Recorder() as recorder:
+        for dtype in (torch.float32, torch.bfloat16):
+            for record in (_pointwise, _blocks, _maps, _routing, _staircase):
+                record(dtype)
+    missing = [name for name, calls in recorder.calls.items() if not calls]
+    assert not missing, f"operators without a valid call: {missing}"
+    return recorder.calls

@@ -1,0 +1,213 @@
+"""Random calls of the operators over lists, clusters and caches, drawn from the capability table like those of the
+dense ones in test_capabilities.py: whatever the table promises must work, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import attnx
+from attnx import reference
+from attnx._capability import Capability, table
+from backends import Backend
+from cases import Shape, pack, random_inputs, random_parameter
+from compare import forward_backward
+from routing_cases import random_centroids, random_memory, with_memory
+
+# The largest error over the largest number, a few times what rounding of weights and results makes of it.
+BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+class Call(NamedTuple):
+    own: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    inputs: dict[str, Tensor]
+    grad_output: Tensor
+
+
+def one(function: Callable[..., Any], **options: Any) -> Callable[..., Tensor]:
+    """The function's results as one tensor."""
+
+    def call(**inputs: Tensor) -> Tensor:
+        results = function(**inputs, **options)
+        if not isinstance(results, tuple):
+            return results
+        return torch.cat([finite(x).to(results[0]) if x.dim() < results[0].dim() else x for x in results], -1)
+
+    def finite(logsumexp: Tensor) -> Tensor:  # that of a row which sees no key is -inf
+        return logsumexp.where(logsumexp.isfinite(), 0.0)[..., None]
+
+    return call
+
+
+def shapes(draw: st.DrawFn, row: Capability) -> Shape:
+    features, head_dims = set(row.features), st.integers(*row.head_dim)
+    kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)) if "grouped_queries" in features else 1
+    head_dim = draw(head_dims)
+    return Shape(
+        length_q=draw(st.integers(1, 150)),
+        length_k=draw(st.integers(2, 150)),
+        head_dim=head_dim,
+        value_dim=draw(head_dims) if "value_dim" in features else head_dim,
+        batch=draw(st.integers(1, 2)),
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+    )
+
+
+def of_score(draw: st.DrawFn, row: Capability) -> dict[str, Any]:
+    score = draw(st.sampled_from(["softmax", "sigmoid"]))
+    options = {"score": score, "is_causal": draw(st.booleans())}
+    if score == "sigmoid":
+        return options | {"bias": draw(st.sampled_from([None, "row", -2.0]))}
+    return options | ({"return_logsumexp": draw(st.booleans())} if "logsumexp" in row.features else {})
+
+
+def block_sparse(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
+    shape, options = shapes(draw, row), of_score(draw, row)
+    block_size = draw(st.tuples(*[st.sampled_from([64, 128])] * 2))
+    blocks = -(-shape.length_q // block_size[0]), -(-shape.length_k // block_size[1])
+    visited = torch.rand(shape.batch, shape.heads, *blocks, generator=torch.Generator().manual_seed(0)) < 0.7
+    options["block_mask"] = mask = attnx.BlockMask.from_dense(visited.to(device), block_size)
+    inputs, grad_output = random_inputs(shape, dtype, device)
+    if options["score"] == "softmax" and draw(st.booleans()):
+        inputs["sink"] = random_parameter((shape.heads,), dtype, device)
+    if draw(st.booleans()):
+        bias = random_parameter(tuple(mask.kv_indices.shape), torch.float32, device)
+        (inputs if "block_bias_gradient" in row.features else options)["block_bias"] = bias
+    function, own = attnx.block_sparse_attention, reference.block_sparse_attention
+    return Call(one(function, **options), one(own, **options), inputs, grad_output)
+
+
+def probabilistic(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
+    shape, options = shapes(draw, row), of_score(draw, row) | {"seed": 3, "offset": draw(st.integers(0, 9))}
+    options["keep"] = draw(st.sampled_from(["harmonic", "geometric", "power", "gaussian"]))
+    options["mode"] = draw(st.sampled_from(["bernoulli", "topm"]))
+    options["importance"] = options["mode"] == "bernoulli" and draw(st.booleans())
+    options["density"] = draw(st.sampled_from([None, 0.3, 0.8]))
+    functions = attnx.probabilistic_attention, reference.probabilistic_attention
+    own, definition = (one(function, **options) for function in functions)
+    return Call(own, definition, *random_inputs(shape, dtype, device))
+
+
+def sparse_linear(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
+    options: dict[str, Any] = {
+        "feature_map": draw(st.sampled_from(["softmax", "elu"])),
+        "linear_scope": draw(st.sampled_from(["marginal", "noncritical", "all"])),
+        "is_causal": draw(st.booleans()),
+    }
+    choice = {"critical": draw(st.sampled_from([0.05, 0.5])), "negligible": 0.3, "is_causal": options["is_causal"]}
+    if draw(st.booleans()):
+        lengths = [draw(st.lists(st.integers(0, 100), min_size=2, max_size=2)) for _ in range(2)]
+        inputs, grad_output, sizes = pack((lengths[0], lengths[1]), dtype, device)
+        of_map = {name: x for name, x in inputs.items() if name != "value"}
+        options |= sizes | {"block_map": attnx.sparse_linear_block_map_varlen(**of_map, **sizes, **choice)}
+        functions: Any = attnx.sparse_linear_attention_varlen, reference.sparse_linear_attention_varlen
+    else:
+        inputs, grad_output = random_inputs(shapes(draw, row), dtype, device)
+        options["block_map"] = attnx.sparse_linear_block_map(inputs["query"], inputs["key"], **choice)
+        functions = attnx.sparse_linear_attention, reference.sparse_linear_attention
+    return Call(one(functions[0], **options), one(functions[1], **options), inputs, grad_output)
+
+
+def routing(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
+    shape, options = shapes(draw, row), of_score(draw, row)
+    inputs, grad_output = random_inputs(shape, dtype, device)
+    centroids = random_centroids(shape.heads, draw(st.integers(1, 4)), shape.head_dim).to(device)
+    by_size = draw(st.booleans())
+    how: dict[str, Any] = {"cluster_size": draw(st.integers(1, 60))} if by_size else {"routing": "argmax"}
+    options["routes"] = attnx.route(inputs["query"], inputs["key"], centroids, **how)
+    if draw(st.booleans()):
+        assert shape.kv_heads is not None
+        value_dim = shape.value_dim or shape.head_dim
+        memory = random_memory(shape.kv_heads, 3, shape.head_dim, value_dim, dtype)
+        inputs |= {name: x.to(device) for name, x in memory.items()}
+    functions = with_memory(attnx.routing_attention), with_memory(reference.routing_attention)
+    own, definition = (one(function, **options) for function in functions)
+    return Call(own, definition, inputs, grad_output)
+
+
+# The features that the calls above make use of: a row that promises another is not tried.
+DRAWN: dict[str, tuple[Callable[..., Call], set[str]]] = {
+    "block_sparse_attention": (
+        block_sparse,
+        {"grouped_queries", "value_dim", "causal", "logsumexp", "block_bias", "block_bias_gradient", "sink"}
+        | {"sink_gradient"},
+    ),
+    "probabilistic_attention": (
+        probabilistic,
+        {"grouped_queries", "value_dim", "causal", "logsumexp", "importance"},
+    ),
+    "sparse_linear_attention": (sparse_linear, {"grouped_queries", "value_dim", "causal", "varlen", "logsumexp"}),
+    "routing_attention": (routing, {"grouped_queries", "value_dim", "causal", "memory_kv"}),
+}
+ELSEWHERE = {"hidden_nonfinite"}  # in test_nonfinite.py
+DENSE = {"sigmoid_attention", "softmax_attention"}  # in test_capabilities.py
+
+
+def row_of(operator: str, backend: Backend) -> Capability:
+    (row,) = (row for row in table() if (row.operator, row.backend) == (operator, backend.kernels))
+    return row
+
+
+def assert_near(actual: Tensor, expected: Tensor, name: str) -> None:
+    error = (actual.double() - expected).abs().max() if actual.numel() else 0.0
+    assert error <= BOUNDS[actual.dtype] * max(float(expected.abs().max()) if expected.numel() else 0.0, 1.0), name
+
+
+@pytest.mark.parametrize("operator", DRAWN)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_calls_from_the_table(data: st.DataObject, operator: str, backend: Backend) -> None:
+    row = row_of(operator, backend)
+    make, features = DRAWN[operator]
+    assert set(row.features) <= features | ELSEWHERE
+    dtype = getattr(torch, data.draw(st.sampled_from(row.dtypes)))
+    call = data.draw(st.composite(make)(row, dtype, backend.device))
+    exact = {name: x.double() for name, x in call.inputs.items()}
+    output = call.reference(**exact)
+    generator = torch.Generator().manual_seed(5)
+    grad_output = torch.randn(output.shape, generator=generator).to(backend.device, dtype)
+    results = forward_backward(call.own, call.inputs, grad_output)
+    expected = forward_backward(call.reference, exact, grad_output.double())
+    for name, x in results.items():
+        rounded = x.to(dtype) if dtype in (torch.bfloat16, torch.float16) else x
+        assert_near(rounded, expected[name], name)
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_caches_from_the_table(data: st.DataObject, backend: Backend) -> None:
+    row = row_of("staircase_attention", backend)
+    assert set(row.features) <= {"grouped_queries", "causal", "logsumexp", "bias"}
+    dtype = getattr(torch, data.draw(st.sampled_from(row.dtypes)))
+    heads, group = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    head_dim = 32 * data.draw(st.integers(row.head_dim[0] // 32, row.head_dim[1] // 32))
+    length = data.draw(st.integers(1, 200))
+    queries = data.draw(st.integers(1, min(length, 5)))
+    shape = Shape(queries, length, head_dim, batch=2, heads=heads * group, kv_heads=heads)
+    inputs, _ = random_inputs(shape, dtype, backend.device)
+    cache = attnx.StaircaseCache(2, heads, head_dim, 256, window=32, dtype=dtype, device=backend.device)
+    cache.append(inputs["key"], inputs["value"])
+    key, value = cache.dequantize()
+    options: dict[str, Any] = {"is_causal": data.draw(st.booleans())}
+    if data.draw(st.booleans()):
+        bias = data.draw(st.sampled_from([None, (shape.heads,)]))
+        options["bias"] = bias if bias is None else random_parameter(bias, dtype, backend.device)
+        expected = reference.sigmoid_attention(inputs["query"], key, value, **options)
+        assert_near(cache.attend(inputs["query"], score="sigmoid", **options), expected, "output")
+        return
+    both = cache.attend(inputs["query"], return_logsumexp=True, **options)
+    definition = reference.softmax_attention(inputs["query"], key, value, return_logsumexp=True, **options)
+    for name, x, y in zip(("output", "logsumexp"), both, definition, strict=True):
+        assert_near(x.to(dtype), y, name)
+
+
+def test_every_operator_of_the_table_is_drawn() -> None:
+    assert {row.operator for row in table()} == DENSE | set(DRAWN) | {"staircase_attention"}

@@ -1,0 +1,111 @@
+"""Attention of several new tokens over a staircase cache on CUDA: every number of rows, every kernel, every length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnx
+from attnx import reference
+from attnx.testing import assert_close, eager_sigmoid_attention, eager_softmax_attention
+from staircase_cases import SMALL, cache_of, check_attention, tokens
+
+pytestmark = [pytest.mark.backends("emulated", "cuda"), pytest.mark.usefixtures("backend")]
+
+REFERENCES: dict[str, Any] = {"softmax": reference.softmax_attention, "sigmoid": reference.sigmoid_attention}
+EAGER: dict[str, Any] = {"softmax": eager_softmax_attention, "sigmoid": eager_sigmoid_attention}
+
+
+def queries(batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, heads, length, head_dim, generator=generator).to(device, dtype)
+
+
+def check_sequence(
+    score: Any, output: Tensor, query: Tensor, key: Tensor, value: Tensor, logsumexp: Tensor | None, **layout: Any
+) -> None:
+    """CUDA reads numbers before they are rounded to the dtype."""
+    exact = dict(zip(("key", "value"), reference.staircase_dequantize(key, value, **layout), strict=True))
+    rounded = {name: x.to(query.dtype) for name, x in exact.items()}
+    options: dict[str, Any] = {"is_causal": True}
+    if score == "softmax":
+        options["return_logsumexp"] = True
+    expected = REFERENCES[score](query.double(), **exact, **options)
+    if logsumexp is not None:
+        assert torch.allclose(logsumexp.double(), expected[1], atol=2e-2)
+        expected = expected[0]
+    assert_close(output, expected, EAGER[score](query, **rounded, is_causal=True))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
+def test_new_tokens(score: Any, group: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Sequences have lengths of their own, and some fewer new tokens than others."""
+    lengths = [310, 129, 33, 17]
+    key, value = tokens(max(lengths), batch=len(lengths), dtype=dtype, device=device)
+    cache = attnx.StaircaseCache(len(lengths), 2, 64, 330, dtype=dtype, device=device, **SMALL)
+    cache.append(key, value, counts=torch.tensor(lengths, device=device))
+    for new in (1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 16, 17):
+        query = queries(len(lengths), 2 * group, new, 64, dtype, device)
+        counts = [new, max(new - 1, 1), new // 2, new]
+        options: dict[str, Any] = {"score": score, "query_lengths": torch.tensor(counts, device=device)}
+        output, logsumexp = (
+            cache.attend(query, return_logsumexp=True, **options)
+            if score == "softmax"
+            else (cache.attend(query, **options), None)
+        )
+        for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            assert (output[b, :, count:] == 0).all()
+            if count:
+                own = (x[b : b + 1, :, :length] for x in (key, value))
+                of_rows = (x[b : b + 1, :, :count] for x in (output, query))
+                ends = None if logsumexp is None else logsumexp[b : b + 1, :, :count]
+                check_sequence(score, *of_rows, *own, ends, **SMALL)
+
+
+@pytest.mark.parametrize("new", [4, 8, 16])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("levels", [(16, 8, 4, 2, 1), (16, 8, 4, 2), (16, 8, 4), (16, 8)], ids=str)
+def test_every_kernel(
+    levels: tuple[int, ...], head_dim: int, new: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    score = "softmax" if new < 16 else "sigmoid"
+    check_attention(score, dtype, new, 8, levels, 450, device, rounded=False, head_dim=head_dim, window=128)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("new", [1, 16])
+def test_groups(group: int, new: int, dtype: torch.dtype, device: torch.device) -> None:
+    layout = {"head_dim": 128, "group": group, "window": 128, "residual": 20}
+    check_attention("softmax", dtype, new, 4, (16, 8, 2), 700, device, rounded=False, **layout)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("levels", "window"), [((16, 8, 4, 2), 64), ((16, 8, 4, 2, 1), 96), ((16, 8), 128)], ids=str)
+@pytest.mark.parametrize("new", [1, 5, 16])
+def test_many_turns(
+    score: Any, levels: tuple[int, ...], window: int, new: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """So many sequences leave a block for each head, which goes through all tokens; here they all have the same."""
+    batch, heads, length = 54, 6, 930
+    layout = {"levels": levels, "window": window, "group": 32, "residual": 30}
+    key, value = tokens(length, 1, heads, dtype=dtype, device=device)
+    key = key * torch.linspace(0.5, 3, length, device=device).to(dtype)[:, None]  # so that maxima rise
+    one = cache_of(key, value, 1000, **layout)
+    cache = attnx.StaircaseCache(batch, heads, 64, 1000, dtype=dtype, device=device, **layout)
+    for x, y in zip(cache._memory, one._memory, strict=True):
+        x.copy_(y.expand_as(x))
+    query = queries(1, heads * 4, new, 64, dtype, device)
+    output = cache.attend(query.expand(batch, -1, -1, -1), score=score)
+    assert isinstance(output, Tensor)
+    assert torch.equal(output, output[:1].expand_as(output))
+    check_sequence(score, output[:1, :8], query[:, :8], key[:, :2], value[:, :2], None, **layout)
+
+
+@pytest.mark.parametrize("new", [65, 130])
+def test_prompts_in_chunks(new: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Rows beyond 64 of a key head are blocks of their own."""
+    check_attention("softmax", dtype, new, 4, (16, 8, 4, 2), 400, device, rounded=False)
