@@ -269,7 +269,7 @@ LONG_CALLS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("call", LONG_CALLS.values(), ids=LONG_CALLS)
 def test_long_clusters(call: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
     """They are right, and the same bits with any number of threads."""
-    shape = Shape(length_q=1900, length_k=1900, head_dim=16, heads=1)
+    shape = Shape(length_q=3000, length_k=3000, head_dim=16, heads=1)
     inputs, grad_output, options = prepare(call, shape, dtype)
     expected = check(inputs, grad_output, **options)
     for threads in (2, 5):

@@ -32,7 +32,7 @@ class Backward {
   using Buffers = BackwardBuffers<A, Score>;
   using Work = BackwardTile<A, Score, Source::kGathered>;
   static constexpr int kWidth = kPanelLanes<Sum>;
-  static constexpr std::int64_t kBlock = 6 * kBackwardKeys;  // of a turn: rows, and keys
+  static constexpr std::int64_t kBlock = 12 * kBackwardKeys;  // of a turn: rows, and keys
   static_assert(kBackwardKeys % kRowMultiple == 0 && kBackwardKeys % A::kStep == 0);
 
  public:
