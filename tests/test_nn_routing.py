@@ -17,27 +17,39 @@ from torch.utils.checkpoint import checkpoint
 import attnx
 from attnx.nn import RoutingAttention
 
-pytestmark = pytest.mark.backends("cpu")
-
 OPTIONS: dict[str, Any] = {"decay": 0.9, "is_causal": True, "window": 7, "num_memory": 2}
 
 
-def module(seed: int = 0, **options: Any) -> RoutingAttention:
+Place = dict[str, Any]  # the device and the dtype
+CPU: Place = {"device": torch.device("cpu"), "dtype": torch.float32}
+
+
+@pytest.fixture
+def place(device: torch.device, dtype: torch.dtype, deterministic: None) -> Place:
+    return {"device": device, "dtype": dtype}
+
+
+def module(place: Place, seed: int = 0, **options: Any) -> RoutingAttention:
     torch.manual_seed(seed)
-    return RoutingAttention(32, 4, 3, **(OPTIONS | options))
+    return RoutingAttention(32, 4, 3, **(OPTIONS | options)).to(**place)
 
 
-def tokens(batch: int = 2, length: int = 36, seed: int = 1) -> Tensor:
-    return torch.randn(batch, length, 32, generator=torch.Generator().manual_seed(seed))
+def tokens(place: Place, batch: int = 2, length: int = 36, seed: int = 1) -> Tensor:
+    return torch.randn(batch, length, 32, generator=torch.Generator().manual_seed(seed)).to(**place)
 
 
-def train(attention: Any, steps: int = 3, of: nn.Module | None = None, **options: Any) -> list[Tensor]:
+def tolerance(place: Place) -> dict[str, float]:
+    """Of results by other roundings in between."""
+    return {"rtol": 1e-4, "atol": 1e-5} if place["dtype"] == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+
+
+def train(place: Place, attention: Any, steps: int = 3, of: nn.Module | None = None, **options: Any) -> list[Tensor]:
     """Losses of a few steps, and then the parameters and buffers that they lead to."""
     of = attention if of is None else of
     optimizer = torch.optim.SGD(of.parameters(), 0.1)
     losses = []
     for step in range(steps):
-        output, commitment = attention(tokens(seed=step), return_loss=True, **options)
+        output, commitment = attention(tokens(place, seed=step), return_loss=True, **options)
         loss = output.square().mean() + commitment
         optimizer.zero_grad()
         loss.backward()
@@ -51,10 +63,9 @@ def assert_same(actual: list[Tensor], expected: list[Tensor], **tolerance: float
         torch.testing.assert_close(a, b, **tolerance)
 
 
-@pytest.mark.usefixtures("device")
-def test_is_the_operators_it_is_made_of() -> None:
-    attention = module(num_kv_heads=2, num_local_heads=2, routing="argmax").eval()
-    x = tokens()
+def test_is_the_operators_it_is_made_of(place: Place) -> None:
+    attention = module(place, num_kv_heads=2, num_local_heads=2, routing="argmax").eval()
+    x = tokens(place)
     query, key, value = attention.project(x, None)
     local = attnx.softmax_attention(query[:, :2], key[:, :1], value[:, :1], is_causal=True, window=(7, -1))
     memory = attention.memory_key, attention.memory_value
@@ -67,22 +78,20 @@ def test_is_the_operators_it_is_made_of() -> None:
     assert torch.equal(loss, attnx.commitment_loss(query[:, 2:], key[:, 1:], attention.centroids))
 
 
-@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("options", [{}, {"score": "sigmoid"}, {"is_causal": False, "num_local_heads": 0}], ids=str)
-def test_every_parameter_learns(options: dict[str, Any]) -> None:
-    attention = module(normalize_qk=True, **options)
-    output, loss = attention(tokens(), return_loss=True)
+def test_every_parameter_learns(options: dict[str, Any], place: Place) -> None:
+    attention = module(place, normalize_qk=True, **options)
+    output, loss = attention(tokens(place), return_loss=True)
     (output.sum() + loss).backward()
     for name, parameter in attention.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
-    attention(tokens(), context=tokens(length=36, seed=3))
+    attention(tokens(place), context=tokens(place, length=36, seed=3))
 
 
-@pytest.mark.usefixtures("device")
-def test_a_backward_moves_centroids_and_a_forward_does_not() -> None:
-    attention = module()
-    x, before = tokens(), attention.centroids.clone()
+def test_a_backward_moves_centroids_and_a_forward_does_not(place: Place) -> None:
+    attention = module(place)
+    x, before = tokens(place), attention.centroids.clone()
     query, key, _ = attention.project(x, None)
     expected, counts = before.clone(), torch.ones_like(attention.counts)
     attnx.update_centroids_(expected, counts, query[:, 2:], key[:, 2:], decay=0.9)
@@ -94,60 +103,57 @@ def test_a_backward_moves_centroids_and_a_forward_does_not() -> None:
     output.sum().backward()
     assert torch.equal(attention.centroids, expected)
     assert torch.equal(attention.counts, counts)
-    restored = module(seed=5)
+    restored = module(place, seed=5)
     restored.load_state_dict(attention.state_dict())
     assert torch.equal(restored.eval()(x), attention.eval()(x))
 
 
-@pytest.mark.usefixtures("device")
-def test_centroids_stay_float32() -> None:
-    attention = module().bfloat16()
+def test_centroids_stay_float32(place: Place) -> None:
+    attention = module(place).bfloat16()
     before = attention.centroids.clone()
-    output = attention(tokens().bfloat16())
+    output = attention(tokens(place).bfloat16())
     assert output.dtype == torch.bfloat16
     output.sum().backward()
     assert attention.centroids.dtype == attention.counts.dtype == torch.float32
     assert not torch.equal(attention.centroids, before)
-    assert torch.equal(module().double().centroids, module().centroids)
+    assert torch.equal(module(place).double().centroids, module(place).centroids)
     assert copy.deepcopy(attention).half().centroids.dtype == torch.float32
 
 
-@pytest.mark.usefixtures("device")
 @torch.compiler.config.patch(force_disable_caches=True)
-def test_compiled_training_is_the_same() -> None:
+def test_compiled_training_is_the_same(place: Place) -> None:
     torch._dynamo.reset()
-    attention = module()
-    compiled = torch.compile(module(), fullgraph=True, backend="aot_eager")
-    assert_same(train(compiled, of=compiled._orig_mod), train(attention), rtol=1e-4, atol=1e-5)
+    attention = module(place)
+    compiled = torch.compile(module(place), fullgraph=True, backend="aot_eager")
+    assert_same(train(place, compiled, of=compiled._orig_mod), train(place, attention), **tolerance(place))
 
 
 class Positional(nn.Module):
     """The reentrant checkpoint passes no keywords on."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: Place) -> None:
         super().__init__()
-        self.inner = module()
+        self.inner = module(place)
 
     def forward(self, x: Tensor, context: None, return_loss: bool = True) -> Any:
         return self.inner(x, context, return_loss=return_loss)
 
 
-@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("form", ["reentrant", "not_reentrant", "compiled"])
-def test_checkpointed_training_is_the_same(form: str) -> None:
+def test_checkpointed_training_is_the_same(form: str, place: Place) -> None:
     """The repeated forward takes the same clusters, and centroids move once a step, after it."""
     torch._dynamo.reset()
-    plain = Positional()
-    inner = Positional()
+    plain = Positional(place)
+    inner = Positional(place)
 
     def run(x: Tensor) -> Any:
         return checkpoint(inner, x, None, True, use_reentrant=form == "reentrant")
 
     function = torch.compile(run, fullgraph=True, backend="aot_eager") if form == "compiled" else run
-    expected = train(lambda x, return_loss: plain(x, None, return_loss), of=plain)
+    expected = train(place, lambda x, return_loss: plain(x, None, return_loss), of=plain)
     # The reentrant form wants an input that requires a gradient.
-    actual = train(lambda x, return_loss: function(x.requires_grad_()), of=inner)
-    assert_same(actual, expected, rtol=1e-4, atol=1e-5)
+    actual = train(place, lambda x, return_loss: function(x.requires_grad_()), of=inner)
+    assert_same(actual, expected, **tolerance(place))
 
 
 def _distributed(rank: int, folder: str) -> None:
@@ -164,14 +170,14 @@ def _distributed(rank: int, folder: str) -> None:
         results = {"centroids": centroids, "counts": counts}
         for name in ("plain", "compiled"):
             torch._dynamo.reset()
-            attention = module(process_group="world")
+            attention = module(CPU, process_group="world")
             inside: Any = attention
             if name == "compiled":
                 inside = torch.compile(attention, fullgraph=True, backend="aot_eager")
             parallel = DistributedDataParallel(inside)
             optimizer = torch.optim.SGD(attention.parameters(), 0.1)
             for step in range(3):
-                x = tokens(batch=4, seed=step)[half]
+                x = tokens(CPU, batch=4, seed=step)[half]
                 loss = parallel(x).square().mean()
                 optimizer.zero_grad()
                 loss.backward()
@@ -182,6 +188,7 @@ def _distributed(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.backends("cpu")
 @pytest.mark.usefixtures("device")
 def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
     mp.spawn(_distributed, (str(tmp_path),), nprocs=2)
@@ -194,17 +201,18 @@ def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
         attnx.update_centroids_(centroids, counts, query, key, decay=0.9)
     torch.testing.assert_close(first["centroids"], centroids)
     torch.testing.assert_close(first["counts"], counts)
-    attention = module()
+    attention = module(CPU)
     optimizer = torch.optim.SGD(attention.parameters(), 0.1)
     for step in range(3):
         optimizer.zero_grad()
-        attention(tokens(batch=4, seed=step)).square().mean().backward()
+        attention(tokens(CPU, batch=4, seed=step)).square().mean().backward()
         optimizer.step()
     for name in ("plain", "compiled"):
         for key_, x in attention.state_dict().items():
             torch.testing.assert_close(first[f"{name}.{key_}"], x, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.backends("cpu")
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -222,10 +230,9 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
         RoutingAttention(**({"embed_dim": 32, "num_heads": 4, "num_clusters": 3} | options))
 
 
-@pytest.mark.usefixtures("device")
-def test_an_indivisible_length_leaves_centroids_unchanged() -> None:
-    attention = module()
+def test_an_indivisible_length_leaves_centroids_unchanged(place: Place) -> None:
+    attention = module(place)
     before = attention.centroids.clone()
     with pytest.raises(RuntimeError, match=r"^cluster_size: expected a number where the 35 rows of query are not"):
-        attention(tokens(length=35))
+        attention(tokens(place, length=35))
     assert torch.equal(attention.centroids, before)

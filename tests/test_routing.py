@@ -139,7 +139,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "sigmoid_bias": {"score": "sigmoid", "bias": -2.0, "shared_qk": True},
     "normalised": {"normalize_qk": True, "scale": 0.3},
 }
-_OF_ROUTES = ("cluster_size", "routing", "shared_qk")
+_OF_ROUTES = ("cluster_size", "clusters", "routing", "shared_qk")
 
 
 def prepare(call: dict[str, Any], shape: Shape, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor, dict[str, Any]]:
@@ -254,6 +254,30 @@ def test_same_bits_with_any_number_of_threads(dtype: torch.dtype, device: torch.
     for other in results[1:]:
         for name, x in results[0].items():
             assert torch.equal(x, other[name]), name
+
+
+# Of clusters that the CPU's backward cuts into blocks.
+LONG_CALLS: dict[str, dict[str, Any]] = {
+    "causal": {"routing": "argmax", "clusters": 2, "is_causal": True, "memory": 3},
+    "apart": {"routing": "argmax", "clusters": 2, "is_causal": True, "shared_qk": False},
+    "sigmoid": {"routing": "argmax", "clusters": 1, "score": "sigmoid", "bias": -7.0},
+}
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("call", LONG_CALLS.values(), ids=LONG_CALLS)
+def test_long_clusters(call: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    """They are right, and the same bits with any number of threads."""
+    shape = Shape(length_q=3000, length_k=3000, head_dim=16, heads=1)
+    inputs, grad_output, options = prepare(call, shape, dtype)
+    expected = check(inputs, grad_output, **options)
+    for threads in (2, 5):
+        torch.set_num_threads(threads)
+        results = forward_backward(with_memory(attnx.routing_attention), inputs, grad_output, **options)
+        torch.set_num_threads(1)
+        for name, x in expected.items():
+            assert torch.equal(x, results[name]), name
 
 
 @on_host

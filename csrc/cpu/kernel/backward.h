@@ -5,11 +5,14 @@
 // The weights are computed again from queries and keys; nothing of size length_q x length_k is kept. A unit of work
 // owns its query rows and with them dQ. dK and dV are summed in float32 over the whole length of the keys, one such
 // sum a worker; where there are fewer heads than threads the query tiles of a head are dealt to several units, whose
-// sums are added up at the end in a fixed order. So results do not depend on who ran first.
+// sums are added up at the end in a fixed order. A cluster that is a large part of its head is worked at in turns. So
+// results do not depend on who ran first.
 #pragma once
 
-#include "../executor.h"
+#include "backward/sums.h"
 #include "backward/tile.h"
+#include "backward/turns.h"
+#include "units.h"
 
 namespace attnx::cpu::ATTNX_ISA {
 
@@ -29,6 +32,7 @@ class Backward {
   using Buffers = BackwardBuffers<A, Score>;
   using Work = BackwardTile<A, Score, Source::kGathered>;
   static constexpr int kWidth = kPanelLanes<Sum>;
+  static constexpr std::int64_t kBlock = 12 * kBackwardKeys;  // of a turn: rows, and keys
   static_assert(kBackwardKeys % kRowMultiple == 0 && kBackwardKeys % A::kStep == 0);
 
  public:
@@ -57,26 +61,37 @@ class Backward {
       for (;;) {
         const std::int64_t unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
         if (unit >= units()) return;
+        if (blocks_of(unit) > 0) continue;
         char* const sums = all_sums + (splits_ == 1 ? worker : unit) * sums_bytes();
         differentiate(unit / splits_, unit % splits_, sums, buffers);
         if constexpr (!Source::kGathered)
-          if (splits_ == 1) finish(unit, 0, sums);
+          if (splits_ == 1) store_sums<Input>(p_, sizes_, unit, 1, 0, sums);
       }
     });
-    if constexpr (!Source::kGathered) {
+    if constexpr (Source::kGathered) {
+      for_each_turn(
+          executor_, units(), [&](std::int64_t unit) { return blocks_of(unit); },
+          [&](int worker, std::int64_t unit, std::int64_t block, std::int64_t turn) {
+            Buffers buffers(sizes_, workspace + worker * worker_bytes());
+            differentiate_block(unit, block, turn, all_sums + worker * sums_bytes(), buffers);
+          });
+    } else {
       if (splits_ == 1) return;
-      next = 0;
-      executor_.run([&](int) {
-        for (;;) {
-          const std::int64_t unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-          if (unit >= units()) return;
-          finish(unit / splits_, unit % splits_, all_sums + unit / splits_ * splits_ * sums_bytes());
-        }
+      for_each_unit(executor_, units(), nullptr, 0, [&](std::int64_t unit, char*) {
+        const std::int64_t head = unit / splits_;
+        store_sums<Input>(p_, sizes_, head, splits_, unit % splits_, all_sums + head * splits_ * sums_bytes());
       });
     }
   }
 
  private:
+  // Rows of one head, the keys that they meet here, and whether they met others before.
+  struct RowsAndKeys {
+    std::int64_t head, first, end;
+    KeyRange keys;
+    bool adds;
+  };
+
   // Of a tile. Clusters that are not long have all of theirs in one.
   static std::int64_t tile_keys(const BackwardParams& p) {
     constexpr std::int64_t kMostAtOnce = 2 * kBackwardKeys;
@@ -91,19 +106,26 @@ class Backward {
   std::int64_t query_heads() const { return Source::kGathered ? 1 : sizes_.group; }
   std::int64_t units() const { return Source::sequences(p_) * key_heads() * splits_; }
 
+  // Into how many blocks the rows and keys of a cluster are cut which is a large part of its head. This does not ask
+  // for the threads, so that results are the same for any number of them.
+  std::int64_t blocks_of(std::int64_t unit) const {
+    if constexpr (Source::kGathered) {
+      const Sequence s(p_, unit);
+      const std::int64_t shorter = smaller(s.length_q, s.length_k), longer = larger(s.length_q, s.length_k);
+      if (shorter <= kBlock || s.length_q * 8 < p_.gather->queries.slots || needs_output_of_cluster()) return 0;
+      return (longer + kBlock - 1) / kBlock;
+    }
+    return 0;
+  }
+
   void differentiate(std::int64_t unit, std::int64_t split, char* memory, Buffers& b) const {
     const Sequence sequence(p_, unit / key_heads());
     const std::int64_t key_head = sequence.first_head / sizes_.group + unit % key_heads();
     const std::int64_t head0 = Source::kGathered ? sequence.first_head : key_head * sizes_.group;
     const Source storage(p_, sequence, key_head);
-    Sums sums(sizes_, memory);
-    __builtin_memset(memory, 0, std::size_t(sums.bytes));
-    if constexpr (Source::kGathered) {
-      sums.grad_key = static_cast<Sum*>(p_.key_sums) + sequence.first_key_sum * sizes_.head_lanes;
-      sums.grad_value = static_cast<Sum*>(p_.value_sums) + sequence.first_key_sum * sizes_.value_lanes;
-      __builtin_memset(sums.grad_key, 0, std::size_t(sequence.length_k * sizes_.head_lanes) * sizeof(Sum));
-      __builtin_memset(sums.grad_value, 0, std::size_t(sequence.length_k * sizes_.value_lanes) * sizeof(Sum));
-    }
+    const KeyRange keys{0, sequence.length_k};
+    if constexpr (Source::kGathered) storage.prefetch(0, sizes_.tile_keys);
+    const Sums sums = begin_sums(sequence, keys, memory);
     // A split takes every splits_-th tile of the rows of the key head's query heads. Tiles that share a list stay
     // together, as they add to the gradients of its biases.
     const std::int64_t rows = sequence.length_q * rows_.group, part = Tiles::kListed ? p_.block_q : rows_.tile_rows;
@@ -111,19 +133,54 @@ class Backward {
     for (std::int64_t i = split; i < parts * (query_heads() / rows_.group); i += splits_) {
       const std::int64_t first_head = head0 + i / parts * rows_.group, end = smaller(rows, (i % parts + 1) * part);
       for (std::int64_t row = i % parts * part; row < end; row += rows_.tile_rows)
-        differentiate_rows(sequence, storage, first_head, row, smaller(end, row + rows_.tile_rows), sums, b);
+        differentiate_rows(sequence, storage, {first_head, row, smaller(end, row + rows_.tile_rows), keys, false}, sums,
+                           b);
     }
   }
 
-  void differentiate_rows(const Sequence& sequence, const Source& storage, std::int64_t first_head, std::int64_t row0,
-                          std::int64_t end, const Sums& sums, Buffers& b) const {
-    const Tiles tiles(p_, sequence, first_head, row0);
+  // Does one turn of a block of a cluster's rows.
+  void differentiate_block(std::int64_t unit, std::int64_t block, std::int64_t turn, char* memory, Buffers& b) const {
+    const Sequence sequence(p_, unit);
+    const Source storage(p_, sequence, sequence.first_head / sizes_.group);
+    const auto of = [](std::int64_t i, std::int64_t length) {
+      return KeyRange{smaller(i * kBlock, length), smaller((i + 1) * kBlock, length)};
+    };
+    const KeyRange rows = of(block, sequence.length_q);
+    const KeyRange keys = of((block + turn) % blocks_of(unit), sequence.length_k);
+    const Sums sums = begin_sums(sequence, turn == 0 ? keys : KeyRange{0, 0}, memory);
+    // The last row sees the most.
+    const Tiles tiles(p_, sequence, sequence.first_head, rows.first);
+    if (turn > 0 && tiles.row(rows.end - 1 + sequence.length_k - sequence.length_q).end <= keys.first) return;
+    for (std::int64_t row = rows.first; row < rows.end; row += rows_.tile_rows) {
+      const std::int64_t end = smaller(rows.end, row + rows_.tile_rows);
+      differentiate_rows(sequence, storage, {sequence.first_head, row, end, keys, turn > 0}, sums, b);
+    }
+  }
+
+  // The sums of a unit, with those of these keys at zero.
+  Sums begin_sums(const Sequence& sequence, KeyRange keys, char* memory) const {
+    Sums sums(sizes_, memory);
+    __builtin_memset(memory, 0, std::size_t(sums.bytes));
+    if constexpr (Source::kGathered) {
+      sums.grad_key = static_cast<Sum*>(p_.key_sums) + sequence.first_key_sum * sizes_.head_lanes;
+      sums.grad_value = static_cast<Sum*>(p_.value_sums) + sequence.first_key_sum * sizes_.value_lanes;
+      set_zero(sums.grad_key + keys.first * sizes_.head_lanes, (keys.end - keys.first) * sizes_.head_lanes);
+      set_zero(sums.grad_value + keys.first * sizes_.value_lanes, (keys.end - keys.first) * sizes_.value_lanes);
+    }
+    return sums;
+  }
+
+  void differentiate_rows(const Sequence& sequence, const Source& storage, const RowsAndKeys& x, const Sums& sums,
+                          Buffers& b) const {
+    const Tiles tiles(p_, sequence, x.head, x.first);
     const Work work(p_, sizes_);
+    const bool some_keys = x.keys.end - x.keys.first < sequence.length_k;
     int panels = 0;
     KeyRange any{sequence.length_k, 0};
-    for (std::int64_t row = row0; row < end; row += rows_.panel_rows, ++panels) {
+    for (std::int64_t row = x.first; row < x.end; row += rows_.panel_rows, ++panels) {
       Rows& r = b.panel[panels];
-      r.panel->set(p_, sequence, tiles, first_head, rows_.group, row, smaller(end - row, rows_.panel_rows));
+      r.panel->set(p_, sequence, tiles, x.head, rows_.group, row, smaller(x.end - row, rows_.panel_rows));
+      if (some_keys) r.panel->clip(x.keys);
       any = {smaller(any.first, r.panel->any.first), larger(any.end, r.panel->any.end)};
       begin(sequence, r, b.rows);
     }
@@ -153,9 +210,9 @@ class Backward {
     for_each_tile([&](Rows& r, const KeyTile& tile) {
       work.visit(sums, b, r, tile, needs_output && at_once);
       if constexpr (Tiles::kListed)
-        if (p_.grad_block_bias) r.move_grad_bias(bias_of_block(sequence.batch, first_head, row0, tile.place));
+        if (p_.grad_block_bias) r.move_grad_bias(bias_of_block(sequence.batch, x.head, x.first, tile.place));
     });
-    for (int i = 0; i < panels; ++i) store_rows(sequence, sums, b.panel[i]);
+    for (int i = 0; i < panels; ++i) store_rows(sequence, sums, b.panel[i], x.adds);
   }
 
   double& bias_of_block(std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t place) const {
@@ -168,17 +225,20 @@ class Backward {
     const Panel<Sum>& panel = *r.panel;
     const auto fetch = [&](const Tensor& from, std::int64_t dim, std::int64_t stride, std::int64_t lanes,
                            Element* transposed, Element* by_step) {
+      // Steps of one row are these rows.
+      Element* const to = A::kStep == 1 ? by_step : rows;
+      if constexpr (A::kStep == 1) stride = lanes;
       load_rows<A>(
           [&](std::int64_t i) {
             return row_of<const Input>(from, s.batch, panel.head[i], s.query_row(panel.query[i]));
           },
-          panel.rows, dim, rows, stride);
+          panel.rows, dim, to, stride);
       // A mean over several clusters gives each its share of the gradient.
       if constexpr (Source::kGathered)
         if (&from == &p_.grad_output)
-          for (std::int64_t i = 0; i < panel.rows; ++i) s.take_share(panel.query[i], rows + i * stride, dim);
-      transpose_rows<A>(rows, panel.rows, dim, stride, transposed);
-      interleave_rows<A>(rows, panel.rows, stride, by_step, lanes);
+          for (std::int64_t i = 0; i < panel.rows; ++i) s.take_share(panel.query[i], to + i * stride, dim);
+      transpose_rows<A>(to, panel.rows, dim, stride, transposed);
+      if constexpr (A::kStep > 1) interleave_rows<A>(to, panel.rows, stride, by_step, lanes);
     };
     fetch(p_.query, p_.head_dim, sizes_.head_stride, sizes_.head_lanes, r.query, r.query_rows);
     fetch(p_.grad_output, p_.value_dim, sizes_.value_stride, sizes_.value_lanes, r.grad, r.grad_rows);
@@ -188,63 +248,23 @@ class Backward {
     r.score->template begin<Input>(p_, s, panel);
   }
 
-  void store_rows(const Sequence& s, const Sums& sums, const Rows& r) const {
+  void store_rows(const Sequence& s, const Sums& sums, const Rows& r, bool adds) const {
+    Sum rows[kLanes<Sum>][kMaxHeadDim];
     for (int lane = 0; lane < r.panel->rows; ++lane) {
+      if (lane % kLanes<Sum> == 0) transpose_columns(r.grad_query + lane, p_.head_dim, rows[0], kMaxHeadDim);
       const std::int64_t head = r.panel->head[lane];
       const std::int64_t row = s.result_row(r.panel->query[lane]);
-      Sum sum[kMaxHeadDim];
-      store_lane(r.grad_query, lane, p_.head_dim, Sum(p_.scale), sum);
+      Sum* const sum = rows[lane % kLanes<Sum>];
+      for (std::int64_t d = 0; d < p_.head_dim; ++d) sum[d] *= Sum(p_.scale);
       add_row(p_.grad_query_addend, s.batch, head, row, p_.head_dim, sum);
+      if constexpr (Source::kGathered)
+        if (adds) add_row(p_.grad_query, s.batch, head, row, p_.head_dim, sum);
       convert_row(row_of<Result>(p_.grad_query, s.batch, head, row), sum, p_.head_dim);
       sums.grad_bias[head % sizes_.group] += r.grad_bias[lane];
       sums.grad_slope[head % sizes_.group] += r.grad_slope[lane];
       if constexpr (Score::kNormalised)
         if (p_.grad_sink) sums.grad_sink[head % sizes_.group] += r.score->grad_sink(p_, *r.panel, lane);
     }
-  }
-
-  static void add_row(const Tensor& addend, std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t dim,
-                      Sum* to) {
-    if (!addend.data) return;
-    const Sum* const from = row_of<const Sum>(addend, batch, head, row);
-    for (std::int64_t d = 0; d < dim; ++d) to[d] += from[d];
-  }
-
-  // Adds up the sums of the splits of a head and stores them; each part of splits_ does its share of the keys. Not for
-  // clusters, whose sums are scattered afterwards.
-  void finish(std::int64_t head, std::int64_t part, char* sums) const {
-    const std::int64_t key_head = head % p_.heads_k;
-    const Sequence s(p_, head / p_.heads_k);
-    const auto add_up = [&](auto pick, std::int64_t n, Sum* to) {
-      for (std::int64_t i = 0; i < n; ++i) to[i] = 0;
-      for (std::int64_t split = 0; split < splits_; ++split) {
-        const Sum* from = pick(Sums(sizes_, sums + split * sums_bytes()));
-        for (std::int64_t i = 0; i < n; ++i) to[i] += from[i];
-      }
-    };
-    Sum row[kMaxHeadDim];
-    for (std::int64_t key = s.length_k * part / splits_; key < s.length_k * (part + 1) / splits_; ++key) {
-      add_up([&](const Sums& x) { return x.grad_key + key * sizes_.head_lanes; }, p_.head_dim, row);
-      for (std::int64_t d = 0; d < p_.head_dim; ++d) row[d] *= Sum(p_.scale);
-      add_row(p_.grad_key_addend, s.batch, key_head, s.first_k + key, p_.head_dim, row);
-      convert_row(row_of<Input>(p_.grad_key, s.batch, key_head, s.first_k + key), row, p_.head_dim);
-      add_up([&](const Sums& x) { return x.grad_value + key * sizes_.value_lanes; }, p_.value_dim, row);
-      add_row(p_.grad_value_addend, s.batch, key_head, s.first_k + key, p_.value_dim, row);
-      convert_row(row_of<Input>(p_.grad_value, s.batch, key_head, s.first_k + key), row, p_.value_dim);
-    }
-    if (part != 0) return;
-    const auto store_heads = [&](auto pick, double* to) {
-      if (!to) return;
-      for (std::int64_t g = 0; g < sizes_.group; ++g) {
-        double sum = 0;
-        for (std::int64_t split = 0; split < splits_; ++split)
-          sum += pick(Sums(sizes_, sums + split * sums_bytes()))[g];
-        to[s.batch * p_.heads_q + key_head * sizes_.group + g] = sum;
-      }
-    };
-    store_heads([](const Sums& x) { return x.grad_bias; }, p_.grad_bias);
-    store_heads([](const Sums& x) { return x.grad_slope; }, p_.grad_alibi_slopes);
-    store_heads([](const Sums& x) { return x.grad_sink; }, p_.grad_sink);
   }
 
   const BackwardParams& p_;

@@ -22,6 +22,11 @@ inline void load_rows(Row row, std::int64_t count, std::int64_t dim, typename A:
   }
 }
 
+template <class T>
+ATTNX_INLINE void set_zero(T* row, std::int64_t n) {
+  __builtin_memset(row, 0, std::size_t(n) * sizeof(T));
+}
+
 // Asks for rows ahead of their use; a cache line has 64 bytes wherever this runs.
 template <class Input>
 inline void prefetch_rows(const Input* rows, std::int64_t count, std::int64_t dim, std::int64_t stride) {
@@ -49,20 +54,59 @@ inline void interleave_rows(const typename A::Element* rows, std::int64_t count,
   }
 }
 
-// rows[count][stride] transposed into a panel, steps over features: to[dim / kStep][lanes][kStep], zero in the lanes
-// beyond count.
+// rows[count][stride] transposed into a panel, steps over features: to[dim / kStep][lanes][kStep]. The last vector of
+// lanes is zero beyond count, those after it are left alone.
 template <class A>
 inline void transpose_rows(const typename A::Element* rows, std::int64_t count, std::int64_t dim, std::int64_t stride,
                            typename A::Element* to) {
-  constexpr int kWidth = kPanelLanes<typename A::Sum>;
-  for (std::int64_t d = 0; d < round_up(dim, A::kStep); d += A::kStep, to += kWidth * A::kStep) {
-    for (std::int64_t lane = 0; lane < kWidth; ++lane) {
-      for (int k = 0; k < A::kStep; ++k) {
-        const bool real = lane < count && d + k < dim;
-        to[lane * A::kStep + k] = real ? rows[lane * stride + d + k] : typename A::Element{};
+  using Word = typename A::Sum;  // a step of one row
+  static_assert(sizeof(Word) == A::kStep * sizeof *rows);
+  constexpr std::int64_t kWidth = kPanelLanes<Word>, kWords = kLanes<Word>;
+  const std::int64_t words = (dim + A::kStep - 1) / A::kStep, n = smaller(words, kWords);
+  for (std::int64_t lane = 0; lane < count; lane += kWords) {
+    for (std::int64_t next = 0; next < words; next += kWords) {
+      const std::int64_t first = smaller(next, words - n);  // the last block begins within the one before
+      Vec<Word> x[kWords];
+      for (std::int64_t i = 0; i < kWords; ++i) {
+        const auto* const from = rows + (lane + i) * stride + first * A::kStep;
+        x[i] = Vec<Word>{};
+        if (lane + i >= count) continue;
+        n == kWords ? __builtin_memcpy(&x[i], from, sizeof x[i])
+                    : __builtin_memcpy(&x[i], from, std::size_t(n) * sizeof(Word));
       }
+      transpose_lanes<Word>(x);
+      for (std::int64_t i = 0; i < n; ++i)
+        __builtin_memcpy(to + ((first + i) * kWidth + lane) * A::kStep, &x[i], sizeof x[i]);
     }
   }
+}
+
+// One vector of the lanes of columns[dim][lanes], from the given one on, as rows: to[lanes of the vector][stride].
+template <class Sum>
+inline void transpose_columns(const Sum* columns, std::int64_t dim, Sum* to, std::int64_t stride) {
+  for (std::int64_t d = 0; d < dim; d += kLanes<Sum>) {
+    Vec<Sum> x[kLanes<Sum>];
+    for (std::int64_t i = 0; i < kLanes<Sum>; ++i)
+      x[i] = d + i < dim ? load(columns + (d + i) * kPanelLanes<Sum>) : Vec<Sum>{};
+    transpose_lanes<Sum>(x);
+    for (std::int64_t i = 0; i < kLanes<Sum>; ++i) store(to + i * stride + d, x[i]);
+  }
+}
+
+// The dot product of two rows, which are summed on the lanes.
+template <class Sum, class Input>
+inline Sum dot(const Input* a, const Input* b, std::int64_t n) {
+  Vec<Sum> sums = {};
+  std::int64_t i = 0;
+  for (; i + kLanes<Sum> <= n; i += kLanes<Sum>) {
+    Sum x[kLanes<Sum>], y[kLanes<Sum>];
+    convert_row(x, a + i, kLanes<Sum>);
+    convert_row(y, b + i, kLanes<Sum>);
+    sums += load(x) * load(y);
+  }
+  Sum sum = sum_of_lanes<Sum>(sums);
+  for (; i < n; ++i) sum += Sum(to_float(a[i])) * Sum(to_float(b[i]));
+  return sum;
 }
 
 // Lane `lane` of columns[dim][lanes], times factor, as a row of the user's type.

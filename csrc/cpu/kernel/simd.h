@@ -170,6 +170,28 @@ ATTNX_INLINE Vec<T> sums_of_lanes(Vec<T> (&x)[kLanes<T>]) {
       x[i] = __builtin_shuffle(x[i], x[i + half], low) + __builtin_shuffle(x[i], x[i + half], high);
   return x[0];
 }
+// Lane i of vector j and lane j of vector i change places: in log2(lanes) rounds, each of which swaps the two blocks
+// off the diagonal within every block of the round before.
+template <class T>
+ATTNX_INLINE void transpose_lanes(Vec<T> (&x)[kLanes<T>]) {
+  constexpr int n = kLanes<T>;
+#pragma GCC unroll 4
+  for (int half = n / 2; half > 0; half /= 2) {
+    Mask<T> upper{}, lower{};
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      upper[i] = MaskInt<T>(i & half ? n + i - half : i);
+      lower[i] = MaskInt<T>(i & half ? n + i : i + half);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if (i & half) continue;
+      const Vec<T> a = x[i], b = x[i + half];
+      x[i] = __builtin_shuffle(a, b, upper);
+      x[i + half] = __builtin_shuffle(a, b, lower);
+    }
+  }
+}
 // 0, 1, 2, ...
 template <class T>
 ATTNX_INLINE Vec<T> lane_numbers() {

@@ -13,7 +13,7 @@ namespace attnx::cpu::ATTNX_ISA {
 
 // The heads of one run of the loop: whole groups that share a key head, enough of them to keep all threads busy.
 inline std::int64_t heads_of_run(const AttentionParams& p, const Executor& executor) {
-  constexpr std::int64_t kClustersOfThread = 16;
+  constexpr std::int64_t kClustersOfThread = 32;
   const std::int64_t enough = (kClustersOfThread * executor.threads + p.gather->clusters - 1) / p.gather->clusters;
   return smaller(round_up(enough, p.heads_q / p.heads_k), p.batch * p.heads_q);
 }
@@ -86,7 +86,8 @@ class RoutedForward {
     const std::int64_t all = first + head, slots = p_.gather->queries.slots;
     const Sum* outputs = m.outputs + head * slots * p_.value_dim;
     for (std::int64_t row = row0; row < smaller(row0 + kRowsOfUnit, p_.gather->queries.rows); ++row) {
-      Sum sum[kMaxHeadDim] = {};
+      Sum sum[kMaxHeadDim];
+      set_zero(sum, p_.value_dim);
       const std::int64_t count = m.places.add(head, row, outputs, p_.value_dim, p_.value_dim, sum);
       for (std::int64_t d = 0; d < p_.value_dim && count > 1; ++d) sum[d] /= Sum(count);
       convert_row(row_of<Input>(p_.output, all / p_.heads_q, all % p_.heads_q, row), sum, p_.value_dim);
@@ -128,10 +129,10 @@ class RoutedBackward {
       });
       Loop(part, executor_).run(m.loop);
       const std::int64_t query_units = row_units(g.queries.rows), key_units = row_units(g.keys.rows);
-      for_each_unit(executor_, heads * query_units, nullptr, 0, [&](std::int64_t unit, char*) {
-        store_queries(m, first, unit / query_units, unit % query_units * kRowsOfUnit);
-      });
-      for_each_unit(executor_, heads / group_ * key_units, nullptr, 0, [&](std::int64_t unit, char*) {
+      const std::int64_t of_queries = heads * query_units;
+      for_each_unit(executor_, of_queries + heads / group_ * key_units, nullptr, 0, [&](std::int64_t unit, char*) {
+        if (unit < of_queries) return store_queries(m, first, unit / query_units, unit % query_units * kRowsOfUnit);
+        unit -= of_queries;
         store_keys(m, first, unit / key_units * group_, unit % key_units * kRowsOfUnit);
       });
       for (std::int64_t head = 0; head < heads; ++head) add_memory(m, first, head);
@@ -191,7 +192,8 @@ class RoutedBackward {
     const std::int64_t all = first + head;
     const Sum* from = m.grad_queries + head * p_.gather->queries.slots * p_.head_dim;
     for (std::int64_t row = row0; row < smaller(row0 + kRowsOfUnit, p_.gather->queries.rows); ++row) {
-      Sum sum[kMaxHeadDim] = {};
+      Sum sum[kMaxHeadDim];
+      set_zero(sum, p_.head_dim);
       m.queries.add(head, row, from, p_.head_dim, p_.head_dim, sum);
       convert_row(row_of<Input>(p_.grad_query, all / p_.heads_q, all % p_.heads_q, row), sum, p_.head_dim);
     }
@@ -201,7 +203,9 @@ class RoutedBackward {
   void store_keys(const Memory& m, std::int64_t first, std::int64_t head, std::int64_t row0) const {
     const std::int64_t batch = (first + head) / p_.heads_q, key_head = (first + head) % p_.heads_q / group_;
     for (std::int64_t row = row0; row < smaller(row0 + kRowsOfUnit, p_.gather->keys.rows); ++row) {
-      Sum key[kMaxHeadDim] = {}, value[kMaxHeadDim] = {};
+      Sum key[kMaxHeadDim], value[kMaxHeadDim];
+      set_zero(key, p_.head_dim);
+      set_zero(value, p_.value_dim);
       for (std::int64_t h = head; h < head + group_; ++h) {
         m.keys.add(h, row, m.grad_keys + h * key_sums() * head_lanes_, head_lanes_, p_.head_dim, key);
         m.keys.add(h, row, m.grad_values + h * key_sums() * value_lanes_, value_lanes_, p_.value_dim, value);

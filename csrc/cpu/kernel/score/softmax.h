@@ -117,15 +117,17 @@ class SoftmaxBackward {
   template <class Input, class Sequence>
   void begin(const BackwardParams& p, const Sequence& s, const Panel<Sum>& panel) {
     for (int lane = 0; lane < kPanelLanes<Sum>; ++lane) {
+      if (lane >= panel.rows) {
+        offset_[lane] = offset_[lane - 1], logsumexp_[lane] = logsumexp_[lane - 1];
+        continue;
+      }
       const std::int64_t head = panel.head[lane];
       const std::int64_t query = s.query_row(panel.query[lane]), result = s.result_row(panel.query[lane]);
-      Sum dot = 0;
-      if (p.output.data) {
-        const Input* output = row_of<const Input>(p.output, s.batch, head, query);
-        const Input* grad = row_of<const Input>(p.grad_output, s.batch, head, query);
-        for (std::int64_t d = 0; d < p.value_dim; ++d) dot += Sum(to_float(output[d])) * Sum(to_float(grad[d]));
-      }
-      offset_[lane] = dot - *row_of<const Sum>(p.grad_logsumexp, s.batch, head, result);
+      const Sum product = p.output.data
+                              ? dot<Sum>(row_of<const Input>(p.output, s.batch, head, query),
+                                         row_of<const Input>(p.grad_output, s.batch, head, query), p.value_dim)
+                              : 0;
+      offset_[lane] = product - *row_of<const Sum>(p.grad_logsumexp, s.batch, head, result);
       const Sum logsumexp = *row_of<const Sum>(p.logsumexp, s.batch, head, result);
       // A row that sees nothing has no weights.
       logsumexp_[lane] = sees_nothing(panel, lane) || logsumexp == -kInfinity ? kInfinity : logsumexp;
