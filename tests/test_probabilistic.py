@@ -134,6 +134,8 @@ def test_density(keep: Any, is_causal: bool, mode: Any) -> None:
     assert abs(float(mask.double().sum() / candidates / 200) - 0.3) < (0.005 if mode == "bernoulli" else 0.02)
 
 
+@pytest.mark.backends("cpu")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("length", [1, 60, 130])
