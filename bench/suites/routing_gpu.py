@@ -89,7 +89,7 @@ def _in_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks of keys each block of queries sees, and which."""
-    return blocks.sum(-1, dtype=torch.int32), blocks.int().argsort(-1, descending=True, stable=True).int()
+    return blocks.sum(-1, dtype=torch.int32), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
 
 
 def _document_mask(case: Case, clusters: tuple[Tensor, Tensor], times: tuple[Tensor, Tensor]) -> BlockMask:
