@@ -91,6 +91,7 @@ def _function(name: str, save: Callable[..., None], gradient: Callable[..., Any]
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(name, (torch.autograd.Function,), members)
+    function_of_one_level: Any = type(name, (torch.autograd.function._SingleLevelFunction,), members)
 
     def apply(keys: Any, *args: Any) -> Any:
         if not torch._C._are_functorch_transforms_active():
@@ -102,7 +103,7 @@ def _function(name: str, save: Callable[..., None], gradient: Callable[..., Any]
         except ImportError:
             raise NotImplementedError(f"{name}: no gradient in a transform of torch.func under this torch") from None
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, function).apply(keys, *args)
+            return function_of_one_level.apply(keys, *args)
 
     return apply
 
