@@ -93,20 +93,12 @@ inline void transpose_columns(const Sum* columns, std::int64_t dim, Sum* to, std
   }
 }
 
-// The dot product of two rows, which are summed on the lanes.
-template <class Sum, class Input>
-inline Sum dot(const Input* a, const Input* b, std::int64_t n) {
-  Vec<Sum> sums = {};
-  std::int64_t i = 0;
-  for (; i + kLanes<Sum> <= n; i += kLanes<Sum>) {
-    Sum x[kLanes<Sum>], y[kLanes<Sum>];
-    convert_row(x, a + i, kLanes<Sum>);
-    convert_row(y, b + i, kLanes<Sum>);
-    sums += load(x) * load(y);
-  }
-  Sum sum = sum_of_lanes<Sum>(sums);
-  for (; i < n; ++i) sum += Sum(to_float(a[i])) * Sum(to_float(b[i]));
-  return sum;
+// Adds the dot products of pairs of rows. Each is summed from its first feature on, as products of panels are, whose
+// rounding it shares then: where a row sees few keys, much of it cancels. Pairs side by side hide the latency of sums.
+template <int kPairs, class Sum, class Input>
+inline void add_dots(const Input* const (&a)[kPairs], const Input* const (&b)[kPairs], std::int64_t n, Sum* to) {
+  for (std::int64_t d = 0; d < n; ++d)
+    for (int i = 0; i < kPairs; ++i) to[i] += Sum(to_float(a[i][d])) * Sum(to_float(b[i][d]));
 }
 
 // Lane `lane` of columns[dim][lanes], times factor, as a row of the user's type.

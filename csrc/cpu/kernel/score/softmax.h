@@ -116,18 +116,23 @@ class SoftmaxBackward {
   // gradient of the logsumexp, whose derivative by a logit is P itself.
   template <class Input, class Sequence>
   void begin(const BackwardParams& p, const Sequence& s, const Panel<Sum>& panel) {
-    for (int lane = 0; lane < kPanelLanes<Sum>; ++lane) {
-      if (lane >= panel.rows) {
-        offset_[lane] = offset_[lane - 1], logsumexp_[lane] = logsumexp_[lane - 1];
-        continue;
+    constexpr int kTogether = kPanelLanes<Sum> % 4 == 0 ? 4 : 2;
+    static_assert(kPanelLanes<Sum> % kTogether == 0);
+    Sum products[kPanelLanes<Sum>] = {};
+    for (int lane = 0; p.output.data && lane < panel.rows; lane += kTogether) {
+      const Input *outputs[kTogether], *grads[kTogether];
+      for (int i = 0; i < kTogether; ++i) {
+        const int own = smaller(lane + i, panel.rows - 1);
+        const std::int64_t head = panel.head[own], query = s.query_row(panel.query[own]);
+        outputs[i] = row_of<const Input>(p.output, s.batch, head, query);
+        grads[i] = row_of<const Input>(p.grad_output, s.batch, head, query);
       }
-      const std::int64_t head = panel.head[lane];
-      const std::int64_t query = s.query_row(panel.query[lane]), result = s.result_row(panel.query[lane]);
-      const Sum product = p.output.data
-                              ? dot<Sum>(row_of<const Input>(p.output, s.batch, head, query),
-                                         row_of<const Input>(p.grad_output, s.batch, head, query), p.value_dim)
-                              : 0;
-      offset_[lane] = product - *row_of<const Sum>(p.grad_logsumexp, s.batch, head, result);
+      add_dots(outputs, grads, p.value_dim, products + lane);
+    }
+    for (int lane = 0; lane < kPanelLanes<Sum>; ++lane) {
+      const std::int64_t head = panel.head[lane], result = s.result_row(panel.query[lane]);
+      offset_[lane] =
+          products[smaller(lane, panel.rows - 1)] - *row_of<const Sum>(p.grad_logsumexp, s.batch, head, result);
       const Sum logsumexp = *row_of<const Sum>(p.logsumexp, s.batch, head, result);
       // A row that sees nothing has no weights.
       logsumexp_[lane] = sees_nothing(panel, lane) || logsumexp == -kInfinity ? kInfinity : logsumexp;
