@@ -40,7 +40,7 @@ class Kind:
 
 
 def kinds(tokens: int) -> list[Kind]:
-    """With half a window in the tail."""
+    """The tail holds half a window."""
     tail = WINDOW // 2
     plain = tokens - tail - len(LEVELS) * WINDOW
     refined = [Kind(WINDOW / 32, 32, level + 1) for level in LEVELS]
@@ -48,7 +48,7 @@ def kinds(tokens: int) -> list[Kind]:
 
 
 def splits_of(tiles: int, turns: float, blocks_per_multiprocessor: int) -> int:
-    """As splits_of in csrc/cuda/staircase/attention.cpp."""
+    """This plans as splits_of in csrc/cuda/staircase/attention.cpp does, and must follow it."""
     slots = MULTIPROCESSORS * blocks_per_multiprocessor
     splits = max(slots // tiles, 1)
     while tiles * splits < 0.9 * -(-tiles * splits // MULTIPROCESSORS) * MULTIPROCESSORS:

@@ -24,7 +24,7 @@ class Call(NamedTuple):
 
 
 def differentiable_calls(dtype: torch.dtype, device: torch.device) -> dict[str, Call]:
-    """Of each function with a gradient, by its name, with all of its arguments that may have one."""
+    """Each function with a gradient has a call, by its name, with all of its arguments that may have one."""
     inputs, _ = random_inputs(SHAPE, dtype, device)
     packed, _, sizes = pack(([3, 0, 70], [4, 2, 70]), dtype, device, head_dim=32, value_dim=32)
     slopes, bias = ({name: random_parameter((4,), dtype, device)} for name in ("alibi_slopes", "bias"))
@@ -80,7 +80,7 @@ def run_the_others(dtype: torch.dtype, device: torch.device) -> None:
 
 
 class RecordedCalls(torch.utils._python_dispatch.TorchDispatchMode):
-    """Keeps the arguments of every attnx operator that runs."""
+    """Keeps the arguments of every attnx operator that runs, as they were before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class RecordedCalls(torch.utils._python_dispatch.TorchDispatchMode):
 def _leaf(x: object, requires_grad: bool) -> object:
     if not isinstance(x, Tensor):
         return x
-    return x.detach().requires_grad_(requires_grad and x.is_floating_point())
+    return x.detach().clone().requires_grad_(requires_grad and x.is_floating_point())
 
 
 def every_operator(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Any, ...]]:
@@ -106,7 +106,4 @@ def every_operator(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[
         for function, inputs in differentiable_calls(dtype, device).values():
             function(**{name: x.requires_grad_() for name, x in inputs.items()}).float().sum().backward()
         run_the_others(dtype, device)
-    return {
-        op._opname: tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in args)
-        for op, args, _ in calls.seen
-    }
+    return {op._opname: tuple(x.detach() if isinstance(x, Tensor) else x for x in args) for op, args, _ in calls.seen}

@@ -65,7 +65,7 @@ DTYPES += [torch.uint8, torch.int16, torch.complex64, torch.float8_e4m3fn]
 
 
 def _extreme(x: Tensor, draw: Any) -> Tensor:
-    """Of the same shape and dtype, with an extreme number everywhere or in one place."""
+    """It has the same shape and dtype, and an extreme number everywhere or in one place."""
     if x.dtype.is_floating_point or x.dtype.is_complex:
         number = torch.tensor(draw(st.sampled_from(FLOATS)), dtype=torch.float64).to(x.dtype)
     elif x.dtype == torch.bool:

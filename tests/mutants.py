@@ -71,7 +71,7 @@ MUTANTS = (
 
 
 def copy_sources(folder: Path) -> Path:
-    """Without what was built: only what changes is written, so that a second run compiles little."""
+    """Leaves out what was built, and writes only what changes, so that a second run compiles little."""
     source = folder / "source"
     for name in COPIED:
         for path in [ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*"):

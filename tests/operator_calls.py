@@ -7,28 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnx
 from attnx._operators.schema import Arguments, signature
 from attnx._operators.table import OPERATORS
+from calls import RecordedCalls
 
 NAMES = [name for row in OPERATORS for name in row.names]
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps the arguments of each call of attnx's operators, as they were before it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, list[Arguments]] = {name: [] for name in NAMES}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "attnx":
-            values = signature(function._schema.name.removeprefix("attnx::")).bind(args)
-            kept = {name: x.detach().clone() if isinstance(x, Tensor) else x for name, x in values.items()}
-            self.calls[function._schema.name.removeprefix("attnx::")].append(kept)
-        return function(*args, **(kwargs or {}))
 
 
 def _differentiate(function: Any, inputs: list[Tensor], *more: Any, **options: Any) -> None:
@@ -98,12 +83,16 @@ def _staircase(dtype: torch.dtype) -> None:
 
 @cache
 def valid_calls() -> dict[str, list[Arguments]]:
-    """For every operator some arguments that it takes, by name."""
+    """Every operator has some arguments here that it takes, by name."""
     torch.manual_seed(0)
-    with Recorder() as recorder:
+    with RecordedCalls() as recorded:
         for dtype in (torch.float32, torch.bfloat16):
             for record in (_pointwise, _blocks, _maps, _routing, _staircase):
                 record(dtype)
-    missing = [name for name, calls in recorder.calls.items() if not calls]
+    calls: dict[str, list[Arguments]] = {name: [] for name in NAMES}
+    for operator, args, _ in recorded.seen:
+        values = signature(operator._opname).bind(args)
+        calls[operator._opname].append({n: x.detach() if isinstance(x, Tensor) else x for n, x in values.items()})
+    missing = [name for name in NAMES if not calls[name]]
     assert not missing, f"operators without a valid call: {missing}"
-    return recorder.calls
+    return calls

@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def random_bias(mask: attnx.BlockMask, shape: Shape, served: str) -> Tensor:
-    """For each head of each sequence, or one for several of them."""
+    """Each head of each sequence has a bias, or several share one."""
     batch = 1 if served in ("sequences", "all") else shape.batch
     heads = 1 if served in ("heads", "all") else shape.heads
     generator = torch.Generator().manual_seed(3)
@@ -119,7 +119,7 @@ def test_opcheck(device: torch.device) -> None:
 def test_refused_ahead_of_the_forward_where_there_is_none(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On CUDA, whose row of the capability table does not have it."""
+    """The row of CUDA in the capability table does not have it."""
     shape = Shape(length_q=70, length_k=130, heads=2)
     mask = random_mask(shape, (64, 64), 0.7, device)
     bias = random_bias(mask, shape, "each").requires_grad_()

@@ -15,7 +15,7 @@ PYPROJECT, CMAKE = ((ROOT / name).read_text() for name in ("pyproject.toml", "CM
 
 
 def _has_cmake() -> bool:
-    """Of the least version, which the dev extra has."""
+    """Tells whether there is one of the least version, which the dev extra has."""
     least = re.search(r"cmake_minimum_required\(VERSION ([\d.]+)", CMAKE)
     assert least is not None
     if shutil.which("cmake") is None:

@@ -99,7 +99,7 @@ def preloaded(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def touches(call: str, preloaded: str, **environment: str) -> dict[str, tuple[int, str]]:
-    """By operator: how often its host code touched a tensor's memory, and where first."""
+    """Tells by operator how often its host code touched a tensor's memory, and where first."""
     done = subprocess.run(
         [sys.executable, "-c", WORKER, call],
         env=os.environ | {"LD_PRELOAD": preloaded, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])} | environment,

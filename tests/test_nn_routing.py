@@ -39,7 +39,7 @@ def tokens(place: Place, batch: int = 2, length: int = 36, seed: int = 1) -> Ten
 
 
 def tolerance(place: Place) -> dict[str, float]:
-    """Of results by other roundings in between."""
+    """Roundings in between differ by so much."""
     return {"rtol": 1e-4, "atol": 1e-5} if place["dtype"] == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
 
 

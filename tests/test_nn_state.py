@@ -38,7 +38,7 @@ def output_of(module: nn.Module) -> Tensor:
 @EVERY
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
 def test_from_meta(name: str, assign: bool, backend: object) -> None:
-    """As large models are loaded: what has no memory yet gets some, whatever it holds, and then all of the state."""
+    """Large models are loaded so: what has no memory yet gets some, whatever it holds, and then all of the state."""
     trained = MODULES[name]()
     with torch.no_grad():
         for x in trained.parameters():

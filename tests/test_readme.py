@@ -12,7 +12,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def of_bfloat16(example: str) -> bool:
-    """Whether all random inputs are, so that CUDA's kernels take it."""
+    """Tells whether all random inputs are bfloat16, so that CUDA's kernels take the example."""
     return all("dtype=torch.bfloat16" in call for call in re.findall(r"torch\.randn\([^)]*\)", example))
 
 

@@ -256,7 +256,7 @@ def test_same_bits_with_any_number_of_threads(dtype: torch.dtype, device: torch.
             assert torch.equal(x, other[name]), name
 
 
-# Of clusters that the CPU's backward cuts into blocks.
+# The CPU's backward cuts clusters of these calls into blocks.
 LONG_CALLS: dict[str, dict[str, Any]] = {
     "causal": {"routing": "argmax", "clusters": 2, "is_causal": True, "memory": 3},
     "apart": {"routing": "argmax", "clusters": 2, "is_causal": True, "shared_qk": False},

@@ -68,7 +68,7 @@ def test_is_a_pytree(structure: Structure, inputs: list[Tensor]) -> None:
 
 @pytest.mark.backends("cpu")
 def test_export_takes_it(structure: Structure, inputs: list[Tensor]) -> None:
-    """Through save and load."""
+    """The exported program is saved and loaded, too."""
 
     class Model(nn.Module):
         def forward(self, query: Tensor, key: Tensor, value: Tensor, structure: Any) -> Tensor:
@@ -142,7 +142,7 @@ def tokens(length_q: int, length_k: int) -> list[Tensor]:
 
 @pytest.mark.backends("cpu")
 def test_mask_of_flex_keeps_its_lengths(backend: object) -> None:
-    """As many blocks as of 110 keys do not make it a mask of 128."""
+    """110 keys have as many blocks as 128, whose mask it is not."""
     flex = create_block_mask(lambda b, h, i, j: j < 110, None, None, 128, 110, device="cpu")
     mask, _ = attnx.BlockMask.from_flex(flex)
     assert mask.lengths == (128, 110)

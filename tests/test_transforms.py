@@ -121,7 +121,7 @@ def test_forward_transforms_are_refused(call: Call, transform: Callable[..., obj
 
 
 def test_reference_has_forward_mode(device: torch.device) -> None:
-    """As the message says."""
+    """The reference has what the message says."""
     inputs, _ = random_inputs(Shape(), torch.float64, device)
     query = inputs.pop("query")
     _, tangent = torch.func.jvp(lambda query: reference.softmax_attention(query, **inputs), (query,), (query,))

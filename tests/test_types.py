@@ -22,7 +22,7 @@ CHECKERS = {
 
 
 def check(checker: str, text: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """With the package where a user has it: installed, beside no configuration of ours."""
+    """The package lies where a user has it: installed, beside no configuration of ours."""
     file = folder / "calls.py"
     file.write_text(text)
     (folder / "attnx").symlink_to(Path(attnx.__file__).parent)

@@ -146,7 +146,7 @@ struct BackwardParams : AttentionParams {
   double* grad_alibi_slopes = nullptr;
   double* grad_sink = nullptr;
   // This is [batch, heads_q, blocks of queries, key_blocks.width] in double, zeroed: of the bias of each listed block.
-  // Only the CPU has it; null where it is not wanted.
+  // Only the CPU computes it; it is null where it is not wanted.
   double* grad_block_bias = nullptr;
   Tensor grad_memory_key, grad_memory_value;  // like gather.memory_key and memory_value
 

@@ -32,7 +32,6 @@ std::int64_t read_offsets(const char* name, const StableTensor& x, std::int64_t 
                           std::int64_t max_seqlen, const Target& target) {
   check_dtype(name, x, ScalarType::Int, "");
   check(x.dim() == 1 && x.size(0) >= 1, name, ": expected shape (batch + 1,), got ", shape_of(x));
-  check_device(name, x, target.tensor);
   check(x.is_contiguous(), name, ": expected a contiguous tensor, got stride ", x.stride(0));
   const auto values = values_on_host(x);
   const std::int64_t longest = values ? read_lengths(name, *values, rows) : 0;
@@ -60,7 +59,6 @@ void read_shapes(const Inputs& x, const Packed* packed, const Capability& row, A
   for_each_field(x, [&](std::string_view name, const StableTensor& tensor) {
     check(tensor.dim() == rank, name, ": expected ", rank, " dimensions, ", layout, ", got shape ", shape_of(tensor));
     check_dtype(name, tensor, x.query.scalar_type(), " like query");
-    check_device(name, tensor, x.query);
     check_layout(name, tensor);
   });
 
@@ -177,7 +175,6 @@ PerHead read_per_head(std::string_view name, const std::optional<StableTensor>& 
   check_dtype(name, *x, sum_type(query), " (the type of the sums)");
   check(x->dim() == 0 || (x->dim() == 1 && x->size(0) == heads), name, ": expected shape () or (", heads,
         ",), one number per query head, got ", shape_of(*x));
-  check_device(name, *x, query);
   if (const auto values = values_on_host(*x)) {
     for (std::int64_t head = 0; head < values->numel(); ++head) {
       const double number = number_of(*values, head);

@@ -55,11 +55,9 @@ void check_values(const Lists& lists, const StableTensor& counts, const StableTe
 }
 
 // It reads lists that name some of `listed` blocks for each of `rows` blocks.
-BlockList read_lists(const Lists& lists, const AttentionParams& p, const StableTensor& query, std::int64_t rows,
-                     std::int64_t listed) {
+BlockList read_lists(const Lists& lists, const AttentionParams& p, std::int64_t rows, std::int64_t listed) {
   const auto check_list = [&](const char* name, const StableTensor& x, ScalarType dtype, std::int64_t rank) {
     check_dtype(name, x, dtype, "");
-    check_device(name, x, query);
     check(x.dim() == rank && (x.size(0) == 1 || x.size(0) == p.batch) && (x.size(1) == 1 || x.size(1) == p.heads_q) &&
               x.size(2) == rows,
           name, ": expected shape (", p.batch, " or 1, ", p.heads_q, " or 1, ", rows, rank == 4 ? ", width)" : ")",
@@ -90,7 +88,7 @@ void read(const Target& target, const Inputs& x, const KeyLists& lists, const Ad
   read_block_size(size, p);
   p.key_blocks =
       read_lists({"kv_num_blocks", "kv_indices", "block_bias", lists.kv_num_blocks, lists.kv_indices, lists.block_bias},
-                 p, x.query, blocks_of(p.length_q, p.block_q), blocks_of(p.length_k, p.block_k));
+                 p, blocks_of(p.length_q, p.block_q), blocks_of(p.length_k, p.block_k));
 }
 
 Outputs forward(const Inputs& x, const KeyLists& lists, const Additions& additions, const BlockSize& size,
@@ -127,7 +125,7 @@ AllGradients backward(const OutputGradients& gradients, const Inputs& x, const O
   if (target.on_cuda()) {
     const auto& [counts, indices, bias] = transposed;
     check(counts && indices, "q_num_blocks, q_indices: expected the transposed lists on CUDA, got None");
-    p.query_blocks = read_lists({"q_num_blocks", "q_indices", "q_block_bias", *counts, *indices, bias}, p, x.query,
+    p.query_blocks = read_lists({"q_num_blocks", "q_indices", "q_block_bias", *counts, *indices, bias}, p,
                                 blocks_of(p.length_k, p.block_k), blocks_of(p.length_q, p.block_q));
     // Their order in a deterministic backward is counted once for an entry, whichever heads it serves.
     const BlockList& list = p.query_blocks;

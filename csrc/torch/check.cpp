@@ -76,11 +76,6 @@ void check_shape(std::string_view name, const StableTensor& x, std::initializer_
         to_string(expected), ", got ", shape_of(x));
 }
 
-void check_device(std::string_view name, const StableTensor& x, const StableTensor& query) {
-  check(device_of(x) == device_of(query), name, ": expected a tensor on ", device_of(query), " like query, got one on ",
-        device_of(x));
-}
-
 void check_layout(std::string_view name, const StableTensor& x) {
   const std::int64_t last = x.dim() - 1;
   check(x.numel() == 0 || x.size(last) == 1 || x.stride(last) == 1, name,

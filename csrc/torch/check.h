@@ -46,7 +46,6 @@ std::string device_of(const StableTensor& x);
 
 void check_dtype(std::string_view name, const StableTensor& x, ScalarType expected, const char* why);
 void check_shape(std::string_view name, const StableTensor& x, std::initializer_list<std::int64_t> expected);
-void check_device(std::string_view name, const StableTensor& x, const StableTensor& query);
 // It checks that the last dimension is contiguous.
 void check_layout(std::string_view name, const StableTensor& x);
 void check_contiguous(std::string_view name, const StableTensor& x);

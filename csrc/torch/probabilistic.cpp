@@ -146,7 +146,6 @@ Sampled read(const Target& target, const Inputs& x, const Draw& draw, const Choi
   check(!choice.importance || choice.blocks_per_row == 0,
         "importance: expected False where the number of blocks is fixed, as blocks are then not kept with keep's "
         "probabilities, got True");
-  for_each_field(draw, [&](std::string_view name, const StableTensor& tensor) { check_device(name, tensor, x.query); });
   const BlockGrid grid{p.length_q, p.length_k, size.block_q, size.block_k, causal.is_causal};
   read_block_size(size, p);
   Sampled sampled = sample(target, draw, choice, grid, p.batch, p.heads_q, p.score, transposed);

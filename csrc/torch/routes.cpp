@@ -49,7 +49,6 @@ RouteParams read_rows(std::string_view name, const StableTensor& rows, const Sta
   check(rows.size(2) <= std::numeric_limits<std::int32_t>::max(), name, ": expected at most 2147483647 rows, got ",
         rows.size(2));
   check_dtype("centroids", centroids, ScalarType::Float, "");
-  check_device("centroids", centroids, rows);
   check(centroids.dim() == 3 && centroids.size(0) >= 1 && centroids.size(0) % rows.size(1) == 0 &&
             centroids.size(1) >= 1 && centroids.size(2) == rows.size(3),
         "centroids: expected shape (heads of query, clusters, ", rows.size(3), ") for ", name, " of shape ",
@@ -73,7 +72,6 @@ void check_heads(const Rows& x) {
   check(query.dim() == 4 && key.dim() == 4, "query, key: expected 4 dimensions, (batch, heads, length, head_dim), got ",
         shape_of(query), " and ", shape_of(key));
   check_dtype("key", key, query.scalar_type(), " like query");
-  check_device("key", key, query);
   check(key.size(1) >= 1 && query.size(1) % key.size(1) == 0, "query: expected heads to be a multiple of the ",
         key.size(1), " heads of key, got ", query.size(1));
   check_shape("key", key, {query.size(0), key.size(1), key.size(2), query.size(3)});
@@ -203,7 +201,6 @@ void update_centroids(const Averages& a) {
   const auto read = [&](const char* name, const StableTensor& x, std::initializer_list<std::int64_t> shape) {
     check_dtype(name, x, ScalarType::Float, "");
     check_shape(name, x, shape);
-    check_device(name, x, a.centroids);
     check_contiguous(name, x);
     return data<float>(x);
   };

@@ -40,12 +40,11 @@ struct LongestAndCounts {
 
 // It checks that clusters are lists of ascending rows.
 LongestAndCounts read_clusters(const Lists& lists, const AttentionParams& p, std::int64_t rows, const char* rows_name,
-                               const StableTensor& query, Clusters& clusters) {
+                               Clusters& clusters) {
   const std::int64_t heads = p.batch * p.heads_q;
   for (const auto& [name, x] :
        {std::pair(lists.indices_name, &lists.indices), std::pair(lists.offsets_name, &lists.offsets)}) {
     check_dtype(name, *x, ScalarType::Int, "");
-    check_device(name, *x, query);
     check_contiguous(name, *x);
   }
   check(lists.offsets.dim() == 3 && lists.offsets.size(0) == p.batch && lists.offsets.size(1) == p.heads_q &&
@@ -94,7 +93,6 @@ Tensor view_memory(const StableTensor& x) { return {x.data_ptr(), 0, x.stride(0)
 void check_memory(const char* name, const StableTensor& x, std::int64_t dim, const AttentionParams& p,
                   const StableTensor& query) {
   check_dtype(name, x, query.scalar_type(), " like query");
-  check_device(name, x, query);
   check(x.dim() == 3, name, ": expected 3 dimensions, (kv_heads, memory, dim), got shape ", shape_of(x));
   check_shape(name, x, {p.heads_k, x.size(1), dim});
   check_layout(name, x);
@@ -120,9 +118,9 @@ bool read(const Target& target, const Inputs& x, const Routes& routes, const Mem
   read_window(causal, p);
   p.gather = &g;
   const auto queries = read_clusters({"query_indices", "query_offsets", routes.query_indices, routes.query_offsets}, p,
-                                     p.length_q, "query", x.query, g.queries);
+                                     p.length_q, "query", g.queries);
   const auto keys = read_clusters({"key_indices", "key_offsets", routes.key_indices, routes.key_offsets}, p, p.length_k,
-                                  "key", x.query, g.keys);
+                                  "key", g.keys);
   g.clusters = routes.query_offsets.size(2) - 1;
   check_shape("key_offsets", routes.key_offsets, {p.batch, p.heads_q, g.clusters + 1});
   read_memory(memory, p, x.query, g);
@@ -153,7 +151,6 @@ Tensor read_slots(const char* name, const StableTensor& x, const Routes& routes,
   const StableTensor& slots = routes.query_indices;
   check_dtype(name, x, sum_type(query), "");
   check_shape(name, x, {slots.size(0), slots.size(1), slots.size(2)});
-  check_device(name, x, query);
   check_contiguous(name, x);
   return {x.data_ptr(), 0, 0, 1};
 }

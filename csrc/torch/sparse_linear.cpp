@@ -32,9 +32,8 @@ struct PartGradients {
   ATTNX_FIELDS(grad_sparse, grad_linear, grad_logsumexp)
 };
 
-void check_map(const StableTensor& map, const AttentionParams& p, const StableTensor& query) {
+void check_map(const StableTensor& map, const AttentionParams& p) {
   check_dtype("block_map", map, ScalarType::Char, "");
-  check_device("block_map", map, query);
   const std::int64_t rows = blocks_of(p.length_q, p.block_q), blocks = blocks_of(p.length_k, p.block_k);
   // A map of packed sequences may be as wide as the longest or as its promised maximum.
   const auto fits = [&](std::int64_t size, std::int64_t needed) {
@@ -119,7 +118,7 @@ CriticalBlocks read(const Target& target, const Inputs& x, const Layout& layout,
   read_block_size({map.block_q, map.block_k}, sparse);
   read_inputs(target, x, layout, sparse);
   read_window(causal, sparse);
-  check_map(map.block_map, sparse, x.query);
+  check_map(map.block_map, sparse);
   const std::int64_t width = check_labels(map.block_map);
   read_linear(sparse, map.block_map, options, linear);
   // On CUDA a call is the same whether or not labels were read.

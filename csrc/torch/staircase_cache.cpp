@@ -28,12 +28,10 @@ void check_levels(const std::vector<std::int64_t>& levels) {
         StaircaseLayout::kMaxLevels, " in all, got ", to_text(levels));
 }
 
-void check_memory(const char* name, const StableTensor& x, ScalarType dtype, const StableTensor& tail,
+void check_memory(const char* name, const StableTensor& x, ScalarType dtype,
                   std::initializer_list<std::int64_t> shape) {
   check_dtype(name, x, dtype, "");
   check_shape(name, x, shape);
-  check(device_of(x) == device_of(tail), name, ": expected a tensor on ", device_of(tail), " like tail, got one on ",
-        device_of(x));
   check(x.is_contiguous(), name, ": expected a contiguous tensor");
 }
 
@@ -93,11 +91,11 @@ Cache read_cache(const StableTensor& state, const StableTensor& codes, const Sta
   m.layout =
       StaircaseLayout(l.levels.data(), int(l.levels.size()), l.window, l.group, l.residual, head_dim, l.max_length);
   m.heads = heads;
-  check_memory("state", state, ScalarType::Long, tail, {batch, m.layout.state_size()});
-  check_memory("codes", codes, ScalarType::Int, tail, {batch, heads, 2, m.layout.words});
-  check_memory("ranges", ranges, ScalarType::Half, tail,
+  check_memory("state", state, ScalarType::Long, {batch, m.layout.state_size()});
+  check_memory("codes", codes, ScalarType::Int, {batch, heads, 2, m.layout.words});
+  check_memory("ranges", ranges, ScalarType::Half,
                {batch, heads, 2, m.layout.max_windows, m.layout.window_ranges(), 2});
-  check_memory("tail", tail, tail.scalar_type(), tail,
+  check_memory("tail", tail, tail.scalar_type(),
                {batch, heads, 2, StaircaseLayout::kTailSlots, m.layout.tail_tokens(), head_dim});
   m.state = data<std::int64_t>(state);
   m.codes = data<std::uint32_t>(codes);
@@ -109,10 +107,8 @@ Cache read_cache(const StableTensor& state, const StableTensor& codes, const Sta
 }
 
 void check_like_cache(const char* name, const StableTensor& x, const Cache& cache) {
-  const std::string device = device_of(cache.target.tensor);
   check(x.dim() == 4, name, ": expected 4 dimensions, (batch, heads, length, head_dim), got shape ", shape_of(x));
   check_dtype(name, x, cache.dtype, " like the cache");
-  check(device_of(x) == device, name, ": expected a tensor on ", device, " like the cache, got one on ", device_of(x));
 }
 
 Numbers read_numbers(const char* name, const std::optional<StableTensor>& x, const Cache& cache,
@@ -120,8 +116,6 @@ Numbers read_numbers(const char* name, const std::optional<StableTensor>& x, con
   if (!x) return {{}, {}, otherwise};
   check_dtype(name, *x, ScalarType::Long, "");
   check_shape(name, *x, {cache.batch});
-  const std::string device = device_of(cache.target.tensor);
-  check(device_of(*x) == device, name, ": expected a tensor on ", device, ", got one on ", device_of(*x));
   const StableTensor numbers = torch::stable::contiguous(*x);
   return {numbers, values_on_host(numbers), otherwise};
 }

@@ -55,6 +55,6 @@ def _longest(offsets: Tensor) -> int:
 
 
 def _nested(x: Tensor, offsets: Tensor) -> Tensor:
-    """Of rows (tokens, heads, dim), or of one number for each, (heads, tokens)."""
+    """Makes a nested tensor of rows (tokens, heads, dim), or of one number for each, (heads, tokens)."""
     rows = x.transpose(0, 1) if x.dim() == 2 else x
     return torch.nested.nested_tensor_from_jagged(rows, offsets).transpose(1, 2)

@@ -14,7 +14,7 @@ Lengths: TypeAlias = tuple[int, int]  # of queries and of keys
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether they are equal in shape, dtype, device and values."""
+    """Tells whether they are equal in shape, dtype, device and values."""
     return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
 
 

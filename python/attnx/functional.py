@@ -20,7 +20,7 @@ _ops = torch.ops.attnx
 
 
 class SoftmaxOptions(TypedDict, total=False):
-    """For type checkers, which tell by ``return_logsumexp`` what comes back."""
+    """These are for type checkers, which tell by ``return_logsumexp`` what comes back."""
 
     scale: float | Tensor | None
     is_causal: bool

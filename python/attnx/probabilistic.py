@@ -321,7 +321,7 @@ def probabilistic_block_mask(
 
 
 class ProbabilisticOptions(TypedDict, total=False):
-    """For type checkers, which tell by ``return_logsumexp`` what comes back."""
+    """These are for type checkers, which tell by ``return_logsumexp`` what comes back."""
 
     keep: Keep
     density: float | None

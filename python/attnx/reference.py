@@ -277,7 +277,7 @@ def _draw(
     else:
         parameter = _PARAMETERS[keep]
         if density is not None:
-            # From next to no block but the diagonal's to all of them; the share grows from the one to the other.
+            # The bounds keep next to no block but the diagonal's, and all of them; the share grows between them.
             sparse, parameter = {
                 "harmonic": (0.0, float(blocks_k)),
                 "geometric": (0.0, 1.0),

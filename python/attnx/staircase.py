@@ -54,7 +54,7 @@ def _planes(levels: Sequence[int], max_windows: int) -> list[_Plane]:
 
 
 class StaircaseOptions(TypedDict, total=False):
-    """For type checkers, which tell by ``return_logsumexp`` what comes back."""
+    """These are for type checkers, which tell by ``return_logsumexp`` what comes back."""
 
     score: ScoreName
     scale: float | Tensor | None

@@ -24,7 +24,7 @@ def transposed_lists(arguments: Arguments) -> Arguments:
 
 
 def grad_block_bias(arguments: Arguments) -> Tensor:
-    """Of each listed block of each head, also where one bias serves several; empty where there is none."""
+    """Each listed block of each head has one, also where one bias serves several; without a bias it is empty."""
     query, indices = arguments["query"], arguments["kv_indices"]
     wanted = arguments["block_bias"] is not None and _capability.backend_of(query.device) != "cuda"
     return query.new_empty((*query.shape[:2], *indices.shape[2:]) if wanted else 0, dtype=torch.float64)

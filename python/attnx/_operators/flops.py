@@ -36,7 +36,7 @@ def _numbers(x: Tensor) -> Any:
 
 
 def of_pairs(a: Arguments, pairs: int, backward: bool) -> int:
-    """Of so many pairs of a query and a key: S and O, or those of the backward, which makes S again."""
+    """What so many pairs of a query and a key cost: S and O, or the products of the backward, which makes S again."""
     d, value_dim = a["query"].shape[-1], a["value"].shape[-1]
     return 2 * pairs * (3 * d + 2 * value_dim if backward else d + value_dim)
 

@@ -140,7 +140,7 @@ class RoutingAttention(ProjectedAttention):
                 nn.init.normal_(memory, std=self.head_dim**-0.5)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, in which the name stands for a process group; calls look the group up by it."""
+        """Copies and pickles hold the name of a process group, by which calls look the group up."""
         group = self.process_group
         return self.__dict__ | {"process_group": group if group is None or isinstance(group, str) else group.group_name}
 
