@@ -18,7 +18,7 @@ def refuse(name: str, expected: str, got: object) -> NoReturn:
 
 
 def describe(x: object) -> str:
-    """Numbers and strings as they are, of other things what they are."""
+    """Shows numbers and strings as they are, and tells of other things what they are."""
     if isinstance(x, Tensor):
         return f"a tensor of shape {tuple(x.shape)}"
     if x is None or isinstance(x, (bool, int, float, str)):
@@ -50,7 +50,7 @@ def needs_no_gradient(name: str, x: Tensor, why: str) -> None:
 
 
 def integer(name: str, x: Any, low: int | None = None, high: int | None = None, expected: str | None = None) -> int:
-    """Any integer, those of numpy too, within bounds that are included."""
+    """Takes any integer, those of numpy too, within bounds that are included."""
     bounds = "an int" if low is None else f"an int, {low} or more" if high is None else f"an int from {low} to {high}"
     bounds = expected or bounds
     if isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool):
@@ -65,7 +65,7 @@ def integer(name: str, x: Any, low: int | None = None, high: int | None = None, 
 
 
 def number(name: str, x: Any, expected: str = "a number") -> float:
-    """Any real number, those of numpy too, but no tensor."""
+    """Takes any real number, those of numpy too, but no tensor."""
     if isinstance(x, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(x, bool):
         return x
     if isinstance(x, (bool, Tensor, str)) or not hasattr(x, "__float__") or getattr(x, "shape", ()) != ():
@@ -102,7 +102,7 @@ def block_size(x: Any) -> tuple[int, int]:
 
 
 def with_scale(query: Tensor, scale: Any) -> tuple[Tensor, float | None]:
-    """The query and the scale that operators take.
+    """Returns the query and the scale that operators take.
 
     A tensor as scale is a factor of the query, of which autograd makes its gradient; the operator's own is 1 then.
     """

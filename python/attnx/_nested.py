@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnx._operators.sparse_linear import longest
+
 
 def attend(packed: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
-    """What ``packed`` makes of the sequences, as nested tensors like ``query``.
+    """Returns what ``packed`` makes of the sequences, as nested tensors like ``query``.
 
     Args:
         packed: a function of packed sequences, such as :func:`attnx.softmax_attention_varlen`.
@@ -28,8 +30,8 @@ def attend(packed: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor
         *rows.values(),
         of_queries.to(torch.int32),
         of_keys.to(torch.int32),
-        _longest(of_queries),
-        _longest(of_keys),
+        longest(of_queries),
+        longest(of_keys),
         **options,
     )
     if isinstance(results, tuple):
@@ -48,10 +50,6 @@ def _rows(name: str, x: Tensor) -> Tensor:
             "heads, head_dim) without holes, got another"
         )
     return rows.values()
-
-
-def _longest(offsets: Tensor) -> int:
-    return int(offsets.diff().max()) if offsets.numel() > 1 else 0
 
 
 def _nested(x: Tensor, offsets: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ def _block_map(
 
 
 def longest(cu_seqlens: Tensor) -> int:
-    """The longest of packed sequences, which is read on the host."""
+    """Reads on the host how long the longest of packed sequences is."""
     return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
 

@@ -6,13 +6,13 @@
 
 namespace attnx::cuda {
 
-// The first producer takes the next tile of rows,
+// The first producer takes the next tile of rows for all of them.
 template <int kProducers>
 __device__ __forceinline__ int take_tile(int* taken) {
   if (kProducers > 1 && threadIdx.x > 0) return 0;
   return gridDim.x + atomicAdd(taken, 1);
 }
-// and shares it with the others. They use two words in turn, so that none is written while a producer still reads it.
+// It shares that tile with the others. They use two words in turn, so that none is written while one still reads it.
 template <int kProducers>
 __device__ __forceinline__ int share_tile(int taken, std::uint32_t word) {
   if constexpr (kProducers == 1) return taken;
