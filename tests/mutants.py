@@ -48,7 +48,7 @@ MUTANTS = (
     Mutant(ARGUMENTS, "max_seqlen >= longest", "max_seqlen >= longest - 1", "test_bad_input.py -k varlen"),
     Mutant(ARGUMENTS, "dim <= row.head_dim_max", "dim <= row.head_dim_max + 1", "test_bad_input.py -k dense"),
     Mutant(ARGUMENTS, "window.is_causal ? 0 :", "window.is_causal ? 1 :", "test_softmax_attention.py -k causal"),
-    Mutant(ARGUMENTS, "return std::isfinite(x) ||", "return true ||", "test_bad_input.py -k numbers"),
+    Mutant(ARGUMENTS, "? !std::isnan(x) : x", "? true : x", "test_bad_input.py -k sink_nan"),
     Mutant(LISTS, "*count <= width", "*count <= width + 1", "test_block_sparse.py -k bad"),
     Mutant(LISTS, "row[n] < blocks", "row[n] <= blocks", "test_block_sparse.py -k bad"),
     Mutant(CACHE, "l.window % l.group == 0", "true", "test_staircase.py"),
