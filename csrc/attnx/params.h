@@ -70,6 +70,41 @@ struct Gather {
   const std::int32_t* query_starts = nullptr;  // [heads, queries.rows + 1]: differences count a query's clusters
 };
 
+// The type of the numbers of a mask: none; bool, true where the key takes part; the call's dtype or the accumulator's,
+// added to the logit.
+enum class MaskKind : std::uint8_t { kNone, kBool, kInput, kSum };
+
+// This is a number for each pair of a query and a key, [batch, heads_q, length_q, length_k]. Strides count elements, and
+// are 0 where one number serves all.
+struct PairMask {
+  MaskKind kind = MaskKind::kNone;
+  const void* data = nullptr;
+  std::int64_t batch_stride = 0, head_stride = 0, row_stride = 0, key_stride = 0;
+};
+
+// This is a number for each key, [batch, heads_q, length_k], whose keys are contiguous, in the accumulator's type. It is
+// null where absent. Strides are 0 where one number serves all.
+struct PerKey {
+  void* data = nullptr;
+  std::int64_t batch_stride = 0, head_stride = 0;
+};
+
+// A logit is softcap * tanh(x / softcap) of x = scale * query . key, plus the row's and the tile's bias, less the slope
+// times the distance, plus key_bias and attn_mask. exp(logit), or its sigmoid, is multiplied by key_mask. A weight that
+// is kept counts 1 / (1 - dropout) times, after the row's sum is taken; attnx/dropout.h says which ones are.
+struct LogitTerms {
+  double softcap = 0;  // 0: none
+  PairMask attn_mask;
+  PerKey key_bias;
+  PerKey key_mask;  // in [0, 1]
+  double dropout = 0;
+  std::uint64_t seed = 0, offset = 0;
+
+  bool any() const {
+    return softcap != 0 || attn_mask.kind != MaskKind::kNone || key_bias.data || key_mask.data || dropout != 0;
+  }
+};
+
 struct AttentionParams {
   DType dtype = DType::kFloat32;
   Score score = Score::kSigmoid;
@@ -101,6 +136,8 @@ struct AttentionParams {
   double bias_value = 0;
   PerHead bias;          // added
   PerHead alibi_slopes;  // times |i + length_k - length_q - j|, subtracted
+
+  LogitTerms terms;
 
   // The sink is one more logit of every row, in the accumulator's type, which takes weight and has no value. Only
   // softmax_sink has it.
@@ -148,6 +185,10 @@ struct BackwardParams : AttentionParams {
   // This is [batch, heads_q, blocks of queries, key_blocks.width] in double, zeroed: of the bias of each listed block.
   // Only the CPU computes it; it is null where it is not wanted.
   double* grad_block_bias = nullptr;
+  // These are like terms.key_bias and key_mask, and like terms.attn_mask in the accumulator's type, whose batch, head and
+  // row strides are 0 where the mask's are: sums over what shares a number. They are null where they are not wanted.
+  PerKey grad_key_bias, grad_key_mask;
+  PairMask grad_attn_mask;
   Tensor grad_memory_key, grad_memory_value;  // like gather.memory_key and memory_value
 
   // A run of the loop leaves here what each cluster adds to the gradients of its keys: rows of sums, as long as vectors
