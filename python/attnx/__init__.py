@@ -7,7 +7,9 @@ from attnx import _C, _operators
 _operators.register_all()
 
 from attnx import nn, reference  # noqa: E402  (they use the registered operators)
+from attnx.affine import affine_attention  # noqa: E402
 from attnx.block_mask import BlockMask  # noqa: E402
+from attnx.compaction import PackedTokens, compact_tokens  # noqa: E402
 from attnx.explain import explain  # noqa: E402
 from attnx.functional import (  # noqa: E402
     block_sparse_attention,
@@ -17,6 +19,8 @@ from attnx.functional import (  # noqa: E402
     softmax_attention_varlen,
 )
 from attnx.mainloop import cuda_mainloop  # noqa: E402
+from attnx.merging import merge_attention, redistribute_attention  # noqa: E402
+from attnx.pointer import pointer_log_prob  # noqa: E402
 from attnx.probabilistic import (  # noqa: E402
     keep_probabilities,
     probabilistic_attention,
@@ -43,18 +47,24 @@ __version__: str = _C.version
 
 __all__ = [
     "BlockMask",
+    "PackedTokens",
     "Routes",
     "SparseLinearMap",
     "StaircaseCache",
+    "affine_attention",
     "block_sparse_attention",
     "commitment_loss",
+    "compact_tokens",
     "cuda_mainloop",
     "explain",
     "keep_probabilities",
+    "merge_attention",
     "nearest_centroids",
     "nn",
+    "pointer_log_prob",
     "probabilistic_attention",
     "probabilistic_block_mask",
+    "redistribute_attention",
     "reference",
     "route",
     "routing_attention",

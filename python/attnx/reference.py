@@ -22,8 +22,10 @@ from attnx.routing import Routes, Routing
 from attnx.sparse_linear import FeatureMap, LinearScope, SparseLinearMap
 
 __all__ = [
+    "affine_attention",
     "block_sparse_attention",
     "philox",
+    "pointer_log_prob",
     "probabilistic_attention",
     "probabilistic_block_mask",
     "route",
@@ -38,6 +40,7 @@ __all__ = [
     "staircase_attention",
     "staircase_dequantize",
     "update_centroids",
+    "visible_keys",
 ]
 
 
@@ -545,6 +548,50 @@ def sigmoid_attention_varlen(
     return _each_sequence(
         lambda q, k, v: sigmoid_attention(q, k, v, **options), query, key, value, cu_seqlens_q, cu_seqlens_k
     )
+
+
+def visible_keys(
+    length_q: int, length_k: int, device: torch.device, *, is_causal: bool = False, window: tuple[int, int] = (-1, -1)
+) -> Tensor:
+    """(length_q, length_k), bool: the keys that each query sees under a band."""
+    return _visible(_distance(length_q, length_k, device), is_causal, window)
+
+
+def affine_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    addend: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    **options: Any,
+) -> Tensor:
+    output = softmax_attention(query, key, value, is_causal=is_causal, window=window, **options)
+    rows = gate.double()[..., None] * output
+    if addend is None:
+        return rows
+    visible = visible_keys(query.shape[2], key.shape[2], query.device, is_causal=is_causal, window=window).double()
+    sums = visible @ value.double().repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return rows + addend.double()[..., None] * sums
+
+
+def pointer_log_prob(
+    query: Tensor,
+    key: Tensor,
+    target: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    sink: Tensor | None = None,
+) -> Tensor:
+    visible = visible_keys(query.shape[2], key.shape[2], query.device, is_causal=is_causal, window=window)
+    logits = _logits(query, key, scale, None, visible).where(visible, -math.inf)
+    if sink is not None:
+        logits = torch.cat([logits, _per_head(sink, query.shape[1]).expand(*logits.shape[:3], 1)], -1)
+    return logits.log_softmax(-1).gather(-1, target.long()[..., None])[..., 0]
 
 
 def softmax_attention_varlen(

@@ -1,0 +1,81 @@
+"""Attention whose weights are the answer: log-probabilities of keys, without the matrix of them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from attnx import _arguments
+from attnx.functional import softmax_attention
+
+__all__ = ["pointer_log_prob"]
+
+
+def pointer_log_prob(
+    query: Tensor,
+    key: Tensor,
+    target: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    sink: Tensor | None = None,
+) -> Tensor:
+    r"""The log-probability with which each query points to its target key.
+
+    .. math:: \log P_{i, y_i} = L_{i, y_i} - \log \sum_{j \in V(i)} e^{L_{ij}}, \qquad L_{ij} = s\, q_i \cdot k_j
+
+    Its negative mean is the cross-entropy of a pointer network. Memory is linear in the lengths: the logsumexp comes
+    from attention over values of one feature.
+
+    Args:
+        query: (batch, heads, length_q, head_dim).
+        key: (batch, kv_heads, length_k, head_dim).
+        target: (batch, heads, length_q), int64 or int32: the index of a key.
+        scale, is_causal, window: as of :func:`attnx.softmax_attention`.
+        sink: as of :func:`attnx.softmax_attention`: one more key that a query may point to, so that the probabilities
+            of the others sum to less than 1.
+
+    Returns:
+        (batch, heads, length_q), float32 (float64 for float64 inputs), differentiable with respect to query, key and
+        sink; -inf, with gradient 0, where the target is hidden.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names it, what was expected and what came. On the GPU,
+            where it would wait for the device, and under torch.compile nothing checks the range of targets here.
+
+    Source: Vinyals et al., "Pointer Networks", arXiv 1506.03134, with the dot product as the score.
+    """
+    _arguments.tensors(query=query, key=key, target=target)
+    if target.dtype not in (torch.int32, torch.int64) or target.shape != query.shape[:3]:
+        raise RuntimeError(
+            f"target: expected int64 or int32 of shape {tuple(query.shape[:3])}, got {target.dtype} of shape "
+            f"{tuple(target.shape)}"
+        )
+    if target.device != query.device:
+        raise RuntimeError(f"target: expected a tensor on {query.device} like query, got one on {target.device}")
+    length_q, length_k = query.shape[2], key.shape[2]
+    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+        low, high = int(target.min()), int(target.max())
+        if not 0 <= low <= high < length_k:
+            raise RuntimeError(f"target: expected keys from 0 to {length_k - 1}, got some from {low} to {high}")
+    values = key.new_zeros(1, 1, 1, 1).expand(*key.shape[:3], 1)
+    _, logsumexp = softmax_attention(
+        query, key, values, scale=scale, is_causal=is_causal, window=window, sink=sink, return_logsumexp=True
+    )
+    group = query.shape[1] // key.shape[1]
+    index = target.long().unflatten(1, (-1, group)).flatten(2)[..., None].expand(-1, -1, -1, key.shape[3])
+    pointed = key.gather(2, index).unflatten(2, (group, length_q)).flatten(1, 2)
+    sums = logsumexp.dtype
+    factor = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    logit = (query.to(sums) * pointed.to(sums)).sum(-1) * factor
+    position = torch.arange(length_q, device=query.device) + (length_k - length_q)
+    left, right = window[0], 0 if is_causal else window[1]
+    seen = torch.ones_like(target, dtype=torch.bool)
+    if left >= 0:
+        seen &= target >= position - left
+    if right >= 0:
+        seen &= target <= position + right
+    return (logit - logsumexp.where(seen, 0.0)).where(seen, -torch.inf)
