@@ -48,6 +48,11 @@ def differentiable_calls(dtype: torch.dtype, device: torch.device) -> dict[str, 
         moved, counts = centroids.clone(), torch.ones(4, 3, device=device)
         return move_centroids_in_backward(query, inputs["key"].detach(), moved, counts, decay=0.9, group=None)
 
+    def averaging(x: Tensor) -> Tensor:
+        return torch.ops.attnx.move_average_in_backward(
+            x, torch.zeros(4, device=device), x.detach().mean((0, 2, 3)), 0.9
+        )
+
     return {
         "sigmoid_attention": call("sigmoid_attention", inputs, slopes, bias, is_causal=True),
         "softmax_attention": call("softmax_attention", inputs, slopes, sink, is_causal=True),
@@ -59,6 +64,7 @@ def differentiable_calls(dtype: torch.dtype, device: torch.device) -> dict[str, 
         "sparse_linear_attention_varlen": call("sparse_linear_attention_varlen", packed, **sizes),
         "routing_attention": Call(routed, inputs | random_memory(2, 3, 32, 32, dtype)),
         "move_centroids_in_backward": Call(moving, {"query": inputs["query"]}),
+        "move_average_in_backward": Call(averaging, {"x": inputs["query"]}),
     }
 
 

@@ -68,6 +68,7 @@ def _routing(dtype: torch.dtype) -> None:
     attnx.update_centroids_(centroids.clone(), counts, inputs[0], inputs[1])
     torch.ops.attnx.nearest_centroids(inputs[0], centroids)
     torch.ops.attnx.move_centroids_in_backward(*inputs[:2], centroids, counts, 0.9, "")
+    torch.ops.attnx.move_average_in_backward(inputs[0], torch.zeros(4), torch.rand(4), 0.9)
 
 
 def _staircase(dtype: torch.dtype) -> None:

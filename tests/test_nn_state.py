@@ -13,7 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from attnx.nn import ProbabilisticAttention, RoutingAttention, SigmoidAttention, SparseLinearAttention
+from attnx.nn import (
+    AffineScaledAttention,
+    ProbabilisticAttention,
+    RoutingAttention,
+    SigmoidAttention,
+    SparseLinearAttention,
+)
 
 pytestmark = pytest.mark.backends("cpu")
 
@@ -23,6 +29,7 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "alibi_trained": lambda **x: SigmoidAttention(24, 4, alibi="trainable", **x),
     "sparse_linear": lambda **x: SparseLinearAttention(24, 4, output_norm=True, **x),
     "sparse_linear_sla2": lambda **x: SparseLinearAttention(24, 4, mix="sla2", linear_bias=True, **x),
+    "affine": lambda **x: AffineScaledAttention(24, 4, is_causal=True, **x),
     "probabilistic": lambda **x: ProbabilisticAttention(24, 4, eval_seed=3, **x),
     "probabilistic_table": lambda **x: ProbabilisticAttention(24, 4, keep=KEEP, eval_seed=3, **x),
     "routing": lambda **x: RoutingAttention(24, 4, 3, num_memory=2, cluster_size=5, **x),
@@ -110,6 +117,7 @@ def test_heads_are_counted_by_the_projections(name: str, backend: object) -> Non
     made: dict[str, Callable[[], nn.Module]] = {
         "plain": lambda: SigmoidAttention(24, 4, qk_norm=True, output_norm=True),
         "grouped": lambda: SigmoidAttention(24, 4, num_kv_heads=2),
+        "affine": lambda **x: AffineScaledAttention(24, 4, is_causal=True, **x),
         "probabilistic": lambda: ProbabilisticAttention(24, 4),
         "sparse_linear": lambda: SparseLinearAttention(24, 4),
     }

@@ -72,6 +72,7 @@ SCHEMAS = [
     f"bool shared_qk) -> ({ROUTES})",
     "move_centroids_in_backward(Tensor query, Tensor key, Tensor centroids, Tensor counts, float decay, str group) -> "
     "Tensor",
+    "move_average_in_backward(Tensor x, Tensor average, Tensor target, float decay) -> Tensor",
     "nearest_centroids(Tensor rows, Tensor centroids) -> Tensor",
     "centroid_sums(Tensor query, Tensor key, Tensor centroids) -> (Tensor sums, Tensor members)",
     "update_centroids_(Tensor(a!) centroids, Tensor(b!) counts, Tensor sums, Tensor members, float decay) -> ()",

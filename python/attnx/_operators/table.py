@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnx._operators import block_sparse, flops, probabilistic, routing, sparse_linear, staircase
+from attnx._operators import averages, block_sparse, flops, probabilistic, routing, sparse_linear, staircase
 from attnx._operators.description import BackwardOperator, Formula, NoDerivative, Operator
 
 _QKV = ("query", "key", "value")
@@ -60,6 +60,13 @@ OPERATORS = (
         fake=routing.same_query,
         implementation=routing.copy_query,
         schema="(Tensor query, Tensor key, Tensor centroids, Tensor counts, float decay, str group) -> Tensor",
+    ),
+    Operator(
+        "move_average_in_backward",
+        Formula(averages.save, averages.move),
+        fake=averages.same,
+        implementation=averages.copy,
+        schema="(Tensor x, Tensor average, Tensor target, float decay) -> Tensor",
     ),
     Operator(
         "staircase_attention",

@@ -1,8 +1,15 @@
 """The attention operators as modules."""
 
+from attnx.nn.affine import AffineScaledAttention
 from attnx.nn.probabilistic import ProbabilisticAttention
 from attnx.nn.routing import RoutingAttention
 from attnx.nn.sigmoid import SigmoidAttention
 from attnx.nn.sparse_linear import SparseLinearAttention
 
-__all__ = ["ProbabilisticAttention", "RoutingAttention", "SigmoidAttention", "SparseLinearAttention"]
+__all__ = [
+    "AffineScaledAttention",
+    "ProbabilisticAttention",
+    "RoutingAttention",
+    "SigmoidAttention",
+    "SparseLinearAttention",
+]

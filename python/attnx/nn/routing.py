@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["RoutingAttention"]
-
-_STATE = ("centroids", "counts")
 
 
 @shows_projection_arguments
@@ -61,6 +58,8 @@ class RoutingAttention(ProjectedAttention):
 
     Source: Roy et al., arXiv 2003.05997.
     """
+
+    keeps_dtype = ("centroids", "counts")
 
     centroids: Tensor
     counts: Tensor
@@ -143,15 +142,6 @@ class RoutingAttention(ProjectedAttention):
         """Copies and pickles hold the name of a process group, by which calls look the group up."""
         group = self.process_group
         return self.__dict__ | {"process_group": group if group is None or isinstance(group, str) else group.group_name}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutingAttention:
-        before = {name: getattr(self, name) for name in _STATE}
-        super()._apply(fn, recurse)
-        for name, x in before.items():
-            moved = getattr(self, name)
-            if moved.dtype != x.dtype:
-                setattr(self, name, x.to(moved.device))
-        return self
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, return_loss: bool) -> tuple[Tensor, Tensor | None]:
         if query.shape[1] != self.num_heads:
