@@ -11,7 +11,7 @@ cuda::KernelDescription describe_cuda_kernel(const BackwardParams& params) { ret
 
 std::string cuda_mainloop() { return cuda::asked_mainloop_name(); }
 
-void set_cuda_mainloop(const std::string& name) { cuda::use_mainloop(name); }
+void set_cuda_mainloop(const std::string& name) { cuda::use_mainloop(name.c_str()); }
 
 void cuda_sigmoid_weights(const float* logits, float* weights, std::int64_t n, DType dtype, bool exact) {
   cuda::sigmoid_weights(logits, weights, n, dtype, exact, {});

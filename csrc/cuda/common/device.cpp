@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 
 #include "cuda/common/launch.h"
 namespace attnx::cuda {

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
+#include <string>
 
 namespace attnx::cuda {
 
@@ -28,15 +29,15 @@ std::atomic<Asked>& asked() {
 
 }  // namespace
 
-std::string name_of(Mainloop mainloop) { return mainloop == Mainloop::kSm80 ? "sm80" : "sm90"; }
+const char* name_of(Mainloop mainloop) { return mainloop == Mainloop::kSm80 ? "sm80" : "sm90"; }
 
 std::optional<Mainloop> asked_mainloop() { return asked(); }
 
-std::string asked_mainloop_name() {
+const char* asked_mainloop_name() {
   const Asked value = asked();
   return value ? name_of(*value) : "auto";
 }
 
-void use_mainloop(const std::string& name) { asked() = parse("cuda_mainloop", name); }
+void use_mainloop(const char* name) { asked() = parse("cuda_mainloop", name); }
 
 }  // namespace attnx::cuda

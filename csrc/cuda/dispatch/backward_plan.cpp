@@ -3,6 +3,7 @@
 
 #include "cuda/dispatch/plan.h"
 #include "cuda/dispatch/tiling.h"
+#include "cuda/dispatch/why_not_tma.h"
 #include "cuda/dispatch/workspace.h"
 #include "cuda/head_dims.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"

@@ -58,12 +58,6 @@ bool fits_tma(const TmaTensor& x) {
          std::all_of(std::begin(d.strides), std::end(d.strides), is_whole);
 }
 
-std::string why_not_tma(const std::vector<std::pair<std::string, TmaTensor>>& tensors) {
-  for (const auto& [name, x] : tensors)
-    if (!fits_tma(x)) return name + " does not start, or has strides that are not positive, on multiples of 16 bytes";
-  return {};
-}
-
 CUtensorMap make_tensor_map(const TmaTensor& x, int box_rows) {
   const Dimensions d = dimensions(x);
   cuuint64_t strides[4];

@@ -3,10 +3,6 @@
 
 #include <cuda.h>
 
-#include <string>
-#include <utility>
-#include <vector>
-
 #include "attnx/params.h"
 
 namespace attnx::cuda {
@@ -21,8 +17,6 @@ struct TmaTensor {
 // This tells whether TMA can read or write the tensor: it starts on 16 bytes, its strides are positive multiples of 16
 // bytes below 2^40 wherever there is more than one element, and there is an element.
 bool fits_tma(const TmaTensor& x);
-// This returns what speaks against TMA in the first of these tensors that it cannot read, or nothing.
-std::string why_not_tma(const std::vector<std::pair<std::string, TmaTensor>>& tensors);
 
 // The map's boxes hold 64 features of all heads of a group, and as many rows as make box_rows with the heads, with
 // 128-byte swizzle.
