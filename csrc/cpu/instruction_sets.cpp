@@ -28,7 +28,13 @@ namespace attnx::cpu {
   ATTNX_DECLARE_DTYPE(float16)               \
   ATTNX_DECLARE_DTYPE(float64)               \
   }
-ATTNX_FOR_EACH_ISA(ATTNX_DECLARE_ISA)
+#define ATTNX_DECLARE_BFLOAT16(isa, plain) \
+  namespace isa {                          \
+  using namespace plain;                   \
+  ATTNX_DECLARE_DTYPE(bfloat16)            \
+  }
+ATTNX_FOR_EACH_ISA(ATTNX_DECLARE_ISA, ATTNX_DECLARE_BFLOAT16)
+#undef ATTNX_DECLARE_BFLOAT16
 #undef ATTNX_DECLARE_ISA
 #undef ATTNX_DECLARE_DTYPE
 #undef ATTNX_POINT_TO_KERNEL
@@ -65,14 +71,14 @@ bool supports(std::string_view isa) {
 }
 
 const std::vector<InstructionSet>& known() {
-#define ATTNX_ENTRY(isa)    \
-  {#isa,                    \
-   supports(#isa),          \
-   isa::float32::kKernels,  \
-   isa::bfloat16::kKernels, \
-   isa::float16::kKernels,  \
+#define ATTNX_ENTRY(isa, ...) \
+  {#isa,                      \
+   supports(#isa),            \
+   isa::float32::kKernels,    \
+   isa::bfloat16::kKernels,   \
+   isa::float16::kKernels,    \
    isa::float64::kKernels},
-  static const std::vector<InstructionSet> sets = {ATTNX_FOR_EACH_ISA(ATTNX_ENTRY)};
+  static const std::vector<InstructionSet> sets = {ATTNX_FOR_EACH_ISA(ATTNX_ENTRY, ATTNX_ENTRY)};
 #undef ATTNX_ENTRY
   return sets;
 }
