@@ -121,8 +121,13 @@ def _gradient_terms(operator: str, inputs: dict[str, Tensor], grad_output: Tenso
         attention = each_sequence(attention) if operator.endswith("varlen") else attention
     terms = forward_backward(attention, inputs | by_row, grad_output, **options)
     for name, x in parameters.items():
-        terms[f"grad_{name}"] = terms[f"grad_{name}"].square().sum(-1 if x.dim() else None).sqrt() * 2
+        terms[f"grad_{name}"] = spread_of_sum(terms[f"grad_{name}"], per_head=x.dim() > 0)
     return terms
+
+
+def spread_of_sum(by_row: Tensor, *, per_head: bool) -> Tensor:
+    """How far a sum over rows strays, of a gradient for each head and row; see :func:`_gradient_terms`."""
+    return by_row.square().sum(-1 if per_head else None).sqrt() * 2
 
 
 def _softmax_with_constant_sums(

@@ -18,7 +18,8 @@ settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # The shapes are small: threads would wait for each other most of the time. Tests of threads take `threads`.
-torch.set_num_threads(1)
+# ThreadSanitizer wants several for all (.ci/run threads).
+torch.set_num_threads(int(os.environ.get("ATTNX_TEST_THREADS", "1")))
 
 # Asked for by a test, these run it several times on the CPU's kernels, and once on others, which have none of them.
 CPU_CHOICES = {

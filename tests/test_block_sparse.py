@@ -13,7 +13,7 @@ import attnx
 from attnx.block_mask import transpose
 from attnx.testing import assert_close, parameter_at_logits
 from cases import DTYPES, Shape, random_inputs, random_parameter
-from compare import forward_backward
+from compare import forward_backward, spread_of_sum
 
 SCORES = ["sigmoid", "softmax"]
 BLOCK_SIZES = [(64, 64), (128, 128), (128, 64), (64, 128)]
@@ -73,8 +73,13 @@ def check(inputs: dict[str, Tensor], grad_output: Tensor, mask: attnx.BlockMask,
     reference = attnx.reference.block_sparse_attention
     expected = forward_backward(reference, exact, grad_output.double(), block_mask=mask, **options)
     baseline = forward_backward(eager, inputs, grad_output, block_mask=mask, **options)
+    terms = {}
+    if "sink" in inputs:
+        exact["sink"] = exact["sink"][:, None].expand(-1, inputs["query"].shape[2])
+        by_row = forward_backward(eager, exact, grad_output.double(), block_mask=mask, **options)["grad_sink"]
+        terms["grad_sink"] = spread_of_sum(by_row, per_head=True)
     for name, actual in results.items():
-        assert_close(actual, expected[name], baseline[name], name=name, dtype=grad_output.dtype)
+        assert_close(actual, expected[name], baseline[name], name=name, terms=terms.get(name), dtype=grad_output.dtype)
     return results
 
 

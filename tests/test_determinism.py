@@ -57,10 +57,13 @@ def test_number_of_threads_changes_no_output(
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.backends("cpu")
 def test_parts_of_a_long_key_are_merged(operator: str, threads: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Of one head, more parts than some rows see keys in; repeatable at any number of threads."""
+    """Of one head, more parts than some rows see keys in; repeatable at any number of threads.
+
+    The logsumexp of so many keys is near 9 and rounded to 4 units, by which the backward's weights of a row are off.
+    """
     inputs, grad_output = random_inputs(Shape(length_q=3, length_k=5000, heads=2, kv_heads=1), dtype, device)
     for options in ({}, {"is_causal": True, "window": (4000, -1)}, {"window": (70, 0)}):
-        results = check(operator, inputs, grad_output, **options)
+        results = check(operator, inputs, grad_output, gradient_floor=16, **options)
         again = forward_backward(getattr(attnx, operator), inputs, grad_output, **options)
         assert torch.equal(results["output"], again["output"])
 

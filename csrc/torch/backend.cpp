@@ -9,6 +9,7 @@
 #include "attnx/capability.h"
 #include "attnx/environment.h"
 #include "cpu/attention.h"
+#include "cpu/own_threads.h"
 #include "cuda/attention.h"
 
 namespace attnx::cuda {
@@ -29,12 +30,16 @@ namespace {
 constexpr bool kWithCuda = ATTNX_WITH_CUDA;
 
 cpu::Executor executor() {
-  return {int(torch::stable::get_num_threads()),
-          [](const cpu::Executor& self, void (*task)(void*, int), void* context) {
+  const int threads = int(torch::stable::get_num_threads());
+#if defined(__SANITIZE_THREAD__)
+  return cpu::on_own_threads(threads);
+#else
+  return {threads, [](const cpu::Executor& self, void (*task)(void*, int), void* context) {
             torch::stable::parallel_for(0, self.threads, 1, [&](std::int64_t begin, std::int64_t end) {
               for (std::int64_t worker = begin; worker < end; ++worker) task(context, int(worker));
             });
           }};
+#endif
 }
 
 // The function is in libtorch_cuda, which only CUDA builds of torch have, so libattnx cannot link it and looks it up

@@ -3,7 +3,8 @@
 //     S = Q K^T      weights = Score(S)      O += weights V
 //
 // laid out as Lanes says. Keys and values are loaded once for all panels of the tile. Where there are too few tiles of
-// rows for the threads, the keys are cut into parts, whose outputs are merged in the end.
+// rows for the threads, the keys are cut into parts, whose outputs are merged in the end; and where one tile of rows
+// sees very many keys, so that each sum is one of shorter ones.
 #pragma once
 
 #include "../executor.h"
@@ -22,6 +23,9 @@ class Forward {
   using Result = typename Source::Result;
   using Work = Lanes<A, Score>;
   static constexpr std::int64_t kPartKeys = 1024;  // the least of a part
+  // The most of a part, of one tile of rows. Every addition to a sum of n equal terms is rounded in the same direction
+  // for a while, by up to n / 2 units of a term's last place.
+  static constexpr std::int64_t kMostPartKeys = 65536;
 
  public:
   Forward(const ForwardParams& p, const Executor& executor)
@@ -29,8 +33,10 @@ class Forward {
     // Few rows: smaller tiles, so that every thread gets some.
     const std::int64_t wanted = 4 * executor.threads;
     while (rows_.panels > 1 && units() < wanted) rows_ = tiling(rows_.panels / 2);
-    if (Tiles::kListed || Source::kGathered || rows_.panels > 1 || units() == 0 || executor.threads == 1) return;
-    parts_ = smaller((wanted + units() - 1) / units(), larger<std::int64_t>(p.length_k / kPartKeys, 1));
+    if (Tiles::kListed || Source::kGathered || units() == 0) return;
+    if (rows_.panels == 1 && executor.threads > 1)
+      parts_ = smaller((wanted + units() - 1) / units(), larger<std::int64_t>(p.length_k / kPartKeys, 1));
+    if (tiles() == 1) parts_ = larger(parts_, (p.length_k + kMostPartKeys - 1) / kMostPartKeys);
     part_keys_ = round_up((p.length_k + parts_ - 1) / parts_, Work::kKeys);
   }
 
@@ -69,7 +75,8 @@ class Forward {
   RowTiling<Sum> tiling(std::int64_t panels) const { return {p_, Tiles::kListed, Source::kGathered, panels}; }
   std::int64_t worker_bytes() const { return Buffers(*this, nullptr).arena.used(); }
   // The outputs of the rows of a unit over one part of the keys, and their logsumexps.
-  std::int64_t partial_size() const { return rows_.tile_rows * (p_.value_dim + 1); }
+  std::int64_t partial_rows() const { return smaller(rows_.tile_rows, p_.length_q * rows_.group); }
+  std::int64_t partial_size() const { return partial_rows() * (p_.value_dim + 1); }
   std::int64_t partial_bytes() const {
     return parts_ > 1 ? units() * parts_ * partial_size() * std::int64_t(sizeof(Sum)) : 0;
   }
@@ -120,7 +127,7 @@ class Forward {
       const Panel<Sum>& panel = b.panels[i];
       for (int lane = 0; lane < panel.rows; ++lane) {
         if (parts_ > 1) {
-          b.work.finish(i, panel, lane, partial + lane * p_.value_dim, partial + rows_.tile_rows * p_.value_dim + lane);
+          b.work.finish(i, panel, lane, partial + lane * p_.value_dim, partial + partial_rows() * p_.value_dim + lane);
         } else {
           const std::int64_t head = panel.head[lane], row = sequence.result_row(panel.query[lane]);
           b.work.finish(i, panel, lane, row_of<Result>(p_.output, sequence.batch, head, row),
@@ -142,7 +149,7 @@ class Forward {
       const std::int64_t head = sequence.first_head + u.head + (u.row0 + lane) % rows_.group,
                          row = sequence.result_row((u.row0 + lane) / rows_.group);
       const auto logsumexp = [&](std::int64_t part) {
-        return partial[part * partial_size() + rows_.tile_rows * p_.value_dim + lane];
+        return partial[part * partial_size() + partial_rows() * p_.value_dim + lane];
       };
       Sum highest = -__builtin_huge_valf(), total = 0;
       if constexpr (Score::kNormalised) {
