@@ -29,6 +29,11 @@ struct QueryLists {
   ATTNX_FIELDS(q_num_blocks, q_indices, q_block_bias)
 };
 
+struct Wanted {
+  bool block_bias_gradient;
+  ATTNX_FIELDS(block_bias_gradient)
+};
+
 struct Lists {
   const char *counts_name, *indices_name, *bias_name;
   const StableTensor &counts, &indices;
@@ -106,10 +111,9 @@ struct BlockBiasGradient {
 using AllGradients = std::tuple<InputGradients, HeadGradients<Additions>, BlockBiasGradient>;
 
 // The gradient of block_bias is (batch, heads, rows, width) in float64, whatever of it one bias serves. It is empty
-// where there is none: without block_bias, and on CUDA.
-BlockBiasGradient empty_block_bias(const Target& target, const KeyLists& lists, BackwardParams& p) {
+// where it is not wanted.
+BlockBiasGradient empty_block_bias(const Target& target, bool wanted, BackwardParams& p) {
   std::vector<std::int64_t> shape{0};
-  const bool wanted = lists.block_bias && !target.on_cuda();
   if (wanted) shape = {p.batch, p.heads_q, blocks_of(p.length_q, p.block_q), p.key_blocks.width};
   BlockBiasGradient gradient{make_zeros(target.tensor, shape, ScalarType::Double)};
   if (wanted) p.grad_block_bias = data<double>(gradient.grad_block_bias);
@@ -118,8 +122,10 @@ BlockBiasGradient empty_block_bias(const Target& target, const KeyLists& lists, 
 
 AllGradients backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y, const KeyLists& lists,
                       const Additions& additions, const QueryLists& transposed, const BlockSize& size,
-                      const ScoreOptions& options, const Causal& causal, const Deterministic& option) {
+                      const ScoreOptions& options, const Causal& causal, const Deterministic& option,
+                      const Wanted& wanted) {
   const Target target{kSystem, x.query, option.deterministic};
+  check(!wanted.block_bias_gradient || lists.block_bias, "block_bias_gradient: expected False without block_bias");
   BackwardParams p;
   read(target, x, lists, additions, size, options, causal, p);
   if (target.on_cuda()) {
@@ -135,7 +141,7 @@ AllGradients backward(const OutputGradients& gradients, const Inputs& x, const O
           shape_of(*indices), " beside ", shape_of(*counts), ", or expanded ones");
   }
   read_outputs(gradients, y, x, p);
-  const BlockBiasGradient of_blocks = empty_block_bias(target, lists, p);
+  const BlockBiasGradient of_blocks = empty_block_bias(target, wanted.block_bias_gradient, p);
   return std::tuple_cat(run_backward(target, x, additions, p), std::tuple(of_blocks));
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
-from attnx import _arguments, _capability, _nested
+from attnx import _arguments, _nested
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx._structures import check_lengths
 from attnx.block_mask import BlockMask
@@ -335,7 +335,7 @@ def block_sparse_attention(
             they are undefined there, as looking would wait for the device.
         score: "softmax", or "sigmoid" with ``bias`` as in :func:`attnx.sigmoid_attention`, but not a tensor.
         block_bias: float32 like ``block_mask.kv_indices``, or 1 in the place of batch or heads, added to every logit of
-            the block. It may require a gradient on the CPU.
+            the block. It may require a gradient.
         sink: with the softmax score, as in :func:`attnx.softmax_attention`.
         scale: of the logits; 1/sqrt(head_dim) by default; or a tensor as in :func:`attnx.sigmoid_attention`.
         is_causal: also hide later keys, aligned bottom-right.
@@ -361,8 +361,6 @@ def block_sparse_attention(
             )
         block_mask, causal = BlockMask.from_flex(block_mask)
         is_causal = is_causal or causal
-    if block_bias is not None and block_bias.requires_grad:
-        _refuse_where_bias_has_no_gradient(query, key, value, block_bias)
     check_lengths("block_mask", block_mask.lengths, query, key)
     query, scale = _arguments.with_scale(query, scale)
     s = resolve_score(score, bias, sink=sink, return_logsumexp=return_logsumexp)
@@ -382,12 +380,3 @@ def block_sparse_attention(
         is_causal,
     )
     return (output, logsumexp) if return_logsumexp else output
-
-
-def _refuse_where_bias_has_no_gradient(query: Tensor, key: Tensor, value: Tensor, block_bias: Tensor) -> None:
-    """Ahead of the forward, as the backward would be late."""
-    arguments = {"query": query, "key": key, "value": value, "block_bias": block_bias}
-    required = _capability.Requirement.of("block_sparse_attention", arguments)
-    rows = [row for row in _capability.table() if (row.operator, row.backend) == (required.operator, required.backend)]
-    if any("block_bias_gradient" not in row.features for row in rows):
-        raise NotImplementedError(_capability.refusal(required.operator, arguments))
