@@ -228,6 +228,7 @@ def _block_sparse(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     visited = torch.tensor([[[1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 1]], [[0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]])
     mask = attnx.BlockMask.from_dense(visited[None].bool(), (64, 64))
     inputs, grad_output = random_inputs(shape, dtype, CPU)
+    inputs["block_bias"] = torch.linspace(-1, 1, 24).view(mask.kv_indices.shape)
     return _run("block_sparse_attention", inputs, grad_output, block_mask=mask, score=score)
 
 

@@ -38,7 +38,7 @@ def eager(
     value: Tensor,
     block_mask: attnx.BlockMask,
     *,
-    score: str,
+    score: str = "softmax",
     is_causal: bool = False,
     block_bias: Tensor | None = None,
     sink: Tensor | None = None,
@@ -57,8 +57,9 @@ def eager(
         visible = visible & torch.ones_like(visible).tril(length_k - length_q)
     logits = query @ (key / math.sqrt(query.shape[3])).mT
     if block_bias is not None:
-        every = torch.zeros_like(block_mask.to_dense(key_blocks), dtype=torch.float32)
-        logits = logits + elements(every.scatter(-1, block_mask.kv_indices.long(), block_bias)).to(logits.dtype)
+        indices, block_bias = torch.broadcast_tensors(block_mask.kv_indices.long(), block_bias)
+        every = torch.zeros(*indices.shape[:3], key_blocks, device=indices.device)
+        logits = logits + elements(every.scatter(-1, indices, block_bias)).to(logits.dtype)
     if score == "sigmoid":
         return (logits - math.log(length_k)).sigmoid().masked_fill(~visible, 0.0) @ value
     logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)

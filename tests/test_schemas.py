@@ -51,7 +51,7 @@ SCHEMAS = [
     f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PACKING}, {SINKS}, {BACKWARD}) -> {SOFTMAX}",
     f"block_sparse_attention({QKV}, {LISTED}, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",
     f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LISTED}, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
-    f"bool deterministic) -> ({GRADS}, Tensor grad_sink, Tensor grad_block_bias)",
+    f"bool deterministic, bool block_bias_gradient) -> ({GRADS}, Tensor grad_sink, Tensor grad_block_bias)",
     f"probabilistic_attention({QKV}, {DRAWN}, {SCORE}) -> ({SOFTMAX_RESULTS})",
     f"probabilistic_attention_backward({SOFTMAX_SAVED}, {DRAWN}, {SCORE}, bool deterministic) -> ({GRADS})",
     "probabilistic_block_lists(Tensor keep, Tensor seed, Tensor offset, SymInt batch, SymInt heads, SymInt length_q, "

@@ -30,6 +30,11 @@ struct QueryLists {
   ATTNX_FIELDS(q_num_blocks, q_indices, q_block_bias)
 };
 
+struct Wanted {
+  bool block_bias_gradient;
+  ATTNX_FIELDS(block_bias_gradient)
+};
+
 struct Lists {
   const char *counts_name, *indices_name, *bias_name;
   const StableTensor &counts, &indices;
@@ -111,10 +116,9 @@ using AllGradients =
     std::tuple<InputGradients, HeadGradients<Additions>, PairTermGradients, TermGradients, BlockBiasGradient>;
 
 // The gradient of block_bias is (batch, heads, rows, width) in float64, whatever of it one bias serves. It is empty
-// where there is none: without block_bias, and on CUDA.
-BlockBiasGradient empty_block_bias(const Target& target, const KeyLists& lists, BackwardParams& p) {
+// where it is not wanted.
+BlockBiasGradient empty_block_bias(const Target& target, bool wanted, BackwardParams& p) {
   std::vector<std::int64_t> shape{0};
-  const bool wanted = lists.block_bias && !target.on_cuda();
   if (wanted) shape = {p.batch, p.heads_q, blocks_of(p.length_q, p.block_q), p.key_blocks.width};
   BlockBiasGradient gradient{make_zeros(target.tensor, shape, ScalarType::Double)};
   if (wanted) p.grad_block_bias = data<double>(gradient.grad_block_bias);
@@ -124,9 +128,10 @@ BlockBiasGradient empty_block_bias(const Target& target, const KeyLists& lists, 
 AllGradients backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y, const KeyLists& lists,
                       const Additions& additions, const PairTerms& pairs, const Terms& terms,
                       const QueryLists& transposed, const BlockSize& size, const ScoreOptions& options,
-                      const Causal& causal, const WantedPairTerms& wanted_pairs, const WantedTerms& wanted,
-                      const Deterministic& option) {
+                      const Causal& causal, const WantedPairTerms& wanted_pairs, const WantedTerms& wanted_terms,
+                      const Wanted& wanted, const Deterministic& option) {
   const Target target{kSystem, x.query, option.deterministic};
+  check(!wanted.block_bias_gradient || lists.block_bias, "block_bias_gradient: expected False without block_bias");
   BackwardParams p;
   read(target, x, lists, additions, pairs, terms, size, options, causal, p);
   if (target.on_cuda()) {
@@ -143,7 +148,8 @@ AllGradients backward(const OutputGradients& gradients, const Inputs& x, const O
   }
   read_outputs(gradients, y, x, p);
   const auto others = std::tuple(empty_gradients(target, wanted_pairs, pairs, p),
-                                 empty_gradients(target, wanted, terms, p), empty_block_bias(target, lists, p));
+                                 empty_gradients(target, wanted_terms, terms, p),
+                                 empty_block_bias(target, wanted.block_bias_gradient, p));
   return std::tuple_cat(run_backward(target, x, additions, p), others);
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from attnx import _arguments, _capability, _nested
+from attnx import _arguments, _nested
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx._structures import check_lengths
 from attnx._terms import TermOptions, resolve_terms
@@ -464,7 +464,7 @@ def block_sparse_attention(
             they are undefined there, as looking would wait for the device.
         score: "softmax", or "sigmoid" with ``bias`` as in :func:`attnx.sigmoid_attention`, but not a tensor.
         block_bias: float32 like ``block_mask.kv_indices``, or 1 in the place of batch or heads, added to every logit of
-            the block. It may require a gradient on the CPU.
+            the block. It may require a gradient.
         sink: with the softmax score, as in :func:`attnx.softmax_attention`.
         softcap, attn_mask, key_bias, key_mask, dropout_p, generator, seed, offset: as in
             :func:`attnx.sigmoid_attention`.
@@ -492,9 +492,6 @@ def block_sparse_attention(
             )
         block_mask, causal = BlockMask.from_flex(block_mask)
         is_causal = is_causal or causal
-    if block_bias is not None and block_bias.requires_grad:
-        arguments = {"query": query, "key": key, "value": value, "block_bias": block_bias}
-        _capability.require("block_sparse_attention", arguments)
     check_lengths("block_mask", block_mask.lengths, query, key)
     query, scale = _arguments.with_scale(query, scale)
     s = resolve_score(score, bias, sink=sink, return_logsumexp=return_logsumexp)

@@ -1,7 +1,7 @@
-#include "attnx/policies.h"
 #include "cuda/attention.h"
 #include "cuda/dispatch/plan.h"
 #include "cuda/dispatch/range.h"
+#include "cuda/dispatch/sums.h"
 #include "cuda/dispatch/tiling.h"
 #include "cuda/head_dims.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
@@ -14,12 +14,6 @@
 namespace attnx::cuda {
 
 namespace {
-
-// This calls action.template operator()<Score>() for the score whose backward kernels serve the call's.
-template <class Action>
-void with_backward_score(Score score, const Action& action) {
-  with_score(score, [&]<Score kScore>() { action.template operator()<backward_score(kScore)>(); });
-}
 
 // One list may serve all heads, or all sequences; then its order is counted once.
 void order_lists(const BackwardParams& p, int* order, cudaStream_t stream) {
@@ -76,6 +70,7 @@ void backward(const BackwardParams& p, const Launch& where) {
   with_backward_score(p.score, [&]<Score kScore>() { launch_row_terms<kScore>(row_terms); });
   if (plan.list_order) order_lists(p, plan.list_order, stream);
   launch(plan, call);
+  launch_grad_sums(p, plan, stream);
   launch_parameter_sums({plan.geometry, plan.scratch.bias_sum, plan.scratch.slope_sum, plan.tile.rows,
                          plan.tile.score_warps, p.grad_bias, p.grad_alibi_slopes},
                         stream);

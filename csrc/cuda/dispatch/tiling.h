@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "attnx/params.h"
+#include "attnx/policies.h"
 #include "cuda/common/geometry.h"
 
 namespace attnx::cuda {
@@ -50,6 +51,12 @@ template <class Action>
 void with_dtype(DType dtype, const Action& action) {
   if (dtype == DType::kBFloat16) return action.template operator()<DType::kBFloat16>();
   return action.template operator()<DType::kFloat16>();
+}
+
+// This calls action.template operator()<Score>() for the score whose backward kernels serve the call's.
+template <class Action>
+void with_backward_score(Score score, const Action& action) {
+  with_score(score, [&]<Score kScore>() { action.template operator()<backward_score(kScore)>(); });
 }
 
 }  // namespace attnx::cuda

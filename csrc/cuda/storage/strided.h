@@ -119,6 +119,10 @@ struct Strided {
   struct BackwardTensors {
     Tensor query, key, value, grad_output, grad_key, grad_value;
   };
+  // The last two are null where no gradient is asked for.
+  struct SumsTensors {
+    Tensor query, key, grad_output, value;
+  };
   static ForwardTensors tensors(const ForwardParams& p) { return {p.query, p.key, p.value, p.output}; }
   static BackwardTensors tensors(const BackwardParams& p) {
     return {p.query, p.key, p.value, p.grad_output, p.grad_key, p.grad_value};

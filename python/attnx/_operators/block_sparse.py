@@ -17,14 +17,12 @@ def transposed_lists(arguments: Arguments) -> Arguments:
     names = ("q_num_blocks", "q_indices", "q_block_bias")
     if _capability.backend_of(key.device) != "cuda":
         return dict.fromkeys(names)
-    if bias is not None and bias.requires_grad:
-        raise NotImplementedError(_capability.refusal("block_sparse_attention", arguments))
     blocks = -(-key.shape[2] // arguments["block_k"])
     return dict(zip(names, transpose(counts, indices, bias, blocks), strict=True))
 
 
 def grad_block_bias(arguments: Arguments) -> Tensor:
-    """Each listed block of each head has one, also where one bias serves several; without a bias it is empty."""
+    """Each listed block of each head has one, also where one bias serves several; it is empty where none is wanted."""
     query, indices = arguments["query"], arguments["kv_indices"]
-    wanted = arguments["block_bias"] is not None and _capability.backend_of(query.device) != "cuda"
-    return query.new_empty((*query.shape[:2], *indices.shape[2:]) if wanted else 0, dtype=torch.float64)
+    shape = (*query.shape[:2], *indices.shape[2:]) if arguments["block_bias_gradient"] else 0
+    return query.new_empty(shape, dtype=torch.float64)

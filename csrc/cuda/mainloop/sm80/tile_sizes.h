@@ -113,4 +113,31 @@ struct BackwardTiles<256> {
   using WideListed = Narrow;
 };
 
+// Sums over scores have no product behind S and dP, so that warps stand along its rows and keys. kSides counts the
+// tiles of rows, and of keys, in shared memory: Q alone, or dO as well.
+template <int kHeadDim_, int kM_, int kN_, int kRowWarps_, int kKeyWarps_, int kSides_, int kBlocksPerSm_>
+struct SumsTile {
+  static constexpr int kHeadDim = kHeadDim_, kM = kM_, kN = kN_;
+  static constexpr int kRowWarps = kRowWarps_, kThreads = kRowWarps_ * kKeyWarps_ * 32;
+  static constexpr int kWarpRows = kM / kRowWarps_, kWarpKeys = kN / kKeyWarps_;
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;
+  static constexpr int kSharedBytes = kSides_ * (kM + kN) * kHeadDim * 2;
+  static_assert(kWarpRows % 16 == 0 && kWarpKeys % 16 == 0 && kSharedBytes <= kLeastSharedBytes);
+};
+
+template <int kHeadDim>
+struct SumsTiles;
+template <>
+struct SumsTiles<64> {
+  using GradBlocks = SumsTile<64, 64, 64, 2, 2, 2, 4>;
+};
+template <>
+struct SumsTiles<128> {
+  using GradBlocks = SumsTile<128, 64, 64, 2, 2, 2, 2>;
+};
+template <>
+struct SumsTiles<256> {
+  using GradBlocks = SumsTile<256, 32, 64, 2, 2, 2, 1>;
+};
+
 }  // namespace attnx::cuda
