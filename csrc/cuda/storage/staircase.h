@@ -26,16 +26,19 @@ __device__ __forceinline__ void unpack_tile(std::uint32_t tile, const StaircaseR
   constexpr int kSide = kCodeBlock, kAcross = Tile::kFeatures / kSide;
   constexpr int kBlocks = Tile::kRows / kSide * kAcross * 32 / kThreads;  // of a warp
   static_assert(kBlocks > 0 && kAcross % kBlocks == 0);                   // they have the same tokens
-  const int first = fresh(threadIdx.x) / 32 * kBlocks, row = first / kAcross * kSide;
-  const StaircaseTokens<kWhich> tokens{rows.from, fresh(rows.batch), fresh(rows.head), key + row};
-  const int windows = tokens.windows(end), tail = windows * int(tokens.layout().window);
+  const int warp = __shfl_sync(~0u, fresh(threadIdx.x) / 32, 0);          // the compiler sees that all lanes agree
+  const int first = warp * kBlocks, row = first / kAcross * kSide;
+  const StaircaseTokens<Tile, Element, kWhich> tokens(rows.from, fresh(rows.batch), fresh(rows.head), key + row, tile,
+                                                      row);
+  const StaircaseLayout& layout = rows.from.cache.layout;
+  const int windows = tokens.windows(end), tail = windows * int(layout.window);
 #pragma unroll 1
   for (int block = 0; block < kBlocks; ++block) {
     const int channel = (first % kAcross + block) * kSide;
-    if (key + row < tail && channel < int(tokens.layout().head_dim)) {
-      tokens.template unpack<Tile, Element>(tile, row, channel, windows);
+    if (key + row < tail && channel < int(layout.head_dim)) {
+      tokens.unpack(channel, windows);
     } else {
-      tokens.template copy_tail<Tile, Element>(tile, row, channel, tail, end);
+      tokens.copy_tail(channel, tail, end);
     }
   }
 }

@@ -11,10 +11,14 @@ namespace attnx::cuda {
 template <StaircaseMatrix kWhich>
 struct StaircaseTensor {
   Staircase cache;
+  std::int64_t matrix_ranges;         // as of the layout, which divides
+  int groups;                         // of channels that share a range
   Divisor window_tiles, group_tiles;  // of 32 tokens or channels
 
   static StaircaseTensor of(const Staircase& cache) {
-    return {cache, Divisor(cache.layout.window / kCodeBlock), Divisor(cache.layout.group / kCodeBlock)};
+    const StaircaseLayout& layout = cache.layout;
+    return {cache, layout.matrix_ranges(), int(layout.head_dim / layout.group), Divisor(layout.window / kCodeBlock),
+            Divisor(layout.group / kCodeBlock)};
   }
 };
 

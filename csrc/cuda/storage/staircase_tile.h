@@ -38,72 +38,105 @@ __device__ __forceinline__ void add_plane(std::uint32_t (&codes)[8], const std::
   }
 }
 
-// These are the tokens of one head from one on that is a multiple of 32. They are all in one window, or behind the
-// last.
-template <StaircaseMatrix kWhich>
-struct StaircaseTokens {
-  const StaircaseTensor<kWhich>& from;
-  int batch, head;
-  int token;  // the first
+// These are 32 tokens of one head, in one window or behind the last one, and some channels of theirs.
+template <class Tile, class Element, StaircaseMatrix kWhich>
+class StaircaseTokens {
+  static constexpr int kSide = kCodeBlock;  // of a block of codes
+  static constexpr bool kKeys = kWhich == kKeyMatrix;
 
-  __device__ __forceinline__ const StaircaseLayout& layout() const { return from.cache.layout; }
-  __device__ __forceinline__ StaircaseState state() const { return from.cache.of(batch); }
+  const StaircaseTensor<kWhich>& from_;
+  const int batch_, head_, token_;  // the first token
+  const std::uint32_t tile_;        // of shared memory
+  const int row_;                   // of the tile, that of the first token
+  const int lane_, g_ = lane_ / 4, t_ = lane_ % 4;
+
+  __device__ __forceinline__ const StaircaseLayout& layout() const { return from_.cache.layout; }
+  __device__ __forceinline__ StaircaseState state() const { return from_.cache.of(batch_); }
+
+  // A lane's ranges lie here, pairs of (minimum, step) of rows 2t and 2t + 1 of a block, and so on by 8.
+  __device__ __forceinline__ const std::uint32_t* ranges(int window, int tile_in_window, int channel) const {
+    const auto* const all = reinterpret_cast<const std::uint32_t*>(from_.cache.ranges) +
+                            from_.cache.matrix(batch_, head_, kWhich) * from_.matrix_ranges + 2 * t_;
+    if (kKeys) return all + from_.group_tiles.divide(token_ / kSide) * layout().head_dim + channel;
+    return all + (window * from_.groups + from_.group_tiles.divide(channel / kSide)) * layout().window +
+           tile_in_window * kSide;
+  }
+
+  // A lane's words of a plane lie here, of a window that has this slot.
+  __device__ __forceinline__ const std::uint32_t* words(int p, int slot, int tile_in_window, int channel) const {
+    const StaircasePlane& plane = layout().plane[p];
+    const int block =
+        (slot * from_.window_tiles.divisor() + tile_in_window) * (int(layout().head_dim) / kSide) + channel / kSide;
+    return from_.cache.codes_of(batch_, head_, kWhich) + plane.offset + std::int64_t(block) * (kSide * plane.bits) +
+           t_ * 8 + g_;
+  }
+
+  // This adds the bits of planes beyond the first that hold a window, `behind` windows being newer. It returns how many
+  // bits are known then.
+  __device__ __forceinline__ int add_planes(std::uint32_t (&codes)[8], int bits, int behind, int tile_in_window,
+                                            int channel) const {
+#pragma unroll 1
+    for (int p = 1; p < layout().planes && behind < int(state().refined(p)); ++p) {
+      int slot = int(state().newest(p)) - behind;
+      if (slot < 0) slot += int(layout().plane[p].slots);
+      const std::uint32_t* const own = words(p, slot, tile_in_window, channel);
+      switch (bits) {
+        case 1: add_plane<1>(codes, own, bits); break;
+        case 2: add_plane<2>(codes, own, bits); break;
+        default: add_plane<4>(codes, own, bits);
+      }
+      bits *= 2;
+    }
+    return bits;
+  }
+
+ public:
+  __device__ __forceinline__ StaircaseTokens(const StaircaseTensor<kWhich>& from, int batch, int head, int token,
+                                             std::uint32_t tile, int row)
+      : from_(from),
+        batch_(batch),
+        head_(head),
+        token_(token),
+        tile_(tile),
+        row_(row),
+        lane_(fresh(threadIdx.x) % 32) {}
+
   __device__ __forceinline__ int windows(int length) const {
-    return from.window_tiles.divide(max(length - int(layout().residual), 0) / int(kCodeBlock));
+    return from_.window_tiles.divide(max(length - int(layout().residual), 0) / kSide);
   }
 
-  // This starts copies of the channels from one on in the tail, and of zeros in place of other tokens and channels.
-  template <class Tile, class Element>
-  __device__ __forceinline__ void copy_tail(std::uint32_t tile, int row, int channel, int first, int length) const {
-    const int lane = fresh(threadIdx.x) % 32, own = lane / 4, at = channel + lane % 4 * 8;
-    const Element* const rows = from.cache.template tail_of<const Element>(batch, head, kWhich, state().tail()) +
-                                std::int64_t(token - first) * layout().head_dim + at;
-    const int count = at < layout().head_dim ? length - token : 0;
+  // This starts copies of 32 channels in the tail, which begins with token `first`, and of zeros in place of other
+  // tokens and channels.
+  __device__ __forceinline__ void copy_tail(int channel, int first, int length) const {
+    const int own = lane_ / 4, at = channel + lane_ % 4 * 8;
+    const Element* const rows = from_.cache.template tail_of<const Element>(batch_, head_, kWhich, state().tail()) +
+                                std::int64_t(token_ - first) * layout().head_dim + at;
+    const int count = at < layout().head_dim ? length - token_ : 0;
 #pragma unroll
-    for (int i = 0; i < kCodeBlock; i += 8)
-      copy_async(tile + Tile::offset(row + own + i, at / 8), rows + (own + i) * layout().head_dim, own + i < count);
+    for (int i = 0; i < kSide; i += 8)
+      copy_async(tile_ + Tile::offset(row_ + own + i, at / 8), rows + (own + i) * layout().head_dim, own + i < count);
   }
 
-  // This unpacks the channels from one on, in one of so many windows.
-  template <class Tile, class Element>
-  __device__ __forceinline__ void unpack(std::uint32_t tile, int row, int channel, int windows) const {
-    const int lane = fresh(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-    int window = token / int(kCodeBlock);
-    const int in_window = from.window_tiles.split(window) * int(kCodeBlock);
-
-    const bool keys = kWhich == kKeyMatrix;
-    const int column = keys ? in_window : channel, row_of_ranges = keys ? channel : in_window;
-    const std::int64_t rows = keys ? layout().head_dim : layout().window;
-    const auto* ranges = reinterpret_cast<const std::uint32_t*>(from.cache.ranges_of(batch, head, kWhich)) +
-                         window * layout().window_ranges() + from.group_tiles.divide(column / int(kCodeBlock)) * rows +
-                         row_of_ranges + 2 * t;
+  // This unpacks 32 channels in one of so many windows.
+  __device__ __forceinline__ void unpack(int channel, int windows) const {
+    int window = token_ / kSide;
+    const int tile_in_window = from_.window_tiles.split(window);
+    const std::uint32_t* const own_ranges = ranges(window, tile_in_window, channel);
     uint2 range[4];  // of rows 8f + 2t and 8f + 2t + 1
 #pragma unroll
-    for (int f = 0; f < 4; ++f) range[f] = __ldg(reinterpret_cast<const uint2*>(ranges + 8 * f));
+    for (int f = 0; f < 4; ++f) range[f] = __ldg(reinterpret_cast<const uint2*>(own_ranges + 8 * f));
 
     std::uint32_t codes[8] = {};
-    int bits = 0;
-#pragma unroll 1
-    for (int p = 0; p < layout().planes; ++p) {
-      const StaircasePlane& plane = layout().plane[p];
-      int slot = window;
-      if (p > 0) {
-        const int behind = windows - 1 - window;  // windows that are newer
-        if (behind >= int(state().refined(p))) break;
-        slot = int(state().newest(p)) - behind;
-        if (slot < 0) slot += int(plane.slots);
-      }
-      const std::uint32_t* const words = from.cache.codes_of(batch, head, kWhich) + plane.offset +
-                                         slot * layout().window_words(p) +
-                                         layout().block_offset(p, in_window, channel) + t * 8 + g;
-      switch (plane.bits) {
-        case 1: add_plane<1>(codes, words, bits); break;
-        case 2: add_plane<2>(codes, words, bits); break;
-        case 4: add_plane<4>(codes, words, bits); break;
-        default: add_plane<8>(codes, words, bits);
-      }
-      bits += plane.bits;
+    const std::uint32_t* const first = words(0, window, tile_in_window, channel);
+    int bits = layout().plane[0].bits;
+    switch (bits) {
+      case 1: add_plane<1>(codes, first, 0); break;
+      case 2: add_plane<2>(codes, first, 0); break;
+      case 4: add_plane<4>(codes, first, 0); break;
+      default: add_plane<8>(codes, first, 0);
     }
+    const int behind = windows - 1 - window;
+    if (behind < int(layout().plane[1].windows)) bits = add_planes(codes, bits, behind, tile_in_window, channel);
     const float middle = float(1 << (8 - bits)) * 0.5f;  // of the lowest cell, in steps
 
 #pragma unroll
@@ -119,8 +152,9 @@ struct StaircaseTokens {
           return fmaf(__uint_as_float(bits_of) - (8388608.0f - middle), step[e], least[e]);
         };
         std::uint32_t pair = pack(number(0), number(1), Element());
-        if (!keys) pair = transpose(pair);
-        store_shared(tile + Tile::offset(row + 8 * (keys ? j : f) + g, channel / 8 + (keys ? f : j)) + t * 4, pair);
+        if (!kKeys) pair = transpose(pair);
+        store_shared(tile_ + Tile::offset(row_ + 8 * (kKeys ? j : f) + g_, channel / 8 + (kKeys ? f : j)) + t_ * 4,
+                     pair);
       }
     }
   }
