@@ -13,6 +13,7 @@ _POLICIES = {
     **dict.fromkeys(("Banded", "Strided", "Tma", "Gathered", "GatheredAsync"), ""),
     "Listed": "listed",
     "Clustered": "clustered",
+    "Unpacked": "staircase",
 }
 # These are the words of false and true where they are a kernel's own arguments, or a policy's.
 _FLAGS = {
@@ -43,6 +44,8 @@ def _words(owner: str, argument: str) -> Iterator[str]:
     if name.endswith(("Arguments", "Place")):  # they follow from the rest, or say where its rows are
         if re.fullmatch("Cluster.*Arguments", name):
             yield _POLICIES["Clustered"]
+        elif re.fullmatch("Staircase.*Arguments", name):
+            yield _POLICIES["Unpacked"]
         return
     if tile := _TILE.search(argument):
         yield from (tile[1], f"{tile[2]}x{tile[3]}")
@@ -57,7 +60,7 @@ def _words(owner: str, argument: str) -> Iterator[str]:
         yield re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()  # a score: SoftmaxSink
 
 
-_LAST = ("listed", "clustered", "unaligned")
+_LAST = ("listed", "clustered", "staircase", "unaligned")
 
 
 def is_ours(demangled: str) -> bool:

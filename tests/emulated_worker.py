@@ -252,7 +252,7 @@ LISTED = (_block_sparse, _tall_blocks, _large_blocks)
 
 
 def staircase(dtype: torch.dtype, head_dim: int, levels: tuple[int, ...]) -> Results:
-    """Appends that fill windows, shares of several blocks, the tail, and a crop that cuts a window open.
+    """Appends that fill windows, shares of several blocks, the tail, a chunk, and a crop that cuts a window open.
 
     With 128 features blocks quantise a group in two turns.
     """
@@ -265,9 +265,14 @@ def staircase(dtype: torch.dtype, head_dim: int, levels: tuple[int, ...]) -> Res
     softmax, logsumexp = cache.attend(query, return_logsumexp=True)
     sigmoid = cache.attend(query, score="sigmoid", query_lengths=torch.tensor([3, 1]))
     assert isinstance(sigmoid, Tensor)
+    chunk = torch.randn(2, 4, 37, head_dim, generator=torch.Generator().manual_seed(2)).to(dtype)
+    chunk_softmax, chunk_logsumexp = cache.attend(chunk, return_logsumexp=True, query_lengths=torch.tensor([37, 20]))
+    chunk_sigmoid = cache.attend(chunk, score="sigmoid")
+    assert isinstance(chunk_sigmoid, Tensor)
+    of_chunk = {"chunk softmax": chunk_softmax, "chunk logsumexp": chunk_logsumexp, "chunk sigmoid": chunk_sigmoid}
     cache.crop(torch.tensor([-9, 100]))
     read = dict(zip(("key", "value"), cache.dequantize(), strict=True))
-    return {"softmax": softmax, "logsumexp": logsumexp, "sigmoid": sigmoid, **read}
+    return {"softmax": softmax, "logsumexp": logsumexp, "sigmoid": sigmoid, **of_chunk, **read}
 
 
 def _run(operator: str, inputs: dict[str, Tensor], grad_output: Tensor, **options: Any) -> Results:

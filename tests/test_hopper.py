@@ -184,7 +184,7 @@ def test_the_mainloop_is_as_before_afterwards() -> None:
         raise ZeroDivisionError
     assert attnx._C.cuda_mainloop() == before
     with (
-        pytest.raises(ValueError, match="cuda_mainloop: expected auto, sm80 or sm90, got sm70"),
+        pytest.raises(ValueError, match="cuda_mainloop: expected auto, sm80, sm90 or decode, got sm70"),
         attnx.cuda_mainloop("sm70"),
     ):  # type: ignore[arg-type]
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,13 @@ pytestmark = [pytest.mark.backends("emulated", "cuda"), pytest.mark.usefixtures(
 
 REFERENCES: dict[str, Any] = {"softmax": reference.softmax_attention, "sigmoid": reference.sigmoid_attention}
 EAGER: dict[str, Any] = {"softmax": eager_softmax_attention, "sigmoid": eager_sigmoid_attention}
+
+
+@pytest.fixture(autouse=True)
+def decoding() -> Iterator[None]:
+    """Decoding serves any number of rows, also those for which the mainloop is chosen."""
+    with attnx.cuda_mainloop("decode"):
+        yield
 
 
 def queries(batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:

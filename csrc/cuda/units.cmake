@@ -18,6 +18,11 @@ list(JOIN head_dims_routed ", " HEAD_DIMS_routed)
 # Sums over scores have these, and one mainloop.
 set(head_dims_sums 64 128 256)
 list(JOIN head_dims_sums ", " HEAD_DIMS_sums)
+# So does the loop over a staircase cache, which has a forward only, on these mainloops.
+set(head_dims_staircase 64 128 256)
+set(scores_staircase sigmoid softmax)
+set(mainloops_staircase sm80)
+list(JOIN head_dims_staircase ", " HEAD_DIMS_staircase)
 configure_file(units/head_dims.h.in ${CMAKE_CURRENT_BINARY_DIR}/include/cuda/head_dims.h @ONLY)
 
 set(enum_bfloat16 kBFloat16)
@@ -27,6 +32,7 @@ set(class_backward Backward)
 set(class_grad_sums GradSums)
 set(class_routed_forward RoutedForward)
 set(class_routed_backward RoutedBackward)
+set(class_staircase_forward StaircaseForward)
 
 # This names the units of a mainloop: there is one for each direction, score and dtype, and head dimension. A score that
 # another one's backward serves has no backward of its own.
@@ -60,6 +66,15 @@ function(attnx_unit_names out mainloop)
       endforeach()
     endforeach()
   endforeach()
+  if(mainloop IN_LIST mainloops_staircase)
+    foreach(score ${scores_staircase})
+      foreach(dtype bfloat16 float16)
+        list(TRANSFORM head_dims_staircase PREPEND staircase_forward_${mainloop}:${score}:${dtype}:
+             OUTPUT_VARIABLE names)
+        list(APPEND units ${names})
+      endforeach()
+    endforeach()
+  endif()
   set(${out} ${units} PARENT_SCOPE)
 endfunction()
 

@@ -237,7 +237,7 @@ PYBIND11_MODULE(_C, m) {
     };
     def_kernel("cuda_forward_kernel", cuda_kernel<false>);
     def_kernel("cuda_backward_kernel", cuda_kernel<true>);
-    m.def("cuda_mainloop", attnx::ops::cuda_mainloop, "Which one is asked for: auto, sm80 or sm90.");
+    m.def("cuda_mainloop", attnx::ops::cuda_mainloop, "Which one is asked for: auto, sm80, sm90 or decode.");
     m.def("set_cuda_mainloop", attnx::ops::set_cuda_mainloop, py::arg("name"),
           "Ask for this one from now on, in all threads.");
     m.def("cuda_sigmoid_weights", cuda_sigmoid_weights, py::arg("logits"), py::arg("weights"), py::arg("n"),

@@ -10,7 +10,7 @@ from attnx import _C
 
 
 @contextmanager
-def cuda_mainloop(name: Literal["auto", "sm80", "sm90"]) -> Iterator[None]:
+def cuda_mainloop(name: Literal["auto", "sm80", "sm90", "decode"]) -> Iterator[None]:
     """Calls inside the block run on this CUDA mainloop, in all threads of the process, backwards included.
 
     The environment variable ``ATTNX_CUDA_MAINLOOP`` asks for one outside such blocks. Forward and backward have a
@@ -18,8 +18,9 @@ def cuda_mainloop(name: Literal["auto", "sm80", "sm90"]) -> Iterator[None]:
 
     Args:
         name: ``"auto"``, the fastest that the device and the call allow (:func:`attnx.explain` names it); ``"sm80"``,
-            the one for every device since compute capability 8.0; ``"sm90"``, the one for 9.0 (Hopper): a call that it
-            does not serve raises ``RuntimeError`` with the reason.
+            the one for every device since compute capability 8.0; ``"sm90"``, the one for 9.0 (Hopper); ``"decode"``,
+            that of few rows over a staircase cache. A call that it does not serve raises ``RuntimeError`` with the
+            reason.
 
     Raises:
         ValueError: the name is none of these.

@@ -7,15 +7,23 @@
 
 namespace attnx::cuda {
 
+const char* name_of(Mainloop mainloop) {
+  switch (mainloop) {
+    case Mainloop::kSm80: return "sm80";
+    case Mainloop::kSm90: return "sm90";
+    default: return "decode";
+  }
+}
+
 namespace {
 
 using Asked = std::optional<Mainloop>;
 
 Asked parse(const std::string& what, const std::string& name) {
   if (name == "auto") return std::nullopt;
-  if (name == "sm80") return Mainloop::kSm80;
-  if (name == "sm90") return Mainloop::kSm90;
-  throw std::invalid_argument(what + ": expected auto, sm80 or sm90, got " + name);
+  for (const Mainloop mainloop : {Mainloop::kSm80, Mainloop::kSm90, Mainloop::kDecode})
+    if (name == name_of(mainloop)) return mainloop;
+  throw std::invalid_argument(what + ": expected auto, sm80, sm90 or decode, got " + name);
 }
 
 // The choice is process-wide because autograd runs backwards in threads of its own.
@@ -28,8 +36,6 @@ std::atomic<Asked>& asked() {
 }
 
 }  // namespace
-
-const char* name_of(Mainloop mainloop) { return mainloop == Mainloop::kSm80 ? "sm80" : "sm90"; }
 
 std::optional<Mainloop> asked_mainloop() { return asked(); }
 

@@ -5,11 +5,12 @@
 
 namespace attnx::cuda {
 
-enum class Mainloop { kSm80, kSm90 };
-const char* name_of(Mainloop mainloop);  // "sm80"
+enum class Mainloop { kSm80, kSm90, kDecode };  // kDecode: of few rows over a staircase cache
+const char* name_of(Mainloop mainloop);         // "sm80"
 
-// This is the mainloop that is asked for, "sm80", "sm90" or "auto", by use_mainloop, else by ATTNX_CUDA_MAINLOOP. There
-// is none where the fastest may run. It throws std::invalid_argument where the variable has another value.
+// This is the mainloop that is asked for, "sm80", "sm90", "decode" or "auto", by use_mainloop, else by
+// ATTNX_CUDA_MAINLOOP. There is none where the fastest may run. It throws std::invalid_argument where the variable has
+// another value.
 std::optional<Mainloop> asked_mainloop();
 const char* asked_mainloop_name();
 

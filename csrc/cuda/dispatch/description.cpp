@@ -1,12 +1,9 @@
-// This describes the kernel of a call, for explain.
-#include "cuda/attention.h"
-#include "cuda/dispatch/plan.h"
+#include "cuda/dispatch/description.h"
+
 #include "cuda/routing/attention.h"
 #include "cuda/staircase/attention.h"
 
 namespace attnx::cuda {
-
-namespace {
 
 KernelDescription describe(const char* direction, const Plan& plan, int splits) {
   const std::string mainloop = name_of(plan.mainloop);
@@ -19,8 +16,6 @@ KernelDescription describe(const char* direction, const Plan& plan, int splits) 
           splits,
           plan.why_not_sm90};
 }
-
-}  // namespace
 
 KernelDescription describe(const ForwardParams& params) {
   if (params.cache) return describe_staircase(params);

@@ -56,7 +56,7 @@ void launch(const ForwardPlan& plan, const ForwardCall& call) {
 }  // namespace
 
 std::size_t forward_workspace(const ForwardParams& params, const Launch& launch) {
-  if (params.cache) return staircase_attention_workspace(params);
+  if (params.cache) return staircase_attention_workspace(params, launch);
   if (params.gather) return routed_forward_workspace(params, launch);
   return make_plan(params, launch.mainloop, nullptr).workspace;
 }
@@ -72,8 +72,8 @@ void forward(const ForwardParams& p, const Launch& where) {
   if (plan.mainloop == Mainloop::kSm90 && call.blocks > 0) schedule_sm90(plan, call);
   launch(plan, call);
   if (splits > 1)
-    launch_combine({plan.geometry, p.output, p.logsumexp, plan.partial,
-                    plan.geometry.query_blocks.divisor() * plan.tile.rows, plan.head_dim},
+    launch_combine(CombineArguments{plan.geometry, p.output, p.logsumexp, plan.partial,
+                                    plan.geometry.query_blocks.divisor() * plan.tile.rows, plan.head_dim},
                    is_normalised(p.score), p.dtype, stream);
 }
 

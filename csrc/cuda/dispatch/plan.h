@@ -54,6 +54,9 @@ BackwardPlan make_plan(const BackwardParams& params, std::optional<Mainloop> ask
 template <class Plan, class PlanSm80, class PlanSm90>
 void plan_mainloop(const char* what, std::optional<Mainloop> asked, Plan& plan, const PlanSm80& plan_sm80,
                    const PlanSm90& plan_sm90) {
+  if (asked == Mainloop::kDecode)
+    throw std::runtime_error(std::string("cuda_mainloop: expected a ") + what +
+                             " that decode serves, got one without a staircase cache");
   const bool has_sm90 = current_device().major == 9;
   if (asked == Mainloop::kSm90 || (has_sm90 && asked != Mainloop::kSm80)) {
     plan.mainloop = Mainloop::kSm90;

@@ -15,8 +15,8 @@ struct ForwardPlace {
   int row_begin, row_end;  // of the tile; of the sequence
 
   // Neighbouring blocks share keys. Where the window ends at the query, the longest rows go first.
-  template <class Tile>
-  static __device__ __forceinline__ ForwardPlace of(const ForwardGeometry& args, int block, Tile) {
+  template <class Args, class Tile>
+  static __device__ __forceinline__ ForwardPlace of(const Args& args, int block, Tile) {
     ForwardPlace place;
     place.split = args.splits.split(block);
     place.query_block = args.query_blocks.split(block);

@@ -11,11 +11,17 @@ namespace {
 
 constexpr int kThreads = 128, kRowsOfBlock = kThreads / 32;
 
+__device__ __forceinline__ Sequence sequence_of(const StaircaseCombineArguments& args, int batch) {
+  Sequence sequence = sequence_of(static_cast<const Geometry&>(args), batch);
+  if (args.query_lengths) sequence.length_q = int(args.query_lengths[batch]);
+  return sequence;
+}
+
 }  // namespace
 
 // A warp makes a row.
-template <class Input, bool kNormalised>
-__global__ void __launch_bounds__(kThreads) attnx_combine(const __grid_constant__ CombineArguments args) {
+template <class Input, bool kNormalised, class Args>
+__global__ void __launch_bounds__(kThreads) attnx_combine(const __grid_constant__ Args args) {
   const int lane = threadIdx.x % 32;
   const std::int64_t warp = (std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   const std::int64_t rows = args.batch * args.heads.divisor() * args.padded_rows;
@@ -67,16 +73,28 @@ __global__ void __launch_bounds__(kThreads) attnx_combine(const __grid_constant_
         total == 0 ? -INFINITY : highest + logf(total);
 }
 
-void launch_combine(const CombineArguments& args, bool normalised, DType dtype, cudaStream_t stream) {
+namespace {
+
+template <class Args>
+void combine(const Args& args, bool normalised, DType dtype, cudaStream_t stream) {
   const std::int64_t rows = args.batch * args.heads.divisor() * args.padded_rows;
   const auto launch = [&](auto* kernel) {
     launch_kernel("attnx_combine", kernel, (rows + kRowsOfBlock - 1) / kRowsOfBlock, kThreads, 0, stream, args);
   };
   if (dtype == DType::kBFloat16) {
-    launch(normalised ? attnx_combine<__nv_bfloat16, true> : attnx_combine<__nv_bfloat16, false>);
+    launch(normalised ? attnx_combine<__nv_bfloat16, true, Args> : attnx_combine<__nv_bfloat16, false, Args>);
   } else {
-    launch(normalised ? attnx_combine<__half, true> : attnx_combine<__half, false>);
+    launch(normalised ? attnx_combine<__half, true, Args> : attnx_combine<__half, false, Args>);
   }
+}
+
+}  // namespace
+
+void launch_combine(const CombineArguments& args, bool normalised, DType dtype, cudaStream_t stream) {
+  combine(args, normalised, dtype, stream);
+}
+void launch_combine(const StaircaseCombineArguments& args, bool normalised, DType dtype, cudaStream_t stream) {
+  combine(args, normalised, dtype, stream);
 }
 
 }  // namespace attnx::cuda

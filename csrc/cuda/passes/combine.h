@@ -12,7 +12,13 @@ struct CombineArguments : ForwardGeometry {
   int features;     // of a partial row
 };
 
+// Over a staircase cache a sequence has queries of its own number.
+struct StaircaseCombineArguments : CombineArguments {
+  const std::int64_t* query_lengths;  // [batch]; null: all of the call
+};
+
 // Partial results of a normalised score are weighted by exp(logsumexp); those of others add up.
 void launch_combine(const CombineArguments& args, bool normalised, DType dtype, cudaStream_t stream);
+void launch_combine(const StaircaseCombineArguments& args, bool normalised, DType dtype, cudaStream_t stream);
 
 }  // namespace attnx::cuda

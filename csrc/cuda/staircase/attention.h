@@ -5,7 +5,7 @@
 
 namespace attnx::cuda {
 
-std::size_t staircase_attention_workspace(const ForwardParams& params);
+std::size_t staircase_attention_workspace(const ForwardParams& params, const Launch& launch);
 void staircase_attention(const ForwardParams& params, const Launch& launch);
 KernelDescription describe_staircase(const ForwardParams& params);
 

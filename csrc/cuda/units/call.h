@@ -28,6 +28,9 @@ struct ForwardCall {
   cudaStream_t stream;
 };
 
+// Over a staircase cache, the variant says whether query and output are aligned.
+using StaircaseForwardCall = ForwardCall;
+
 struct BackwardCall {
   const BackwardParams& params;
   BackwardGeometry geometry;
@@ -44,6 +47,8 @@ template <Score kScore, DType kDType, int kHeadDim>
 void launch_forward_sm80(const ForwardCall& call);
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_forward_sm90(const ForwardCall& call);
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_staircase_forward_sm80(const StaircaseForwardCall& call);
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_backward_sm80(const BackwardCall& call);
 template <Score kScore, DType kDType, int kHeadDim>

@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   const auto key_rows = [&](const auto& x) {
     return fresh(Storage::template key_rows<const Input>(x, batch, key_head_of(args, head), sequence));
   };
-  const auto keys = key_rows(tensors.key), values = key_rows(tensors.value);
+  const auto keys = key_rows(tensors.key);
+  const auto values = key_rows(tensors.value);
 
   // Rows of keys and values lie alike, and what tells where is read before the copies of a tile start.
   typename Storage::template Ahead<KeyTile, kThreads> ahead;
