@@ -62,6 +62,28 @@ struct ForwardTiles<256> {
   using WideListed = Narrow;
 };
 
+// These are the tiles of calls with terms in their logits. Lists have one size alone.
+template <int kHeadDim>
+struct TermsForwardTiles;
+template <>
+struct TermsForwardTiles<64> {
+  using Wide = ForwardTile<64, 128, 64, 4, 2, 2>;
+  using Narrow = ForwardTiles<64>::Narrow;
+  using WideListed = Narrow;
+};
+template <>
+struct TermsForwardTiles<128> {
+  using Wide = ForwardTile<128, 128, 64, 4, 1, 2>;
+  using Narrow = ForwardTiles<128>::Narrow;
+  using WideListed = Narrow;
+};
+template <>
+struct TermsForwardTiles<256> {
+  using Narrow = ForwardTiles<256>::Narrow;
+  using Wide = Narrow;
+  using WideListed = Narrow;
+};
+
 // S and dP are rows x keys, dK and dV are keys x features, and dQ is rows x features; the warps stand along both.
 template <int kHeadDim_, int kM_, int kN_, int kWarps_, int kStages_, int kScoreWarps_, int kKeyWarps_, int kRowWarps_>
 struct BackwardTile {
@@ -110,6 +132,14 @@ template <>
 struct BackwardTiles<256> {
   using Wide = BackwardTile<256, 64, 64, 8, 1, 4, 4, 4>;
   using Narrow = BackwardTile<256, 32, 32, 4, 1, 2, 2, 2>;
+  using WideListed = Narrow;
+};
+
+// Of calls with terms in their logits: what the logits leave to the gradients needs the registers of a narrow tile.
+template <int kHeadDim>
+struct TermsBackwardTiles {
+  using Narrow = typename BackwardTiles<kHeadDim>::Narrow;
+  using Wide = Narrow;
   using WideListed = Narrow;
 };
 
