@@ -74,16 +74,16 @@ struct Gather {
 // added to the logit.
 enum class MaskKind : std::uint8_t { kNone, kBool, kInput, kSum };
 
-// This is a number for each pair of a query and a key, [batch, heads_q, length_q, length_k]. Strides count elements, and
-// are 0 where one number serves all.
+// This is a number for each pair of a query and a key, [batch, heads_q, length_q, length_k]. Strides count elements,
+// and are 0 where one number serves all.
 struct PairMask {
   MaskKind kind = MaskKind::kNone;
   const void* data = nullptr;
   std::int64_t batch_stride = 0, head_stride = 0, row_stride = 0, key_stride = 0;
 };
 
-// This is a number for each key, [batch, heads_q, length_k], whose keys are contiguous, in the accumulator's type. It is
-// null where absent. Strides are 0 where one number serves all.
+// This is a number for each key, [batch, heads_q, length_k], whose keys are contiguous, in the accumulator's type. It
+// is null where absent. Strides are 0 where one number serves all.
 struct PerKey {
   void* data = nullptr;
   std::int64_t batch_stride = 0, head_stride = 0;
@@ -98,7 +98,9 @@ struct LogitTerms {
   PerKey key_bias;
   PerKey key_mask;  // in [0, 1]
   double dropout = 0;
-  std::uint64_t seed = 0, offset = 0;
+  // These are numbers in the memory of the tensors, so that a captured graph draws others when they change. offset is
+  // from 0 to 2^32 - 1.
+  const std::int64_t *seed = nullptr, *offset = nullptr;
 
   bool any() const {
     return softcap != 0 || attn_mask.kind != MaskKind::kNone || key_bias.data || key_mask.data || dropout != 0;
@@ -185,8 +187,9 @@ struct BackwardParams : AttentionParams {
   // This is [batch, heads_q, blocks of queries, key_blocks.width] in double, zeroed: of the bias of each listed block.
   // Only the CPU computes it; it is null where it is not wanted.
   double* grad_block_bias = nullptr;
-  // These are like terms.key_bias and key_mask, and like terms.attn_mask in the accumulator's type, whose batch, head and
-  // row strides are 0 where the mask's are: sums over what shares a number. They are null where they are not wanted.
+  // These are like terms.key_bias and key_mask, and like terms.attn_mask in the accumulator's type, whose batch, head
+  // and row strides are 0 where the mask's are: sums over what shares a number. They are null where they are not
+  // wanted.
   PerKey grad_key_bias, grad_key_mask;
   PairMask grad_attn_mask;
   Tensor grad_memory_key, grad_memory_value;  // like gather.memory_key and memory_value
