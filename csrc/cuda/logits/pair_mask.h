@@ -39,24 +39,37 @@ struct MaskEnds {
 template <class Mask, bool kPairs, int kM, int kN>
 __device__ __forceinline__ void apply_mask(float (&s)[kM][kN][4], const PairMask& mask,
                                            const typename Mask::Number* of_head, int row, int key, MaskEnds ends) {
+  const typename Mask::Number* at[kM * 2];
+  int own = kPairs ? key : min(key, ends.last_key);
 #pragma unroll
-  for (int r = 0; r < kM * 2; ++r) {
-    const auto* of_row = of_head + min(row + row_of(r), ends.last_row) * mask.row_stride;
+  for (int r = 0; r < kM * 2; ++r)
+    at[r] = of_head + min(row + row_of(r), ends.last_row) * mask.row_stride + own * (kPairs ? 1 : mask.key_stride);
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      typename Mask::Number numbers[2];
-      if constexpr (kPairs) {
-        load_pair(numbers, of_row + key + n * 8);
-      } else {
+  for (int n = 0; n < kN; ++n) {
+    typename Mask::Number numbers[kM * 2][2];
+    if constexpr (kPairs) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) numbers[e] = of_row[min(key + n * 8 + e, ends.last_key) * mask.key_stride];
+      for (int r = 0; r < kM * 2; ++r) load_pair(numbers[r], at[r] + n * 8);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int next = min(key + n * 8 + (e ? 8 : 1), ends.last_key);
+        const std::int64_t step = (next - own) * mask.key_stride;
+        own = next;
+#pragma unroll
+        for (int r = 0; r < kM * 2; ++r) {
+          numbers[r][e] = __ldg(at[r]);
+          at[r] += step;
+        }
       }
+    }
+#pragma unroll
+    for (int r = 0; r < kM * 2; ++r)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s[r / 2][n][r % 2 * 2 + e];
-        x = Mask::apply(x, numbers[e]);
+        x = Mask::apply(x, numbers[r][e]);
       }
-    }
   }
 }
 
@@ -64,11 +77,11 @@ __device__ __forceinline__ void apply_mask(float (&s)[kM][kN][4], const PairMask
 template <class Input, class Args, int kM, int kN>
 __device__ __forceinline__ void apply_mask(float (&s)[kM][kN][4], const Args& args, int batch, int head, int row,
                                            int key, bool inside, MaskEnds ends) {
-  const PairMask& mask = args.attn_mask;
+  const PairMask& mask = args.terms.attn_mask;
   const auto apply = [&]<class Mask>(Mask) {
     const auto* of_head = static_cast<const typename Mask::Number*>(mask.data) + batch * mask.batch_stride +
                           head * mask.head_stride;
-    if (inside && args.mask_in_pairs) {
+    if (inside && args.terms.mask_in_pairs) {
       apply_mask<Mask, true>(s, mask, of_head, row, key, ends);
     } else {
       apply_mask<Mask, false>(s, mask, of_head, row, key, ends);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/common/ptx.h"
+#include "cuda/logits/kept_weights.h"
 #include "cuda/logits/pair_mask.h"
 #include "cuda/logits/terms.h"
 
@@ -14,7 +15,7 @@ namespace attnx::cuda {
 struct WithTerms {
   using Arguments = LogitTermsArguments;
   static Arguments arguments(const LogitScaling& scaling, const AttentionParams& p) {
-    return terms_arguments(scaling, p);
+    return {scaling, kernel_terms(p)};
   }
 
   static constexpr bool kPerHead = true;
@@ -22,7 +23,7 @@ struct WithTerms {
 
   template <class Args>
   static __device__ __forceinline__ float result_factor(const Args& args) {
-    return 1;
+    return args.terms.dropout_factor;
   }
 
   // This is what a tile's logits leave to its weights. Where weights are normalised, key_mask counts in the logit.
@@ -31,18 +32,19 @@ struct WithTerms {
    protected:
     using Logits = float[kM][kN][4];
     float key_mask_[kN][2];  // of weights that are not normalised
+    KeptWeights<kM, kN> kept_;
 
     // With a softcap this turns products into hyperbolic tangents. It returns what is left to multiply.
     template <class Args>
     static __device__ __forceinline__ float cap(Logits& s, const Args& args) {
-      if (args.softcap_log2 == 0) return args.scale_log2;
+      if (args.terms.softcap_log2 == 0) return args.scale_log2;
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
         for (int n = 0; n < kN; ++n)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) s[m][n][e] = tanh_approx(s[m][n][e] * args.scale_by_softcap);
-      return args.softcap_log2;
+          for (int e = 0; e < 4; ++e) s[m][n][e] = tanh_approx(s[m][n][e] * args.terms.scale_by_softcap);
+      return args.terms.softcap_log2;
     }
 
     // This adds the rest to s * multiplier.
@@ -78,8 +80,8 @@ struct WithTerms {
           by_key[n][e] = 0;
           key_mask_[n][e] = 1;
         }
-      for_keys(args.key_bias, [&](int n, int e, float x) { by_key[n][e] = x * kLog2E; });
-      for_keys(args.key_mask, [&](int n, int e, float x) {
+      for_keys(args.terms.key_bias, [&](int n, int e, float x) { by_key[n][e] = x * kLog2E; });
+      for_keys(args.terms.key_mask, [&](int n, int e, float x) {
         if constexpr (Score::kNormalised) {
           by_key[n][e] += log2_approx(x);
         } else {
@@ -97,6 +99,13 @@ struct WithTerms {
 
       apply_mask<Input>(s, args, place.batch, head, row, key, inside, ends);
       if (ragged) place_logits(s, args, band, head, row, key, 1);
+
+      if (args.terms.seed) {
+        kept_.draw({std::uint64_t(__ldg(args.terms.seed)), std::uint32_t(__ldg(args.terms.offset))}, args.terms.bytes_kept,
+                   int(place.batch * args.heads_q) + head, row, key);
+      } else {
+        kept_.keep_all();
+      }
     }
 
    public:
@@ -109,7 +118,9 @@ struct WithTerms {
     __device__ __forceinline__ float weight(float weight, int n, int e) const {
       return Score::kNormalised ? weight : weight * key_mask_[n][e];
     }
-    __device__ __forceinline__ std::uint32_t kept(std::uint32_t weights, int row, int n) const { return weights; }
+    __device__ __forceinline__ std::uint32_t kept(std::uint32_t weights, int row, int n) const {
+      return kept_.of_pair(weights, row, n);
+    }
   };
 
   // The gradient of a product is that of its logit times 1 - tanh^2.
@@ -128,12 +139,23 @@ struct WithTerms {
 #pragma unroll
         for (int n = 0; n < kN; ++n)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) tangents_[m][n][e] = args.softcap_log2 == 0 ? 0 : s[m][n][e];
+          for (int e = 0; e < 4; ++e) tangents_[m][n][e] = args.terms.softcap_log2 == 0 ? 0 : s[m][n][e];
       this->add(s, multiplier, args, place, head, row, key, ragged);
     }
 
     template <class Args>
-    __device__ __forceinline__ void drop(Logits& grad_weights, const Args& args) const {}
+    __device__ __forceinline__ void drop(Logits& grad_weights, const Args& args) const {
+      if (!args.terms.seed) return;
+#pragma unroll
+      for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            float& x = grad_weights[m][n][e];
+            x = this->kept_.of_one(x * args.terms.dropout_factor, m * 2 + e / 2, n, e % 2);
+          }
+    }
 
     __device__ __forceinline__ Logits& of_products(const Logits& of_logits) {
 #pragma unroll

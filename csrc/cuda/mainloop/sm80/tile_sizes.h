@@ -73,7 +73,7 @@ struct TermsForwardTiles<64> {
 };
 template <>
 struct TermsForwardTiles<128> {
-  using Wide = ForwardTile<128, 128, 64, 4, 1, 2>;
+  using Wide = ForwardTile<128, 128, 32, 4, 2, 2>;
   using Narrow = ForwardTiles<128>::Narrow;
   using WideListed = Narrow;
 };
