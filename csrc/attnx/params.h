@@ -83,7 +83,7 @@ struct PairMask {
 };
 
 // This is a number for each key, [batch, heads_q, length_k], whose keys are contiguous, in the accumulator's type. It
-// is null where absent. Strides are 0 where one number serves all.
+// is null where absent. Strides are 0 where one number serves all. Packed keys, [heads_q, key], have no batch stride.
 struct PerKey {
   void* data = nullptr;
   std::int64_t batch_stride = 0, head_stride = 0;
@@ -187,9 +187,10 @@ struct BackwardParams : AttentionParams {
   // This is [batch, heads_q, blocks of queries, key_blocks.width] in double, zeroed: of the bias of each listed block.
   // Only the CPU computes it; it is null where it is not wanted.
   double* grad_block_bias = nullptr;
-  // These are like terms.key_bias and key_mask, and like terms.attn_mask in the accumulator's type, whose batch, head
-  // and row strides are 0 where the mask's are: sums over what shares a number. They are null where they are not
-  // wanted.
+  // These are like terms.key_bias and key_mask, and like terms.attn_mask in the accumulator's type, with strides of
+  // their own, which are 0 where one number serves all: a sum over these. They are null where they are not wanted.
+  // grad_attn_mask comes zeroed, so that pairs that no tile visits need no write; of the others every number is
+  // written.
   PerKey grad_key_bias, grad_key_mask;
   PairMask grad_attn_mask;
   Tensor grad_memory_key, grad_memory_value;  // like gather.memory_key and memory_value

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "results.h"
+#include "terms.h"
 
 namespace attnx::ops {
 
@@ -79,23 +80,26 @@ BlockList read_lists(const Lists& lists, const AttentionParams& p, std::int64_t 
 }
 
 void read(const Target& target, const Inputs& x, const KeyLists& lists, const Additions& additions,
-          const BlockSize& size, const ScoreOptions& options, const Causal& causal, AttentionParams& p) {
+          const PairTerms& pairs, const Terms& terms, const BlockSize& size, const ScoreOptions& options,
+          const Causal& causal, AttentionParams& p) {
   read_score(options, p);
   read_sink(additions.sink, p);
   read_inputs(target, x, Dense(), p);
   read_window(causal, p);
   read_head_parameters(target, additions, p);
+  read_terms(target, pairs, p);
+  read_terms(target, terms, p);
   read_block_size(size, p);
   p.key_blocks =
       read_lists({"kv_num_blocks", "kv_indices", "block_bias", lists.kv_num_blocks, lists.kv_indices, lists.block_bias},
                  p, blocks_of(p.length_q, p.block_q), blocks_of(p.length_k, p.block_k));
 }
 
-Outputs forward(const Inputs& x, const KeyLists& lists, const Additions& additions, const BlockSize& size,
-                const ScoreOptions& options, const Causal& causal) {
+Outputs forward(const Inputs& x, const KeyLists& lists, const Additions& additions, const PairTerms& pairs,
+                const Terms& terms, const BlockSize& size, const ScoreOptions& options, const Causal& causal) {
   const Target target{kSystem, x.query};
   ForwardParams p;
-  read(target, x, lists, additions, size, options, causal, p);
+  read(target, x, lists, additions, pairs, terms, size, options, causal, p);
   return run_forward(target, x, p);
 }
 
@@ -103,7 +107,8 @@ struct BlockBiasGradient {
   StableTensor grad_block_bias;
   ATTNX_FIELDS(grad_block_bias)
 };
-using AllGradients = std::tuple<InputGradients, HeadGradients<Additions>, BlockBiasGradient>;
+using AllGradients =
+    std::tuple<InputGradients, HeadGradients<Additions>, PairTermGradients, TermGradients, BlockBiasGradient>;
 
 // The gradient of block_bias is (batch, heads, rows, width) in float64, whatever of it one bias serves. It is empty
 // where there is none: without block_bias, and on CUDA.
@@ -117,11 +122,13 @@ BlockBiasGradient empty_block_bias(const Target& target, const KeyLists& lists, 
 }
 
 AllGradients backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y, const KeyLists& lists,
-                      const Additions& additions, const QueryLists& transposed, const BlockSize& size,
-                      const ScoreOptions& options, const Causal& causal, const Deterministic& option) {
+                      const Additions& additions, const PairTerms& pairs, const Terms& terms,
+                      const QueryLists& transposed, const BlockSize& size, const ScoreOptions& options,
+                      const Causal& causal, const WantedPairTerms& wanted_pairs, const WantedTerms& wanted,
+                      const Deterministic& option) {
   const Target target{kSystem, x.query, option.deterministic};
   BackwardParams p;
-  read(target, x, lists, additions, size, options, causal, p);
+  read(target, x, lists, additions, pairs, terms, size, options, causal, p);
   if (target.on_cuda()) {
     const auto& [counts, indices, bias] = transposed;
     check(counts && indices, "q_num_blocks, q_indices: expected the transposed lists on CUDA, got None");
@@ -135,8 +142,9 @@ AllGradients backward(const OutputGradients& gradients, const Inputs& x, const O
           shape_of(*indices), " beside ", shape_of(*counts), ", or expanded ones");
   }
   read_outputs(gradients, y, x, p);
-  const BlockBiasGradient of_blocks = empty_block_bias(target, lists, p);
-  return std::tuple_cat(run_backward(target, x, additions, p), std::tuple(of_blocks));
+  const auto others = std::tuple(empty_gradients(target, wanted_pairs, pairs, p),
+                                 empty_gradients(target, wanted, terms, p), empty_block_bias(target, lists, p));
+  return std::tuple_cat(run_backward(target, x, additions, p), others);
 }
 
 const Registration registration(kSystem, OnHost::kRefused,

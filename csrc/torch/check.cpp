@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "attnx/environment.h"
@@ -90,6 +91,20 @@ void check_length(std::string_view name, std::int64_t length) {
   constexpr std::int64_t kMost = std::int64_t(1) << 40;
   check(length >= 0, name, ": expected 0 or more, got ", length);
   check(length <= kMost, name, ": expected at most ", kMost, ", got ", length);
+}
+
+void check_round(const StableTensor& seed, const StableTensor& offset) {
+  const auto check_number = [](const char* name, const StableTensor& x) {
+    check_dtype(name, x, ScalarType::Long, "");
+    check(x.dim() == 0, name, ": expected a tensor of shape (), got ", shape_of(x));
+  };
+  check_number("offset", offset);
+  if (const auto values = values_on_host(offset)) {
+    const std::int64_t round = *data<const std::int64_t>(*values);
+    check(round >= 0 && round <= std::numeric_limits<std::uint32_t>::max(),
+          "offset: expected a round from 0 to 4294967295, got ", round);
+  }
+  check_number("seed", seed);
 }
 
 std::optional<StableTensor> values_on_host(const StableTensor& x) {

@@ -53,6 +53,10 @@ void check_contiguous(std::string_view name, const StableTensor& x);
 // It checks a length that is given as a number. It may not be so large that sums of a few of them overflow.
 void check_length(std::string_view name, std::int64_t length);
 
+// It checks the two numbers that random draws are keyed by: int64 tensors of one element, the offset from 0 to 2^32
+// - 1.
+void check_round(const StableTensor& seed, const StableTensor& offset);
+
 // It returns the tensor in host memory, for checks that read its values: a CPU tensor itself, a copy of another one
 // under ATTNX_DEBUG=1, and none otherwise, as copying waits for the device.
 std::optional<StableTensor> values_on_host(const StableTensor& x);

@@ -47,21 +47,6 @@ struct SampledBlocks {
   std::optional<StableTensor> corrections;
 };
 
-void check_number(const char* name, const StableTensor& x) {
-  check_dtype(name, x, ScalarType::Long, "");
-  check(x.dim() == 0, name, ": expected a tensor of shape (), got ", shape_of(x));
-}
-
-void check_round(const Draw& draw) {
-  check_number("offset", draw.offset);
-  if (const auto values = values_on_host(draw.offset)) {
-    const std::int64_t offset = *data<const std::int64_t>(*values);
-    check(offset >= 0 && offset <= std::numeric_limits<std::uint32_t>::max(),
-          "offset: expected a round from 0 to 4294967295, got ", offset);
-  }
-  check_number("seed", draw.seed);
-}
-
 void check_keep(const StableTensor& keep, std::int64_t key_blocks) {
   check_dtype("keep", keep, ScalarType::Float, "");
   check(keep.dim() == 1 && keep.size(0) >= key_blocks, "keep: expected a probability for each distance, shape (",
@@ -81,7 +66,7 @@ void check_sizes(const Draw& draw, std::int64_t blocks_per_row, const BlockGrid&
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   check(std::max(rows, width) <= kMost, "length: expected at most ", kMost, " blocks, got ", rows, " of queries and ",
         width, " of keys");
-  check_round(draw);
+  check_round(draw.seed, draw.offset);
   check_keep(draw.keep, width);
   check(blocks_per_row >= 0, "blocks_per_row: expected a number of blocks, or 0 for any, got ", blocks_per_row);
   constexpr std::int64_t kMostHeads = std::int64_t(1) << 32;  // the counter has 32 bits for them

@@ -1,5 +1,6 @@
 // This file registers torch.ops.attnx.sigmoid_attention and its packed and backward forms.
 #include "results.h"
+#include "terms.h"
 
 namespace attnx::ops {
 
@@ -21,20 +22,24 @@ struct OutputGradient {
 };
 
 template <class Layout>
-void read(const Target& target, const Inputs& x, const Layout& layout, const Additions& additions, const Window& window,
+void read(const Target& target, const Inputs& x, const Layout& layout, const Additions& additions,
+          const typename PairTermsOf<Layout>::Terms& pairs, const Terms& terms, const Window& window,
           AttentionParams& p) {
   p.score = Score::kSigmoid;
   read_inputs(target, x, layout, p);
   read_window(window, p);
   read_head_parameters(target, additions, p);
+  read_terms(target, pairs, p);
+  read_terms(target, terms, p);
   read_bias(additions.bias_rule, additions.bias_value, p);
 }
 
 template <class Layout>
-StableTensor forward(const Inputs& x, const Layout& layout, const Additions& additions, const Window& window) {
+StableTensor forward(const Inputs& x, const Layout& layout, const Additions& additions,
+                     const typename PairTermsOf<Layout>::Terms& pairs, const Terms& terms, const Window& window) {
   const Target target{kSystem, x.query};
   ForwardParams p;
-  read(target, x, layout, additions, window, p);
+  read(target, x, layout, additions, pairs, terms, window, p);
   StableTensor output = empty_rows(x.query, p.value_dim);
   p.output = view_rows(output);
   run(p, target);
@@ -42,13 +47,22 @@ StableTensor forward(const Inputs& x, const Layout& layout, const Additions& add
 }
 
 template <class Layout>
-Gradients<Additions> backward(const OutputGradient& gradient, const Inputs& x, const Layout& layout,
-                              const Additions& additions, const Window& window, const Deterministic& option) {
+using AllGradients =
+    std::tuple<InputGradients, HeadGradients<Additions>, typename PairTermsOf<Layout>::Gradients, TermGradients>;
+
+template <class Layout>
+AllGradients<Layout> backward(const OutputGradient& gradient, const Inputs& x, const Layout& layout,
+                              const Additions& additions, const typename PairTermsOf<Layout>::Terms& pairs,
+                              const Terms& terms, const Window& window,
+                              const typename PairTermsOf<Layout>::Wanted& wanted_pairs, const WantedTerms& wanted,
+                              const Deterministic& option) {
   const Target target{kSystem, x.query, option.deterministic};
   BackwardParams p;
-  read(target, x, layout, additions, window, p);
+  read(target, x, layout, additions, pairs, terms, window, p);
   p.grad_output = read_output("grad_output", gradient.grad_output, x);
-  return run_backward(target, x, additions, p);
+  const auto of_terms =
+      std::tuple(empty_gradients(target, wanted_pairs, pairs, p), empty_gradients(target, wanted, terms, p));
+  return std::tuple_cat(run_backward(target, x, additions, p), of_terms);
 }
 
 const Registration registration(kSystem, OnHost::kRefused,

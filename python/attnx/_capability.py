@@ -51,8 +51,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# These arguments each are a feature: the distances' slopes, and the parameters of scores.
-_NUMBERS_PER_HEAD = {"alibi_slopes": "alibi"} | {name: name for score in SCORES.values() for name in score.parameters}
+# These arguments each are a feature, and so is the gradient of each: the distances' slopes, the parameters of scores,
+# and what is added to or multiplies single pairs and keys.
+_TENSORS = {"alibi_slopes": "alibi"} | {name: name for score in SCORES.values() for name in score.parameters}
+_TENSORS |= {name: name for name in ("attn_mask", "key_bias", "key_mask")}
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,11 @@ class Requirement:
             "block_bias": arguments.get("block_bias") is not None,
             "block_bias_gradient": _requires_grad(arguments.get("block_bias")),
             "importance": arguments.get("importance", False),
+            "softcap": arguments.get("softcap") is not None,
+            "dropout": arguments.get("dropout_p", 0.0) > 0,
             "memory_kv": any(arguments.get(name) is not None for name in ("memory_key", "memory_kv")),
         }
-        for name, feature in _NUMBERS_PER_HEAD.items():
+        for name, feature in _TENSORS.items():
             argument = arguments.get(name)
             wanted[feature] = argument is not None
             wanted[f"{feature}_gradient"] = _requires_grad(argument)
@@ -139,6 +143,22 @@ def refusal(operator: str, arguments: dict[str, Any]) -> str:
         f"  supported: {describe(row)}\n"
         f"  missing:   {', '.join(requirement.missing(row))}"
     )
+
+
+def require(operator: str, arguments: dict[str, Any]) -> None:
+    """Refuses a call ahead of it that needs a feature which the table lacks, where the backward would tell too late."""
+    required = Requirement.of(operator, arguments)
+    if not _has_features(required.operator, required.backend, required.features):
+        raise NotImplementedError(refusal(operator, arguments))
+
+
+def _has_features(operator: str, backend: str, features: tuple[str, ...]) -> bool:
+    rows = [row for row in table() if (row.operator, row.backend) == (operator, backend)]
+    return all(set(features) <= set(row.features) for row in rows)
+
+
+# What torch.compiler.assume_constant_result does, without importing dynamo.
+_has_features._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def expect(ok: bool, name: str, expected: object, got: object) -> None:

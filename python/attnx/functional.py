@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
-from typing_extensions import TypedDict, Unpack
+from typing_extensions import Unpack
 
 from attnx import _arguments, _capability, _nested
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx._structures import check_lengths
+from attnx._terms import TermOptions, resolve_terms
 from attnx.block_mask import BlockMask
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _ops = torch.ops.attnx
 
 
-class SoftmaxOptions(TypedDict, total=False):
+class SoftmaxVarlenOptions(TermOptions, total=False):
     """These are for type checkers, which tell by ``return_logsumexp`` what comes back."""
 
     scale: float | Tensor | None
@@ -29,7 +30,12 @@ class SoftmaxOptions(TypedDict, total=False):
     sink: Tensor | None
 
 
-class BlockSparseOptions(TypedDict, total=False):
+class SoftmaxOptions(SoftmaxVarlenOptions, total=False):
+    attn_mask: Tensor | None
+
+
+class BlockSparseOptions(TermOptions, total=False):
+    attn_mask: Tensor | None
     score: ScoreName
     bias: SigmoidBias
     block_bias: Tensor | None
@@ -43,6 +49,12 @@ def _window(window: tuple[int, int]) -> tuple[int, int]:
     return _arguments.integer("window", left), _arguments.integer("window", right)
 
 
+def _refuse_beside_nested(**given: Tensor | None) -> None:
+    for name, x in given.items():
+        if x is not None:
+            _arguments.refuse(name, "None with nested tensors", x)
+
+
 def sigmoid_attention(
     query: Tensor,
     key: Tensor,
@@ -53,12 +65,20 @@ def sigmoid_attention(
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    attn_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
 ) -> Tensor:
     r"""Sigmoid attention: every key is weighted on its own, without normalisation over the row.
 
     .. math:: P_{ij} = \sigma(s\, q_i \cdot k_j + b_h - m_h |i + N_k - N_q - j|), \qquad O = P V
 
-    and :math:`P_{ij} = 0` where the mask hides key j. A row that sees no key gives 0.
+    and :math:`P_{ij} = 0` where a mask hides key j. A row that sees no key gives 0.
 
     Args:
         query: (batch, heads, length_q, head_dim).
@@ -75,6 +95,22 @@ def sigmoid_attention(
         window: (left, right): how many keys before and after its own position a query sees; -1 for no bound.
             With ``is_causal`` the right bound is 0.
         alibi_slopes: (heads,) or (), dtype as for bias; slope times distance is subtracted from the logit.
+        softcap: c > 0, finite or inf for none: :math:`s\, q_i \cdot k_j` becomes
+            :math:`c \tanh(s\, q_i \cdot k_j / c)`, before anything is added to it.
+        attn_mask: (batch, heads, length_q, length_k), where each size but length_k may be 1, or the last 2 or 3 of
+            these, of any strides. bool, where True takes part; or in the dtype of query, or as for bias, what is added
+            to the logit, where -inf hides the key. It may require a gradient, which it gets in its own shape.
+        key_bias: (batch or 1, heads or 1, length_k), dtype as for bias: what is added to the logits of a key. heads
+            counts query heads. It may require a gradient.
+        key_mask: of the same shape and dtype, in [0, 1], or bool: what the weights of a key are multiplied by. It may
+            require a gradient, which is there also where it is 0. Values outside are refused on the CPU, and on the
+            GPU under ``ATTNX_DEBUG=1``.
+        dropout_p: the probability of a weight to be dropped, in [0, 1). It is rounded to a multiple of 1/256, p, and
+            the others are divided by 1 - p. It applies whenever it is above 0; pass 0 in evaluation.
+        generator: draws seed and offset where they are not given; by default torch's own of query's device.
+        seed: an int or an int64 tensor of shape (), on query's device: with offset it decides which weights are
+            dropped, on every backend alike, and in :mod:`attnx.reference`.
+        offset: the round, from 0 to 2^32 - 1, likewise; a new one at each step drops others.
 
     The inputs share one dtype (bfloat16, float16; float32 and float64 on the CPU) and device. Strides are free but
     for a contiguous last dimension. Sums are kept in float32 (float64 for float64). Nested tensors of layout
@@ -91,17 +127,35 @@ def sigmoid_attention(
         NotImplementedError: no kernel for these arguments on this device; the message names what is missing.
 
     Source: Ramapuram et al., "Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
-    arXiv 2409.04431.
+    arXiv 2409.04431. The softcap is that of Gemma 2, arXiv 2408.00118.
     """
     if isinstance(query, Tensor) and query.is_nested:
         options: dict[str, Any] = {"bias": bias, "scale": scale, "is_causal": is_causal, "window": window}
+        options |= {"softcap": softcap, "dropout_p": dropout_p, "generator": generator, "seed": seed, "offset": offset}
+        _refuse_beside_nested(attn_mask=attn_mask, key_bias=key_bias, key_mask=key_mask)
         return _nested.attend(sigmoid_attention_varlen, query, key, value, alibi_slopes=alibi_slopes, **options)
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(alibi_slopes=alibi_slopes)
     query, scale = _arguments.with_scale(query, scale)
     mask = _arguments.flag("is_causal", is_causal), *_window(window)
     s = resolve_score("sigmoid", bias, tensor_bias=True)
-    return _ops.sigmoid_attention(query, key, value, s.bias, alibi_slopes, s.bias_rule, s.bias_value, scale, *mask)
+    terms = resolve_terms(
+        "sigmoid_attention",
+        query,
+        key,
+        value,
+        softcap=softcap,
+        attn_mask=attn_mask,
+        key_bias=key_bias,
+        key_mask=key_mask,
+        dropout_p=dropout_p,
+        generator=generator,
+        seed=seed,
+        offset=offset,
+    )
+    return _ops.sigmoid_attention(
+        query, key, value, s.bias, alibi_slopes, s.bias_rule, s.bias_value, *terms, scale, *mask
+    )
 
 
 def sigmoid_attention_varlen(
@@ -118,6 +172,13 @@ def sigmoid_attention_varlen(
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    key_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
 ) -> Tensor:
     """:func:`sigmoid_attention` over sequences of different lengths, packed end to end.
 
@@ -135,7 +196,8 @@ def sigmoid_attention_varlen(
     them checked there as on the CPU.
 
     The other arguments are those of :func:`sigmoid_attention`; ``bias=None`` means -log of each sequence's own
-    key length, and masks are aligned to each sequence's own end.
+    key length, and masks are aligned to each sequence's own end. ``key_bias`` and ``key_mask`` are
+    (heads or 1, total_k).
 
     Returns:
         (total_q, heads, value_dim) in the dtype of query.
@@ -146,8 +208,21 @@ def sigmoid_attention_varlen(
     query, scale = _arguments.with_scale(query, scale)
     mask = _arguments.flag("is_causal", is_causal), *_window(window)
     s = resolve_score("sigmoid", bias, tensor_bias=True)
+    terms = resolve_terms(
+        "sigmoid_attention_varlen",
+        query,
+        key,
+        value,
+        softcap=softcap,
+        key_bias=key_bias,
+        key_mask=key_mask,
+        dropout_p=dropout_p,
+        generator=generator,
+        seed=seed,
+        offset=offset,
+    )
     return _ops.sigmoid_attention_varlen(
-        query, key, value, *packing, s.bias, alibi_slopes, s.bias_rule, s.bias_value, scale, *mask
+        query, key, value, *packing, s.bias, alibi_slopes, s.bias_rule, s.bias_value, *terms[1:], scale, *mask
     )
 
 
@@ -178,6 +253,14 @@ def softmax_attention(
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
+    softcap: float | None = None,
+    attn_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention, the baseline of the other operators, on the same loop.
@@ -200,12 +283,28 @@ def softmax_attention(
     if isinstance(query, Tensor) and query.is_nested:
         options: dict[str, Any] = {"scale": scale, "is_causal": is_causal, "window": window, "sink": sink}
         options |= {"alibi_slopes": alibi_slopes, "return_logsumexp": return_logsumexp}
+        options |= {"softcap": softcap, "dropout_p": dropout_p, "generator": generator, "seed": seed, "offset": offset}
+        _refuse_beside_nested(attn_mask=attn_mask, key_bias=key_bias, key_mask=key_mask)
         return _nested.attend(softmax_attention_varlen, query, key, value, **options)
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(alibi_slopes=alibi_slopes, sink=sink)
     query, scale = _arguments.with_scale(query, scale)
     mask = _arguments.flag("is_causal", is_causal), *_window(window)
-    output, logsumexp = _ops.softmax_attention(query, key, value, alibi_slopes, sink, scale, *mask)
+    terms = resolve_terms(
+        "softmax_attention",
+        query,
+        key,
+        value,
+        softcap=softcap,
+        attn_mask=attn_mask,
+        key_bias=key_bias,
+        key_mask=key_mask,
+        dropout_p=dropout_p,
+        generator=generator,
+        seed=seed,
+        offset=offset,
+    )
+    output, logsumexp = _ops.softmax_attention(query, key, value, alibi_slopes, sink, *terms, scale, *mask)
     return (output, logsumexp) if return_logsumexp else output
 
 
@@ -220,7 +319,7 @@ def softmax_attention_varlen(
     max_seqlen_k: int,
     *,
     return_logsumexp: Literal[False] = False,
-    **options: Unpack[SoftmaxOptions],
+    **options: Unpack[SoftmaxVarlenOptions],
 ) -> Tensor: ...
 @overload
 def softmax_attention_varlen(
@@ -233,7 +332,7 @@ def softmax_attention_varlen(
     max_seqlen_k: int,
     *,
     return_logsumexp: Literal[True],
-    **options: Unpack[SoftmaxOptions],
+    **options: Unpack[SoftmaxVarlenOptions],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def softmax_attention_varlen(
@@ -246,7 +345,7 @@ def softmax_attention_varlen(
     max_seqlen_k: int,
     *,
     return_logsumexp: bool,
-    **options: Unpack[SoftmaxOptions],
+    **options: Unpack[SoftmaxVarlenOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def softmax_attention_varlen(
     query: Tensor,
@@ -262,6 +361,13 @@ def softmax_attention_varlen(
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
+    softcap: float | None = None,
+    key_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`softmax_attention` over packed sequences, laid out as in :func:`sigmoid_attention_varlen`.
@@ -274,7 +380,22 @@ def softmax_attention_varlen(
     packing = _arguments.packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     query, scale = _arguments.with_scale(query, scale)
     mask = _arguments.flag("is_causal", is_causal), *_window(window)
-    output, logsumexp = _ops.softmax_attention_varlen(query, key, value, *packing, alibi_slopes, sink, scale, *mask)
+    terms = resolve_terms(
+        "softmax_attention_varlen",
+        query,
+        key,
+        value,
+        softcap=softcap,
+        key_bias=key_bias,
+        key_mask=key_mask,
+        dropout_p=dropout_p,
+        generator=generator,
+        seed=seed,
+        offset=offset,
+    )
+    output, logsumexp = _ops.softmax_attention_varlen(
+        query, key, value, *packing, alibi_slopes, sink, *terms[1:], scale, *mask
+    )
     return (output, logsumexp) if return_logsumexp else output
 
 
@@ -320,6 +441,14 @@ def block_sparse_attention(
     sink: Tensor | None = None,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
+    softcap: float | None = None,
+    attn_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention over the blocks of keys that a mask lists for each block of queries.
@@ -337,6 +466,8 @@ def block_sparse_attention(
         block_bias: float32 like ``block_mask.kv_indices``, or 1 in the place of batch or heads, added to every logit of
             the block. It may require a gradient on the CPU.
         sink: with the softmax score, as in :func:`attnx.softmax_attention`.
+        softcap, attn_mask, key_bias, key_mask, dropout_p, generator, seed, offset: as in
+            :func:`attnx.sigmoid_attention`.
         scale: of the logits; 1/sqrt(head_dim) by default; or a tensor as in :func:`attnx.sigmoid_attention`.
         is_causal: also hide later keys, aligned bottom-right.
         return_logsumexp: with the softmax score, also return (batch, heads, length_q) float32.
@@ -362,10 +493,25 @@ def block_sparse_attention(
         block_mask, causal = BlockMask.from_flex(block_mask)
         is_causal = is_causal or causal
     if block_bias is not None and block_bias.requires_grad:
-        _refuse_where_bias_has_no_gradient(query, key, value, block_bias)
+        arguments = {"query": query, "key": key, "value": value, "block_bias": block_bias}
+        _capability.require("block_sparse_attention", arguments)
     check_lengths("block_mask", block_mask.lengths, query, key)
     query, scale = _arguments.with_scale(query, scale)
     s = resolve_score(score, bias, sink=sink, return_logsumexp=return_logsumexp)
+    terms = resolve_terms(
+        "block_sparse_attention",
+        query,
+        key,
+        value,
+        softcap=softcap,
+        attn_mask=attn_mask,
+        key_bias=key_bias,
+        key_mask=key_mask,
+        dropout_p=dropout_p,
+        generator=generator,
+        seed=seed,
+        offset=offset,
+    )
     output, logsumexp = _ops.block_sparse_attention(
         query,
         key,
@@ -374,6 +520,7 @@ def block_sparse_attention(
         block_mask.kv_indices,
         block_bias,
         sink,
+        *terms,
         *block_mask.block_size,
         s.score,
         s.bias_rule,
@@ -382,12 +529,3 @@ def block_sparse_attention(
         is_causal,
     )
     return (output, logsumexp) if return_logsumexp else output
-
-
-def _refuse_where_bias_has_no_gradient(query: Tensor, key: Tensor, value: Tensor, block_bias: Tensor) -> None:
-    """Ahead of the forward, as the backward would be late."""
-    arguments = {"query": query, "key": key, "value": value, "block_bias": block_bias}
-    required = _capability.Requirement.of("block_sparse_attention", arguments)
-    rows = [row for row in _capability.table() if (row.operator, row.backend) == (required.operator, required.backend)]
-    if any("block_bias_gradient" not in row.features for row in rows):
-        raise NotImplementedError(_capability.refusal(required.operator, arguments))

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from attnx import _arguments
+from attnx._random import draw_round
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx.block_mask import BlockMask
 from attnx.functional import sigmoid_attention, softmax_attention
@@ -240,27 +241,6 @@ def solve(keep: Keep, density: float | None, mode: Mode, grid: BlockGrid, device
     return Sampling(keep_probabilities(family, grid.key_blocks, parameter, device=device), blocks_per_row)
 
 
-def _number(name: str, x: int | Tensor, low: int, high: int, device: torch.device) -> Tensor:
-    if isinstance(x, Tensor):
-        return x
-    return torch.full((), _arguments.integer(name, x, low, high), dtype=torch.int64, device=device)
-
-
-def _round(
-    generator: torch.Generator | None, seed: int | Tensor | None, offset: int | Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Seed and offset as int64 tensors; as tensors they may change between replays of a graph."""
-    if (seed is None) != (offset is None):
-        given, absent = ("seed", "offset") if offset is None else ("offset", "seed")
-        raise RuntimeError(f"{absent}: expected one with {given}, got None")
-    if seed is None or offset is None:
-        draw = functools.partial(torch.randint, size=(), dtype=torch.int64, device=device, generator=generator)
-        return draw(2**63 - 1), draw(2**32)
-    if generator is not None:
-        raise RuntimeError("generator: expected None where seed and offset are given, got a generator")
-    return _number("seed", seed, -(2**63), 2**63 - 1, device), _number("offset", offset, 0, 2**32 - 1, device)
-
-
 def probabilistic_block_mask(
     batch: int,
     heads: int,
@@ -301,7 +281,7 @@ def probabilistic_block_mask(
         given = [x.device for x in (keep, seed, offset) if isinstance(x, Tensor)]
         device = given[0] if given else "cpu"
     device = torch.device(device)
-    seed, offset = _round(generator, seed, offset, device)
+    seed, offset = draw_round(generator, seed, offset, device)
     grid = BlockGrid(length_q, length_k, *_arguments.block_size(block_size), is_causal)
     sampling = solve(keep, density, mode, grid, device)
     counts, indices = _ops.probabilistic_block_lists(
@@ -457,7 +437,7 @@ def probabilistic_attention(
                 f"{name}: expected 4 dimensions, (batch, heads, length, head_dim), got shape {tuple(x.shape)}"
             )
     query, scale = _arguments.with_scale(query, scale)
-    seed, offset = _round(generator, seed, offset, query.device)
+    seed, offset = draw_round(generator, seed, offset, query.device)
     grid = BlockGrid(query.shape[2], key.shape[2], *sizes, is_causal)
     sampling = solve(keep, density, mode, grid, query.device)
     output, logsumexp = _ops.probabilistic_attention(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnx._operators.description import Operator
 from attnx._operators.schema import Signature, signature
+from attnx._operators.terms import TENSORS
 
 Rule: TypeAlias = Callable[..., tuple[Any, Any]]
 
@@ -28,12 +29,18 @@ def _refusal(name: str, of: Signature) -> Rule:
 
 
 def _by_heads(of: Signature) -> Rule:
-    """Examples are more heads, so what is summed or shared by head stays apart between the examples."""
+    """Examples are more heads, so what is summed or shared by head stays apart between the examples.
+
+    What dropout draws for a weight depends on the place of its head, so examples of it are calls of their own.
+    """
     packed = "cu_seqlens_q" in of.arguments
+    by_looping = _by_looping(of)
 
     def heads_at(tensor: str) -> int:
         """The dimension that counts heads, in a tensor of this name."""
         kind = tensor.removeprefix("grad_")
+        if kind in TENSORS:
+            return 0 if packed else 1
         return 0 if kind in of.optional or (kind == "logsumexp" and packed) else 1
 
     def fold(tensor: str, x: Any, dim: int | None, examples: int, heads: int) -> Any:
@@ -45,9 +52,21 @@ def _by_heads(of: Signature) -> Rule:
         if x.dim() == 1:  # one number for all heads of an example
             x = x[:, None].expand(-1, heads)
         at = heads_at(tensor)
-        return x.movedim(0, at).flatten(at, at + 1)
+        x = x.movedim(0, at)
+        if x.shape[at + 1] == 1 and tensor in TENSORS:  # one for all heads
+            x = x.expand(*x.shape[: at + 1], heads, *x.shape[at + 2 :])
+        return x.flatten(at, at + 1)
+
+    def unfold(result: str, x: Tensor, examples: int) -> tuple[Tensor, int]:
+        """The examples of a result, and the dimension that counts them; a gradient that is not wanted is empty."""
+        if x.dim() == 1 and result.removeprefix("grad_") in TENSORS:
+            return x.expand(examples, *x.shape), 0
+        at = heads_at(result)
+        return x.unflatten(at, (examples, -1)), at
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        if of.bind(args).get("dropout_p"):
+            return by_looping(info, in_dims, *args)
         query, dim = args[of.arguments.index("query")], in_dims[of.arguments.index("query")]
         heads = (query if dim is None else query.movedim(dim, 0)[0]).shape[1]
         folded = (
@@ -56,9 +75,8 @@ def _by_heads(of: Signature) -> Rule:
         )
         results = of.operator(*folded)
         results = results if isinstance(results, tuple) else (results,)
-        dims = tuple(heads_at(result) for result in of.results)
-        results = tuple(x.unflatten(dim, (info.batch_size, -1)) for x, dim in zip(results, dims, strict=True))
-        return (results, dims) if len(results) > 1 else (results[0], dims[0])
+        unfolded = [unfold(result, x, info.batch_size) for result, x in zip(of.results, results, strict=True)]
+        return tuple(zip(*unfolded, strict=True)) if len(unfolded) > 1 else unfolded[0]
 
     return rule
 

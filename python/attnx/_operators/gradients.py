@@ -49,12 +49,13 @@ def _by_operator(name: str, derivative: BackwardOperator) -> None:
         saved = iter(ctx.saved_tensors)
         values = {name: next(saved) if x is _SAVED else x for name, x in zip(names, ctx.values, strict=True)}
         values["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        wanted = dict(zip(forward.arguments, ctx.needs_input_grad[1:], strict=True))
+        values |= {f"{argument}_gradient": x for argument, x in wanted.items()}
         for of_result, x in zip(of_results, grads, strict=True):
             values[of_result] = x if x.stride(-1) == 1 else x.contiguous()
         if derivative.more is not None:
             values |= derivative.more(values)
         gradients: dict[str, Any] = dict.fromkeys(forward.arguments)
-        wanted = dict(zip(forward.arguments, ctx.needs_input_grad[1:], strict=True))
         for argument, x in zip(of_arguments, backward.call(values), strict=True):
             if wanted[argument]:  # one number may have served every head, and sequence
                 gradients[argument] = x.sum_to_size(values[argument].shape).to(values[argument].dtype)

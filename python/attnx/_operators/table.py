@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnx._operators import block_sparse, flops, probabilistic, routing, sparse_linear, staircase
+from attnx._operators import block_sparse, flops, probabilistic, routing, sparse_linear, staircase, terms
 from attnx._operators.description import BackwardOperator, Formula, NoDerivative, Operator
 
 _QKV = ("query", "key", "value")
@@ -11,12 +11,12 @@ _CACHE = NoDerivative("a cache serves inference")
 _STATISTICS = NoDerivative("centroids move by an average of the tokens")
 
 OPERATORS = (
-    Operator("sigmoid_attention", varlen=True, vmap="heads", autocast=_QKV, flops=flops.band),
-    Operator("softmax_attention", varlen=True, vmap="heads", autocast=_QKV, flops=flops.band),
+    Operator("sigmoid_attention", varlen=True, shapes=terms.GRADIENTS, vmap="heads", autocast=_QKV, flops=flops.band),
+    Operator("softmax_attention", varlen=True, shapes=terms.GRADIENTS, vmap="heads", autocast=_QKV, flops=flops.band),
     Operator(
         "block_sparse_attention",
         BackwardOperator(more=block_sparse.transposed_lists),
-        shapes={"grad_block_bias": block_sparse.grad_block_bias},
+        shapes=terms.GRADIENTS | {"grad_block_bias": block_sparse.grad_block_bias},
         autocast=_QKV,
         flops=flops.listed,
     ),

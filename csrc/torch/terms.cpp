@@ -1,0 +1,147 @@
+#include "terms.h"
+
+#include <cmath>
+
+#include "attnx/capability.h"
+
+namespace attnx::ops {
+
+namespace {
+
+void check_feature(const Target& target, std::string_view feature, std::string_view name) {
+  const Capability& row = target.capability();
+  check(lists(row.features, feature), name, ": expected none, as ", row.op, " has no ", feature, " on ", row.backend,
+        ", got one");
+}
+
+std::int64_t stride_of(const StableTensor& x, std::int64_t dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); }
+
+// Packed keys have no batch stride.
+PerKey view_per_key(const StableTensor& x) {
+  if (x.dim() == 2) return {x.data_ptr(), 0, stride_of(x, 0)};
+  return {x.data_ptr(), stride_of(x, 0), stride_of(x, 1)};
+}
+
+PerKey read_per_key(const Target& target, std::string_view name, const StableTensor& x, const AttentionParams& p) {
+  check_feature(target, name, name);
+  check_dtype(name, x, sum_type(target.tensor), " (the type of the sums)");
+  const auto is_one_of = [&](std::int64_t dim, std::int64_t size) { return x.size(dim) == 1 || x.size(dim) == size; };
+  if (p.cu_seqlens_k) {
+    check(x.dim() == 2 && is_one_of(0, p.heads_q) && x.size(1) == p.packed_rows_k, name, ": expected shape (",
+          p.heads_q, " or 1, ", p.packed_rows_k, "), query heads and keys, got ", shape_of(x));
+  } else {
+    check(x.dim() == 3 && is_one_of(0, p.batch) && is_one_of(1, p.heads_q) && x.size(2) == p.length_k, name,
+          ": expected shape (", p.batch, " or 1, ", p.heads_q, " or 1, ", p.length_k,
+          "), sequences, query heads and keys, got ", shape_of(x));
+  }
+  check_layout(name, x);
+  return view_per_key(x);
+}
+
+template <class T>
+void check_shares(const StableTensor& x) {
+  const PerKey view = view_per_key(x);
+  const std::int64_t rank = x.dim(), batch = rank == 3 ? x.size(0) : 1, heads = x.size(rank - 2);
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (std::int64_t h = 0; h < heads; ++h)
+      for (std::int64_t j = 0; j < x.size(rank - 1); ++j) {
+        const T share = static_cast<const T*>(view.data)[b * view.batch_stride + h * view.head_stride + j];
+        check(share >= 0 && share <= 1, "key_mask: expected numbers from 0 to 1, got ", share, " at key ", j);
+      }
+}
+
+void check_key_mask(const StableTensor& x) {
+  const auto values = values_on_host(x);
+  if (!values) return;
+  x.scalar_type() == ScalarType::Double ? check_shares<double>(*values) : check_shares<float>(*values);
+}
+
+// c tanh(x / c) is computed in the type of sums, where x / c must not fall below the normal numbers.
+double read_softcap(const Target& target, double softcap, const AttentionParams& p) {
+  check(softcap > 0, "softcap: expected None or a number above 0, got ", softcap);
+  check_feature(target, "softcap", "softcap");
+  if (std::isinf(softcap)) return 0;
+  constexpr double kLargest = 1e30;
+  check(p.dtype == DType::kFloat64 || (softcap >= 1 / kLargest && softcap <= kLargest),
+        "softcap: expected a number from 1e-30 to 1e30, or inf for none, got ", softcap);
+  return softcap;
+}
+
+void read_dropout(const Target& target, const Terms& x, LogitTerms& terms) {
+  check(x.dropout_p >= 0 && x.dropout_p < 1, "dropout_p: expected a probability from 0 to below 1, got ", x.dropout_p);
+  if (x.dropout_p == 0) return;
+  check_feature(target, "dropout", "dropout_p");
+  check(x.seed && x.offset, x.seed ? "offset" : "seed", ": expected a tensor with dropout_p above 0, got None");
+  check_round(*x.seed, *x.offset);
+  terms.dropout = x.dropout_p;
+  terms.seed = data<const std::int64_t>(*x.seed);
+  terms.offset = data<const std::int64_t>(*x.offset);
+}
+
+MaskKind kind_of(const StableTensor& mask, const StableTensor& query) {
+  if (mask.scalar_type() == ScalarType::Bool) return MaskKind::kBool;
+  if (mask.scalar_type() == sum_type(query)) return MaskKind::kSum;
+  check(mask.scalar_type() == query.scalar_type(), "attn_mask: expected bool, ", dtype_of(query), " like query, or ",
+        to_string(sum_type(query)), ", got ", dtype_of(mask));
+  return MaskKind::kInput;
+}
+
+PairMask view_pairs(MaskKind kind, const StableTensor& x) {
+  return {kind, x.data_ptr(), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2), stride_of(x, 3)};
+}
+
+StableTensor empty_per_key(const Target& target, std::string_view name, bool wanted,
+                           const std::optional<StableTensor>& x, PerKey& place) {
+  if (!wanted || !x) return make_empty(target.tensor, std::vector<std::int64_t>{0}, sum_type(target.tensor));
+  check_feature(target, std::string(name) + "_gradient", name);
+  const auto sizes = x->sizes();
+  StableTensor gradient =
+      make_empty(target.tensor, std::vector<std::int64_t>(sizes.begin(), sizes.end()), sum_type(target.tensor));
+  place = view_per_key(gradient);
+  return gradient;
+}
+
+}  // namespace
+
+void read_terms(const Target& target, const Terms& x, AttentionParams& p) {
+  if (x.softcap) p.terms.softcap = read_softcap(target, *x.softcap, p);
+  if (x.key_bias) p.terms.key_bias = read_per_key(target, "key_bias", *x.key_bias, p);
+  if (x.key_mask) {
+    p.terms.key_mask = read_per_key(target, "key_mask", *x.key_mask, p);
+    check_key_mask(*x.key_mask);
+  }
+  read_dropout(target, x, p.terms);
+}
+
+void read_terms(const Target& target, const PairTerms& x, AttentionParams& p) {
+  if (!x.attn_mask) return;
+  const StableTensor& mask = *x.attn_mask;
+  check_feature(target, "attn_mask", "attn_mask");
+  const MaskKind kind = kind_of(mask, target.tensor);
+  const auto fits = [&](std::int64_t dim, std::int64_t size) { return mask.size(dim) == 1 || mask.size(dim) == size; };
+  check(mask.dim() == 4 && fits(0, p.batch) && fits(1, p.heads_q) && fits(2, p.length_q) && mask.size(3) == p.length_k,
+        "attn_mask: expected shape (", p.batch, " or 1, ", p.heads_q, " or 1, ", p.length_q, " or 1, ", p.length_k,
+        "), sequences, query heads, queries and keys, got ", shape_of(mask));
+  p.terms.attn_mask = view_pairs(kind, mask);
+}
+
+TermGradients empty_gradients(const Target& target, const WantedTerms& wanted, const Terms& x, BackwardParams& p) {
+  return {empty_per_key(target, "key_bias", wanted.key_bias_gradient, x.key_bias, p.grad_key_bias),
+          empty_per_key(target, "key_mask", wanted.key_mask_gradient, x.key_mask, p.grad_key_mask)};
+}
+
+PairTermGradients empty_gradients(const Target& target, const WantedPairTerms& wanted, const PairTerms& x,
+                                  BackwardParams& p) {
+  if (!wanted.attn_mask_gradient || !x.attn_mask)
+    return {make_empty(target.tensor, std::vector<std::int64_t>{0}, sum_type(target.tensor))};
+  check(x.attn_mask->scalar_type() != ScalarType::Bool,
+        "attn_mask_gradient: expected False for a mask of bool, got True");
+  check_feature(target, "attn_mask_gradient", "attn_mask");
+  const auto sizes = x.attn_mask->sizes();
+  StableTensor gradient =
+      make_zeros(target.tensor, std::vector<std::int64_t>(sizes.begin(), sizes.end()), sum_type(target.tensor));
+  p.grad_attn_mask = view_pairs(MaskKind::kSum, gradient);
+  return {gradient};
+}
+
+}  // namespace attnx::ops
