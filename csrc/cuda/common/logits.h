@@ -1,4 +1,4 @@
-// A tile of products goes through this before the score, where it is not whole or has distances: ALiBi and the mask.
+// A tile of products goes through this before the score, where it is not whole or has distances: ALiBi and the band.
 #pragma once
 
 #include "cuda/common/sequence.h"
@@ -8,11 +8,11 @@ namespace attnx::cuda {
 // This numbers the rows of a tile that a lane's accumulators hold, as [block of 16 rows][half].
 __device__ __forceinline__ constexpr int row_of(int number) { return number / 2 * 16 + number % 2 * 8; }
 
-// This turns s into s * scale - slope |distance|, times log2(e), or -inf where the query does not see the key. `row` is
-// the thread's first (query, head) row, whose heads count from first_head; `key` is its first key.
+// This turns s into s * multiplier - slope |distance| log2(e), or -inf where the query does not see the key. `row` is the
+// thread's first (query, head) row, whose heads count from first_head; `key` is its first key.
 template <class Args, int kM, int kN>
 __device__ __forceinline__ void place_logits(float (&s)[kM][kN][4], const Args& args, const Band& band, int first_head,
-                                             int row, int key) {
+                                             int row, int key, float multiplier) {
 #pragma unroll
   for (int r = 0; r < kM * 2; ++r) {
     const int query = args.group.divide(row + row_of(r));
@@ -28,14 +28,14 @@ __device__ __forceinline__ void place_logits(float (&s)[kM][kN][4], const Args& 
       for (int e = 0; e < 2; ++e) {
         float& x = s[r / 2][n][r % 2 * 2 + e];
         const int column = n * 8 + e;
-        x = fmaf(-slope, fabsf(distance - float(column)), x * args.scale_log2);
+        x = fmaf(-slope, fabsf(distance - float(column)), x * multiplier);
         if (column < first || column >= end) x = -INFINITY;
       }
     }
   }
 }
 
-// This does the same where s is transposed: its rows are keys, its columns are (query, head) rows, and `key` is the
+// This does the same, with the call's scale, where s is transposed: its rows are keys, its columns are (query, head) rows, and `key` is the
 // thread's first.
 template <class Args, int kM, int kN>
 __device__ __forceinline__ void place_transposed_logits(float (&s)[kM][kN][4], const Args& args, const Band& band,

@@ -28,7 +28,13 @@ void launch(const BackwardPlan& plan, const BackwardCall& call) {
   const GradQueryArguments grad_query{plan.geometry, call.scaling.scale, plan.scratch.grad_query_sum, p.grad_query,
                                       p.grad_query_addend};
   with_dtype(p.dtype, [&]<DType kDType>() {
-    if (plan.mainloop == Mainloop::kSm80) {
+    if (plan.variant.terms) {
+      with_head_dim<kTermsHeadDims>(p, [&]<int kHeadDim>() {
+        with_backward_score(p.score,
+                            [&]<Score kScore>() { launch_terms_backward_sm80<kScore, kDType, kHeadDim>(call); });
+        launch_grad_query_sm80<kDType, kHeadDim>(grad_query, call.variant, call.stream);
+      });
+    } else if (plan.mainloop == Mainloop::kSm80) {
       with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() {
         with_backward_score(p.score, [&]<Score kScore>() { launch_backward_sm80<kScore, kDType, kHeadDim>(call); });
         launch_grad_query_sm80<kDType, kHeadDim>(grad_query, call.variant, call.stream);

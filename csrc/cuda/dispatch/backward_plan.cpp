@@ -14,17 +14,19 @@ namespace attnx::cuda {
 
 namespace {
 
+template <const auto& kTable, template <int> class TilesOf>
 void plan_sm80(const BackwardParams& p, BackwardPlan& plan) {
-  plan.head_dim = padded_head_dim<kHeadDims>(p);
-  with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() {
-    using Tiles = BackwardTiles<kHeadDim>;
+  plan.head_dim = padded_head_dim<kTable>(p);
+  with_head_dim<kTable>(p, [&]<int kHeadDim>() {
+    using Tiles = TilesOf<kHeadDim>;
     const auto sizes_of = []<class Tile>(Tile) {
       return TileSizes{Tile::kM, Tile::kN, 1, Tile::kSharedBytes, Tile::kScoreWarpsN};
     };
     const bool listed = plan.variant.listed;
     const TileSizes wide = listed ? sizes_of(typename Tiles::WideListed()) : sizes_of(typename Tiles::Wide());
     const bool fills = !listed || divides<typename Tiles::WideListed>(p.block_q, p.block_k);
-    plan.variant.wide = fills && plan.variant.aligned && wide.shared_bytes <= current_device().shared_bytes;
+    plan.variant.wide = fills && plan.variant.aligned && wide.shared_bytes <= current_device().shared_bytes &&
+                        !plan.variant.terms;
     plan.tile = plan.variant.wide ? wide : sizes_of(typename Tiles::Narrow());
   });
   static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, heads_in_tile(p));
@@ -44,6 +46,7 @@ std::string plan_sm90(const BackwardParams& p, BackwardPlan& plan) {
   const std::int64_t group = whole_heads_in_tile(p, plan.tile.rows);
   static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, group);
   if (!ATTNX_CUDA_SM90) return "attnx was built without it";
+  if (plan.variant.terms) return kTermsReason;
   const TmaBackwardViews views = tma_views(p, group);
   if (const std::string why = why_not_tma(
           {{"query", views.query}, {"key", views.key}, {"value", views.value}, {"grad_output", views.grad_output}});
@@ -69,9 +72,14 @@ BackwardPlan make_plan(const BackwardParams& p, std::optional<Mainloop> asked, b
   plan.variant.listed = p.key_blocks.counts;
   plan.variant.block_q = p.block_q;
   plan.variant.block_k = p.block_k;
+  plan.variant.terms = p.terms.any();
   plan.variant.aligned = are_aligned(p, {p.query, p.grad_query}, {p.key, p.grad_key}, {p.value, p.grad_value}) &&
                          is_aligned(p, p.grad_output, p.heads_q, p.value_dim);
-  plan_mainloop("backward", asked, plan, [&] { plan_sm80(p, plan); }, [&] { return plan_sm90(p, plan); });
+  const auto on_sm80 = [&] {
+    plan.variant.terms ? plan_sm80<kTermsHeadDims, TermsBackwardTiles>(p, plan)
+                       : plan_sm80<kHeadDims, BackwardTiles>(p, plan);
+  };
+  plan_mainloop("backward", asked, plan, on_sm80, [&] { return plan_sm90(p, plan); });
 
   BackwardGeometry& g = plan.geometry;
   g.key_heads = Divisor(p.heads_k);

@@ -44,7 +44,10 @@ void launch(const ForwardPlan& plan, const ForwardCall& call) {
   const auto& p = call.params;
   with_score(p.score, [&]<Score kScore>() {
     with_dtype(p.dtype, [&]<DType kDType>() {
-      if (plan.mainloop == Mainloop::kSm80) {
+      if (plan.variant.terms) {
+        with_head_dim<kTermsHeadDims>(
+            p, [&]<int kHeadDim>() { launch_terms_forward_sm80<kScore, kDType, kHeadDim>(call); });
+      } else if (plan.mainloop == Mainloop::kSm80) {
         with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() { launch_forward_sm80<kScore, kDType, kHeadDim>(call); });
       } else if constexpr (ATTNX_CUDA_SM90) {
         with_head_dim<kTmaHeadDims>(p, [&]<int kHeadDim>() { launch_forward_sm90<kScore, kDType, kHeadDim>(call); });

@@ -20,11 +20,12 @@ TileSizes sizes_of(Tile) {
   return {Tile::kM, Tile::kN, Tile::kBlocksPerSm, Tile::kSharedBytes, 0};
 }
 
+template <const auto& kTable, template <int> class TilesOf>
 void plan_sm80(const ForwardParams& p, ForwardPlan& plan) {
-  plan.head_dim = padded_head_dim<kHeadDims>(p);
-  const std::int64_t rows = p.heads_q / p.heads_k * p.length_q;
-  with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() {
-    using Tiles = ForwardTiles<kHeadDim>;
+  plan.head_dim = padded_head_dim<kTable>(p);
+  const std::int64_t rows = heads_in_tile(p) * p.length_q;
+  with_head_dim<kTable>(p, [&]<int kHeadDim>() {
+    using Tiles = TilesOf<kHeadDim>;
     const bool listed = plan.variant.listed;
     const auto wide = listed ? sizes_of(typename Tiles::WideListed()) : sizes_of(typename Tiles::Wide());
     const auto narrow = sizes_of(typename Tiles::Narrow());
@@ -47,6 +48,7 @@ std::string plan_sm90(const ForwardParams& p, ForwardPlan& plan) {
   const std::int64_t group = whole_heads_in_tile(p, plan.tile.rows), rows = p.length_q * group;
   static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, group);
   if (!ATTNX_CUDA_SM90) return "attnx was built without it";
+  if (plan.variant.terms) return kTermsReason;
   if (!plan.variant.listed && rows <= 64)
     return "at most 64 rows of query share their keys, got " + std::to_string(rows);
   const TmaForwardViews views = tma_views(p, group);
@@ -72,9 +74,14 @@ ForwardPlan make_plan(const ForwardParams& p, std::optional<Mainloop> asked, voi
   plan.variant.listed = p.key_blocks.counts;
   plan.variant.block_q = p.block_q;
   plan.variant.block_k = p.block_k;
+  plan.variant.terms = p.terms.any();
   plan.variant.aligned =
       are_aligned(p, {p.query}, {p.key}, {p.value}) && is_aligned(p, p.output, p.heads_q, p.value_dim);
-  plan_mainloop("call", asked, plan, [&] { plan_sm80(p, plan); }, [&] { return plan_sm90(p, plan); });
+  const auto on_sm80 = [&] {
+    plan.variant.terms ? plan_sm80<kTermsHeadDims, TermsForwardTiles>(p, plan)
+                       : plan_sm80<kHeadDims, ForwardTiles>(p, plan);
+  };
+  plan_mainloop("call", asked, plan, on_sm80, [&] { return plan_sm90(p, plan); });
 
   plan.tiles = p.batch * plan.geometry.heads.divisor() * plan.geometry.query_blocks.divisor();
   const int splits = splits_of(p, plan);

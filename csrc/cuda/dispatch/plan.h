@@ -48,6 +48,10 @@ ForwardPlan make_plan(const ForwardParams& params, std::optional<Mainloop> asked
 BackwardPlan make_plan(const BackwardParams& params, std::optional<Mainloop> asked, bool deterministic,
                        void* workspace);
 
+// This is why a call with terms runs sm_80's loop.
+inline constexpr const char* kTermsReason =
+    "it has no attn_mask, key_bias, key_mask, softcap or dropout, and the call has one of them";
+
 // This sets what depends on the mainloop. It takes sm_90's where the device has it and nothing speaks against it, else
 // sm_80's. `plan_sm90` returns what speaks against it, or nothing. It throws std::runtime_error where sm_90's is asked
 // for in vain; `what` is the direction.

@@ -19,7 +19,7 @@ bool are_aligned(const AttentionParams& params, std::initializer_list<Tensor> of
                  std::initializer_list<Tensor> of_key, std::initializer_list<Tensor> of_value);
 
 // This counts the query heads whose rows share a tile. All that share a key head do, but with lists each query head is
-// alone, because it has lists of its own.
+// alone, because it has lists of its own, and so it is with terms in the logits, which are its own.
 std::int64_t heads_in_tile(const AttentionParams& params);
 // This counts the same where tiles of so many rows must hold whole groups, as boxes of TMA do.
 std::int64_t whole_heads_in_tile(const AttentionParams& params, int rows_of_tile);

@@ -22,8 +22,8 @@ struct BackwardScratch {
   bool deterministic;
 };
 
-template <class Tiles, class Storage>
-struct BackwardArguments : BackwardGeometry, LogitScaling, BackwardScratch {
+template <class Tiles, class Storage, class Logits>
+struct BackwardArguments : BackwardGeometry, Logits::Arguments, BackwardScratch {
   typename Storage::BackwardTensors tensors;
   typename Tiles::BackwardParameters tiles;
 };

@@ -15,8 +15,8 @@ struct PartialResults {
 };
 
 // Every policy brings the parameters that its own code reads.
-template <class Score, class Tiles, class Storage>
-struct ForwardArguments : ForwardGeometry, LogitScaling {
+template <class Score, class Tiles, class Storage, class Logits>
+struct ForwardArguments : ForwardGeometry, Logits::Arguments {
   typename Storage::ForwardTensors tensors;
   Tensor logsumexp;  // of normalised scores; null where it is not wanted
   typename Score::Parameters score;

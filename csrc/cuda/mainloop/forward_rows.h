@@ -31,18 +31,20 @@ struct ForwardPlace {
 };
 
 // This is P as operand A: the accumulators of S hold the elements where the operand wants them, in pairs.
-template <class ScorePolicy, int kM, int kN>
+template <class ScorePolicy, class Logits, int kM, int kN>
 struct Weights {
   float (&s)[kM][kN][4];
   ScorePolicy& score;
+  const Logits& logits;
 
   __device__ __forceinline__ void load(std::uint32_t (&x)[4], int m, int k) const {
     m /= 16, k /= 8;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float (&pair)[4] = s[m][k + i / 2];
-      x[i] = pack_nonnegative(score.weight(pair[i % 2 * 2], m * 2 + i % 2),
-                              score.weight(pair[i % 2 * 2 + 1], m * 2 + i % 2), typename ScorePolicy::Input());
+      const int row = m * 2 + i % 2, n = k + i / 2;
+      const auto weight = [&](int e) { return logits.weight(score.weight(s[m][n][i % 2 * 2 + e], row), n, e); };
+      const float low = weight(0), high = weight(1);
+      x[i] = logits.kept(pack_nonnegative(low, high, typename ScorePolicy::Input()), row, n);
     }
   }
 };

@@ -75,11 +75,11 @@ struct ClusterKeyPlace {
   }
 };
 
-// This turns s into s * scale, times log2(e), or -inf where the query does not see the key. Clusters have no distances,
+// This turns s into s * multiplier, or -inf where the query does not see the key. Clusters have no distances,
 // and each query head has its own.
 template <class Args, int kM, int kN>
-__device__ __forceinline__ void place_logits(float (&s)[kM][kN][4], const Args& args, const ClusterBand& band, int,
-                                             int row, int key) {
+__device__ __forceinline__ void place_logits(float (&s)[kM][kN][4], const Args&, const ClusterBand& band, int, int row,
+                                             int key, float multiplier) {
 #pragma unroll
   for (int r = 0; r < kM * 2; ++r) {
     const int end = band.visible(row + row_of(r)).end - key;
@@ -88,7 +88,7 @@ __device__ __forceinline__ void place_logits(float (&s)[kM][kN][4], const Args& 
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s[r / 2][n][r % 2 * 2 + e];
-        x = n * 8 + e < end ? x * args.scale_log2 : -INFINITY;
+        x = n * 8 + e < end ? x * multiplier : -INFINITY;
       }
   }
 }

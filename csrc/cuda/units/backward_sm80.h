@@ -1,7 +1,8 @@
-// These are the backward kernels for sm_80 of one score, dtype and padded head dimension.
+// These are the backward kernels for sm_80 of one score, dtype and padded head dimension, and of logits of one kind.
 #pragma once
 
 #include "cuda/common/device.h"
+#include "cuda/logits/plain.h"
 #include "cuda/mainloop/sm80/backward.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
 #include "cuda/storage/strided.h"
@@ -11,20 +12,19 @@
 
 namespace attnx::cuda {
 
-template <class Score, class Input, int kHeadDim>
+template <class Score, class Input, int kHeadDim, class Logits = Plain, class Sizes = BackwardTiles<kHeadDim>>
 struct BackwardSm80 {
   template <class Tiles, bool kAligned, class Tile>
   static void launch(const BackwardCall& call) {
     using Storage = Strided<Input, kAligned>;
-    const BackwardArguments<Tiles, Storage> args{call.geometry, call.scaling, call.scratch,
+    const BackwardArguments<Tiles, Storage, Logits> args{call.geometry, Logits::arguments(call.scaling, call.params), call.scratch,
                                                  Storage::tensors(call.params),
                                                  Tiles::parameters(call.params, call.list_order)};
-    launch_kernel("attnx_backward_sm80", attnx_backward_sm80<Score, Tiles, Storage, Tile>, call.blocks, Tile::kThreads,
+    launch_kernel("attnx_backward_sm80", attnx_backward_sm80<Score, Tiles, Storage, Tile, Logits>, call.blocks, Tile::kThreads,
                   Tile::kSharedBytes, call.stream, args);
   }
 
   static void run(const BackwardCall& call) {
-    using Sizes = BackwardTiles<kHeadDim>;
     if (call.variant.listed) {
       if (!call.variant.aligned) return launch<Listed, false, typename Sizes::Narrow>(call);
       call.variant.wide ? launch<Listed, true, typename Sizes::WideListed>(call)

@@ -15,7 +15,7 @@ struct BackwardSm90 {
   template <class Tiles, class Tile>
   static void launch(const BackwardCall& call) {
     using Storage = Tma<Input>;
-    const BackwardArguments<Tiles, Storage> args{
+    const BackwardArguments<Tiles, Storage, Plain> args{
         call.geometry, call.scaling, call.scratch,
         Storage::tensors(call.params, call.geometry.group.divisor(), Tile::kM, Tile::kN),
         Tiles::parameters(call.params, call.list_order)};

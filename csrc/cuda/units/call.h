@@ -14,6 +14,7 @@ namespace attnx::cuda {
 // This picks one of a unit's instantiations.
 struct Variant {
   bool wide, listed, aligned;
+  bool terms;                     // in the logits
   std::int64_t block_q, block_k;  // of lists
 };
 
@@ -53,6 +54,11 @@ template <Score kScore, DType kDType, int kHeadDim>
 void launch_backward_sm80(const BackwardCall& call);
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_backward_sm90(const BackwardCall& call);
+// These serve calls with terms in their logits.
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_terms_forward_sm80(const ForwardCall& call);
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_terms_backward_sm80(const BackwardCall& call);
 
 // These passes around the backward depend on the score, or on the tiles of its mainloop.
 template <Score kScore>

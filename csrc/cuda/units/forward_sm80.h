@@ -1,7 +1,8 @@
-// These are the forward kernels for sm_80 of one score, dtype and padded head dimension.
+// These are the forward kernels for sm_80 of one score, dtype and padded head dimension, and of logits of one kind.
 #pragma once
 
 #include "cuda/common/device.h"
+#include "cuda/logits/plain.h"
 #include "cuda/mainloop/sm80/forward.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
 #include "cuda/storage/strided.h"
@@ -11,21 +12,19 @@
 
 namespace attnx::cuda {
 
-template <class Score, class Input, int kHeadDim>
+template <class Score, class Input, int kHeadDim, class Logits = Plain, class Sizes = ForwardTiles<kHeadDim>>
 struct ForwardSm80 {
   template <class Tiles, bool kAligned, class Tile>
   static void launch(const ForwardCall& call) {
     using Storage = Strided<Input, kAligned>;
     const auto& p = call.params;
-    const ForwardArguments<Score, Tiles, Storage> args{call.geometry, call.scaling,         Storage::tensors(p),
-                                                       p.logsumexp,   Score::parameters(p), Tiles::parameters(p),
-                                                       call.partial};
-    launch_kernel("attnx_forward_sm80", attnx_forward_sm80<Score, Tiles, Storage, Tile>, call.blocks, Tile::kThreads,
+    const ForwardArguments<Score, Tiles, Storage, Logits> args{
+        call.geometry, Logits::arguments(call.scaling, p), Storage::tensors(p), p.logsumexp, Score::parameters(p), Tiles::parameters(p), call.partial};
+    launch_kernel("attnx_forward_sm80", attnx_forward_sm80<Score, Tiles, Storage, Tile, Logits>, call.blocks, Tile::kThreads,
                   Tile::kSharedBytes, call.stream, args);
   }
 
   static void run(const ForwardCall& call) {
-    using Sizes = ForwardTiles<kHeadDim>;
     if (call.variant.listed) {
       if (!call.variant.aligned) return launch<Listed, false, typename Sizes::Narrow>(call);
       call.variant.wide ? launch<Listed, true, typename Sizes::WideListed>(call)

@@ -18,7 +18,7 @@ struct ForwardSm90 {
     using Storage = Tma<Input>;
     constexpr int kWarpRows = 16;  // rows that leave together
     const auto& p = call.params;
-    const PersistentForwardArguments<Score, Tiles, Storage> args{
+    const PersistentForwardArguments<Score, Tiles, Storage, Plain> args{
         {call.geometry, call.scaling, Storage::tensors(p, call.geometry.group.divisor(), Tile::kM, Tile::kN, kWarpRows),
          p.logsumexp, Score::parameters(p), Tiles::parameters(p), call.partial},
         call.schedule};

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/common/device.h"
+#include "cuda/logits/plain.h"
 #include "cuda/mainloop/sm80/backward.h"
 #include "cuda/mainloop/sm80/grad_query.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
@@ -17,13 +18,13 @@ struct RoutedBackwardSm80 {
   template <bool kAligned, class Tile>
   static void launch(const RoutedBackwardCall& call) {
     using Storage = Gathered<Input, kAligned>;
-    const BackwardArguments<Clustered, Storage> args{
+    const BackwardArguments<Clustered, Storage, Plain> args{
         call.geometry,
         call.scaling,
         call.scratch,
         {call.query, call.key, call.value, call.grad_output, call.grad_key, call.grad_value},
         call.keys};
-    launch_kernel("attnx_backward_sm80", attnx_backward_sm80<Score, Clustered, Storage, Tile>, call.key_blocks,
+    launch_kernel("attnx_backward_sm80", attnx_backward_sm80<Score, Clustered, Storage, Tile, Plain>, call.key_blocks,
                   Tile::kThreads, Tile::kSharedBytes, call.stream, args);
     launch_kernel(
         "attnx_grad_query_sm80",

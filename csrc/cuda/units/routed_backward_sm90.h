@@ -16,7 +16,7 @@ struct RoutedBackwardSm90 {
   template <class Tile>
   static void launch(const RoutedBackwardCall& call) {
     using Storage = GatheredAsync<Input>;
-    const BackwardArguments<Clustered, Storage> args{
+    const BackwardArguments<Clustered, Storage, Plain> args{
         call.geometry,
         call.scaling,
         call.scratch,

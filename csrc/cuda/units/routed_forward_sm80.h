@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/common/device.h"
+#include "cuda/logits/plain.h"
 #include "cuda/mainloop/sm80/forward.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
 #include "cuda/storage/gathered.h"
@@ -15,14 +16,14 @@ struct RoutedForwardSm80 {
   template <bool kAligned, class Tile>
   static void launch(const RoutedForwardCall& call) {
     using Storage = Gathered<Input, kAligned>;
-    const ForwardArguments<Score, Clustered, Storage> args{call.geometry,
+    const ForwardArguments<Score, Clustered, Storage, Plain> args{call.geometry,
                                                            call.scaling,
                                                            {call.query, call.key, call.value, call.output},
                                                            call.logsumexp,
                                                            Score::parameters(call.params),
                                                            call.tiles,
                                                            {}};
-    launch_kernel("attnx_forward_sm80", attnx_forward_sm80<Score, Clustered, Storage, Tile>, call.blocks,
+    launch_kernel("attnx_forward_sm80", attnx_forward_sm80<Score, Clustered, Storage, Tile, Plain>, call.blocks,
                   Tile::kThreads, Tile::kSharedBytes, call.stream, args);
   }
 

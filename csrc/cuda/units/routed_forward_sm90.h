@@ -15,7 +15,7 @@ struct RoutedForwardSm90 {
   static void run(const RoutedForwardCall& call) {
     using Storage = GatheredAsync<Input>;
     using Tile = typename TmaForwardTiles<kHeadDim>::Gathered;
-    const PersistentForwardArguments<Score, Clustered, Storage> args{{call.geometry,
+    const PersistentForwardArguments<Score, Clustered, Storage, Plain> args{{call.geometry,
                                                                       call.scaling,
                                                                       {call.query, call.key, call.value, call.output},
                                                                       call.logsumexp,

@@ -28,9 +28,9 @@ __device__ __forceinline__ void end_turn(int* turns) {
   if (threadIdx.x == 0) atomicAdd(turns, 1);
 }
 
-template <class Score, class Tiles, class Storage, class Tile>
+template <class Score, class Tiles, class Storage, class Tile, class Logits>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-    attnx_backward_sm80(const __grid_constant__ BackwardArguments<Tiles, Storage> args) {
+    attnx_backward_sm80(const __grid_constant__ BackwardArguments<Tiles, Storage, Logits> args) {
   using Input = typename Storage::Input;
   constexpr int kM = Tile::kM, kN = Tile::kN, kHeadDim = Tile::kHeadDim;
   constexpr int kThreads = Tile::kThreads, kStages = Tile::kStages;
@@ -84,10 +84,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
   // Either each query head of the group has its own tiles of rows, or one tile holds rows of all of them. A place has
   // one query head.
-  const int turns = Tiles::kPerHead && !Tiles::kHasPlaces ? int(args.heads_q / args.heads_k) : 1;
+  constexpr bool kPerHead = Tiles::kPerHead || Logits::kPerHead;
+  const int turns = kPerHead && !Tiles::kHasPlaces ? int(args.heads_q / args.heads_k) : 1;
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
-    const int query_head = Tiles::kPerHead ? head * turns + turn : query_head_of(args, head);
+    const int query_head = kPerHead ? head * turns + turn : query_head_of(args, head);
     const auto tiles = Tiles::template rows<Tile>(args, sequence, batch, query_head, key_begin);
     const int begin = tiles.begin(), end = tiles.end();
     const auto rows = [&](const auto& x) {
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if constexpr (Tiles::kHasPlaces) {
         row_tile = sequence.first_row_tile + row_begin / kM;
       } else {
-        row_tile = (Tiles::kPerHead ? query_head : head) * args.row_tiles +
+        row_tile = (kPerHead ? query_head : head) * args.row_tiles +
                    row_tile_of(args, batch, sequence, row_begin / kM, kM);
       }
       float offset[kRows], delta[kRows];
@@ -142,10 +143,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                                 OperandB<KeyTile>(shared_key, fresh(lane), score_key));
       const Visible plain =
           band.seen_by_all(args.group.divide(row_begin), args.group.divide(min(row_begin + kM, row_end) - 1));
+      typename Logits::template Backward<Score, Input, kScoreRows / 16, kScoreKeys / 8> logits;
       float multiplier = args.scale_log2;
-      if (key_begin < plain.first || key_begin + kN > plain.end || args.alibi_slopes.data) {
-        place_logits(s, args, band, query_head, row_begin + score_row + fresh(lane) / 4,
-                     key_begin + score_key + fresh(lane) % 4 * 2);
+      const bool ragged = key_begin < plain.first || key_begin + kN > plain.end || args.alibi_slopes.data;
+      if (Logits::kEveryTile || ragged) {
+        logits.place(s, args, place, query_head, row_begin + score_row + fresh(lane) / 4,
+                     key_begin + score_key + fresh(lane) % 4 * 2, ragged);
         multiplier = 1;
       }
 #pragma unroll
@@ -155,14 +158,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
           for (int n = 0; n < kScoreKeys / 8; ++n) {
             float (&pair)[4] = s[m][n];
-            const auto weight = [&](float& x) {
-              return ScorePolicy::weight(fmaf(x, multiplier, offset[m * 2 + half]), x);
+            const auto weight = [&](int e) {
+              float& x = pair[half * 2 + e];
+              const float weight = ScorePolicy::weight(fmaf(x, multiplier, offset[m * 2 + half]), x);
+              x = logits.weight(x, n, e);
+              return logits.weight(weight, n, e);
             };
-            const float low = weight(pair[half * 2]), high = weight(pair[half * 2 + 1]);
+            const float low = weight(0), high = weight(1);
             store_shared(shared_weights +
                              ScoreTile::offset(score_row + m * 16 + half * 8 + lane / 4, score_key / 8 + n) +
                              lane % 4 * 4,
-                         pack(low, high, Input()));
+                         logits.kept(pack(low, high, Input()), m * 2 + half, n));
           }
 
       if constexpr (kDivided<Score, Tiles>) {
@@ -176,6 +182,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       clear(grad_logits);
       multiply<Input, kHeadDim>(grad_logits, OperandA<RowTile>(shared_grad_output + stage, fresh(lane), score_row),
                                 OperandB<KeyTile>(shared_value, fresh(lane), score_key));
+      logits.drop(grad_logits, args);
 #pragma unroll
       for (int m = 0; m < kScoreRows / 16; ++m)
 #pragma unroll
@@ -185,7 +192,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             float& x = grad_logits[m][n][e];
             x = s[m][n][e] * (Score::kNormalised ? x - delta[m * 2 + e / 2] : x);
           }
-      store_accumulators<ScoreTile, Input>(shared_grad_logits, score_row, score_key, lane, grad_logits, 1);
+      store_accumulators<ScoreTile, Input>(shared_grad_logits, score_row, score_key, lane,
+                                           logits.of_products(grad_logits), 1);
 
       int* turn_of_rows = args.turns + row_tile;
       if (args.deterministic) {
@@ -262,7 +270,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   };
   store_grad(shared_key, grad_keys, args.scale, args.head_dim,
              [](const auto& x) -> const Tensor& { return x.grad_key_addend; });
-  store_grad(shared_value, grad_values, 1 / (ScorePolicy::kWeightScale * divisor), args.value_dim,
+  store_grad(shared_value, grad_values, Logits::result_factor(args) / (ScorePolicy::kWeightScale * divisor),
+             args.value_dim,
              [](const auto& x) -> const Tensor& { return x.grad_value_addend; });
   __syncthreads();
   const int thread = threadIdx.x;

@@ -26,9 +26,9 @@ __device__ __forceinline__ auto place_of(const Args& args, int block, Tile tile)
   }
 }
 
-template <class Score, class Tiles, class Storage, class Tile>
+template <class Score, class Tiles, class Storage, class Tile, class Logits>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
-    attnx_forward_sm80(const __grid_constant__ ForwardArguments<Score, Tiles, Storage> args) {
+    attnx_forward_sm80(const __grid_constant__ ForwardArguments<Score, Tiles, Storage, Logits> args) {
   using Input = typename Storage::Input;
   using QueryTile = SharedTile<Tile::kM, Tile::kHeadDim>;
   using KeyTile = SharedTile<Tile::kN, Tile::kHeadDim>;
@@ -136,16 +136,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     __syncthreads();
     copy_key(tile + kStages, key_ahead(tile, kStages));
 
+    typename Logits::template Forward<Score, Input, kRows / 2, kN / 8> logits;
     float multiplier = args.scale_log2;
     const int key = key_ahead(tile, 0);
-    if (key < plain.first || key + kN > plain.end) {
+    const bool ragged = key < plain.first || key + kN > plain.end;
+    if (Logits::kEveryTile || ragged) {
       const auto again = place_of<Tiles>(args, fresh(blockIdx.x), Tile());
-      place_logits(s, args, again.sequence.band, query_head_of(args, again.head),
-                   again.row_begin + warp_row_now() + lane_now() / 4, key + lane_now() % 4 * 2);
+      logits.place(s, args, again, query_head_of(args, again.head), again.row_begin + warp_row_now() + lane_now() / 4,
+                   key + lane_now() % 4 * 2, ragged);
       multiplier = 1;
     }
     score.template begin<Tiles::kHasBias>(s, output, multiplier, tiles.bias(tile) * kLog2E, tiles.divisor(tile));
-    multiply<Input, kN>(output, Weights<decltype(score), kRows / 2, kN / 8>{s, score},
+    multiply<Input, kN>(output, Weights<decltype(score), decltype(logits), kRows / 2, kN / 8>{s, score, logits},
                         TransposedB<KeyTile>(shared_value + stage * KeyTile::kBytes, lane_now()));
 
     if constexpr (Tiles::kFromMemory) {
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   float logsumexp[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const float factor = score.finish(r);
+    const float factor = score.finish(r) * Logits::result_factor(args);
     logsumexp[r] = score.logsumexp(r);
 #pragma unroll
     for (int d = 0; d < kHeadDim / 8; ++d) {

@@ -62,6 +62,28 @@ struct ForwardTiles<256> {
   using WideListed = Narrow;
 };
 
+// These are the tiles of calls with terms in their logits. Lists have one size alone.
+template <int kHeadDim>
+struct TermsForwardTiles;
+template <>
+struct TermsForwardTiles<64> {
+  using Wide = ForwardTile<64, 128, 64, 4, 2, 2>;
+  using Narrow = ForwardTiles<64>::Narrow;
+  using WideListed = Narrow;
+};
+template <>
+struct TermsForwardTiles<128> {
+  using Wide = ForwardTile<128, 128, 32, 4, 2, 2>;
+  using Narrow = ForwardTiles<128>::Narrow;
+  using WideListed = Narrow;
+};
+template <>
+struct TermsForwardTiles<256> {
+  using Narrow = ForwardTiles<256>::Narrow;
+  using Wide = Narrow;
+  using WideListed = Narrow;
+};
+
 // S and dP are rows x keys, dK and dV are keys x features, and dQ is rows x features; the warps stand along both.
 template <int kHeadDim_, int kM_, int kN_, int kWarps_, int kStages_, int kScoreWarps_, int kKeyWarps_, int kRowWarps_>
 struct BackwardTile {
@@ -138,6 +160,15 @@ struct SumsTiles<128> {
 template <>
 struct SumsTiles<256> {
   using GradBlocks = SumsTile<256, 32, 64, 2, 2, 2, 1>;
+};
+
+// These are for calls with terms in their logits: what the logits leave to the gradients needs the registers of a
+// narrow tile.
+template <int kHeadDim>
+struct TermsBackwardTiles {
+  using Narrow = typename BackwardTiles<kHeadDim>::Narrow;
+  using Wide = Narrow;
+  using WideListed = Narrow;
 };
 
 }  // namespace attnx::cuda

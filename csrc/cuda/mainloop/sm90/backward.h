@@ -23,7 +23,7 @@ namespace attnx::cuda {
 
 template <class Score, class Tiles, class Storage, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
-    attnx_backward_sm90(const __grid_constant__ BackwardArguments<Tiles, Storage> args) {
+    attnx_backward_sm90(const __grid_constant__ BackwardArguments<Tiles, Storage, Plain> args) {
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
   const BackwardMemory<Tile> shared{shared_address(shared_bytes)};
   if (const auto place = BackwardPlace<Tiles, Tile>::again(args); place.key_begin >= place.sequence.band.length_k)

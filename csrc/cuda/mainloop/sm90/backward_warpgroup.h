@@ -5,8 +5,8 @@
 // dO and Q want their operand A.
 #pragma once
 
-#include "cuda/common/logits.h"
 #include "cuda/common/reduce.h"
+#include "cuda/logits/plain.h"
 #include "cuda/mainloop/backward_rows.h"
 #include "cuda/mainloop/sm90/backward_producer.h"
 #include "cuda/mainloop/sm90/wgmma.h"
@@ -18,7 +18,7 @@ template <class Score_, class Tiles, class Storage, class Tile_>
 struct BackwardWarpgroup {
   using Score = Score_;
   using Input = typename Storage::Input;
-  using Arguments = BackwardArguments<Tiles, Storage>;
+  using Arguments = BackwardArguments<Tiles, Storage, Plain>;
   using Tile = Tile_;
   using Memory = BackwardMemory<Tile>;
   using KeyTile = typename Memory::KeyTile;

@@ -20,7 +20,7 @@ namespace attnx::cuda {
 
 template <class Score, class Tiles, class Storage, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
-    attnx_forward_sm90(const __grid_constant__ PersistentForwardArguments<Score, Tiles, Storage> args) {
+    attnx_forward_sm90(const __grid_constant__ PersistentForwardArguments<Score, Tiles, Storage, Plain> args) {
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
   const ForwardMemory<Tile> shared{shared_address(shared_bytes)};
   if (threadIdx.x == 0) {

@@ -12,8 +12,8 @@ struct ForwardSchedule {
   int* taken;       // device memory, 0 at launch: tiles that blocks have taken besides their first ones
 };
 
-template <class Score, class Tiles, class Storage>
-struct PersistentForwardArguments : ForwardArguments<Score, Tiles, Storage>, ForwardSchedule {
+template <class Score, class Tiles, class Storage, class Logits>
+struct PersistentForwardArguments : ForwardArguments<Score, Tiles, Storage, Logits>, ForwardSchedule {
 #ifdef __CUDACC__
   // This returns the number, as ForwardPlace counts, of the tile that is n-th in order. All tiles of a section come
   // before the next section, and within one the same rows of all heads come together, the longest first.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/common/tile.h"
+#include "cuda/logits/plain.h"
 #include "cuda/mainloop/sm90/forward_memory.h"
 #include "cuda/mainloop/sm90/forward_places.h"
 #include "cuda/mainloop/sm90/wgmma.h"
@@ -140,7 +141,7 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
       if (!kPlain && !is_plain(first)) {
         const auto own = nth_place<Tiles>(args, fresh(tile), Tile());
         place_logits(s, args, own.sequence.band, query_head_of(args, own.head), own.row_begin + warp_row + lane / 4,
-                     first + lane % 4 * 2);
+                     first + lane % 4 * 2, args.scale_log2);
         // Tiles from memory come in any order, but all warpgroups find the same one ragged.
         if (Tiles::kFromMemory && args.cu_seqlens_k) clear_values(max(own.sequence.band.length_k - first, 0));
         multiplier = 1;
@@ -150,7 +151,8 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
       // O += P V starts 16 keys at a time.
       wait(shared.value_full(values.stage), values.phase);
       Storage::receive();
-      const Weights<decltype(score), 1, kN / 8> weights{s, score};
+      const Plain::Forward<Score, Input, 1, kN / 8> logits;
+      const Weights<decltype(score), decltype(logits), 1, kN / 8> weights{s, score, logits};
 #pragma unroll
       for (int k = 0; k < kN; k += 16) {
         std::uint32_t p[4];
