@@ -111,8 +111,8 @@ def test_opcheck(device: torch.device) -> None:
     bias = random_bias(mask, shape, "each")
     for given in (bias, bias[:, :1], None):
         arguments = [*(x.requires_grad_() for x in inputs.values()), mask.kv_num_blocks, mask.kv_indices]
-        arguments += [None if given is None else given.clone().requires_grad_(), None, 64, 64, "softmax", "none", 0.0]
-        arguments += [None, False]
+        arguments += [None if given is None else given.clone().requires_grad_(), None]
+        arguments += [None, None, None, None, 0.0, None, None, 64, 64, "softmax", "none", 0.0, None, False]
         torch.library.opcheck(torch.ops.attnx.block_sparse_attention.default, tuple(arguments))
 
 

@@ -15,6 +15,8 @@ from attnx._capability import Capability, dtype_name, table
 from backends import Backend
 from cases import OPERATORS, Shape, random_inputs, random_parameter
 from compare import check
+from logit_terms import check as check_with_terms
+from logit_terms import terms_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Call:
     options: dict[str, Any] = field(default_factory=dict)
     bias: tuple[int, ...] | None = None
     alibi_slopes: tuple[int, ...] | None = None
+    terms: tuple[str, ...] = ()
+    served: str = "each"
 
 
 @st.composite
@@ -61,7 +65,23 @@ def calls(draw: st.DrawFn, backend: Backend) -> Call:
         if bias is None:
             options["bias"] = draw(st.sampled_from([None, "row", -2.0]))
     slopes = draw(parameter) if "alibi" in features else None
-    return Call(row.operator, getattr(torch, draw(st.sampled_from(row.dtypes))), shape, options, bias, slopes)
+    dtype = getattr(torch, draw(st.sampled_from(row.dtypes)))
+    known = _terms_of(features)
+    terms = tuple(sorted(draw(st.sets(st.sampled_from(known))))) if known and draw(st.booleans()) else ()
+    if not terms:
+        return Call(row.operator, dtype, shape, options, bias, slopes)
+    served = draw(st.sampled_from(["each", "sequences", "heads", "all", "rows"]))
+    options.pop("bias", None)
+    slopes = None if slopes is None else (shape.heads,)
+    return Call(row.operator, dtype, shape, options, None, slopes, terms, served)
+
+
+def _terms_of(features: set[str]) -> list[str]:
+    """Those that the table has, with their gradients."""
+    terms = [x for x in ("softcap", "key_bias", "key_mask", "dropout") if x in features]
+    terms = [x for x in terms if not x.startswith("key") or f"{x}_gradient" in features]
+    terms += ["bool_mask"] if "attn_mask" in features else []
+    return terms + (["attn_mask"] if "attn_mask_gradient" in features else [])
 
 
 @given(data=st.data())
@@ -71,7 +91,11 @@ def test_calls_from_the_table(data: st.DataObject, backend: Backend) -> None:
     for name, shape in (("bias", call.bias), ("alibi_slopes", call.alibi_slopes)):
         if shape is not None:
             inputs[name] = random_parameter(shape, call.dtype, backend.device) - (3 if name == "bias" else 0)
-    check(call.operator, inputs, grad_output, **call.options)
+    if call.terms:
+        terms = terms_of(call.terms, call.shape, call.dtype, backend.device, call.served)
+        check_with_terms(call.operator, inputs, grad_output, **call.options, **terms)
+    else:
+        check(call.operator, inputs, grad_output, **call.options)
 
 
 @pytest.mark.parametrize("row", table(), ids=lambda row: f"{row.operator}-{row.backend}")

@@ -11,11 +11,16 @@ QKV = "Tensor query, Tensor key, Tensor value"
 PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 BIAS = "Tensor? bias, Tensor? alibi_slopes, str bias_rule, float bias_value"
 MASK = "float? scale, bool is_causal, int window_left, int window_right"
-BACKWARD = f"{MASK}, bool deterministic"
+KEY_TERMS = "float? softcap, Tensor? key_bias, Tensor? key_mask, float dropout_p, Tensor? seed, Tensor? offset"
+TERMS = f"Tensor? attn_mask, {KEY_TERMS}"
+WANTED_OF_KEYS = "bool key_bias_gradient, bool key_mask_gradient, bool deterministic"
+WANTED = f"bool attn_mask_gradient, {WANTED_OF_KEYS}"
 GRADS = "Tensor grad_query, Tensor grad_key, Tensor grad_value"
 
-SIGMOID = f"({GRADS}, Tensor grad_bias, Tensor grad_alibi_slopes)"
-SOFTMAX = f"({GRADS}, Tensor grad_alibi_slopes, Tensor grad_sink)"
+KEY_TERM_GRADS = "Tensor grad_key_bias, Tensor grad_key_mask"
+TERM_GRADS = f"Tensor grad_attn_mask, {KEY_TERM_GRADS}"
+SIGMOID = f"{GRADS}, Tensor grad_bias, Tensor grad_alibi_slopes"
+SOFTMAX = f"{GRADS}, Tensor grad_alibi_slopes, Tensor grad_sink"
 SOFTMAX_RESULTS = "Tensor output, Tensor logsumexp"
 SOFTMAX_SAVED = f"Tensor grad_output, Tensor grad_logsumexp, {QKV}, {SOFTMAX_RESULTS}"
 
@@ -41,17 +46,20 @@ ROUTES = "Tensor query_indices, Tensor query_offsets, Tensor key_indices, Tensor
 ROUTED = f"{ROUTES}, Tensor? memory_key, Tensor? memory_value"
 
 SCHEMAS = [
-    f"sigmoid_attention({QKV}, {BIAS}, {MASK}) -> Tensor",
-    f"sigmoid_attention_varlen({QKV}, {PACKING}, {BIAS}, {MASK}) -> Tensor",
-    f"sigmoid_attention_backward(Tensor grad_output, {QKV}, {BIAS}, {BACKWARD}) -> {SIGMOID}",
-    f"sigmoid_attention_varlen_backward(Tensor grad_output, {QKV}, {PACKING}, {BIAS}, {BACKWARD}) -> {SIGMOID}",
-    f"softmax_attention({QKV}, {SINKS}, {MASK}) -> ({SOFTMAX_RESULTS})",
-    f"softmax_attention_varlen({QKV}, {PACKING}, {SINKS}, {MASK}) -> ({SOFTMAX_RESULTS})",
-    f"softmax_attention_backward({SOFTMAX_SAVED}, {SINKS}, {BACKWARD}) -> {SOFTMAX}",
-    f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PACKING}, {SINKS}, {BACKWARD}) -> {SOFTMAX}",
-    f"block_sparse_attention({QKV}, {LISTED}, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",
-    f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LISTED}, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
-    f"bool deterministic) -> ({GRADS}, Tensor grad_sink, Tensor grad_block_bias)",
+    f"sigmoid_attention({QKV}, {BIAS}, {TERMS}, {MASK}) -> Tensor",
+    f"sigmoid_attention_varlen({QKV}, {PACKING}, {BIAS}, {KEY_TERMS}, {MASK}) -> Tensor",
+    f"sigmoid_attention_backward(Tensor grad_output, {QKV}, {BIAS}, {TERMS}, {MASK}, {WANTED}) -> "
+    f"({SIGMOID}, {TERM_GRADS})",
+    f"sigmoid_attention_varlen_backward(Tensor grad_output, {QKV}, {PACKING}, {BIAS}, {KEY_TERMS}, {MASK}, "
+    f"{WANTED_OF_KEYS}) -> ({SIGMOID}, {KEY_TERM_GRADS})",
+    f"softmax_attention({QKV}, {SINKS}, {TERMS}, {MASK}) -> ({SOFTMAX_RESULTS})",
+    f"softmax_attention_varlen({QKV}, {PACKING}, {SINKS}, {KEY_TERMS}, {MASK}) -> ({SOFTMAX_RESULTS})",
+    f"softmax_attention_backward({SOFTMAX_SAVED}, {SINKS}, {TERMS}, {MASK}, {WANTED}) -> ({SOFTMAX}, {TERM_GRADS})",
+    f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PACKING}, {SINKS}, {KEY_TERMS}, {MASK}, {WANTED_OF_KEYS}) -> "
+    f"({SOFTMAX}, {KEY_TERM_GRADS})",
+    f"block_sparse_attention({QKV}, {LISTED}, {TERMS}, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",
+    f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LISTED}, {TERMS}, {QUERY_LISTS}, {BLOCKS}, {SCORE}, {WANTED}) "
+    f"-> ({GRADS}, Tensor grad_sink, {TERM_GRADS}, Tensor grad_block_bias)",
     f"probabilistic_attention({QKV}, {DRAWN}, {SCORE}) -> ({SOFTMAX_RESULTS})",
     f"probabilistic_attention_backward({SOFTMAX_SAVED}, {DRAWN}, {SCORE}, bool deterministic) -> ({GRADS})",
     "probabilistic_block_lists(Tensor keep, Tensor seed, Tensor offset, SymInt batch, SymInt heads, SymInt length_q, "

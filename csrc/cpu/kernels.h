@@ -9,10 +9,12 @@
 namespace attnx::cpu {
 
 // These are the kernels of the loop, each of which is compiled for one dtype.
-#define ATTNX_FOR_EACH_LOOP(X)     \
-  X(forward, ForwardParams)        \
-  X(backward, BackwardParams)      \
-  X(routed_forward, ForwardParams) \
+#define ATTNX_FOR_EACH_LOOP(X)           \
+  X(forward, ForwardParams)              \
+  X(backward, BackwardParams)            \
+  X(forward_with_terms, ForwardParams)   \
+  X(backward_with_terms, BackwardParams) \
+  X(routed_forward, ForwardParams)       \
   X(routed_backward, BackwardParams)
 
 // These are the kernels beside it, each of which serves all dtypes, with a switch.

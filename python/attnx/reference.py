@@ -23,6 +23,7 @@ from attnx.sparse_linear import FeatureMap, LinearScope, SparseLinearMap
 
 __all__ = [
     "block_sparse_attention",
+    "dropout_factors",
     "philox",
     "probabilistic_attention",
     "probabilistic_block_mask",
@@ -64,8 +65,74 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
     return x.double().expand(heads)[:, None, None]
 
 
+class _Terms(NamedTuple):
+    """What is done to a logit and its weight besides biases, slopes and bounds; the arguments of that name."""
+
+    softcap: float | None = None
+    attn_mask: Tensor | None = None
+    key_bias: Tensor | None = None
+    key_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: int = 0
+    offset: int = 0
+    sequence: int = 0  # the first of the call, by which dropout counts its draws
+
+    def cap(self, logits: Tensor) -> Tensor:
+        if self.softcap is None or math.isinf(self.softcap):
+            return logits
+        return self.softcap * (logits / self.softcap).tanh()
+
+    def add(self, logits: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits with what is added to them, and which of them are not hidden by it."""
+        for x in (self.attn_mask, None if self.key_bias is None else self.key_bias[:, :, None]):
+            if x is not None and x.dtype == torch.bool:
+                visible = visible & x
+            elif x is not None:
+                logits, visible = logits + x.double(), visible & (x != -math.inf)
+        return logits, visible.expand(logits.shape)
+
+    def share(self) -> Tensor | None:
+        return None if self.key_mask is None else self.key_mask.double()[:, :, None]
+
+    def drop(self, weights: Tensor) -> Tensor:
+        if self.dropout_p == 0:
+            return weights
+        return weights * dropout_factors(weights.shape, self.dropout_p, self.seed, self.offset, self.sequence)
+
+
+_NO_TERMS = _Terms()
+
+
+def dropout_factors(shape: Sequence[int], p: float, seed: int, offset: int, sequence: int = 0) -> Tensor:
+    """What dropout multiplies weights (batch, heads, length_q, length_k) by: 0, or 1 / (1 - p), p in steps of 1/256.
+
+    A byte decides about each weight. One call of Philox draws those of 16 keys of a row, two neighbours in each of
+    eight groups of eight keys.
+
+    Args:
+        shape: of the weights.
+        p: the probability of 0.
+        seed, offset: as in :func:`attnx.softmax_attention`.
+        sequence: the number of the first in its batch.
+    """
+    batch, heads, length_q, length_k = shape
+    j = torch.arange(length_k)
+    head = (torch.arange(batch)[:, None] + sequence) * heads + torch.arange(heads)
+    place = j // 64 * 4 + j % 8 // 2, torch.arange(length_q)[:, None], head[..., None, None], torch.tensor(offset)
+    words = torch.stack(philox(torch.broadcast_tensors(*place), seed), -1)
+    n = j // 8 % 8 * 2 + j % 2
+    byte = words.gather(-1, (n // 4).expand(words.shape[:-1])[..., None])[..., 0] >> n % 4 * 8 & 255
+    kept = max(int(256 * (1 - p) + 0.5), 1)
+    return (byte < kept).double() * (256 / kept)
+
+
 def _logits(
-    query: Tensor, key: Tensor, scale: float | Tensor | None, alibi_slopes: Tensor | None, distance: Tensor
+    query: Tensor,
+    key: Tensor,
+    scale: float | Tensor | None,
+    alibi_slopes: Tensor | None,
+    distance: Tensor,
+    terms: _Terms = _NO_TERMS,
 ) -> Tensor:
     """(batch, heads, length_q, length_k)."""
     heads, head_dim = query.shape[1], query.shape[3]
@@ -73,7 +140,7 @@ def _logits(
     if isinstance(scale, Tensor):
         query, scale = query.double() * _per_head(scale, heads), 1.0
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    logits = scale * query.double() @ key.transpose(-1, -2)
+    logits = terms.cap(scale * query.double() @ key.transpose(-1, -2))
     if alibi_slopes is not None:
         logits = logits - _per_head(alibi_slopes, heads) * distance.abs()
     return logits
@@ -98,19 +165,48 @@ def _sigmoid_bias(bias: SigmoidBias, length_k: int, visible: Tensor) -> Tensor |
     return bias
 
 
-def _softmax(logits: Tensor, visible: Tensor, value: Tensor, sink: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _softmax(
+    logits: Tensor, visible: Tensor, value: Tensor, sink: Tensor | None = None, terms: _Terms = _NO_TERMS
+) -> tuple[Tensor, Tensor]:
     """The output and logsumexp of logits that are -inf where a key is not visible.
 
     A sink is one more logit of every row of its head, which has no value. A key whose logit is -inf is not visible.
     """
     visible = visible & (logits != -math.inf)
     logits = logits.where(visible, -math.inf)
+    if (share := terms.share()) is not None:
+        return _softmax_of_shares(logits, share, visible, value, sink, terms)
     logsumexp = logits.logsumexp(-1)
     if sink is not None:
         logsumexp = logsumexp.logaddexp(_per_head(sink, logits.shape[1])[..., 0])
     # A row without keys has no weight to give; a logsumexp of +inf makes every weight 0, gradients included.
     weights = (logits - logsumexp.where(visible.any(-1), math.inf)[..., None]).exp()
-    return _weighted(weights.where(visible, 0.0), visible, value), logsumexp
+    return _weighted(terms.drop(weights.where(visible, 0.0)), visible, value), logsumexp
+
+
+def _softmax_of_shares(
+    logits: Tensor, share: Tensor, visible: Tensor, value: Tensor, sink: Tensor | None, terms: _Terms
+) -> tuple[Tensor, Tensor]:
+    """Softmax of weights share * exp(logit), with a gradient of the share also where it is 0."""
+    counts = visible & (share != 0)
+    most = logits.where(counts, -math.inf).logsumexp(-1, keepdim=True).detach()
+    if sink is not None:
+        sink = _per_head(sink, logits.shape[1])
+        most = most.logaddexp(sink.detach())
+    some = most > -math.inf  # a row in which nothing counts gives no gradient either
+    weights = share * (logits.where(visible & some, -math.inf) - most.where(some, 0.0)).exp()
+    total = weights.sum(-1, keepdim=True).where(some, 1.0)
+    if sink is not None:
+        total = total + (sink - most).exp()
+    return _weighted(terms.drop(weights / total), counts, value), (total.log() + most)[..., 0]
+
+
+def _sigmoid(logits: Tensor, visible: Tensor, value: Tensor, terms: _Terms = _NO_TERMS) -> Tensor:
+    logits, visible = terms.add(logits, visible)
+    weights = logits.sigmoid().where(visible, 0.0)
+    if (share := terms.share()) is not None:
+        weights, visible = weights * share, visible & (share != 0)
+    return _weighted(terms.drop(weights), visible, value)
 
 
 def sigmoid_attention(
@@ -123,13 +219,15 @@ def sigmoid_attention(
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
+    terms = _Terms(**options)
     heads, length_q, length_k = query.shape[1], query.shape[2], key.shape[2]
     distance = _distance(length_q, length_k, query.device)
     visible = _visible(distance, is_causal, window)
-    logits = _logits(query, key, scale, alibi_slopes, distance)
+    logits = _logits(query, key, scale, alibi_slopes, distance, terms)
     added = _per_head(bias, heads) if isinstance(bias, Tensor) else _sigmoid_bias(bias, length_k, visible)
-    return _weighted((logits + added).sigmoid().where(visible, 0.0), visible, value)
+    return _sigmoid(logits + added, visible, value, terms)
 
 
 def softmax_attention(
@@ -143,11 +241,13 @@ def softmax_attention(
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     return_logsumexp: bool = False,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    terms = _Terms(**options)
     distance = _distance(query.shape[2], key.shape[2], query.device)
     visible = _visible(distance, is_causal, window)
-    logits = _logits(query, key, scale, alibi_slopes, distance).where(visible, -math.inf)
-    output, logsumexp = _softmax(logits, visible, value, sink)
+    logits, visible = terms.add(_logits(query, key, scale, alibi_slopes, distance, terms), visible)
+    output, logsumexp = _softmax(logits.where(visible, -math.inf), visible, value, sink, terms)
     return (output, logsumexp) if return_logsumexp else output
 
 
@@ -164,7 +264,9 @@ def block_sparse_attention(
     scale: float | Tensor | None = None,
     is_causal: bool = False,
     return_logsumexp: bool = False,
+    **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    terms = _Terms(**options)
     length_q, length_k = query.shape[2], key.shape[2]
     block_q, block_k = block_mask.block_size
     key_blocks = -(-length_k // block_k)
@@ -180,14 +282,13 @@ def block_sparse_attention(
     used = (width < block_mask.kv_num_blocks[..., None])[..., None]
     names = used & (block_mask.kv_indices[..., None] == torch.arange(key_blocks, device=query.device))
     visible = (each_element(names.any(-2)) & in_band).expand(*query.shape[:2], -1, -1)
-    logits = _logits(query, key, scale, None, distance)
+    logits = _logits(query, key, scale, None, distance, terms)
     if block_bias is not None:
         logits = logits + each_element(block_bias.double()[..., None].where(names, 0.0).sum(-2))
     if score == "sigmoid":
-        return _weighted(
-            (logits + _sigmoid_bias(bias, length_k, in_band)).sigmoid().where(visible, 0.0), visible, value
-        )
-    output, logsumexp = _softmax(logits.where(visible, -math.inf), visible, value, sink)
+        return _sigmoid(logits + _sigmoid_bias(bias, length_k, in_band), visible, value, terms)
+    logits, visible = terms.add(logits, visible)
+    output, logsumexp = _softmax(logits.where(visible, -math.inf), visible, value, sink, terms)
     return (output, logsumexp) if return_logsumexp else output
 
 
@@ -514,6 +615,14 @@ def staircase_attention(
     return output
 
 
+def _own_terms(options: dict[str, Any], sequence: int, first: int, end: int) -> dict[str, Any]:
+    """The terms of one packed sequence, whose keys are those from ``first`` on."""
+    keys = {
+        name: options[name][None, :, first:end] for name in ("key_bias", "key_mask") if options.get(name) is not None
+    }
+    return options | keys | {"sequence": sequence}
+
+
 def _each_sequence(
     attention: Callable[..., Tensor],
     query: Tensor,
@@ -521,14 +630,16 @@ def _each_sequence(
     value: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    options: dict[str, Any] | None = None,
 ) -> Tensor:
     outputs = []
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     if len(ends_q) == 1:  # no sequence: the same as one without tokens
         ends_q, ends_k = ends_q * 2, ends_k * 2
-    for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
+    for b, (q0, q1, k0, k1) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)):
         q, k, v = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
-        outputs.append(attention(q, k, v)[0].transpose(0, 1))
+        own = {} if options is None else _own_terms(options, b, k0, k1)
+        outputs.append(attention(q, k, v, **own)[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -542,9 +653,7 @@ def sigmoid_attention_varlen(
     max_seqlen_k: int,
     **options: Any,
 ) -> Tensor:
-    return _each_sequence(
-        lambda q, k, v: sigmoid_attention(q, k, v, **options), query, key, value, cu_seqlens_q, cu_seqlens_k
-    )
+    return _each_sequence(sigmoid_attention, query, key, value, cu_seqlens_q, cu_seqlens_k, options)
 
 
 def softmax_attention_varlen(
@@ -560,11 +669,11 @@ def softmax_attention_varlen(
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     # The logsumexp rides along as one more feature.
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         output, logsumexp = softmax_attention(q, k, v, return_logsumexp=True, **options)
         return torch.cat([output, logsumexp[..., None]], -1)
 
-    both = _each_sequence(attention, query, key, value, cu_seqlens_q, cu_seqlens_k)
+    both = _each_sequence(attention, query, key, value, cu_seqlens_q, cu_seqlens_k, options)
     output, logsumexp = both[..., :-1], both[..., -1].transpose(0, 1)
     return (output, logsumexp) if return_logsumexp else output
 

@@ -12,13 +12,15 @@
 #include "backward/sums.h"
 #include "backward/tile.h"
 #include "backward/turns.h"
+#include "logits/plain.h"
+#include "logits/sums.h"
 #include "units.h"
 
 namespace attnx::cpu::ATTNX_ISA {
 
 inline constexpr std::int64_t kBackwardKeys = 96;  // a tile; a multiple of kRowMultiple
 
-template <class Input, class Score, class Tiles, template <class, class> class Storage>
+template <class Input, class Score, class Tiles, template <class, class> class Storage, class Logits = PlainLogits>
 class Backward {
   using A = Arithmetic<Input>;
   using Element = typename A::Element;
@@ -27,10 +29,10 @@ class Backward {
   using Sequence = typename Source::Sequence;
   using Result = typename Source::Result;
   using Sizes = BackwardSizes<Sum>;
-  using Sums = BackwardSums<Sum>;
+  using Sums = BackwardSums<Sum, Logits>;
   using Rows = BackwardRows<A, Score>;
-  using Buffers = BackwardBuffers<A, Score>;
-  using Work = BackwardTile<A, Score, Source::kGathered>;
+  using Buffers = BackwardBuffers<A, Score, Logits>;
+  using Work = BackwardTile<A, Score, Logits, Source::kGathered>;
   static constexpr int kWidth = kPanelLanes<Sum>;
   static constexpr std::int64_t kBlock = 12 * kBackwardKeys;  // of a turn: rows, and keys
   static_assert(kBackwardKeys % kRowMultiple == 0 && kBackwardKeys % A::kStep == 0);
@@ -42,22 +44,46 @@ class Backward {
         rows_(p, Tiles::kListed, Source::kGathered, larger(p.head_dim, p.value_dim) > 128 ? 1 : Buffers::kMaxPanels),
         sizes_(p, tile_keys(p), rows_.panels, Source::kGathered ? 0 : p.length_k) {
     if (Source::kGathered) return;
+    if constexpr (Logits::kHasTerms) {
+      sizes_.sums_added = sums_added(p);
+      sizes_.sums_shares = sums_shares(p);
+      if (heads_share_rows(p)) {
+        splits_ = executor.threads;
+        return;
+      }
+    }
     // The fewest splits that keep nine tenths of the threads' time busy.
     const std::int64_t heads = units(), threads = executor.threads;
     while (splits_ < threads && heads * splits_ * 10 < round_up(heads * splits_, threads) * 9) ++splits_;
   }
 
   std::int64_t workspace_bytes() const {
-    // A cluster's sums stay its own: each worker keeps but those of its heads.
-    const std::int64_t sums = splits_ == 1 ? executor_.threads : units();
-    return executor_.threads * worker_bytes() + sums * sums_bytes();
+    std::int64_t bytes = executor_.threads * worker_bytes() + unit_sums() * sums_bytes();
+    if constexpr (Logits::kHasTerms) bytes += AllTermSums(p_, nullptr).bytes;
+    return bytes;
   }
 
   void run(char* workspace) const {
+    if constexpr (Logits::kHasTerms) {
+      heads_share_rows(p_) ? run_head_by_head(workspace) : run_units(workspace);
+      store_term_gradients<Sum, Sequence>(p_, executor_, all_term_sums(workspace));
+    } else {
+      run_units(workspace);
+    }
+  }
+
+ private:
+  // A cluster's sums stay its own: each worker keeps but those of its heads.
+  std::int64_t unit_sums() const {
+    if (heads_in_order()) return splits_;
+    return splits_ == 1 ? executor_.threads : units();
+  }
+
+  void run_units(char* workspace) const {
     char* const all_sums = workspace + executor_.threads * worker_bytes();
     std::int64_t next = 0;
     executor_.run([&](int worker) {
-      Buffers buffers(sizes_, workspace + worker * worker_bytes());
+      Buffers buffers(p_, sizes_, workspace + worker * worker_bytes());
       for (;;) {
         const std::int64_t unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
         if (unit >= units()) return;
@@ -65,26 +91,55 @@ class Backward {
         char* const sums = all_sums + (splits_ == 1 ? worker : unit) * sums_bytes();
         differentiate(unit / splits_, unit % splits_, sums, buffers);
         if constexpr (!Source::kGathered)
-          if (splits_ == 1) store_sums<Input>(p_, sizes_, unit, 1, 0, sums);
+          if (splits_ == 1) store(unit, 1, 0, sums, workspace);
       }
     });
     if constexpr (Source::kGathered) {
       for_each_turn(
           executor_, units(), [&](std::int64_t unit) { return blocks_of(unit); },
           [&](int worker, std::int64_t unit, std::int64_t block, std::int64_t turn) {
-            Buffers buffers(sizes_, workspace + worker * worker_bytes());
+            Buffers buffers(p_, sizes_, workspace + worker * worker_bytes());
             differentiate_block(unit, block, turn, all_sums + worker * sums_bytes(), buffers);
           });
     } else {
       if (splits_ == 1) return;
       for_each_unit(executor_, units(), nullptr, 0, [&](std::int64_t unit, char*) {
         const std::int64_t head = unit / splits_;
-        store_sums<Input>(p_, sizes_, head, splits_, unit % splits_, all_sums + head * splits_ * sums_bytes());
+        store(head, splits_, unit % splits_, all_sums + head * splits_ * sums_bytes(), workspace);
       });
     }
   }
 
- private:
+  // Heads that add to the same rows of a mask's gradient do so one after another, each on all threads.
+  bool heads_in_order() const {
+    if constexpr (Logits::kHasTerms) return heads_share_rows(p_);
+    return false;
+  }
+  void run_head_by_head(char* workspace) const {
+    char* const all_sums = workspace + executor_.threads * worker_bytes();
+    for (std::int64_t head = 0; head < units() / splits_; ++head) {
+      for_each_unit(executor_, splits_, workspace, worker_bytes(), [&](std::int64_t split, char* memory) {
+        Buffers buffers(p_, sizes_, memory);
+        differentiate(head, split, all_sums + split * sums_bytes(), buffers);
+      });
+      for_each_unit(executor_, splits_, nullptr, 0,
+                    [&](std::int64_t part, char*) { store(head, splits_, part, all_sums, workspace); });
+    }
+  }
+
+  void store(std::int64_t head, std::int64_t splits, std::int64_t part, char* sums, char* workspace) const {
+    store_sums<Input, Logits>(p_, sizes_, head, splits, part, sums);
+    if constexpr (Logits::kHasTerms) {
+      const Sequence s(p_, head / p_.heads_k);
+      const auto of_split = [&](std::int64_t split) { return Sums(sizes_, sums + split * sums_bytes()).terms; };
+      add_up_terms(p_, s.batch, head % p_.heads_k, splits, s.length_k * part / splits, s.length_k * (part + 1) / splits,
+                   of_split, all_term_sums(workspace));
+    }
+  }
+  auto all_term_sums(char* workspace) const {
+    return AllTermSums(p_, workspace + executor_.threads * worker_bytes() + unit_sums() * sums_bytes());
+  }
+
   // Rows of one head, the keys that they meet here, and whether they met others before.
   struct RowsAndKeys {
     std::int64_t head, first, end;
@@ -99,7 +154,7 @@ class Backward {
     return round_up(larger<std::int64_t>(p.length_k, 1), kRowMultiple);
   }
   bool needs_output_of_cluster() const { return Source::kGathered && Score::kNormalised && !p_.output.data; }
-  std::int64_t worker_bytes() const { return Buffers(sizes_, nullptr).bytes; }
+  std::int64_t worker_bytes() const { return Buffers(p_, sizes_, nullptr).bytes; }
   std::int64_t sums_bytes() const { return Sums(sizes_, nullptr).bytes; }
   // Key heads of a sequence, and query heads of one of them; a cluster is about one head.
   std::int64_t key_heads() const { return Source::kGathered ? 1 : p_.heads_k; }
@@ -130,7 +185,10 @@ class Backward {
     // together, as they add to the gradients of its biases.
     const std::int64_t rows = sequence.length_q * rows_.group, part = Tiles::kListed ? p_.block_q : rows_.tile_rows;
     const std::int64_t parts = (rows + part - 1) / part;
-    for (std::int64_t i = split; i < parts * (query_heads() / rows_.group); i += splits_) {
+    const bool in_order = heads_in_order();  // then a split takes the same rows of all heads
+    const std::int64_t all = parts * (query_heads() / rows_.group), step = in_order ? 1 : splits_;
+    for (std::int64_t i = in_order ? 0 : split; i < all; i += step) {
+      if (in_order && i % parts % splits_ != split) continue;
       const std::int64_t first_head = head0 + i / parts * rows_.group, end = smaller(rows, (i % parts + 1) * part);
       for (std::int64_t row = i % parts * part; row < end; row += rows_.tile_rows)
         differentiate_rows(sequence, storage, {first_head, row, smaller(end, row + rows_.tile_rows), keys, false}, sums,
@@ -183,9 +241,11 @@ class Backward {
       if (some_keys) r.panel->clip(x.keys);
       any = {smaller(any.first, r.panel->any.first), larger(any.end, r.panel->any.end)};
       begin(sequence, r, b.rows);
+      b.logits.begin(panels, *r.panel, sequence);
     }
     const auto for_each_tile = [&](auto visit) {
       tiles.for_each(any, sizes_.tile_keys, [&](const KeyTile& tile) {
+        b.logits.set_tile(tile);
         storage.load_keys(tile.first, tile.count, b.keys, sizes_.head_stride);
         storage.load_values(tile.first, tile.count, b.values, sizes_.value_stride);
         storage.prefetch(tile.next, sizes_.tile_keys);

@@ -53,6 +53,23 @@ ATTNX_INLINE Vec<float> load_halves(const std::uint16_t* bits) {
 #endif
 }
 
+// A vector of numbers as sums have them.
+template <class Sum>
+ATTNX_INLINE Vec<Sum> load_as(const Sum* p) {
+  return load(p);
+}
+template <class Sum>
+ATTNX_INLINE Vec<Sum> load_as(const BFloat16* p) {
+  typedef std::uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+  Half bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return bit_cast<Vec<Sum>>(__builtin_convertvector(bits, Vec<std::uint32_t>) << 16);
+}
+template <class Sum>
+ATTNX_INLINE Vec<Sum> load_as(const Float16* p) {
+  return load_halves(&p->bits);
+}
+
 // One row of n numbers. The compiler vectorises all of these but float16, whose instructions it needs told.
 template <class To, class From>
 inline void convert_row(To* __restrict to, const From* __restrict from, std::int64_t n) {

@@ -102,7 +102,7 @@ class Forward {
       panel.set(p_, sequence, tiles, first_head, rows_.group, row, smaller(end - row, rows_.panel_rows));
       if (parts_ > 1) panel.clip(keys_of(part, sequence));
       any = {smaller(any.first, panel.any.first), larger(any.end, panel.any.end)};
-      b.work.begin(panels, panel, part == 0, [&](std::int64_t i) {
+      b.work.begin(panels, panel, sequence, part == 0, [&](std::int64_t i) {
         return row_of<const Input>(p_.query, sequence.batch, panel.head[i], sequence.query_row(panel.query[i]));
       });
     }

@@ -130,6 +130,22 @@ struct PanelOnTile {
       end[lane] = MaskInt<Sum>(smaller(larger<std::int64_t>(panel.visible[lane].end - key0, 0), keys));
     }
   }
+
+  // Of a tile that is masked.
+  bool sees(std::int64_t lane, std::int64_t key) const { return key >= first[lane] && key < end[lane]; }
+
+  // What terms of logits do in the loops, where there are some, stands in logits/terms.h: to a weight, or to what is
+  // known of its gradient, at element `at` of the tile; to the logit that a weight is made of; to a weight and the
+  // gradient of its logit; and to that gradient on the way to the product.
+  static ATTNX_INLINE Vec<Sum> kept(std::int64_t /*at*/, Vec<Sum> x) { return x; }
+  template <class Score>
+  static ATTNX_INLINE Vec<Sum> bounded(const Score&, int /*lane*/, Vec<Sum> x) {
+    return x;
+  }
+  template <class Score>
+  static ATTNX_INLINE void take_share(const Score&, std::int64_t /*at*/, Vec<Sum> /*dp*/, Vec<Sum>& /*p*/,
+                                      Vec<Sum>& /*ds*/) {}
+  static ATTNX_INLINE Vec<Sum> to_product(std::int64_t /*at*/, Vec<Sum> ds) { return ds; }
 };
 
 template <bool value>

@@ -93,6 +93,16 @@ ATTNX_INLINE V maximum(V a, V b) {
 #endif
   return a > b ? a : b;
 }
+// The smaller of two, likewise.
+template <class V>
+ATTNX_INLINE V minimum(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  if constexpr (sizeof(a[0]) == 4) return (V)_mm256_min_ps((__m256)a, (__m256)b);
+#endif
+  return a < b ? a : b;
+}
 template <class V>
 ATTNX_INLINE V absolute(V x) {
   return x < 0 ? -x : x;

@@ -76,7 +76,10 @@ def _by_heads(of: Signature) -> Rule:
         results = of.operator(*folded)
         results = results if isinstance(results, tuple) else (results,)
         unfolded = [unfold(result, x, info.batch_size) for result, x in zip(of.results, results, strict=True)]
-        return tuple(zip(*unfolded, strict=True)) if len(unfolded) > 1 else unfolded[0]
+        if len(unfolded) == 1:
+            return unfolded[0]
+        several, dims = zip(*unfolded, strict=True)
+        return several, dims
 
     return rule
 

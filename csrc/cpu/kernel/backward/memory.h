@@ -14,8 +14,9 @@ struct BackwardSizes {
   std::int64_t head_stride, value_stride;  // of rows of queries and keys, and of values
   std::int64_t head_lanes, value_lanes;    // the same as lanes of sums
   std::int64_t tile_keys, panels;
-  std::int64_t keys;   // whose gradients a unit sums; 0 where these sums lie elsewhere
-  std::int64_t group;  // query heads of a key head
+  std::int64_t keys;                             // whose gradients a unit sums; 0 where these sums lie elsewhere
+  std::int64_t group;                            // query heads of a key head
+  bool sums_added = false, sums_shares = false;  // of terms of logits
 
   BackwardSizes(const AttentionParams& p, std::int64_t most_tile_keys, std::int64_t most_panels, std::int64_t most_keys)
       : head_stride(row_stride(p.head_dim)),
@@ -57,7 +58,7 @@ struct BackwardRows {
   }
 };
 
-template <class A, class Score>
+template <class A, class Score, class Logits>
 struct BackwardBuffers {
   using Element = typename A::Element;
   using Sum = typename A::Sum;
@@ -67,11 +68,13 @@ struct BackwardBuffers {
   Element *keys, *keys_by_step, *values, *rows, *weights, *grads, *grads_by_step;
   Sum *products, *grad_weights;
   BackwardRows<A, Score> panel[kMaxPanels];
+  Arena arena;
+  typename Logits::template Backward<A, Score> logits;
   std::int64_t bytes;
 
-  BackwardBuffers(const BackwardSizes<Sum>& sizes, char* block) {
+  BackwardBuffers(const BackwardParams& p, const BackwardSizes<Sum>& sizes, char* block)
+      : arena(block), logits(p, sizes.tile_keys, sizes.panels, arena) {
     constexpr bool kPlain = A::kStep == 1;  // an operand reads the same by row and by step
-    Arena arena(block);
     keys = arena.take<Element>(sizes.tile_keys * sizes.head_stride);
     keys_by_step = kPlain ? keys : arena.take<Element>(sizes.tile_keys * sizes.head_stride);
     values = arena.take<Element>(sizes.tile_keys * sizes.value_stride);
@@ -97,14 +100,15 @@ struct BackwardBuffers {
 };
 
 // A unit sums these over its query rows.
-template <class Sum>
+template <class Sum, class Logits>
 struct BackwardSums {
+  Arena arena;
+  typename Logits::Sums terms;
   Sum *grad_key, *grad_value;                  // [keys][lanes]
   double *grad_bias, *grad_slope, *grad_sink;  // [group]
   std::int64_t bytes;
 
-  BackwardSums(const BackwardSizes<Sum>& sizes, char* block) {
-    Arena arena(block);
+  BackwardSums(const BackwardSizes<Sum>& sizes, char* block) : arena(block), terms(sizes, arena) {
     grad_key = arena.take<Sum>(sizes.keys * sizes.head_lanes);
     grad_value = arena.take<Sum>(sizes.keys * sizes.value_lanes);
     grad_bias = arena.take<double>(sizes.group);

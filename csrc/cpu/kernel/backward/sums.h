@@ -15,10 +15,10 @@ inline void add_row(const Tensor& addend, std::int64_t batch, std::int64_t head,
 
 // It adds up the sums of the splits of a key head, in their order, and stores them; each of as many parts does its
 // share of the keys.
-template <class Input, class Sum>
+template <class Input, class Logits, class Sum>
 inline void store_sums(const BackwardParams& p, const BackwardSizes<Sum>& sizes, std::int64_t head, std::int64_t splits,
                        std::int64_t part, char* sums) {
-  using Sums = BackwardSums<Sum>;
+  using Sums = BackwardSums<Sum, Logits>;
   const std::int64_t key_head = head % p.heads_k, bytes = Sums(sizes, nullptr).bytes;
   const Sequence s(p, head / p.heads_k);
   const auto of_split = [&](std::int64_t split) { return Sums(sizes, sums + split * bytes); };

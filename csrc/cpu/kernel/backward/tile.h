@@ -6,12 +6,12 @@
 namespace attnx::cpu::ATTNX_ISA {
 
 // The output of a row, which a normalised score needs, may be missing where rows are gathered.
-template <class A, class Score, bool kGathered>
+template <class A, class Score, class Logits, bool kGathered>
 class BackwardTile {
   using Element = typename A::Element;
   using Sum = typename A::Sum;
   using Rows = BackwardRows<A, Score>;
-  using Buffers = BackwardBuffers<A, Score>;
+  using Buffers = BackwardBuffers<A, Score, Logits>;
   static constexpr int kWidth = kPanelLanes<Sum>;
 
  public:
@@ -49,15 +49,17 @@ class BackwardTile {
     }
   }
 
-  void visit(const BackwardSums<Sum>& sums, Buffers& b, Rows& r, const KeyTile& tile, bool needs_output) const {
+  void visit(const BackwardSums<Sum, Logits>& sums, Buffers& b, Rows& r, const KeyTile& tile, bool needs_output) const {
     constexpr int kStep = A::kStep;
     const std::int64_t key0 = tile.first, keys = tile.count;
     const Panel<Sum>& panel = *r.panel;
     const std::int64_t padded = round_up(keys, kStep);
-    const PanelOnTile<Sum> on_tile(panel, tile, padded);
+    if (b.logits.hide(int(&r - b.panel), panel, tile, padded)) return;
+    const auto on_tile = b.logits.on_tile(panel, tile, padded, b.products);
     multiply(b, r, padded);
     if (needs_output) add_products(b, r, on_tile, padded);
     for (int v = 0; v < panel.vectors; ++v) weigh(b, r, on_tile, padded, v);
+    b.logits.add_gradients(panel, tile, sums.terms);
 
     // Hidden pairs have weights of zero, which is enough unless they would meet a NaN or an infinity.
     const auto add = [&](const Element* other, std::int64_t count, const GemmOperands<A>& g, std::int64_t rows,
@@ -68,11 +70,8 @@ class BackwardTile {
         gemm_where<A>(g, rows, lanes, products, sees);
       }
     };
-    const auto visible = [&](std::int64_t lane, std::int64_t key) {
-      return key0 + key >= panel.visible[lane].first && key0 + key < panel.visible[lane].end;
-    };
-    const auto key_by_lane = [&](std::int64_t key, std::int64_t, std::int64_t lane) { return visible(lane, key); };
-    const auto lane_by_key = [&](std::int64_t, std::int64_t lane, std::int64_t key) { return visible(lane, key); };
+    const auto key_by_lane = [&](std::int64_t key, std::int64_t, std::int64_t lane) { return on_tile.sees(lane, key); };
+    const auto lane_by_key = [&](std::int64_t, std::int64_t lane, std::int64_t key) { return on_tile.sees(lane, key); };
     add(r.grad_rows, round_up(panel.rows, kStep) * sizes_.value_lanes,
         {b.weights, kWidth, kStep, r.grad_rows, sizes_.value_lanes * kStep, sums.grad_value + key0 * sizes_.value_lanes,
          sizes_.value_lanes},
@@ -87,7 +86,8 @@ class BackwardTile {
   }
 
  private:
-  void weigh(Buffers& b, Rows& r, const PanelOnTile<Sum>& on_tile, std::int64_t keys, int v) const {
+  template <class OnTile>
+  void weigh(Buffers& b, Rows& r, const OnTile& on_tile, std::int64_t keys, int v) const {
     const int lane = v * kLanes<Sum>;
     const auto score = *r.score;
     const Vec<Sum> position = load(on_tile.position + lane);
@@ -98,15 +98,19 @@ class BackwardTile {
                         for (int k = 0; k < A::kStep; ++k) {
                           Vec<Sum> p;
                           const std::int64_t row = (key + k) * kWidth + lane;
-                          score.differentiate(x[k], load(b.grad_weights + row), lane, on_tile, p, ds[k]);
+                          const Vec<Sum> dp = on_tile.kept(row, load(b.grad_weights + row));
+                          score.differentiate(on_tile.bounded(score, lane, x[k]), dp, lane, on_tile, p, ds[k]);
                           if constexpr (masked.kValue) {
                             p = visible[k] ? p : Vec<Sum>{};
                             ds[k] = visible[k] ? ds[k] : Vec<Sum>{};
                           }
-                          A::store_row(b.weights + row, p);
-                          A::store_row(b.grads + row, ds[k]);
+                          on_tile.take_share(score, row, dp, p, ds[k]);
+                          const Vec<Sum> product = on_tile.to_product(row, ds[k]);
+                          A::store_row(b.weights + row, on_tile.kept(row, p));
+                          A::store_row(b.grads + row, product);
                           bias += ds[k];
                           if (r.panel->alibi) slope += ds[k] * absolute(position - Sum(key + k));
+                          ds[k] = product;
                         }
                         if constexpr (A::kStep > 1)
                           A::store_step(b.grads_by_step + step_index<A>(key, lane, kWidth), ds);

@@ -38,8 +38,8 @@ class KeysOnLanes {
     scores_ = arena.take<typename Score::template Forward<A>>(1);
   }
 
-  template <class Row>
-  void begin(int, const Panel<Sum>& panel, bool first_keys, Row row) {
+  template <class Sequence, class Row>
+  void begin(int, const Panel<Sum>& panel, const Sequence&, bool first_keys, Row row) {
     load_rows<A>(row, panel.rows, p_.head_dim, query_, head_stride_);
     // gemm reads these for rows that there are not.
     const std::int64_t padded = round_up(panel.rows, kFewRowMultiple);

@@ -5,11 +5,12 @@
 
 #include "../arena.h"
 #include "../gemm.h"
+#include "../logits/plain.h"
 #include "../rows.h"
 
 namespace attnx::cpu::ATTNX_ISA {
 
-template <class A, class Score>
+template <class A, class Score, class Logits = PlainLogits>
 class QueriesOnLanes {
   using Element = typename A::Element;
   using Sum = typename A::Sum;
@@ -20,7 +21,10 @@ class QueriesOnLanes {
   static_assert(kKeys % kRowMultiple == 0 && kKeys % A::kStep == 0);
 
   QueriesOnLanes(const AttentionParams& p, std::int64_t panels, Arena& arena)
-      : p_(p), head_stride_(round_up(p.head_dim, kRowMultiple)), value_stride_(round_up(p.value_dim, kRowMultiple)) {
+      : p_(p),
+        head_stride_(round_up(p.head_dim, kRowMultiple)),
+        value_stride_(round_up(p.value_dim, kRowMultiple)),
+        logits_(p, panels, arena) {
     keys_ = arena.take<Element>(kKeys * larger(head_stride_, round_up(p.head_dim, A::kStep)));
     values_ = arena.take<Element>(kKeys * value_stride_);
     values_by_step_ = A::kStep == 1 ? values_ : arena.take<Element>(kKeys * value_stride_);
@@ -36,16 +40,18 @@ class QueriesOnLanes {
   }
 
   // Panel i begins, with the query rows row(0), row(1), ..., and with the first of its keys or with a later part.
-  template <class Row>
-  void begin(int i, const Panel<Sum>& panel, bool first_keys, Row row) {
+  template <class Sequence, class Row>
+  void begin(int i, const Panel<Sum>& panel, const Sequence& sequence, bool first_keys, Row row) {
     load_rows<A>(row, panel.rows, p_.head_dim, rows_, head_stride_);
     transpose_rows<A>(rows_, panel.rows, p_.head_dim, head_stride_, query_[i]);
     __builtin_memset(output_[i], 0, std::size_t(value_stride_ * kWidth) * sizeof(Sum));
     scores_[i].begin(p_, panel, first_keys);
+    logits_.begin(i, panel, sequence);
   }
 
   template <class Storage>
   void load(const Storage& storage, const KeyTile& tile) {
+    logits_.set_tile(tile);
     if constexpr (Storage::kSteps) {
       key_row_ = A::kStep, key_step_ = kKeys * A::kStep;
       storage.load_key_steps(tile.first, tile.count, keys_, kKeys);
@@ -60,27 +66,26 @@ class QueriesOnLanes {
   }
 
   void visit(int i, const Panel<Sum>& panel, const KeyTile& tile) {
-    const std::int64_t key0 = tile.first, keys = tile.count, padded = round_up(keys, A::kStep),
-                       steps = padded / A::kStep;
+    const std::int64_t keys = tile.count, padded = round_up(keys, A::kStep), steps = padded / A::kStep;
+    if (logits_.hide(i, panel, tile, padded)) return;
     gemm<A>({keys_, key_row_, key_step_, query_[i], kWidth * A::kStep, products_, kWidth}, padded, panel.vectors,
             (p_.head_dim + A::kStep - 1) / A::kStep, false);
-    const PanelOnTile<Sum> on_tile(panel, tile, padded);
+    const auto on_tile = logits_.on_tile(panel, tile, padded);
     scores_[i].weigh(products_, padded, Sum(p_.scale), panel, on_tile, weights_, output_[i], p_.value_dim);
     const GemmOperands<A> g{values_by_step_, A::kStep, value_stride_ * A::kStep, weights_, kWidth * A::kStep,
                             output_[i],      kWidth};
     if (!on_tile.masked || all_finite(values_by_step_, padded * value_stride_)) {
       gemm<A>(g, p_.value_dim, panel.vectors, steps, true);
     } else {
-      gemm_where<A>(g, p_.value_dim, panel.rows, keys, [&](std::int64_t, std::int64_t lane, std::int64_t key) {
-        return key0 + key >= panel.visible[lane].first && key0 + key < panel.visible[lane].end;
-      });
+      gemm_where<A>(g, p_.value_dim, panel.rows, keys,
+                    [&](std::int64_t, std::int64_t lane, std::int64_t key) { return on_tile.sees(lane, key); });
     }
   }
 
   // One row when all keys were visited.
   template <class Output>
   void finish(int i, const Panel<Sum>& panel, int row, Output* output, Sum* logsumexp) const {
-    store_lane(output_[i], row, p_.value_dim, scores_[i].output_factor(panel, row), output);
+    store_lane(output_[i], row, p_.value_dim, logits_.output_factor(scores_[i].output_factor(panel, row)), output);
     if constexpr (Score::kNormalised) *logsumexp = scores_[i].logsumexp(panel, row);
   }
 
@@ -93,6 +98,7 @@ class QueriesOnLanes {
   Sum* products_;
   Sum* output_[4];
   typename Score::template Forward<A>* scores_;
+  typename Logits::template Forward<A, Score> logits_;
 };
 
 }  // namespace attnx::cpu::ATTNX_ISA

@@ -33,7 +33,8 @@ class SigmoidForward {
   void begin(const AttentionParams&, const Panel<Sum>&, bool /*first_keys*/) {}
 
   // It turns the products s[keys][lanes] into weights, a B operand over keys.
-  void weigh(Sum* s, std::int64_t keys, Sum scale, const Panel<Sum>& panel, const PanelOnTile<Sum>& on_tile,
+  template <class OnTile>
+  void weigh(Sum* s, std::int64_t keys, Sum scale, const Panel<Sum>& panel, const OnTile& on_tile,
              typename A::Element* weights, Sum* /*output*/, std::int64_t /*value_dim*/) {
     for (int v = 0; v < panel.vectors; ++v) {
       const int lane = v * kLanes<Sum>;
@@ -43,6 +44,7 @@ class SigmoidForward {
           Vec<Sum> complement;
           p[k] = weight_and_complement(x[k], on_tile.divisor, complement);
           if constexpr (masked.kValue) p[k] = visible[k] ? p[k] : Vec<Sum>{};
+          p[k] = on_tile.kept((key + k) * kPanelLanes<Sum> + lane, p[k]);
         }
         A::store_step(weights + step_index<A>(key, lane, kPanelLanes<Sum>), p);
       });
@@ -78,6 +80,12 @@ class SigmoidBackward {
     Vec<Sum> complement;
     p = weight_and_complement(x, on_tile.divisor, complement);
     ds = p * complement * (on_tile.divisor * dp);
+  }
+
+  // It returns a logit whose weight is finite, and the derivative by a factor of the weight.
+  ATTNX_INLINE Vec<Sum> bounded(Vec<Sum> x, int /*lane*/) const { return x; }
+  ATTNX_INLINE Vec<Sum> by_factor(Vec<Sum> p, Vec<Sum> dp, Vec<Sum> /*ds*/) const {
+    return p > 0 ? p * dp : Vec<Sum>{};
   }
 };
 

@@ -28,7 +28,8 @@ class SoftmaxForward {
   }
 
   // It does what the sigmoid's weigh does; output[value_dim][lanes] is rescaled where a maximum rises.
-  void weigh(Sum* s, std::int64_t keys, Sum scale, const Panel<Sum>& panel, const PanelOnTile<Sum>& on_tile,
+  template <class OnTile>
+  void weigh(Sum* s, std::int64_t keys, Sum scale, const Panel<Sum>& panel, const OnTile& on_tile,
              typename A::Element* weights, Sum* output, std::int64_t value_dim) {
     constexpr int kWidth = kPanelLanes<Sum>;
     for (int v = 0; v < panel.vectors; ++v) {
@@ -51,6 +52,7 @@ class SoftmaxForward {
           const Vec<Sum> x = load(s + (key + k) * kWidth + lane);
           p[k] = exp(x - shift);
           sum += p[k];
+          p[k] = on_tile.kept((key + k) * kWidth + lane, p[k]);
         }
         A::store_step(weights + step_index<A>(key, lane, kWidth), p);
       }
@@ -151,6 +153,13 @@ class SoftmaxBackward {
     p = weight(x, lane);
     ds = p * (dp - load(offset_ + lane));
   }
+
+  // It returns a logit whose weight is finite, and the derivative by a factor of the weight.
+  ATTNX_INLINE Vec<Sum> bounded(Vec<Sum> x, int lane) const {
+    const Vec<Sum> most = load(logsumexp_ + lane) + Sum(sizeof(Sum) == 4 ? 88 : 700);
+    return x > most ? most : x;
+  }
+  ATTNX_INLINE Vec<Sum> by_factor(Vec<Sum> /*p*/, Vec<Sum> /*dp*/, Vec<Sum> ds) const { return ds; }
 
   // It returns the derivative by the sink, whose dP is 0. The sink's weight is all that a row without keys has.
   double grad_sink(const AttentionParams& p, const Panel<Sum>& panel, int lane) const {

@@ -1,0 +1,131 @@
+// Logits with terms besides the scaled product and what belongs to the row, the tile and the distance: a softcap, a
+// mask of pairs, biases and shares of keys, and dropout of their weights. attnx::LogitTerms defines them.
+#pragma once
+
+#include "../gemm.h"
+#include "build.h"
+#include "sums.h"
+
+namespace attnx::cpu::ATTNX_ISA {
+
+template <class Input>
+struct LogitsWithTerms {
+  static constexpr bool kHasTerms = true;
+  using Sums = TermSums;
+
+  template <class A, class Score>
+  class Forward {
+    using Sum = typename A::Sum;
+    static constexpr std::int64_t kMostKeys = 96;  // of a tile
+
+   public:
+    Forward(const AttentionParams& p, std::int64_t panels, Arena& arena)
+        : build_(p, true, true, kMostKeys, panels, arena) {}
+
+    template <class Sequence>
+    void begin(int i, const Panel<Sum>& panel, const Sequence& s) {
+      build_.begin(i, panel, s);
+    }
+    void set_tile(const KeyTile& tile) { build_.set_tile(tile); }
+    bool hide(int i, const Panel<Sum>& panel, const KeyTile& tile, std::int64_t keys) {
+      if (build_.fill(i, panel, tile, keys)) return true;
+      if (Sum *const kept = build_.kept(), *const shares = build_.shares(); !Score::kNormalised && kept && shares)
+        for (std::int64_t at = 0; at < keys * kPanelLanes<Sum>; ++at) kept[at] *= shares[at];
+      return false;
+    }
+    TermsOnTile<Sum> on_tile(const Panel<Sum>& panel, const KeyTile& tile, std::int64_t keys) const {
+      auto x = build_.on_tile(panel, tile, keys);
+      x.factors = build_.kept() || Score::kNormalised ? build_.kept() : build_.shares();
+      return x;
+    }
+    // A weight that is kept stands for those that are not.
+    Sum output_factor(Sum of_score) const { return of_score * Sum(build_.dropout().factor()); }
+
+   private:
+    TermBuilder<Input, A, Score::kNormalised> build_;
+  };
+
+  template <class A, class Score>
+  class Backward {
+    using Sum = typename A::Sum;
+    static constexpr int kWidth = kPanelLanes<Sum>;
+
+   public:
+    Backward(const BackwardParams& p, std::int64_t tile_keys, std::int64_t panels, Arena& arena)
+        : p_(p), build_(p, !p.grad_key_mask.data, false, tile_keys, panels, arena) {
+      const bool of_added = p.grad_key_bias.data || p.grad_attn_mask.data;
+      if (of_added) grad_added_ = arena.take<Sum>(tile_keys * kWidth);
+      if (p.grad_key_mask.data) grad_shares_ = arena.take<Sum>(tile_keys * kWidth);
+    }
+
+    template <class Sequence>
+    void begin(int i, const Panel<Sum>& panel, const Sequence& s) {
+      build_.begin(i, panel, s);
+      batch_ = s.batch;
+    }
+    void set_tile(const KeyTile& tile) { build_.set_tile(tile); }
+    bool hide(int i, const Panel<Sum>& panel, const KeyTile& tile, std::int64_t keys) {
+      return build_.fill(i, panel, tile, keys);
+    }
+    TermsOnTile<Sum> on_tile(const Panel<Sum>& panel, const KeyTile& tile, std::int64_t keys,
+                             const Sum* products) const {
+      auto x = build_.on_tile(panel, tile, keys);
+      x.factors = build_.kept();
+      x.shares = build_.shares();
+      x.grad_added = grad_added_;
+      x.grad_shares = grad_shares_;
+      if (p_.terms.softcap != 0) x.tangents = products;
+      return x;
+    }
+
+    // The gradients of the terms of a tile are added to those of the mask, and to the sums over rows.
+    void add_gradients(const Panel<Sum>& panel, const KeyTile& tile, const Sums& sums) const {
+      const PairMask& mask = p_.grad_attn_mask;
+      if (grad_added_) add(grad_added_, panel, tile, sums.added, sums.keys, mask.data && mask.row_stride != 0);
+      if (grad_shares_) add(grad_shares_, panel, tile, sums.shares, sums.keys, false);
+    }
+
+   private:
+    void add(const Sum* grad, const Panel<Sum>& panel, const KeyTile& tile, double* sums, std::int64_t sum_keys,
+             bool to_mask) const {
+      const std::int64_t group = p_.heads_q / p_.heads_k;
+      for (int lane = 0; lane < panel.rows; lane += kLanes<Sum>)
+        for (std::int64_t key = 0; key < tile.count; key += kLanes<Sum>) {
+          const std::int64_t keys = smaller<std::int64_t>(kLanes<Sum>, tile.count - key);
+          Vec<Sum> x[kLanes<Sum>];
+          for (int i = 0; i < kLanes<Sum>; ++i) x[i] = load(grad + (key + i) * kWidth + lane);
+          transpose_lanes<Sum>(x);
+          Vec<Sum> sum = {};
+          for (int i = 0; i < kLanes<Sum> && lane + i < panel.rows; ++i) {
+            if (to_mask) add_to(mask_row(panel, lane + i, tile.first + key), x[i], keys);
+            sum += x[i];
+            if (!sums || (group == 1 && i + 1 < kLanes<Sum> && lane + i + 1 < panel.rows)) continue;
+            // Rows of one head are summed up first.
+            add_to(sums + panel.head[lane + i] % group * sum_keys + tile.first + key, sum, keys);
+            sum = Vec<Sum>{};
+          }
+        }
+    }
+    Sum* mask_row(const Panel<Sum>& panel, int lane, std::int64_t key) const {
+      const PairMask& mask = p_.grad_attn_mask;
+      return static_cast<Sum*>(const_cast<void*>(mask.data)) + batch_ * mask.batch_stride +
+             panel.head[lane] * mask.head_stride + panel.query[lane] * mask.row_stride + key * mask.key_stride;
+    }
+    // Keys of these gradients are contiguous.
+    template <class To>
+    static void add_to(To* to, Vec<Sum> x, std::int64_t keys) {
+      if (keys == kLanes<Sum>) {
+        for (int i = 0; i < kLanes<Sum>; ++i) to[i] += To(x[i]);
+      } else {
+        for (int i = 0; i < keys; ++i) to[i] += To(x[i]);
+      }
+    }
+
+    const BackwardParams& p_;
+    TermBuilder<Input, A, false> build_;
+    Sum *grad_added_ = nullptr, *grad_shares_ = nullptr;  // [keys][lanes]
+    std::int64_t batch_ = 0;
+  };
+};
+
+}  // namespace attnx::cpu::ATTNX_ISA
