@@ -58,8 +58,8 @@ struct WithTerms {
       float by_key[kN][2];
       const auto for_keys = [&](const PerKey& x, const auto& action) {
         if (!x.data) return;
-        const float* numbers =
-            static_cast<const float*>(x.data) + place.batch * x.batch_stride + head * x.head_stride;
+        const float* numbers = static_cast<const float*>(x.data) + place.batch * x.batch_stride +
+                               head * x.head_stride + place.sequence.first_k;
         const auto read = [&](const auto& place_of) {
 #pragma unroll
           for (int n = 0; n < kN; ++n)
