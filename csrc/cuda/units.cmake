@@ -15,10 +15,9 @@ set(head_dims_routed 64 128 256)
 set(scores_routed sigmoid softmax)
 list(JOIN head_dims_routed ", " HEAD_DIMS_routed)
 
-# So does the loop over a staircase cache, which has a forward only, on these mainloops.
+# So does the loop over a staircase cache, which has a forward only.
 set(head_dims_staircase 64 128 256)
 set(scores_staircase sigmoid softmax)
-set(mainloops_staircase sm80)
 list(JOIN head_dims_staircase ", " HEAD_DIMS_staircase)
 configure_file(units/head_dims.h.in ${CMAKE_CURRENT_BINARY_DIR}/include/cuda/head_dims.h @ONLY)
 
@@ -56,15 +55,12 @@ function(attnx_unit_names out mainloop)
       endforeach()
     endforeach()
   endforeach()
-  if(mainloop IN_LIST mainloops_staircase)
-    foreach(score ${scores_staircase})
-      foreach(dtype bfloat16 float16)
-        list(TRANSFORM head_dims_staircase PREPEND staircase_forward_${mainloop}:${score}:${dtype}:
-             OUTPUT_VARIABLE names)
-        list(APPEND units ${names})
-      endforeach()
+  foreach(score ${scores_staircase})
+    foreach(dtype bfloat16 float16)
+      list(TRANSFORM head_dims_staircase PREPEND staircase_forward_${mainloop}:${score}:${dtype}: OUTPUT_VARIABLE names)
+      list(APPEND units ${names})
     endforeach()
-  endif()
+  endforeach()
   set(${out} ${units} PARENT_SCOPE)
 endfunction()
 
