@@ -17,10 +17,9 @@ set(scores_routed sigmoid softmax)
 # Sums over scores have these, and one mainloop.
 set(head_dims_sums 64 128 256)
 
-# The loop over a staircase cache has these and a forward only, on these mainloops.
+# The loop over a staircase cache has these and a forward only.
 set(head_dims_staircase 64 128 256)
 set(scores_staircase sigmoid softmax)
-set(mainloops_staircase sm80)
 
 # sm_80's loop with terms in the logits has these.
 set(head_dims_terms 64 128 256)
@@ -73,9 +72,7 @@ function(attnx_unit_names out mainloop)
   if(mainloop STREQUAL sm80)
     attnx_append_units(units grad_sums_${mainloop} SCORES ${scores_backward} HEAD_DIMS ${head_dims_sums})
   endif()
-  if(mainloop IN_LIST mainloops_staircase)
-    attnx_append_units(units staircase_forward_${mainloop} SCORES ${scores_staircase} HEAD_DIMS ${head_dims_staircase})
-  endif()
+  attnx_append_units(units staircase_forward_${mainloop} SCORES ${scores_staircase} HEAD_DIMS ${head_dims_staircase})
   set(${out} ${units} PARENT_SCOPE)
 endfunction()
 

@@ -2,6 +2,8 @@
 // queries and outputs are strided.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/mainloop/forward_arguments.h"
 #include "cuda/storage/staircase_tile.h"
 #include "cuda/storage/strided.h"
@@ -19,6 +21,12 @@ template <StaircaseMatrix kWhich>
 __device__ __forceinline__ StaircaseRows<kWhich> fresh(const StaircaseRows<kWhich>& rows) {
   return rows;
 }
+
+// These are the rows of the query heads that share a key head.
+template <class Element>
+struct QueryRows : GroupedRows<Element> {
+  bool aligned;
+};
 
 // The threads of a block unpack tokens [key, end) to a tile; the rest of the tile becomes 0.
 template <class Tile, int kThreads, class Element, StaircaseMatrix kWhich>
@@ -66,9 +74,9 @@ struct Unpacked {
   }
 
   template <class Element, class Args>
-  static __device__ __forceinline__ GroupedRows<Element> query_rows(const Args& args, const Tensor& x, int batch,
-                                                                    int query_head, const Sequence&) {
-    return {rows_of<Element>(x, batch, query_head, 0), x.row_stride, x.head_stride, args.group};
+  static __device__ __forceinline__ QueryRows<Element> query_rows(const Args& args, const Tensor& x, int batch,
+                                                                  int query_head, const Sequence&) {
+    return {{rows_of<Element>(x, batch, query_head, 0), x.row_stride, x.head_stride, args.group}, args.tensors.aligned};
   }
   template <class Element, StaircaseMatrix kWhich>
   static __device__ __forceinline__ StaircaseRows<kWhich> key_rows(const StaircaseTensor<kWhich>& x, int batch,
@@ -79,28 +87,36 @@ struct Unpacked {
   template <class Tile, int kThreads>
   using Ahead = NothingAhead;
 
-  // A tile of queries is loaded once, so that a branch does for rows that are not aligned.
+  // A tile of queries is loaded once, so that a branch does for rows that are not aligned, and a loop that needs few
+  // registers.
   template <class Tile, int kThreads, class Element>
-  static __device__ __forceinline__ void load(std::uint32_t tile, const GroupedRows<Element>& rows, int row, int end,
+  static __device__ __forceinline__ void load(std::uint32_t tile, const QueryRows<Element>& rows, int row, int end,
                                               int features, NothingAhead) {
-    load_tile<false, Tile, kThreads>(tile, rows, row, end, features);
+    if (!rows.aligned) return load_tile<false, Tile, kThreads>(tile, rows, row, end, features);
+#pragma unroll 1
+    for (int i = fresh(threadIdx.x); i < Tile::kRows * Tile::kChunks; i += kThreads) {
+      const int in_tile = i / Tile::kChunks, c = i % Tile::kChunks;
+      copy_async(tile + Tile::offset(in_tile, c), rows.at(row + in_tile) + c * 8,
+                 row + in_tile < end && c * 8 < features);
+    }
   }
   template <class Tile, int kThreads, StaircaseMatrix kWhich>
   static __device__ __forceinline__ void load(std::uint32_t tile, const StaircaseRows<kWhich>& rows, int key, int end,
                                               int, NothingAhead) {
     unpack_tile<Tile, kThreads, Input>(tile, rows, key, end);
   }
-  template <class Tile, int kRows, int kThreads, class Rows>
-  static __device__ __forceinline__ void store(std::uint32_t tile, int begin, const Rows& rows, int row, int end,
-                                               int features, int thread) {
-    store_tile<false, Tile, kRows, kThreads>(tile, begin, rows, row, end, features, thread);
+  template <class Tile, int kRows, int kThreads, class Element>
+  static __device__ __forceinline__ void store(std::uint32_t tile, int begin, const QueryRows<Element>& rows, int row,
+                                               int end, int features, int thread) {
+    rows.aligned ? store_tile<true, Tile, kRows, kThreads>(tile, begin, rows, row, end, features, thread)
+                 : store_tile<false, Tile, kRows, kThreads>(tile, begin, rows, row, end, features, thread);
   }
 };
 
 // The cache knows how long sequences are.
-template <class Score, class Tiles, class Input>
-__device__ __forceinline__ Sequence sequence_of(const ForwardArguments<Score, Tiles, Unpacked<Input>>& args,
-                                                int batch) {
+template <class Score, class Tiles, template <class> class Storage, class Input>
+  requires std::is_base_of_v<Unpacked<Input>, Storage<Input>>
+__device__ __forceinline__ Sequence sequence_of(const ForwardArguments<Score, Tiles, Storage<Input>>& args, int batch) {
   const auto& tensors = args.tensors;
   const int length_q = tensors.query_lengths ? int(tensors.query_lengths[batch]) : int(args.length_q);
   const int length_k = int(tensors.key.cache.of(batch).length());

@@ -51,6 +51,8 @@ void launch_forward_sm90(const ForwardCall& call);
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_staircase_forward_sm80(const StaircaseForwardCall& call);
 template <Score kScore, DType kDType, int kHeadDim>
+void launch_staircase_forward_sm90(const StaircaseForwardCall& call);
+template <Score kScore, DType kDType, int kHeadDim>
 void launch_backward_sm80(const BackwardCall& call);
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_backward_sm90(const BackwardCall& call);

@@ -19,7 +19,7 @@ struct StaircaseForwardTiles<128> {
 };
 template <>
 struct StaircaseForwardTiles<256> {
-  using Tile = ForwardTile<256, 64, 32, 4, 1, 2>;
+  using Tile = ForwardTile<256, 128, 32, 8, 1, 1>;
 };
 
 }  // namespace attnx::cuda
