@@ -51,8 +51,8 @@ class BackwardTile {
 
   void visit(const BackwardSums<Sum>& sums, Buffers& b, Rows& r, const KeyTile& tile, bool needs_output) const {
     constexpr int kStep = A::kStep;
-    const std::int64_t key0 = tile.first, keys = tile.count;
     const Panel<Sum>& panel = *r.panel;
+    const std::int64_t key0 = tile.first, keys = panel.keys_seen(tile, A::kStep);
     const std::int64_t padded = round_up(keys, kStep);
     const PanelOnTile<Sum> on_tile(panel, tile, padded);
     multiply(b, r, padded);

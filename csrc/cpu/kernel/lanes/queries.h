@@ -60,7 +60,7 @@ class QueriesOnLanes {
   }
 
   void visit(int i, const Panel<Sum>& panel, const KeyTile& tile) {
-    const std::int64_t key0 = tile.first, keys = tile.count, padded = round_up(keys, A::kStep),
+    const std::int64_t key0 = tile.first, keys = panel.keys_seen(tile, A::kStep), padded = round_up(keys, A::kStep),
                        steps = padded / A::kStep;
     gemm<A>({keys_, key_row_, key_step_, query_[i], kWidth * A::kStep, products_, kWidth}, padded, panel.vectors,
             (p_.head_dim + A::kStep - 1) / A::kStep, false);
