@@ -41,9 +41,8 @@ struct LabelBlocksParams {
   std::int8_t* labels = nullptr;  // like products
 };
 
-// The kernel makes the labels of queries and keys: it labels blocks by the products of their means. It has no part for
-// the CPU, where torch's own operators do that. Value, score and lists of AttentionParams have no part in it, and of
-// the scale only the sign.
+// The kernel makes the labels of queries and keys: it labels blocks by the products of their means. Value, score and
+// lists of AttentionParams have no part in it, and of the scale only the sign.
 struct BlockMapParams : AttentionParams {
   bool smooth_k = false;  // subtract the mean key from the keys first
   BlockShares shares;

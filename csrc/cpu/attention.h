@@ -18,6 +18,7 @@ void backward(const BackwardParams& params, const Executor& executor);
 void sum_over_batch(const SumOverBatchParams& params, const Executor& executor);
 
 // These make the map of sparse-linear attention, and its linear part.
+void block_map(const BlockMapParams& params, const Executor& executor);
 void label_blocks(const LabelBlocksParams& params, const Executor& executor);
 void critical_blocks(const CriticalBlocksParams& params, const Executor& executor);
 void linear_forward(const LinearForwardParams& params, const Executor& executor);

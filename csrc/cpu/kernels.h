@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "attnx/params.h"
+#include "block_products.h"
 #include "executor.h"
 
 namespace attnx::cpu {
@@ -19,6 +20,7 @@ namespace attnx::cpu {
 
 // These are the kernels beside it, each of which serves all dtypes, with a switch.
 #define ATTNX_FOR_EACH_OTHER(X)              \
+  X(block_products, BlockProductsParams)     \
   X(linear_forward, LinearForwardParams)     \
   X(linear_backward, LinearBackwardParams)   \
   X(select, SelectParams)                    \

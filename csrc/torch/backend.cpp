@@ -87,11 +87,10 @@ class CudaContext {
 template <class Params>
 using OnCpu = void (*)(const Params&, const cpu::Executor&);
 
-// What only CUDA has is null on the CPU.
 template <class Params, class Workspace, class Kernel>
 void run(const Params& params, const Target& target, std::type_identity_t<OnCpu<Params>> on_cpu,
          const Workspace& workspace, const Kernel& kernel) {
-  if (on_cpu && !target.on_cuda()) return on_cpu(params, executor());
+  if (!target.on_cuda()) return on_cpu(params, executor());
   if constexpr (kWithCuda && std::is_invocable_v<Kernel, const Params&, const cuda::Launch&>) {
     CudaContext context(target);
     context.reserve(workspace(params, context.launch));
@@ -122,21 +121,16 @@ const Capability& Target::capability() const {
 
 // A CUDA kernel serves a system as soon as namespace cuda has name(params, launch) and name_workspace(params, launch),
 // which these find by their arguments.
-#define ATTNX_DEFINE_RUN(name, Params, on_cpu)                                                           \
+#define ATTNX_DEFINE(name, Params)                                                                       \
   void run(const Params& params, const Target& target) {                                                 \
     run(                                                                                                 \
-        params, target, on_cpu,                                                                          \
+        params, target, cpu::name,                                                                       \
         [](const auto& p, const auto& launch) -> decltype(name##_workspace(p, launch)) {                 \
           return name##_workspace(p, launch);                                                            \
         },                                                                                               \
         [](const auto& p, const auto& launch) -> decltype(name(p, launch)) { return name(p, launch); }); \
   }
-#define ATTNX_DEFINE(name, Params) ATTNX_DEFINE_RUN(name, Params, cpu::name)
-#define ATTNX_DEFINE_CUDA(name, Params) ATTNX_DEFINE_RUN(name, Params, nullptr)
 ATTNX_FOR_EACH_RUN(ATTNX_DEFINE)
-ATTNX_FOR_EACH_CUDA_RUN(ATTNX_DEFINE_CUDA)
-#undef ATTNX_DEFINE_CUDA
 #undef ATTNX_DEFINE
-#undef ATTNX_DEFINE_RUN
 
 }  // namespace attnx::ops

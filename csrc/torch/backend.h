@@ -28,6 +28,7 @@ struct Target {
   X(forward, ForwardParams)                  \
   X(backward, BackwardParams)                \
   X(sum_over_batch, SumOverBatchParams)      \
+  X(block_map, BlockMapParams)               \
   X(label_blocks, LabelBlocksParams)         \
   X(critical_blocks, CriticalBlocksParams)   \
   X(linear_forward, LinearForwardParams)     \
@@ -44,14 +45,10 @@ struct Target {
   X(staircase_crop, StaircaseCropParams)     \
   X(staircase_read, StaircaseReadParams)
 
-// These are for CUDA alone.
-#define ATTNX_FOR_EACH_CUDA_RUN(X) X(block_map, BlockMapParams)
-
 // Each of these enqueues the CUDA kernel on the current stream of the target's device, or runs the CPU's on torch's
 // threads.
 #define ATTNX_DECLARE(name, Params) void run(const Params& params, const Target& target);
 ATTNX_FOR_EACH_RUN(ATTNX_DECLARE)
-ATTNX_FOR_EACH_CUDA_RUN(ATTNX_DECLARE)
 #undef ATTNX_DECLARE
 
 }  // namespace attnx::ops

@@ -54,8 +54,7 @@ Registration::Registration(const char* system, OnHost on_host, std::initializer_
   for (const Operator& op : operators) {
     schemas_.def(op.schema.c_str());
     const bool on_cuda = kCudaOnHost && find_capability(system, "cuda");  // else the CPU's kernels run
-    if (on_cuda || (kCudaOnHost ? on_host == OnHost::kServed : on_host != OnHost::kOnlyCuda))
-      cpu_.impl(op.name, op.call);
+    if (on_cuda || !kCudaOnHost || on_host == OnHost::kServed) cpu_.impl(op.name, op.call);
     if (cuda_) cuda_->impl(op.name, op.call);
   }
 }

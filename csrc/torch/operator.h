@@ -209,8 +209,8 @@ Operator define(const char* name) {
 }
 
 // This is what becomes of calls on CPU tensors. Where they are meant for the CUDA kernels, but the capability table has
-// no row of CUDA for the system, the CPU's kernels serve them or not. Operators of kOnlyCuda have none.
-enum class OnHost { kRefused, kServed, kOnlyCuda };
+// no row of CUDA for the system, the CPU's kernels serve them or not.
+enum class OnHost { kRefused, kServed };
 
 // It registers operators for as long as it lives: on the CPU, and on CUDA where the capability table has a row of it
 // for `system`. Elsewhere the table's refusal answers, from Python.

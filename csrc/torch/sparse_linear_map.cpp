@@ -1,6 +1,8 @@
 // This file registers torch.ops.attnx.sparse_linear_block_map and its packed form, which label blocks from queries and
-// keys. Only CUDA has kernels of them.
+// keys.
 #include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
 
 #include "arguments.h"
 
@@ -30,6 +32,10 @@ StableTensor block_map(const QueryAndKey& x, const Layout& layout, const BlockSi
   read_block_size(size, p);
   read_inputs(target, {x.query, x.key, x.key}, layout, p);
   read_window(causal, p);
+  if constexpr (std::is_same_v<Layout, Packed>) {  // a map is as wide as was told, even beyond the longest sequence
+    p.length_q = std::min<std::int64_t>(layout.max_seqlen_q, x.query.size(0));
+    p.length_k = std::min<std::int64_t>(layout.max_seqlen_k, x.key.size(0));
+  }
   p.smooth_k = options.smooth_k;
   p.shares = read_shares(options.critical, options.negligible, options.protect);
   const std::vector shape{p.batch, p.heads_q, blocks_of(p.length_q, p.block_q), blocks_of(p.length_k, p.block_k)};
@@ -39,8 +45,7 @@ StableTensor block_map(const QueryAndKey& x, const Layout& layout, const BlockSi
   return labels;
 }
 
-// On other devices torch's own operators do the same, from Python.
-const Registration registration(kSystem, OnHost::kOnlyCuda,
+const Registration registration(kSystem, OnHost::kRefused,
                                 {define<block_map<Dense>>("sparse_linear_block_map"),
                                  define<block_map<Packed>>("sparse_linear_block_map_varlen")});
 

@@ -47,6 +47,19 @@ struct PairsOfBFloat16 {
     const auto both = bit_cast<__m512i>(_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]));
     _mm512_storeu_si512(p, _mm512_permutexvar_epi16(pairs, both));
   }
+  // Two rows as steps, to[width][2]; where there is no second row, as of zeros.
+  static ATTNX_INLINE void interleave(const Element* first, const Element* second, std::int64_t width, Element* to) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,  //
+                                         39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (std::int64_t d = 0; d < width; d += 32) {
+      const __mmask32 there = width - d < 32 ? (1u << (width - d)) - 1 : ~0u;
+      const __m512i a = _mm512_maskz_loadu_epi16(there, first + d);
+      const __m512i b = second ? _mm512_maskz_loadu_epi16(there, second + d) : __m512i{};
+      _mm512_mask_storeu_epi32(to + 2 * d, __mmask16(there), _mm512_permutex2var_epi16(a, low, b));
+      _mm512_mask_storeu_epi32(to + 2 * d + 32, __mmask16(there >> 16), _mm512_permutex2var_epi16(a, high, b));
+    }
+  }
   static ATTNX_INLINE void store_row(Element* p, Vec<float> x) {
     _mm256_storeu_si256((__m256i*)p, bit_cast<__m256i>(_mm512_cvtneps_pbh((__m512)x)));
   }

@@ -75,8 +75,9 @@ template <class To, class From>
 inline void convert_row(To* __restrict to, const From* __restrict from, std::int64_t n) {
   std::int64_t i = 0;
   if constexpr (__is_same(To, From)) {
-    __builtin_memcpy(to, from, std::size_t(n) * sizeof(To));
-    return;
+    // A row is short beside a call of memcpy.
+    constexpr std::int64_t kBlock = kVectorBytes / std::int64_t(sizeof(To));
+    for (; i + kBlock <= n; i += kBlock) __builtin_memcpy(to + i, from + i, kVectorBytes);
   } else if constexpr (__is_same(From, Float16) && __is_same(To, float)) {
 #if defined(__F16C__) || defined(__AVX512F__)
     for (; i + kLanes<float> <= n; i += kLanes<float>) store(to + i, load_halves(&from[i].bits));
@@ -91,7 +92,9 @@ inline void convert_row(To* __restrict to, const From* __restrict from, std::int
 #endif
   }
   for (; i < n; ++i) {
-    if constexpr (__is_same(To, float) || __is_same(To, double)) {
+    if constexpr (__is_same(To, From)) {
+      to[i] = from[i];
+    } else if constexpr (__is_same(To, float) || __is_same(To, double)) {
       to[i] = to_float(from[i]);
     } else {
       to[i] = from_float<To>(to_float(from[i]));
@@ -99,22 +102,20 @@ inline void convert_row(To* __restrict to, const From* __restrict from, std::int
   }
 }
 
-// Whether all n numbers are finite: no exponent of all ones.
+// Whether all n numbers are finite: no exponent has all ones. The compiler has vectors for the largest of them.
 template <class T>
 inline bool all_finite(const T* x, std::int64_t n) {
-  bool infinite = false;
-  for (std::int64_t i = 0; i < n; ++i) {
-    if constexpr (sizeof(T) == 8) {
-      infinite |= (bit_cast<std::uint64_t>(x[i]) & 0x7ff0000000000000u) == 0x7ff0000000000000u;
-    } else if constexpr (sizeof(T) == 4) {
-      infinite |= (bit_cast<std::uint32_t>(x[i]) & 0x7f800000u) == 0x7f800000u;
-    } else if constexpr (__is_same(T, BFloat16)) {
-      infinite |= (x[i].bits & 0x7f80u) == 0x7f80u;
-    } else {
-      infinite |= (x[i].bits & 0x7c00u) == 0x7c00u;
-    }
-  }
-  return !infinite;
+  constexpr auto exponent = [] {
+    if constexpr (__is_same(T, double)) return std::uint64_t(0x7ff0000000000000);
+    if constexpr (__is_same(T, float)) return std::uint32_t(0x7f800000);
+    if constexpr (__is_same(T, BFloat16)) return std::uint16_t(0x7f80);
+    if constexpr (__is_same(T, Float16)) return std::uint16_t(0x7c00);
+  };
+  using Bits = decltype(exponent());
+  constexpr Bits kExponent = exponent();
+  Bits most = 0;
+  for (std::int64_t i = 0; i < n; ++i) most = larger(most, Bits(bit_cast<Bits>(x[i]) & kExponent));
+  return most != kExponent;
 }
 
 }  // namespace attnx::cpu::ATTNX_ISA

@@ -72,10 +72,11 @@ struct Panel {
     rows = int(count);
     vectors = (rows + kLanes<Sum> - 1) / kLanes<Sum>;
     alibi = p.alibi_slopes.data != nullptr;
+    std::int64_t of_group = row0 % group, q = row0 / group;
     for (int lane = 0; lane < kCount; ++lane) {
-      const std::int64_t row = row0 + (lane < rows ? lane : rows - 1);
-      query[lane] = row / group;
-      head[lane] = first_head + row % group;
+      query[lane] = q;
+      head[lane] = first_head + of_group;
+      if (lane + 1 < rows && ++of_group == group) of_group = 0, ++q;
       position[lane] = query[lane] + s.length_k - s.length_q;
       visible[lane] = tiles.row(position[lane]);
       if (lane == 0) any = all = visible[0];
@@ -90,6 +91,12 @@ struct Panel {
 
   static Sum per_head(const PerHead& x, std::int64_t head, Sum absent = 0) {
     return x.data ? static_cast<const Sum*>(x.data)[head * x.stride] : absent;
+  }
+
+  // How many of a tile's keys, in whole steps, lie before the last one that some row sees: under a causal mask the
+  // others cost nothing.
+  std::int64_t keys_seen(const KeyTile& tile, std::int64_t step) const {
+    return smaller(tile.count, round_up(any.end - tile.first, step));
   }
 
   // Drops what lies outside of a part of the keys from what the rows see.

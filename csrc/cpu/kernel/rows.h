@@ -45,11 +45,7 @@ inline void interleave_rows(const typename A::Element* rows, std::int64_t count,
     if constexpr (A::kStep == 1) {
       __builtin_memcpy(to, rows, std::size_t(width) * sizeof *to);
     } else {
-      const std::uint32_t second = i + 1 < count ? 0xffff : 0;
-      for (std::int64_t d = 0; d < width; ++d) {
-        const std::uint32_t pair = rows[d].bits | (rows[stride + d].bits & second) << 16;
-        __builtin_memcpy(to + 2 * d, &pair, sizeof pair);
-      }
+      A::interleave(rows, i + 1 < count ? rows + stride : nullptr, width, to);
     }
   }
 }
@@ -93,12 +89,30 @@ inline void transpose_columns(const Sum* columns, std::int64_t dim, Sum* to, std
   }
 }
 
-// Adds the dot products of pairs of rows. Each is summed from its first feature on, as products of panels are, whose
-// rounding it shares then: where a row sees few keys, much of it cancels. Pairs side by side hide the latency of sums.
-template <int kPairs, class Sum, class Input>
-inline void add_dots(const Input* const (&a)[kPairs], const Input* const (&b)[kPairs], std::int64_t n, Sum* to) {
-  for (std::int64_t d = 0; d < n; ++d)
-    for (int i = 0; i < kPairs; ++i) to[i] += Sum(to_float(a[i][d])) * Sum(to_float(b[i][d]));
+// The dot products of pairs of rows, a(i) and b(i) for i < count, of n features: to[count], filled up to whole vectors.
+// Each is summed from its first feature on, as products of panels are, whose rounding it shares then: where a row sees
+// few keys, much of it cancels. So the rows lie on the lanes.
+template <class Sum, class RowA, class RowB>
+inline void dots_of_rows(RowA a, RowB b, std::int64_t count, std::int64_t n, Sum* to) {
+  constexpr std::int64_t kWidth = kLanes<Sum>;
+  Sum rows[2][kWidth][kWidth] = {};
+  for (std::int64_t first = 0; first < count; first += kWidth) {
+    const std::int64_t lanes = smaller(kWidth, count - first);
+    Vec<Sum> sum = {};
+    for (std::int64_t d = 0; d < n; d += kWidth) {
+      const std::int64_t features = smaller(kWidth, n - d);
+      for (std::int64_t i = 0; i < lanes; ++i) {
+        convert_row(rows[0][i], a(first + i) + d, features);
+        convert_row(rows[1][i], b(first + i) + d, features);
+      }
+      Vec<Sum> x[kWidth], y[kWidth];
+      for (std::int64_t i = 0; i < kWidth; ++i) x[i] = load(rows[0][i]), y[i] = load(rows[1][i]);
+      transpose_lanes<Sum>(x);
+      transpose_lanes<Sum>(y);
+      for (std::int64_t i = 0; i < features; ++i) sum += x[i] * y[i];
+    }
+    store(to + first, sum);
+  }
 }
 
 // Lane `lane` of columns[dim][lanes], times factor, as a row of the user's type.

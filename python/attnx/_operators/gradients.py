@@ -7,6 +7,7 @@ let forward-mode tangents fall and refuse the transforms of ``torch.func``.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import torch
@@ -35,9 +36,17 @@ _SAVED = object()  # it stands among the arguments for a tensor that autograd ke
 def _by_operator(name: str, derivative: BackwardOperator) -> None:
     forward, backward = signature(name), signature(f"{name}_backward")
     kept = [i for i, result in enumerate(forward.results) if result in backward.arguments]
+    # What the backward operator takes is at these places of one list. A small call takes longer in Python than in its
+    # kernel, so that as little as possible is looked up by name.
     names = (*forward.arguments, *(forward.results[i] for i in kept))
     of_results = tuple(f"grad_{result}" for result in forward.results)
-    of_arguments = tuple(result.removeprefix("grad_") for result in backward.results)
+    asked = tuple(i for i, x in enumerate(forward.arguments) if f"{x}_gradient" in backward.arguments)
+    wanted_names = tuple(f"{forward.arguments[i]}_gradient" for i in asked)
+    known = (*names, *of_results, "deterministic", *wanted_names)
+    others = tuple(argument for argument in backward.arguments if argument not in known)
+    arguments_of = itemgetter(*map((*known, *others).index, backward.arguments))
+    places = tuple(forward.arguments.index(result.removeprefix("grad_")) for result in backward.results)
+    nothing = (None,) * len(forward.arguments)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         results = output if isinstance(output, tuple) else (output,)
@@ -47,21 +56,32 @@ def _by_operator(name: str, derivative: BackwardOperator) -> None:
 
     def gradient(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
-        values = {name: next(saved) if x is _SAVED else x for name, x in zip(names, ctx.values, strict=True)}
-        values["deterministic"] = torch.are_deterministic_algorithms_enabled()
-        wanted = dict(zip(forward.arguments, ctx.needs_input_grad[1:], strict=True))
-        values |= {f"{argument}_gradient": x for argument, x in wanted.items()}
-        for of_result, x in zip(of_results, grads, strict=True):
-            values[of_result] = x if x.stride(-1) == 1 else x.contiguous()
+        values = [next(saved) if x is _SAVED else x for x in ctx.values]
+        values += (x if x.stride(-1) == 1 else x.contiguous() for x in grads)
+        values.append(torch.are_deterministic_algorithms_enabled())
+        wanted = ctx.needs_input_grad[1:]
+        values += (wanted[i] for i in asked)
         if derivative.more is not None:
-            values |= derivative.more(values)
-        gradients: dict[str, Any] = dict.fromkeys(forward.arguments)
-        for argument, x in zip(of_arguments, backward.call(values), strict=True):
-            if wanted[argument]:  # one number may have served every head, and sequence
-                gradients[argument] = x.sum_to_size(values[argument].shape).to(values[argument].dtype)
-        return tuple(gradients.values())
+            more = derivative.more(dict(zip(known, values, strict=True)))
+            values += (more[argument] for argument in others)
+        gradients: list[Any] = list(nothing)
+        for place, x in zip(places, _call(backward, arguments_of(values)), strict=True):
+            if wanted[place]:
+                argument = values[place]
+                if x.shape != argument.shape:  # one number may have served every head, and sequence
+                    x = x.sum_to_size(argument.shape)
+                gradients[place] = x if x.dtype == argument.dtype else x.to(argument.dtype)
+        return tuple(gradients)
 
-    _register_kernel(name, _function(name, save, gradient), of_arguments)
+    _register_kernel(name, _function(name, save, gradient), tuple(forward.arguments[place] for place in places))
+
+
+def _call(of: Signature, args: tuple[Any, ...]) -> Any:
+    """Calls an operator whose kernel at the key of autograd would do nothing but call it below that key."""
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return of.operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return of.operator(*args)
 
 
 def _refuse(name: str, message: str) -> None:
@@ -121,16 +141,21 @@ def _register_kernel(name: str, differentiate: Callable[..., Any], get_one: Coll
         get_one: the arguments that get a gradient, where not all of those do that autograd may ask it of.
     """
     of = signature(name)
-    without = frozenset() if get_one is None else frozenset(of.arguments) - frozenset(get_one)
+    get_none = frozenset() if get_one is None else frozenset(of.arguments) - frozenset(get_one)
 
     def kernel(keys: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, of, args)
-        if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        if not torch.is_grad_enabled():
             return _below_autograd(of, keys, args)
-        for argument, x in zip(of.arguments, args, strict=True):
-            if argument in without and isinstance(x, Tensor) and x.requires_grad:
-                raise RuntimeError(f"{argument}: expected a tensor that needs no gradient, as it gets none; detach it")
+        need_one = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.requires_grad]
+        if not need_one:
+            return _below_autograd(of, keys, args)
+        for i in need_one:
+            if of.arguments[i] in get_none:
+                raise RuntimeError(
+                    f"{of.arguments[i]}: expected a tensor that needs no gradient, as it gets none; detach it"
+                )
         return differentiate(keys, *args)
 
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)

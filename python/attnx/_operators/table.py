@@ -31,7 +31,7 @@ OPERATORS = (
         autocast=("query", "key"),
         fake=sparse_linear.map_labels,
         flops=flops.block_means,
-        implementation=sparse_linear.block_map,
+        refusal=sparse_linear.refusal,
     ),
     Operator(
         "sparse_linear_labels",

@@ -22,22 +22,25 @@ inline void store_sums(const BackwardParams& p, const BackwardSizes<Sum>& sizes,
   const std::int64_t key_head = head % p.heads_k, bytes = Sums(sizes, nullptr).bytes;
   const Sequence s(p, head / p.heads_k);
   const auto of_split = [&](std::int64_t split) { return Sums(sizes, sums + split * bytes); };
-  const auto add_up = [&](auto pick, std::int64_t n, Sum* to) {
-    for (std::int64_t i = 0; i < n; ++i) to[i] = 0;
-    for (std::int64_t split = 0; split < splits; ++split) {
-      const Sum* from = pick(of_split(split));
-      for (std::int64_t i = 0; i < n; ++i) to[i] += from[i];
+  const auto store = [&](auto pick, Sum factor, const Tensor& addend, const Tensor& to, std::int64_t key,
+                         std::int64_t dim) {
+    Sum row[kMaxHeadDim];
+    const Sum* const first = pick(of_split(0));
+    for (std::int64_t d = 0; d < dim; ++d) row[d] = splits == 1 ? first[d] * factor : first[d];
+    for (std::int64_t split = 1; split < splits; ++split) {
+      const Sum* const from = pick(of_split(split));
+      for (std::int64_t d = 0; d < dim; ++d) row[d] += from[d];
     }
+    if (splits > 1)
+      for (std::int64_t d = 0; d < dim; ++d) row[d] *= factor;
+    add_row(addend, s.batch, key_head, s.first_k + key, dim, row);
+    convert_row(row_of<Input>(to, s.batch, key_head, s.first_k + key), row, dim);
   };
-  Sum row[kMaxHeadDim];
   for (std::int64_t key = s.length_k * part / splits; key < s.length_k * (part + 1) / splits; ++key) {
-    add_up([&](const Sums& x) { return x.grad_key + key * sizes.head_lanes; }, p.head_dim, row);
-    for (std::int64_t d = 0; d < p.head_dim; ++d) row[d] *= Sum(p.scale);
-    add_row(p.grad_key_addend, s.batch, key_head, s.first_k + key, p.head_dim, row);
-    convert_row(row_of<Input>(p.grad_key, s.batch, key_head, s.first_k + key), row, p.head_dim);
-    add_up([&](const Sums& x) { return x.grad_value + key * sizes.value_lanes; }, p.value_dim, row);
-    add_row(p.grad_value_addend, s.batch, key_head, s.first_k + key, p.value_dim, row);
-    convert_row(row_of<Input>(p.grad_value, s.batch, key_head, s.first_k + key), row, p.value_dim);
+    store([&](const Sums& x) { return x.grad_key + key * sizes.head_lanes; }, Sum(p.scale), p.grad_key_addend,
+          p.grad_key, key, p.head_dim);
+    store([&](const Sums& x) { return x.grad_value + key * sizes.value_lanes; }, Sum(1), p.grad_value_addend,
+          p.grad_value, key, p.value_dim);
   }
   if (part != 0) return;
   const auto store_heads = [&](auto pick, double* to) {

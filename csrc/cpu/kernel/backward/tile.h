@@ -51,8 +51,8 @@ class BackwardTile {
 
   void visit(const BackwardSums<Sum, Logits>& sums, Buffers& b, Rows& r, const KeyTile& tile, bool needs_output) const {
     constexpr int kStep = A::kStep;
-    const std::int64_t key0 = tile.first, keys = tile.count;
     const Panel<Sum>& panel = *r.panel;
+    const std::int64_t key0 = tile.first, keys = panel.keys_seen(tile, A::kStep);
     const std::int64_t padded = round_up(keys, kStep);
     if (b.logits.hide(int(&r - b.panel), panel, tile, padded)) return;
     const auto on_tile = b.logits.on_tile(panel, tile, padded, b.products);

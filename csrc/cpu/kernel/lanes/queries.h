@@ -66,7 +66,8 @@ class QueriesOnLanes {
   }
 
   void visit(int i, const Panel<Sum>& panel, const KeyTile& tile) {
-    const std::int64_t keys = tile.count, padded = round_up(keys, A::kStep), steps = padded / A::kStep;
+    const std::int64_t keys = panel.keys_seen(tile, A::kStep), padded = round_up(keys, A::kStep),
+                       steps = padded / A::kStep;
     if (logits_.hide(i, panel, tile, padded)) return;
     gemm<A>({keys_, key_row_, key_step_, query_[i], kWidth * A::kStep, products_, kWidth}, padded, panel.vectors,
             (p_.head_dim + A::kStep - 1) / A::kStep, false);

@@ -30,37 +30,54 @@ class LinearBackward {
 
   std::int64_t workspace_bytes() const { return Shared(*this, nullptr).bytes + executor_.threads * worker_bytes(); }
 
+  // Each head of keys has these phases one after the other: the h_j, their prefixes, three for each of its heads of
+  // queries, and the gradients of its keys and values.
   void run(char* workspace) const {
     const Shared shared(*this, workspace);
     char* const workers = workspace + shared.bytes;
-    const auto each = [&](std::int64_t units, auto task) {
-      for_each_unit(executor_, units, workers, worker_bytes(),
-                    [&](std::int64_t unit, char* memory) { task(unit, Buffers(*this, memory)); });
-    };
+    const std::int64_t of_head = phases_of_head();
     const auto batches = [](std::int64_t blocks) { return (blocks + kRowBlocks - 1) / kRowBlocks; };
-    for (std::int64_t unit = 0; unit < p_.batch * p_.heads_k; ++unit) {
-      const Sequence s(p_, unit / p_.heads_k);
-      const std::int64_t key_head = unit % p_.heads_k;
+    const auto units = [&](std::int64_t phase) {
+      const Sequence s(p_, phase / of_head / p_.heads_k);
+      switch (kind_of(phase % of_head)) {
+        case kSumKeys:
+        case kKeys: return x_.key_blocks(s);
+        case kQueries: return batches(x_.query_blocks(s));
+        case kSumQueries: return batches(x_.key_blocks(s));
+        default: return BlockSums<Sum>(nullptr, 0, elements()).slices();
+      }
+    };
+    shared.phases.run(executor_, units, [&](std::int64_t phase, std::int64_t unit, int worker) {
+      const Sequence s(p_, phase / of_head / p_.heads_k);
+      const std::int64_t key_head = phase / of_head % p_.heads_k;
+      const std::int64_t head = key_head * x_.group + (phase % of_head - kPhasesBefore) / kPhasesOfQueries;
       const BlockSums<Sum> by_key(shared.by_key, x_.key_blocks(s), elements());
       const BlockSums<Sum> by_query(shared.by_query, x_.query_blocks(s), elements());
-      each(by_key.slices(), [&](std::int64_t slice, const Buffers&) { clear(shared.grad, by_key, slice); });
-      each(x_.key_blocks(s), [&](std::int64_t j, const Buffers& b) { sum_keys(s, key_head, j, by_key, b); });
-      each(by_key.slices(), [&](std::int64_t slice, const Buffers&) { by_key.add_up(slice); });
-      for (std::int64_t head = key_head * x_.group; head < (key_head + 1) * x_.group; ++head) {
-        each(batches(x_.query_blocks(s)), [&](std::int64_t i, const Buffers& b) {
-          differentiate_queries(s, head, i * kRowBlocks, by_key, by_query, shared, b);
-        });
-        each(by_query.slices(), [&](std::int64_t slice, const Buffers&) { by_query.add_up(slice); });
-        each(batches(x_.key_blocks(s)),
-             [&](std::int64_t j, const Buffers& b) { sum_queries(s, head, j * kRowBlocks, by_query, shared.grad, b); });
+      const Buffers b(*this, workers + worker * worker_bytes());
+      Sum* const grad = shared.grad + unit * by_key.size();
+      switch (kind_of(phase % of_head)) {
+        case kSumKeys:
+          __builtin_memset(grad, 0, std::size_t(by_key.size()) * sizeof(Sum));
+          return sum_keys(s, key_head, unit, by_key, b);
+        case kAddUpKeys: return by_key.add_up(unit);
+        case kQueries: return differentiate_queries(s, head, unit * kRowBlocks, by_key, by_query, shared, b);
+        case kAddUpQueries: return by_query.add_up(unit);
+        case kSumQueries: return sum_queries(s, head, unit * kRowBlocks, by_query, shared.grad, b);
+        case kKeys: return differentiate_keys(s, key_head, unit, grad, shared, b);
       }
-      each(x_.key_blocks(s), [&](std::int64_t j, const Buffers& b) {
-        differentiate_keys(s, key_head, j, shared.grad + j * by_key.size(), shared, b);
-      });
-    }
+    });
   }
 
  private:
+  enum Kind { kSumKeys, kAddUpKeys, kQueries, kAddUpQueries, kSumQueries, kKeys };
+  static constexpr std::int64_t kPhasesBefore = 2, kPhasesOfQueries = 3;
+
+  std::int64_t phases_of_head() const { return kPhasesBefore + x_.group * kPhasesOfQueries + 1; }
+  Kind kind_of(std::int64_t phase) const {
+    if (phase < kPhasesBefore) return Kind(phase);
+    return phase + 1 == phases_of_head() ? kKeys : Kind(kQueries + (phase - kPhasesBefore) % kPhasesOfQueries);
+  }
+
   // 1/n of a query and the last column of its G.
   struct Row {
     Sum inverse, last;
@@ -71,11 +88,14 @@ class LinearBackward {
         *by_query;  // H^T of the blocks of keys, [value_lanes][head_lanes]; phi(Q)^T G, [head_dim][value_lanes]
     Sum* grad;      // D of each block of keys
     Row* rows;      // of the queries of a group of heads
+    Phases phases;
     std::int64_t bytes;
 
-    Shared(const LinearBackward& f, char* memory) {
+    Shared(const LinearBackward& f, char* memory) : Shared(f, Arena(memory)) {}
+
+   private:
+    Shared(const LinearBackward& f, Arena arena) : phases(arena, f.p_.batch * f.p_.heads_k * f.phases_of_head(), 1) {
       const BlockSums<Sum> keys(nullptr, f.key_blocks_, f.elements());
-      Arena arena(memory);
       by_key = arena.take<Sum>(keys.total());
       by_query = arena.take<Sum>(BlockSums<Sum>(nullptr, f.query_blocks_, f.elements()).total());
       grad = arena.take<Sum>(f.key_blocks_ * keys.size());
@@ -120,12 +140,6 @@ class LinearBackward {
 
   std::int64_t elements() const { return x_.head_lanes * x_.value_lanes; }
   std::int64_t worker_bytes() const { return Buffers(*this, nullptr).bytes; }
-
-  static void clear(Sum* to, const BlockSums<Sum>& blocks, std::int64_t slice) {
-    constexpr std::int64_t kSlice = BlockSums<Sum>::kSlice;
-    for (std::int64_t j = 0; j < blocks.blocks(); ++j)
-      __builtin_memset(to + j * blocks.size() + slice * kSlice, 0, kSlice * sizeof(Sum));
-  }
 
   // h_j^T
   void sum_keys(const Sequence& s, std::int64_t key_head, std::int64_t block, const BlockSums<Sum>& by_key,

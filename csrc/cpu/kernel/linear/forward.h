@@ -5,6 +5,7 @@
 // Blocks of keys that only some queries of a block see add phi(Q) phi(K)^T, masked, times [V, 1].
 #pragma once
 
+#include "../phases.h"
 #include "operands.h"
 
 namespace attnx::cpu::ATTNX_ISA {
@@ -21,26 +22,56 @@ class LinearForward {
   LinearForward(const LinearForwardParams& p, const Executor& executor)
       : p_(p), x_(p), executor_(executor), blocks_((p.length_k + p.block_k - 1) / p.block_k) {}
 
-  std::int64_t workspace_bytes() const { return sums_bytes() + executor_.threads * worker_bytes(); }
+  std::int64_t workspace_bytes() const { return Shared(*this, nullptr).bytes + executor_.threads * worker_bytes(); }
 
+  // Each head of keys has three phases: the h_j, their prefixes, and outputs. Two heads have memory, so that the h_j of
+  // a head are made before the outputs of the one before it: a phase needs all but its predecessor.
   void run(char* workspace) const {
-    char* const workers = workspace + sums_bytes();
-    for (std::int64_t unit = 0; unit < p_.batch * p_.heads_k; ++unit) {
-      const Sequence s(p_, unit / p_.heads_k);
-      const std::int64_t key_head = unit % p_.heads_k;
-      const BlockSums<Sum> sums(reinterpret_cast<Sum*>(workspace), x_.key_blocks(s), elements());
-      for_each_unit(executor_, x_.key_blocks(s), workers, worker_bytes(), [&](std::int64_t block, char* memory) {
-        sum_block(s, key_head, block, sums, Buffers(*this, memory));
-      });
-      for_each_unit(executor_, sums.slices(), workers, 0, [&](std::int64_t slice, char*) { sums.add_up(slice); });
-      const std::int64_t batches = (x_.query_blocks(s) + kRowBlocks - 1) / kRowBlocks;
-      for_each_unit(executor_, batches * x_.group, workers, worker_bytes(), [&](std::int64_t i, char* memory) {
-        attend(s, key_head * x_.group + i / batches, i % batches * kRowBlocks, sums, Buffers(*this, memory));
-      });
-    }
+    const Shared shared(*this, workspace);
+    char* const workers = workspace + shared.bytes;
+    // Phase 3 i + 1 is about the head before that of the others.
+    const auto of = [](std::int64_t phase) { return phase / 3 - (phase % 3 == kAttend); };
+    const auto batches = [&](const Sequence& s) { return (x_.query_blocks(s) + kRowBlocks - 1) / kRowBlocks; };
+    const auto sums_of = [&](const Sequence& s, std::int64_t head) {
+      return BlockSums<Sum>(shared.sums[head % 2], x_.key_blocks(s), elements());
+    };
+    shared.phases.run(
+        executor_,
+        [&](std::int64_t phase) -> std::int64_t {
+          const std::int64_t head = of(phase);
+          if (head < 0 || head == heads()) return 0;
+          const Sequence s(p_, head / p_.heads_k);
+          if (phase % 3 == kSum) return x_.key_blocks(s);
+          return phase % 3 == kAttend ? batches(s) * x_.group : sums_of(s, head).slices();
+        },
+        [&](std::int64_t phase, std::int64_t unit, int worker) {
+          const std::int64_t head = of(phase), key_head = head % p_.heads_k;
+          const Sequence s(p_, head / p_.heads_k);
+          const BlockSums<Sum> sums = sums_of(s, head);
+          if (phase % 3 == kAddUp) return sums.add_up(unit);
+          const Buffers b(*this, workers + worker * worker_bytes());
+          if (phase % 3 == kSum) return sum_block(s, key_head, unit, sums, b);
+          attend(s, key_head * x_.group + unit / batches(s), unit % batches(s) * kRowBlocks, sums, b);
+        });
   }
 
  private:
+  enum Kind { kSum, kAttend, kAddUp };  // of a phase
+
+  struct Shared {
+    Phases phases;
+    Sum* sums[2];
+    std::int64_t bytes;
+
+    Shared(const LinearForward& f, char* memory) : Shared(f, Arena(memory)) {}
+
+   private:
+    Shared(const LinearForward& f, Arena arena) : phases(arena, 3 * (f.heads() + 1), 2) {
+      for (Sum*& x : sums) x = arena.take<Sum>(BlockSums<Sum>(nullptr, f.blocks_, f.elements()).total());
+      bytes = arena.used();
+    }
+  };
+
   struct Buffers {
     Sum *query, *key, *key_by_feature, *value, *output, *products, *sums;
     std::int32_t* rows;
@@ -62,10 +93,7 @@ class LinearForward {
   };
 
   std::int64_t elements() const { return p_.head_dim * x_.value_lanes; }
-  std::int64_t sums_bytes() const {
-    return round_up(BlockSums<Sum>(nullptr, blocks_, elements()).total() * std::int64_t(sizeof(Sum)),
-                    Arena::kAlignment);
-  }
+  std::int64_t heads() const { return p_.batch * p_.heads_k; }
   std::int64_t worker_bytes() const { return Buffers(*this, nullptr).bytes; }
 
   void sum_block(const Sequence& s, std::int64_t key_head, std::int64_t block, const BlockSums<Sum>& sums,

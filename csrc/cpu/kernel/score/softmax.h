@@ -118,18 +118,13 @@ class SoftmaxBackward {
   // gradient of the logsumexp, whose derivative by a logit is P itself.
   template <class Input, class Sequence>
   void begin(const BackwardParams& p, const Sequence& s, const Panel<Sum>& panel) {
-    constexpr int kTogether = kPanelLanes<Sum> % 4 == 0 ? 4 : 2;
-    static_assert(kPanelLanes<Sum> % kTogether == 0);
     Sum products[kPanelLanes<Sum>] = {};
-    for (int lane = 0; p.output.data && lane < panel.rows; lane += kTogether) {
-      const Input *outputs[kTogether], *grads[kTogether];
-      for (int i = 0; i < kTogether; ++i) {
-        const int own = smaller(lane + i, panel.rows - 1);
-        const std::int64_t head = panel.head[own], query = s.query_row(panel.query[own]);
-        outputs[i] = row_of<const Input>(p.output, s.batch, head, query);
-        grads[i] = row_of<const Input>(p.grad_output, s.batch, head, query);
-      }
-      add_dots(outputs, grads, p.value_dim, products + lane);
+    if (p.output.data) {
+      const auto rows_of = [&](const Tensor& x) {
+        return
+            [&](std::int64_t i) { return row_of<const Input>(x, s.batch, panel.head[i], s.query_row(panel.query[i])); };
+      };
+      dots_of_rows(rows_of(p.output), rows_of(p.grad_output), panel.rows, p.value_dim, products);
     }
     for (int lane = 0; lane < kPanelLanes<Sum>; ++lane) {
       const std::int64_t head = panel.head[lane], result = s.result_row(panel.query[lane]);

@@ -1,0 +1,54 @@
+// Work in phases, all in one parallel region. A phase waits until earlier ones are done, not until all threads have
+// come: one that the machine lent to another process in the meantime holds up nobody but those who need its unit.
+#pragma once
+
+#include <sched.h>
+
+#include "../executor.h"
+#include "arena.h"
+
+namespace attnx::cpu::ATTNX_ISA {
+
+class Phases {
+ public:
+  // Of `count` phases each begins when those are done that are `distance` or more before it.
+  Phases(Arena& arena, std::int64_t count, std::int64_t distance)
+      : count_(count), distance_(distance), counters_(arena.take<Counter>(count)) {}
+
+  // It calls task(phase, unit, worker) for each of the units(phase) units of each phase, which are dealt in their order
+  // to whoever is free.
+  template <class Units, class Task>
+  void run(const Executor& executor, const Units& units, const Task& task) const {
+    __builtin_memset(counters_, 0, std::size_t(count_) * sizeof(Counter));
+    executor.run([&](int worker) {
+      std::int64_t done = 0;  // so many phases are known to be
+      for (std::int64_t phase = 0; phase < count_; ++phase) {
+        const std::int64_t all = units(phase);
+        for (;;) {
+          const std::int64_t unit = __atomic_fetch_add(&counters_[phase].taken, 1, __ATOMIC_RELAXED);
+          if (unit >= all) break;
+          for (; done <= phase - distance_; ++done) wait(counters_[done], units(done));
+          task(phase, unit, worker);
+          __atomic_fetch_add(&counters_[phase].done, 1, __ATOMIC_RELEASE);
+        }
+      }
+    });
+  }
+
+ private:
+  struct Counter {
+    std::int64_t taken, done;
+  };
+
+  // What is missing is being done: a worker takes a unit of a later phase only when it has done its own of this one.
+  static void wait(const Counter& counter, std::int64_t units) {
+    constexpr int kSpins = 1000;
+    for (int spins = 0; __atomic_load_n(&counter.done, __ATOMIC_ACQUIRE) < units; ++spins)
+      if (spins >= kSpins) sched_yield();
+  }
+
+  std::int64_t count_, distance_;
+  Counter* counters_;
+};
+
+}  // namespace attnx::cpu::ATTNX_ISA
