@@ -38,6 +38,7 @@ from attnx.sparse_linear import (  # noqa: E402
     sparse_linear_block_map_varlen,
 )
 from attnx.staircase import StaircaseCache, staircase_attention  # noqa: E402
+from attnx.weights import attention_key_weights, attention_max_logits, attention_row_weights  # noqa: E402
 
 __version__: str = _C.version
 
@@ -46,6 +47,9 @@ __all__ = [
     "Routes",
     "SparseLinearMap",
     "StaircaseCache",
+    "attention_key_weights",
+    "attention_max_logits",
+    "attention_row_weights",
     "block_sparse_attention",
     "commitment_loss",
     "cuda_mainloop",
