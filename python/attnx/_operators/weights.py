@@ -69,26 +69,36 @@ def _key_weights_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     value, grad_output = _columns(grad, torch.ones_like(query[..., 0], dtype=grad.dtype), query.dtype)
     if weights is not None:
         value, grad_output = _columns(grad, weights.expand(query.shape[:3]), query.dtype)
-    with torch.enable_grad():
-        leaves = query.detach().requires_grad_(), _of_each_head(key, query).detach().requires_grad_()
-        output = _attention(*leaves, value, a)
-    grad_query, grad_key = torch.autograd.grad(output, leaves, grad_output)
+    output, grad_query, grad_key = _attention(query, _of_each_head(key, query), value, grad_output, a)
     of_weights = None
     if weights is not None:
-        parts = output.detach()[..., : 2 if value.shape[-1] > 1 else 1]
+        parts = output[..., : 2 if value.shape[-1] > 1 else 1]
         of_weights = parts.to(weights.dtype).sum(-1).sum_to_size(weights.shape)
     gradients = dict.fromkeys(a) | {"query": grad_query, "key": _of_key_heads(grad_key, key), "row_weights": of_weights}
     return tuple(gradients.values())
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, a: Arguments) -> Tensor:
-    from attnx import functional
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, a: Arguments
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of attention, and the gradients of query and key."""
+    name = f"{a['score']}_attention"
+    values = a | {"query": query, "key": key, "value": value, "grad_output": grad_output}
+    results = _call(name, values)
+    if isinstance(results, tuple):  # of a normalised score
+        values |= {"output": results[0], "logsumexp": results[1], "grad_logsumexp": torch.zeros_like(results[1])}
+    values["deterministic"] = torch.are_deterministic_algorithms_enabled()
+    grad_query, grad_key, *_ = _call(f"{name}_backward", values)
+    return values.get("output", results), grad_query, grad_key
 
-    options = {"scale": a["scale"], "is_causal": a["is_causal"], "window": (a["window_left"], a["window_right"])}
-    if a["score"] == "softmax":
-        return functional.softmax_attention(query, key, value, **options)
-    bias = {"none": a["bias_value"], "length": None, "row": "row"}[a["bias_rule"]]
-    return functional.sigmoid_attention(query, key, value, bias=bias, **options)
+
+def _call(name: str, values: Arguments) -> Any:
+    """Calls an operator with what its schema names of the values, and leaves out what else it can take."""
+    neutral = {"bool": False, "float": 0.0}
+    arguments = signature(name).operator._schema.arguments
+    return signature(name).operator(
+        *(values[x.name] if x.name in values else neutral.get(str(x.type)) for x in arguments)
+    )
 
 
 def _columns(value: Tensor, grad_output: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
