@@ -6,7 +6,7 @@ from attnx import _C, _operators
 
 _operators.register_all()
 
-from attnx import nn, reference  # noqa: E402  (they use the registered operators)
+from attnx import importance, nn, reference  # noqa: E402  (they use the registered operators)
 from attnx.block_mask import BlockMask  # noqa: E402
 from attnx.explain import explain  # noqa: E402
 from attnx.functional import (  # noqa: E402
@@ -54,6 +54,7 @@ __all__ = [
     "commitment_loss",
     "cuda_mainloop",
     "explain",
+    "importance",
     "keep_probabilities",
     "nearest_centroids",
     "nn",
