@@ -52,8 +52,12 @@ def differentiable_calls(dtype: torch.dtype, device: torch.device) -> dict[str, 
         return torch.ops.attnx.move_average_in_backward(
             x, torch.zeros(4, device=device), x.detach().mean((0, 2, 3)), 0.9
         )
+    operands = {"query": inputs["query"], "key": inputs["key"]}
+    row_weights = {"row_weights": torch.rand(2, 4, 70, device=device).to(random_parameter((1,), dtype, device).dtype)}
 
     return {
+        "attention_key_weights": call("attention_key_weights", operands, row_weights, is_causal=True),
+        "attention_row_weights": call("attention_row_weights", operands, rows=range(60, 70)),
         "sigmoid_attention": call("sigmoid_attention", inputs, slopes, bias, is_causal=True),
         "softmax_attention": call("softmax_attention", inputs, slopes, sink, is_causal=True),
         "sigmoid_attention_varlen": call("sigmoid_attention_varlen", packed, slopes, bias, **sizes),
@@ -73,6 +77,7 @@ def run_the_others(dtype: torch.dtype, device: torch.device) -> None:
     inputs, _ = random_inputs(SHAPE, dtype, device)
     query, key, value = inputs.values()
     centroids, counts = random_centroids(4, 3, 32).to(device), torch.ones(4, 3, device=device)
+    attnx.attention_max_logits(query, key)
     attnx.probabilistic_block_mask(2, 4, 70, 70, seed=3, offset=0, device=device)
     products = torch.randn(2, 4, 2, 2, device=device)
     torch.ops.attnx.sparse_linear_labels(products, 70, 70, 64, 64, 0.05, 0.1, True, 0)

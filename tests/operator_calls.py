@@ -49,6 +49,14 @@ def _blocks(dtype: torch.dtype) -> None:
     attnx.probabilistic_block_mask(2, 4, 130, 200, density=0.6, seed=3, offset=1)
 
 
+def _weights(dtype: torch.dtype) -> None:
+    inputs = [_draw(2, 4, 20, 16, dtype=dtype), _draw(2, 2, 30, 16, dtype=dtype)]
+    _differentiate(attnx.attention_key_weights, inputs, row_weights=torch.rand(2, 1, 20), is_causal=True)
+    _differentiate(attnx.attention_key_weights, inputs, score="sigmoid", window=(5, 3))
+    _differentiate(attnx.attention_row_weights, inputs, rows=range(10, 20), is_causal=True)
+    attnx.attention_max_logits(*inputs, window=(5, 3))
+
+
 def _maps(dtype: torch.dtype) -> None:
     inputs = [_draw(2, 4, 130, 16, dtype=dtype), _draw(2, 2, 200, 16, dtype=dtype), _draw(2, 2, 200, 8, dtype=dtype)]
     packed = [_draw(150, 4, 16, dtype=dtype), _draw(200, 2, 16, dtype=dtype), _draw(200, 2, 8, dtype=dtype)]
@@ -88,7 +96,7 @@ def valid_calls() -> dict[str, list[Arguments]]:
     torch.manual_seed(0)
     with RecordedCalls() as recorded:
         for dtype in (torch.float32, torch.bfloat16):
-            for record in (_pointwise, _blocks, _maps, _routing, _staircase):
+            for record in (_pointwise, _blocks, _weights, _maps, _routing, _staircase):
                 record(dtype)
     calls: dict[str, list[Arguments]] = {name: [] for name in NAMES}
     for operator, args, _ in recorded.seen:

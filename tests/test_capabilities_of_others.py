@@ -85,6 +85,19 @@ def block_sparse(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: t
     return Call(one(function, **options), one(own, **options), inputs, grad_output)
 
 
+def weights(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
+    shape, options = shapes(draw, row), of_score(draw, row)
+    inputs, _ = random_inputs(shape, dtype, device)
+    del inputs["value"]
+    first = draw(st.integers(0, shape.length_q - 1))
+    options["rows"] = draw(st.sampled_from([None, range(first, shape.length_q), range(first + 1)]))
+    if draw(st.booleans()):
+        options |= {"is_causal": False, "window": draw(st.tuples(st.integers(-1, 99), st.integers(-1, 99)))}
+    own, definition = (one(getattr(module, row.operator), **options) for module in (attnx, reference))
+    grad_output = torch.randn(definition(**inputs).shape, generator=torch.Generator().manual_seed(1))
+    return Call(own, definition, inputs, grad_output.to(device))
+
+
 def probabilistic(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
     shape, options = shapes(draw, row), of_score(draw, row) | {"seed": 3, "offset": draw(st.integers(0, 9))}
     options["keep"] = draw(st.sampled_from(["harmonic", "geometric", "power", "gaussian"]))
@@ -135,6 +148,8 @@ def routing(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.
 
 # The features that the calls above make use of: a row that promises another is not tried.
 DRAWN: dict[str, tuple[Callable[..., Call], set[str]]] = {
+    "attention_key_weights": (weights, {"grouped_queries", "causal", "window"}),
+    "attention_row_weights": (weights, {"grouped_queries", "causal", "window"}),
     "block_sparse_attention": (
         block_sparse,
         {"grouped_queries", "value_dim", "causal", "logsumexp", "block_bias", "block_bias_gradient", "sink"}
@@ -148,6 +163,7 @@ DRAWN: dict[str, tuple[Callable[..., Call], set[str]]] = {
     "routing_attention": (routing, {"grouped_queries", "value_dim", "causal", "memory_kv"}),
 }
 ELSEWHERE = {"hidden_nonfinite"}  # in test_nonfinite.py
+WITHOUT_GRADIENT = {"attention_max_logits"}  # in test_weights.py
 DENSE = {"sigmoid_attention", "softmax_attention"}  # in test_capabilities.py
 
 
@@ -210,4 +226,4 @@ def test_caches_from_the_table(data: st.DataObject, backend: Backend) -> None:
 
 
 def test_every_operator_of_the_table_is_drawn() -> None:
-    assert {row.operator for row in table()} == DENSE | set(DRAWN) | {"staircase_attention"}
+    assert {row.operator for row in table()} == DENSE | set(DRAWN) | WITHOUT_GRADIENT | {"staircase_attention"}

@@ -7,7 +7,8 @@ import torch
 
 from test_operators import NAMES
 
-QKV = "Tensor query, Tensor key, Tensor value"
+QK = "Tensor query, Tensor key"
+QKV = f"{QK}, Tensor value"
 PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 BIAS = "Tensor? bias, Tensor? alibi_slopes, str bias_rule, float bias_value"
 MASK = "float? scale, bool is_causal, int window_left, int window_right"
@@ -29,7 +30,8 @@ CACHE = "Tensor state, Tensor codes, Tensor ranges, Tensor tail"
 LAYOUT = "int[] levels, int window, int group, int residual, int max_length"
 APPENDED = "Tensor(a!) state, Tensor(b!) codes, Tensor(c!) ranges, Tensor(d!) tail, Tensor key, Tensor value"
 CROPPED = "Tensor(a!) state, Tensor codes, Tensor ranges, Tensor(b!) tail, Tensor length"
-SCORE = "str score, str bias_rule, float bias_value, float? scale, bool is_causal"
+RULE = "str score, str bias_rule, float bias_value"
+SCORE = f"{RULE}, float? scale, bool is_causal"
 
 LISTS = "Tensor kv_num_blocks, Tensor kv_indices"
 SINKS = "Tensor? alibi_slopes, Tensor? sink"
@@ -62,6 +64,9 @@ SCHEMAS = [
     f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LISTED}, {TERMS}, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
     f"{WANTED_OF_BLOCKS}) "
     f"-> ({GRADS}, Tensor grad_sink, {TERM_GRADS}, Tensor grad_block_bias)",
+    f"attention_key_weights({QK}, Tensor? logsumexp, Tensor? row_weights, {RULE}, {MASK}) -> Tensor",
+    f"attention_row_weights({QK}, Tensor? logsumexp, {RULE}, {MASK}) -> Tensor",
+    f"attention_max_logits({QK}, {MASK}) -> Tensor",
     f"probabilistic_attention({QKV}, {DRAWN}, {SCORE}) -> ({SOFTMAX_RESULTS})",
     f"probabilistic_attention_backward({SOFTMAX_SAVED}, {DRAWN}, {SCORE}, bool deterministic) -> ({GRADS})",
     "probabilistic_block_lists(Tensor keep, Tensor seed, Tensor offset, SymInt batch, SymInt heads, SymInt length_q, "

@@ -37,6 +37,18 @@ void backward(const BackwardParams& p, const Executor& executor) {
   }
 }
 
+void key_weights(const KeyWeightsParams& p, const Executor& executor) {
+  run(&Kernels::key_weights_workspace, &Kernels::key_weights, p, executor, operations(p) / 2);
+}
+
+void row_weights(const RowWeightsParams& p, const Executor& executor) {
+  run(&Kernels::row_weights_workspace, &Kernels::row_weights, p, executor, operations(p) / 2);
+}
+
+void max_logits(const MaxLogitsParams& p, const Executor& executor) {
+  run(&Kernels::max_logits_workspace, &Kernels::max_logits, p, executor, operations(p) / 2);
+}
+
 void linear_forward(const LinearForwardParams& p, const Executor& executor) {
   run(&Kernels::linear_forward_workspace, &Kernels::linear_forward, p, executor, operations(p));
 }

@@ -8,6 +8,7 @@
 #include "attnx/block_params.h"
 #include "attnx/cluster_params.h"
 #include "attnx/params.h"
+#include "attnx/weights_params.h"
 #include "executor.h"
 
 namespace attnx::cpu {
@@ -16,6 +17,11 @@ namespace attnx::cpu {
 void forward(const ForwardParams& params, const Executor& executor);
 void backward(const BackwardParams& params, const Executor& executor);
 void sum_over_batch(const SumOverBatchParams& params, const Executor& executor);
+
+// These tell about weights, and largest logits, without values.
+void key_weights(const KeyWeightsParams& params, const Executor& executor);
+void row_weights(const RowWeightsParams& params, const Executor& executor);
+void max_logits(const MaxLogitsParams& params, const Executor& executor);
 
 // These make the map of sparse-linear attention, and its linear part.
 void block_map(const BlockMapParams& params, const Executor& executor);

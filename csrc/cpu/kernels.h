@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "attnx/params.h"
+#include "attnx/weights_params.h"
 #include "block_products.h"
 #include "executor.h"
 
@@ -21,6 +22,9 @@ namespace attnx::cpu {
 // These are the kernels beside it, each of which serves all dtypes, with a switch.
 #define ATTNX_FOR_EACH_OTHER(X)              \
   X(block_products, BlockProductsParams)     \
+  X(key_weights, KeyWeightsParams)           \
+  X(row_weights, RowWeightsParams)           \
+  X(max_logits, MaxLogitsParams)             \
   X(linear_forward, LinearForwardParams)     \
   X(linear_backward, LinearBackwardParams)   \
   X(select, SelectParams)                    \

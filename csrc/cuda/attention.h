@@ -6,6 +6,7 @@
 #include <string>
 
 #include "attnx/params.h"
+#include "attnx/weights_params.h"
 #include "cuda/common/launch.h"
 #include "cuda/labels/block_map.h"
 #include "cuda/labels/critical_blocks.h"
@@ -26,6 +27,14 @@ std::size_t backward_workspace(const BackwardParams& params, const Launch& launc
 // They throw std::runtime_error with the kernel's name where the device has no kernel or the runtime reports an error.
 void forward(const ForwardParams& params, const Launch& launch);
 void backward(const BackwardParams& params, const Launch& launch);
+
+// These tell about weights, and largest logits, without values.
+std::size_t key_weights_workspace(const KeyWeightsParams& params, const Launch& launch);
+std::size_t row_weights_workspace(const RowWeightsParams& params, const Launch& launch);
+std::size_t max_logits_workspace(const MaxLogitsParams& params, const Launch& launch);
+void key_weights(const KeyWeightsParams& params, const Launch& launch);
+void row_weights(const RowWeightsParams& params, const Launch& launch);
+void max_logits(const MaxLogitsParams& params, const Launch& launch);
 
 // This describes the kernel that a call would run.
 struct KernelDescription {

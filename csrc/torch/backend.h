@@ -4,6 +4,7 @@
 #include "attnx/block_params.h"
 #include "attnx/cluster_params.h"
 #include "attnx/params.h"
+#include "attnx/weights_params.h"
 #include "check.h"
 #include "memory.h"
 
@@ -29,6 +30,9 @@ struct Target {
   X(backward, BackwardParams)                \
   X(sum_over_batch, SumOverBatchParams)      \
   X(block_map, BlockMapParams)               \
+  X(key_weights, KeyWeightsParams)           \
+  X(row_weights, RowWeightsParams)           \
+  X(max_logits, MaxLogitsParams)             \
   X(label_blocks, LabelBlocksParams)         \
   X(critical_blocks, CriticalBlocksParams)   \
   X(linear_forward, LinearForwardParams)     \

@@ -6,7 +6,7 @@ from attnx import _C, _operators
 
 _operators.register_all()
 
-from attnx import nn, reference  # noqa: E402  (they use the registered operators)
+from attnx import importance, nn, reference  # noqa: E402  (they use the registered operators)
 from attnx.affine import affine_attention  # noqa: E402
 from attnx.block_mask import BlockMask  # noqa: E402
 from attnx.compaction import PackedTokens, compact_tokens  # noqa: E402
@@ -42,6 +42,7 @@ from attnx.sparse_linear import (  # noqa: E402
     sparse_linear_block_map_varlen,
 )
 from attnx.staircase import StaircaseCache, staircase_attention  # noqa: E402
+from attnx.weights import attention_key_weights, attention_max_logits, attention_row_weights  # noqa: E402
 
 __version__: str = _C.version
 
@@ -52,11 +53,15 @@ __all__ = [
     "SparseLinearMap",
     "StaircaseCache",
     "affine_attention",
+    "attention_key_weights",
+    "attention_max_logits",
+    "attention_row_weights",
     "block_sparse_attention",
     "commitment_loss",
     "compact_tokens",
     "cuda_mainloop",
     "explain",
+    "importance",
     "keep_probabilities",
     "merge_attention",
     "nearest_centroids",

@@ -70,7 +70,8 @@ class Requirement:
 
     @classmethod
     def of(cls, operator: str, arguments: dict[str, Any]) -> Requirement:
-        query, key, value = (arguments[name] for name in ("query", "key", "value"))
+        query, key = arguments["query"], arguments["key"]
+        value = arguments.get("value", key)
         base = operator.removesuffix("_backward").removesuffix("_varlen")
         wanted = {
             "varlen": "cu_seqlens_q" in arguments,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnx import _C, _capability, functional, probabilistic, routing, sparse_linear, staircase
+from attnx import _C, _capability, functional, probabilistic, routing, sparse_linear, staircase, weights
 
 # What a call does whatever kernel serves it, and may surprise.
 _NOTES = {"routing_attention": ["a centroid with a NaN has no product that is a number: its cluster holds no token"]}
@@ -53,7 +53,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         TypeError: the arguments do not fit its signature.
     """
     name = getattr(function, "__name__", str(function))
-    modules = (functional, probabilistic, routing, sparse_linear, staircase)
+    modules = (functional, probabilistic, routing, sparse_linear, staircase, weights)
     operators = {row.operator for row in _capability.table()}
     if name.removesuffix("_varlen") not in operators or all(getattr(m, name, None) is not function for m in modules):
         raise ValueError(f"function: expected an operator of attnx, such as attnx.sigmoid_attention, got {function!r}")
@@ -73,7 +73,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         reasons = [f"the call requires {requirement}", f"missing: {', '.join(missing)}"]
         return Explanation(name, False, reasons=reasons, nearest=_capability.describe(row))
     try:
-        kernel, reasons = _cuda_kernel(requirement, arguments) if row.backend == "cuda" else _cpu_kernel(requirement)
+        if row.backend == "cpu":
+            kernel, reasons = _cpu_kernel(requirement)
+        elif "value" in arguments:
+            kernel, reasons = _cuda_kernel(requirement, arguments)
+        else:
+            kernel, reasons = _sums_kernel(requirement, arguments)
     except RuntimeError as error:  # the device has no kernel, or there is none
         return Explanation(name, False, reasons=[str(error)], nearest=_capability.describe(row))
     return Explanation(name, True, row.backend, kernel, reasons + _NOTES.get(name, []))
@@ -116,16 +121,24 @@ def _cuda_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
         kernel = _C.cuda_forward_kernel(requirement.operator, requirement.dtype, **sizes)
         backward = _backward_kernel(requirement, sizes) if "cache" not in arguments else []
-    if query.is_cuda:
-        major, minor = torch.cuda.get_device_capability(query.device)
-        device = f"{torch.cuda.get_device_name(query.device)}, compute capability {major}.{minor}"
-        reasons = [f"the tensors are on {query.device}, {device}"]
-    else:
-        reasons = [f"the tensors are on {query.device}, and ATTNX_CUDA_ON_HOST=1 sends their calls to the emulator"]
+    reasons = _where(query)
     reasons += [*_describe("the forward", kernel), *backward]
     if (asked := _C.cuda_mainloop()) != "auto":
         reasons.append(f"{asked} was asked for, by attnx.cuda_mainloop or ATTNX_CUDA_MAINLOOP")
     return f"{requirement.operator} [{kernel['mainloop']}]", reasons
+
+
+def _where(query: Tensor) -> list[str]:
+    if query.is_cuda:
+        major, minor = torch.cuda.get_device_capability(query.device)
+        device = f"{torch.cuda.get_device_name(query.device)}, compute capability {major}.{minor}"
+        return [f"the tensors are on {query.device}, {device}"]
+    return [f"the tensors are on {query.device}, and ATTNX_CUDA_ON_HOST=1 sends their calls to the emulator"]
+
+
+def _sums_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]) -> tuple[str, list[str]]:
+    """One mainloop serves every device, without a choice."""
+    return f"{requirement.operator} [sm80]", [*_where(arguments["query"]), "the kernel is attnx_sums_sm80"]
 
 
 def _backward_kernel(requirement: _capability.Requirement, sizes: dict[str, Any]) -> list[str]:

@@ -23,6 +23,9 @@ from attnx.sparse_linear import FeatureMap, LinearScope, SparseLinearMap
 
 __all__ = [
     "affine_attention",
+    "attention_key_weights",
+    "attention_max_logits",
+    "attention_row_weights",
     "block_sparse_attention",
     "dropout_factors",
     "philox",
@@ -293,6 +296,56 @@ def block_sparse_attention(
     logits, visible = terms.add(logits, visible)
     output, logsumexp = _softmax(logits.where(visible, -math.inf), visible, value, sink, terms)
     return (output, logsumexp) if return_logsumexp else output
+
+
+def attention_key_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    row_weights: Tensor | None = None,
+    rows: range | None = None,
+    **options: Any,
+) -> Tensor:
+    weights = attention_row_weights(query, key, rows=rows, **options)
+    return (weights if row_weights is None else weights * row_weights.double()[..., None]).sum(2)
+
+
+def attention_row_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    rows: range | None = None,
+    score: ScoreName = "softmax",
+    bias: SigmoidBias = None,
+    scale: float | Tensor | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    distance = _distance(query.shape[2], key.shape[2], query.device)
+    visible = _visible(distance, is_causal, window)
+    logits = _logits(query, key, scale, None, distance)
+    if score == "sigmoid":
+        weights = (logits + _sigmoid_bias(bias, key.shape[2], visible)).sigmoid()
+    else:
+        logsumexp = logits.where(visible, -math.inf).logsumexp(-1, keepdim=True)
+        weights = (logits - logsumexp.where(visible.any(-1, keepdim=True), math.inf)).exp()
+    weights = weights.where(visible, 0.0)
+    return weights if rows is None else weights[:, :, rows.start : rows.stop]
+
+
+def attention_max_logits(
+    query: Tensor,
+    key: Tensor,
+    *,
+    rows: range | None = None,
+    scale: float | Tensor | None = None,
+    is_causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    distance = _distance(query.shape[2], key.shape[2], query.device)
+    logits = _logits(query, key, scale, None, distance).where(_visible(distance, is_causal, window), -math.inf)
+    largest = logits.amax(-1) if key.shape[2] else logits.new_full(logits.shape[:3], -math.inf)
+    return largest if rows is None else largest[:, :, rows.start : rows.stop]
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

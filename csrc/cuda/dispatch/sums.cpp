@@ -1,6 +1,7 @@
 #include "sums.h"
 
-#include "attnx/policies.h"
+#include "cuda/attention.h"
+#include "cuda/dispatch/range.h"
 #include "cuda/dispatch/tiling.h"
 #include "cuda/head_dims.h"
 #include "cuda/units/sums_call.h"
@@ -19,16 +20,43 @@ void with_unit(const AttentionParams& p, const Launch& launch) {
   });
 }
 
+void launch(SumsCall call, const WeightsParams& p, const Launch& where) {
+  call.geometry = geometry_of(p, 1, 1);
+  call.scaling = scaling_of(p);
+  call.aligned = are_aligned(p, {p.query}, {p.key}, {});
+  call.stream = static_cast<cudaStream_t>(where.stream);
+  with_unit(p, [&]<Score kScore, DType kDType, int kHeadDim>() { launch_sums_sm80<kScore, kDType, kHeadDim>(call); });
+}
+
 }  // namespace
+
+std::size_t key_weights_workspace(const KeyWeightsParams&, const Launch&) { return 0; }
+std::size_t row_weights_workspace(const RowWeightsParams&, const Launch&) { return 0; }
+std::size_t max_logits_workspace(const MaxLogitsParams&, const Launch&) { return 0; }
+
+void key_weights(const KeyWeightsParams& p, const Launch& where) {
+  const Range range("attnx::attention_key_weights");
+  launch({.key_weights = &p}, p, where);
+}
+
+void row_weights(const RowWeightsParams& p, const Launch& where) {
+  const Range range("attnx::attention_row_weights");
+  launch({.row_weights = &p}, p, where);
+}
+
+void max_logits(const MaxLogitsParams& p, const Launch& where) {
+  const Range range("attnx::attention_max_logits");
+  launch({.max_logits = &p}, p, where);
+}
 
 void launch_grad_sums(const BackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
   if (!p.grad_block_bias) return;
-  const GradSumsCall call{{geometry_of(p, plan.tile.rows, 1),
-                           scaling_of(p),
-                           {plan.geometry, plan.tile.rows, plan.scratch.offset, plan.scratch.delta},
-                           plan.variant.aligned,
-                           stream},
-                          p};
+  const GradSumsCall call{p,
+                          geometry_of(p, 1, 1),
+                          scaling_of(p),
+                          {plan.geometry, plan.tile.rows, plan.scratch.offset, plan.scratch.delta},
+                          plan.variant.aligned,
+                          stream};
   with_unit(p,
             [&]<Score kScore, DType kDType, int kHeadDim>() { launch_grad_sums_sm80<kScore, kDType, kHeadDim>(call); });
 }

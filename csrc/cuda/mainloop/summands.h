@@ -1,6 +1,8 @@
-// These say what the loop over sums makes of a logit before a reduction adds it up. The logit comes with its row's
+// These say what the loop over sums makes of a logit before a reduction takes it. The logit comes with its row's
 // offset, times log2(e).
 #pragma once
+
+#include "cuda/mainloop/row_numbers.h"
 
 namespace attnx::cuda {
 
@@ -8,12 +10,51 @@ namespace attnx::cuda {
 struct GradLogits {
   // The loop also computes dP = dO V^T.
   static constexpr bool kHasGradient = true;
+  // The row's other number is a factor of what is summed.
+  static constexpr bool kHasFactor = false;
+
+  template <class Score>
+  using Rows = RowsOfBackward;
+  template <class Score>
+  using Head = HeadOfBackward;
 
   template <class Score, class Input>
   static __device__ __forceinline__ float of(float logit, float grad_weight, float delta) {
     float factor;
     Score::template Backward<Input>::weight(logit, factor);
     return factor * (Score::kNormalised ? grad_weight - delta : grad_weight);
+  }
+};
+
+// This is P, the weight. The row's other number is what it counts.
+struct Weights {
+  static constexpr bool kHasGradient = false, kHasFactor = true;
+
+  template <class Score>
+  using Rows = RowsOfWeights<Score>;
+  template <class Score>
+  using Head = HeadOfWeights<Score>;
+
+  template <class Score, class Input>
+  static __device__ __forceinline__ float of(float logit, float, float) {
+    using Policy = typename Score::template Backward<Input>;
+    float factor;
+    return Policy::weight(logit, factor) * (1 / Policy::kWeightScale);
+  }
+};
+
+// This is the logit itself, times log2(e).
+struct Logits {
+  static constexpr bool kHasGradient = false, kHasFactor = false;
+
+  template <class Score>
+  using Rows = PlainRows;
+  template <class Score>
+  using Head = HeadOfPlainRows;
+
+  template <class Score, class Input>
+  static __device__ __forceinline__ float of(float logit, float, float) {
+    return logit;
   }
 };
 

@@ -5,18 +5,18 @@
 
 namespace attnx::cuda {
 
-// Every row has two numbers, which a pass before lays out by tiles of rows, as BackwardScratch has them.
-struct RowNumbers {
+// These numbers of rows a pass before the backward has laid out by tiles of rows, as BackwardScratch says.
+struct RowsOfBackward {
   BackwardGeometry layout;
   int rows_of_tile;
-  const float* offset;  // [row]: what the row's logits get, times log2(e)
-  const float* other;   // [row]: what the summand asks for besides; null where it asks for nothing
+  const float *offset, *delta;
 };
 
-// Rows of a tile are those of one query head, so that the geometry's group is 1.
-template <class Reduction, class Storage>
+// Rows of a tile are those of one query head, so that the geometry's group is 1. The summand says which numbers rows
+// have, and the reduction what it sums to.
+template <class Rows, class Reduction, class Storage>
 struct SumsArguments : Geometry, LogitScaling {
-  RowNumbers rows;
+  Rows rows;
   typename Storage::SumsTensors tensors;
   typename Reduction::Parameters reduction;
 };

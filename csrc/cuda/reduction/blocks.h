@@ -13,7 +13,9 @@ class Blocks {
   static std::int64_t blocks_along(std::int64_t rows, std::int64_t size) { return (rows + size - 1) / size; }
 
  public:
+  // Logits of a step get a bias, by which blocks differ.
   static constexpr bool kHasBias = true;
+  static constexpr bool kKeysStay = false, kRowsStay = false;
 
   struct Parameters {
     BlockList key_blocks;           // of each block of queries
@@ -85,8 +87,8 @@ class Blocks {
     float sum_ = 0;
 
    public:
-    template <int kM, int kN>
-    __device__ __forceinline__ void add(const float (&x)[kM][kN][4]) {
+    template <bool, int kM, int kN>
+    __device__ __forceinline__ void add(const float (&x)[kM][kN][4], const float (&)[kM * 2]) {
       float sum = 0;
 #pragma unroll
       for (int m = 0; m < kM; ++m)

@@ -17,7 +17,7 @@ struct GradSumsSm80 {
   static void launch(const GradSumsCall& call, std::int64_t blocks) {
     using Storage = Strided<Input, kAligned>;
     const auto& p = call.params;
-    const SumsArguments<Reduction, Storage> args{
+    const SumsArguments<RowsOfBackward, Reduction, Storage> args{
         call.geometry, call.scaling, call.rows, {p.query, p.key, p.grad_output, p.value}, Reduction::parameters(p)};
     launch_kernel("attnx_sums_sm80", attnx_sums_sm80<Score, GradLogits, Reduction, Storage, Tile>, blocks,
                   Tile::kThreads, Tile::kSharedBytes, call.stream, args);

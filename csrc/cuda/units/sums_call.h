@@ -3,23 +3,34 @@
 
 #include <cuda_runtime_api.h>
 
+#include "attnx/weights_params.h"
 #include "cuda/mainloop/sums_arguments.h"
 
 namespace attnx::cuda {
 
+// The sums are those of one of these.
 struct SumsCall {
+  const KeyWeightsParams* key_weights;
+  const RowWeightsParams* row_weights;
+  const MaxLogitsParams* max_logits;
   Geometry geometry;
   LogitScaling scaling;
-  RowNumbers rows;
   bool aligned;
   cudaStream_t stream;
 };
 
 // This makes the gradients of what logits get.
-struct GradSumsCall : SumsCall {
+struct GradSumsCall {
   const BackwardParams& params;
+  Geometry geometry;
+  LogitScaling scaling;
+  RowsOfBackward rows;
+  bool aligned;
+  cudaStream_t stream;
 };
 
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_sums_sm80(const SumsCall& call);
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_grad_sums_sm80(const GradSumsCall& call);
 

@@ -54,12 +54,15 @@ def lengths(a: Arguments) -> list[tuple[int, int]]:
     return list(zip(q, k, strict=True))
 
 
-def band(a: Arguments, backward: bool) -> int:
+def pairs_in_band(a: Arguments) -> int:
     """Every query with every key, or with as many as its window is wide."""
     left, right = a["window_left"], 0 if a["is_causal"] else a["window_right"]
     width = left + 1 + right if left >= 0 and right >= 0 else None
-    pairs = sum(q * (k if width is None else min(k, width)) for q, k in lengths(a))
-    return of_pairs(a, a["query"].shape[1] * pairs, backward)
+    return a["query"].shape[1] * sum(q * (k if width is None else min(k, width)) for q, k in lengths(a))
+
+
+def band(a: Arguments, backward: bool) -> int:
+    return of_pairs(a, pairs_in_band(a), backward)
 
 
 def _of_blocks(a: Arguments, blocks: int, backward: bool) -> int:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from attnx._operators import averages, block_sparse, flops, probabilistic, routing, sparse_linear, staircase, terms
+from attnx._operators import (
+    averages,
+    block_sparse,
+    flops,
+    probabilistic,
+    routing,
+    sparse_linear,
+    staircase,
+    terms,
+    weights,
+)
 from attnx._operators.description import BackwardOperator, Formula, NoDerivative, Operator
 
 _QKV = ("query", "key", "value")
@@ -19,6 +29,27 @@ OPERATORS = (
         shapes=terms.GRADIENTS | {"grad_block_bias": block_sparse.grad_block_bias},
         autocast=_QKV,
         flops=flops.listed,
+    ),
+    Operator(
+        "attention_key_weights",
+        weights.OF_KEYS,
+        fake=weights.by_key,
+        autocast=("query", "key"),
+        flops=weights.products,
+    ),
+    Operator(
+        "attention_row_weights",
+        weights.OF_ROWS,
+        fake=weights.by_pair,
+        autocast=("query", "key"),
+        flops=weights.products,
+    ),
+    Operator(
+        "attention_max_logits",
+        NoDerivative("a largest logit is a statistic"),
+        fake=weights.by_row,
+        autocast=("query", "key"),
+        flops=weights.products,
     ),
     # A block's draw depends on the place of its head in the batch, so examples as more heads would draw others.
     Operator("probabilistic_attention", autocast=_QKV, flops=flops.drawn),

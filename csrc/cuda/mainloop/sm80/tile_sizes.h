@@ -135,31 +135,42 @@ struct BackwardTiles<256> {
   using WideListed = Narrow;
 };
 
-// Sums over scores have no product behind S and dP, so that warps stand along its rows and keys. kSides counts the
-// tiles of rows, and of keys, in shared memory: Q alone, or dO as well.
-template <int kHeadDim_, int kM_, int kN_, int kRowWarps_, int kKeyWarps_, int kSides_, int kBlocksPerSm_>
+// Sums over scores have no product behind S and dP, so that warps stand along its rows and keys. In shared memory are
+// so many tiles of rows and of keys: where they change from step to step, there may be two stages.
+template <int kHeadDim_, int kM_, int kN_, int kRowWarps_, int kKeyWarps_, int kStages_, int kRowTiles, int kKeyTiles,
+          int kBlocksPerSm_>
 struct SumsTile {
-  static constexpr int kHeadDim = kHeadDim_, kM = kM_, kN = kN_;
-  static constexpr int kRowWarps = kRowWarps_, kThreads = kRowWarps_ * kKeyWarps_ * 32;
-  static constexpr int kWarpRows = kM / kRowWarps_, kWarpKeys = kN / kKeyWarps_;
+  static constexpr int kHeadDim = kHeadDim_, kM = kM_, kN = kN_, kStages = kStages_;
+  static constexpr int kRowWarps = kRowWarps_, kKeyWarps = kKeyWarps_, kThreads = kRowWarps * kKeyWarps * 32;
+  static constexpr int kWarpRows = kM / kRowWarps, kWarpKeys = kN / kKeyWarps;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
-  static constexpr int kSharedBytes = kSides_ * (kM + kN) * kHeadDim * 2;
+  static constexpr int kSharedBytes = (kRowTiles * kM + kKeyTiles * kN) * kHeadDim * 2;
   static_assert(kWarpRows % 16 == 0 && kWarpKeys % 16 == 0 && kSharedBytes <= kLeastSharedBytes);
 };
 
+// Grad... are for gradients of logits, which have dO beside Q and V beside K.
 template <int kHeadDim>
 struct SumsTiles;
 template <>
 struct SumsTiles<64> {
-  using GradBlocks = SumsTile<64, 64, 64, 2, 2, 2, 4>;
+  using Keys = SumsTile<64, 64, 128, 1, 4, 2, 2, 1, 3>;
+  using Pairs = SumsTile<64, 64, 64, 2, 2, 1, 1, 1, 4>;
+  using Rows = SumsTile<64, 64, 64, 4, 1, 2, 1, 2, 4>;
+  using GradBlocks = SumsTile<64, 64, 64, 2, 2, 1, 2, 2, 4>;
 };
 template <>
 struct SumsTiles<128> {
-  using GradBlocks = SumsTile<128, 64, 64, 2, 2, 2, 2>;
+  using Keys = SumsTile<128, 64, 128, 1, 4, 2, 2, 1, 2>;
+  using Pairs = SumsTile<128, 64, 64, 2, 2, 1, 1, 1, 4>;
+  using Rows = SumsTile<128, 64, 64, 4, 1, 2, 1, 2, 3>;
+  using GradBlocks = SumsTile<128, 64, 64, 2, 2, 1, 2, 2, 2>;
 };
 template <>
 struct SumsTiles<256> {
-  using GradBlocks = SumsTile<256, 32, 64, 2, 2, 2, 1>;
+  using Keys = SumsTile<256, 64, 64, 1, 4, 2, 2, 1, 1>;
+  using Pairs = SumsTile<256, 64, 64, 2, 2, 1, 1, 1, 2>;
+  using Rows = SumsTile<256, 64, 64, 4, 1, 2, 1, 2, 1>;
+  using GradBlocks = SumsTile<256, 32, 64, 2, 2, 1, 2, 2, 1>;
 };
 
 // These are for calls with terms in their logits: what the logits leave to the gradients needs the registers of a

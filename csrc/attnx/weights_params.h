@@ -1,0 +1,31 @@
+// These kernels tell about the weights of an attention without its values.
+#pragma once
+
+#include "attnx/params.h"
+
+namespace attnx {
+
+// This is a number for each row, [batch, heads_q, length_q], whose rows are contiguous, in the accumulator's type. It
+// is null where absent. Strides are 0 where one number serves all.
+struct PerRow {
+  const void* data = nullptr;
+  std::int64_t batch_stride = 0, head_stride = 0;
+};
+
+// value and value_dim are those of the key, and have no other part in it. The result is contiguous, in the
+// accumulator's type.
+struct WeightsParams : AttentionParams {
+  Tensor logsumexp;  // of normalised scores, as from the forward; largest logits ask for none
+  void* result = nullptr;
+};
+
+// The kernel sums over the rows of their weights times row_weights: [batch, heads_q, length_k].
+struct KeyWeightsParams : WeightsParams {
+  PerRow row_weights;  // null: 1 each
+};
+// The weights: [batch, heads_q, length_q, length_k].
+struct RowWeightsParams : WeightsParams {};
+// The largest logit of each row, -inf where it sees no key: [batch, heads_q, length_q].
+struct MaxLogitsParams : WeightsParams {};
+
+}  // namespace attnx

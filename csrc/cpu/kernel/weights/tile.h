@@ -1,0 +1,104 @@
+// Logits of a panel of rows and a tile of keys, without values: S^T = K Q^T, with the rows on the lanes.
+#pragma once
+
+#include "../arena.h"
+#include "../gemm.h"
+#include "../rows.h"
+#include "../storage/strided.h"
+#include "../tiles/band.h"
+#include "attnx/weights_params.h"
+
+namespace attnx::cpu::ATTNX_ISA {
+
+template <class Input>
+class WeightsTile {
+ public:
+  using A = Arithmetic<Input>;
+  using Element = typename A::Element;
+  using Sum = typename A::Sum;
+  static constexpr int kWidth = kPanelLanes<Sum>;
+  static constexpr std::int64_t kKeys = 96;  // of a tile; a multiple of kRowMultiple
+  static_assert(kKeys % kRowMultiple == 0 && kKeys % A::kStep == 0);
+
+  // It holds `tiles` tiles of keys.
+  WeightsTile(const WeightsParams& p, std::int64_t tiles, Arena& arena)
+      : p_(p), stride_(round_up(p.head_dim, kRowMultiple)) {
+    keys_ = arena.take<Element>(tiles * kKeys * stride_);
+    rows_ = arena.take<Element>(kWidth * stride_);
+    query_ = arena.take<Element>(kWidth * stride_);
+    products_ = arena.take<Sum>(kKeys * kWidth);
+    panel_ = arena.take<Panel<Sum>>(1);
+  }
+
+  const Panel<Sum>& panel() const { return *panel_; }
+  Sum* products() const { return products_; }
+
+  // Rows from this one on, of one query head.
+  void load_rows(const Sequence& s, const BandTiles& tiles, std::int64_t head, std::int64_t row) {
+    panel_->set(p_, s, tiles, head, 1, row, smaller<std::int64_t>(kWidth, s.length_q - row));
+    ATTNX_ISA::load_rows<A>(
+        [&](std::int64_t i) { return row_of<const Input>(p_.query, s.batch, head, s.first_q + row + i); }, panel_->rows,
+        p_.head_dim, rows_, stride_);
+    transpose_rows<A>(rows_, panel_->rows, p_.head_dim, stride_, query_);
+  }
+
+  void load_keys(const StridedStorage<Input, A>& storage, const KeyTile& tile, std::int64_t place) {
+    storage.load_keys(tile.first, tile.count, keys_ + place * kKeys * stride_, stride_);
+  }
+
+  // Calls body(key, vector, x, visible, masked) for the logits of the tile that was loaded at this place, as
+  // for_each_logit does; key counts from the tile's first.
+  template <class Body>
+  void for_each(const KeyTile& tile, std::int64_t place, Body body) {
+    const std::int64_t keys = round_up(tile.count, A::kStep);
+    gemm<A>({keys_ + place * kKeys * stride_, stride_, A::kStep, query_, kWidth * A::kStep, products_, kWidth}, keys,
+            panel_->vectors, (p_.head_dim + A::kStep - 1) / A::kStep, false);
+    const PanelOnTile<Sum> on_tile(*panel_, tile, keys);
+    for (int v = 0; v < panel_->vectors; ++v)
+      for_each_logit<A>(products_, keys, Sum(p_.scale), *panel_, on_tile, v,
+                        [&](auto key, auto& x, auto& visible, auto masked) { body(key, v, x, visible, masked); });
+  }
+
+ private:
+  const WeightsParams& p_;
+  std::int64_t stride_;
+  Element *keys_, *rows_, *query_;
+  Sum* products_;
+  Panel<Sum>* panel_;
+};
+
+// The weight of a logit, and what it counts in sums over rows. The lanes after the last row count 0.
+template <class Sum, class Score>
+class RowWeight {
+  static constexpr Sum kInfinity = __builtin_huge_valf();
+
+ public:
+  void begin(const WeightsParams& p, const PerRow& w, const Sequence& s, const Panel<Sum>& panel) {
+    for (int lane = 0; lane < kPanelLanes<Sum>; ++lane) {
+      const std::int64_t head = panel.head[lane], row = panel.query[lane];
+      if constexpr (Score::kNormalised) {
+        const Sum logsumexp = *row_of<const Sum>(p.logsumexp, s.batch, head, row);
+        // A row that sees nothing has no weights.
+        logsumexp_[lane] = logsumexp == -kInfinity ? kInfinity : logsumexp;
+      }
+      const Sum count =
+          w.data ? static_cast<const Sum*>(w.data)[s.batch * w.batch_stride + head * w.head_stride + row] : 1;
+      counts_[lane] = lane < panel.rows ? count : 0;
+    }
+  }
+
+  ATTNX_INLINE Vec<Sum> weight(Vec<Sum> x, int lane) const {
+    if constexpr (Score::kNormalised) {
+      return exp(x - load(logsumexp_ + lane));
+    } else {
+      Vec<Sum> complement;
+      return weight_and_complement(x, Sum(1), complement);
+    }
+  }
+  ATTNX_INLINE Vec<Sum> count(int lane) const { return load(counts_ + lane); }
+
+ private:
+  alignas(kVectorBytes) Sum logsumexp_[kPanelLanes<Sum>], counts_[kPanelLanes<Sum>];
+};
+
+}  // namespace attnx::cpu::ATTNX_ISA
