@@ -52,6 +52,7 @@ def differentiable_calls(dtype: torch.dtype, device: torch.device) -> dict[str, 
         return torch.ops.attnx.move_average_in_backward(
             x, torch.zeros(4, device=device), x.detach().mean((0, 2, 3)), 0.9
         )
+
     operands = {"query": inputs["query"], "key": inputs["key"]}
     row_weights = {"row_weights": torch.rand(2, 4, 70, device=device).to(random_parameter((1,), dtype, device).dtype)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,29 @@ for name in sys.argv[2:]:
         print(f"{name}: {after}: {message}".splitlines()[0])
 """
 
+# Rows are drawn on all threads, each of which takes memory of its own.
+DRAWN = """
+import ctypes, itertools
+import torch
+import attnx
+
+library = ctypes.CDLL(None)
+library.fail_allocation.argtypes = [ctypes.c_long]
+torch.set_num_threads(4)
+options = dict(density=0.2, mode="topm", block_size=(64, 64), seed=1, offset=2)
+attnx.probabilistic_block_mask(1, 8, 16384, 16384, **options)
+for after in itertools.count():
+    library.fail_allocation(after)
+    try:
+        attnx.probabilistic_block_mask(1, 8, 16384, 16384, **options)
+    except RuntimeError as error:
+        print(f"{after}: {error}".splitlines()[0], flush=True)
+        if "lists" in str(error):
+            break
+    else:
+        break
+"""
+
 CHANGES = ["append", "append counts", "crop the tail", "crop windows"]
 READS = ["attend", "attend sigmoid", "dequantize"]
 MOVES = ["reorder", "expand", "load_state_dict", "copy"]
@@ -95,10 +119,10 @@ def preloaded(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(library)
 
 
-def run_worker(*arguments: str, preloaded: str) -> list[str]:
+def run_worker(*arguments: str, preloaded: str, program: str = WORKER) -> list[str]:
     """The failures that happened, as "call: number: message"."""
     done = subprocess.run(
-        [sys.executable, "-c", WORKER, *arguments],
+        [sys.executable, "-c", program, *arguments],
         env=os.environ | {"LD_PRELOAD": preloaded, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
         capture_output=True,
         text=True,
@@ -113,6 +137,16 @@ def test_an_allocation_that_fails_changes_nothing(preloaded: str, backend: Backe
     calls = [*CHANGES, *MOVES, *READS]
     happened = run_worker("allocation", *calls, preloaded=preloaded)
     assert {line.partition(":")[0] for line in happened} >= {*MOVES, *READS, "append counts", "crop windows"}
+    ours, torchs = r"staircase_\w+: memory: expected (\S+ bytes|some) .*, got none$", r".*: you tried to allocate \d+ bytes"
+    for line in happened:
+        assert re.match(f"{ours}|{torchs}", line.split(": ", 2)[2]), line
+    assert {line.partition(":")[0] for line in happened if re.search(ours, line)} >= {*READS, "append counts"}
+
+
+@pytest.mark.backends("cpu")
+def test_an_allocation_that_fails_in_a_thread_names_the_operator(preloaded: str, backend: Backend) -> None:
+    happened = run_worker(preloaded=preloaded, program=DRAWN)
+    assert happened[-1].endswith(": probabilistic_block_lists: memory: expected some for the call's own lists, got none")
 
 
 @pytest.mark.backends("emulated")

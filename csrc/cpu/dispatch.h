@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <memory>
 #include <new>
-#include <stdexcept>
 #include <string>
 
+#include "attnx/out_of_memory.h"
 #include "kernels.h"
 
 namespace attnx::cpu {
@@ -28,8 +28,7 @@ void run(std::size_t (*Kernels::*workspace_bytes)(const Params&, const Executor&
   const std::size_t bytes = (kernels.*workspace_bytes)(params, executor);
   const std::unique_ptr<char, Free> workspace(
       static_cast<char*>(::operator new(bytes, std::align_val_t(64), std::nothrow)));
-  if (!workspace)
-    throw std::runtime_error("memory: expected " + std::to_string(bytes) + " bytes of workspace, got none");
+  if (!workspace) throw OutOfMemory("memory: expected " + std::to_string(bytes) + " bytes of workspace, got none");
   (kernels.*kernel)(params, executor, workspace.get());
 }
 

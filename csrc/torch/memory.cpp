@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "attnx/out_of_memory.h"
+
 namespace attnx::ops {
 
 namespace {
@@ -35,7 +37,7 @@ StableTensor allocate(const StableTensor& like, torch::headeronly::IntHeaderOnly
     message.precision(3);
     message << "memory: expected " << bytes << " bytes on " << device_of(like) << " for a result of shape (" << sizes
             << "), got none";
-    throw std::runtime_error(message.str());
+    throw OutOfMemory(message.str());
   }
 }
 
@@ -49,6 +51,10 @@ StableTensor make_empty(const StableTensor& like, torch::headeronly::IntHeaderOn
 StableTensor make_zeros(const StableTensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
                         std::optional<ScalarType> dtype) {
   return allocate(like, shape, dtype, [&] { return torch::stable::new_zeros(like, shape, dtype); });
+}
+
+StableTensor make_contiguous(const StableTensor& x) {
+  return x.is_contiguous() ? x : allocate(x, x.sizes(), {}, [&] { return torch::stable::contiguous(x); });
 }
 
 }  // namespace attnx::ops

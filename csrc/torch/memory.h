@@ -1,4 +1,4 @@
-// These allocate results and workspace. Where there is no memory for them, the error says how much was asked for.
+// These allocate results, workspace and copies. Where there is no memory for them, they throw OutOfMemory.
 #pragma once
 
 #include "check.h"
@@ -10,5 +10,8 @@ StableTensor make_empty(const StableTensor& like, torch::headeronly::IntHeaderOn
                         std::optional<ScalarType> dtype = std::nullopt);
 StableTensor make_zeros(const StableTensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
                         std::optional<ScalarType> dtype = std::nullopt);
+
+// This is x, or a copy of it, whose elements lie one after the other.
+StableTensor make_contiguous(const StableTensor& x);
 
 }  // namespace attnx::ops

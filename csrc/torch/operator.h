@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attnx/environment.h"  // its switches are then set before anything is registered
+#include "attnx/out_of_memory.h"
 #include "check.h"
 
 // This lists the members of a group, in the order in which they are declared.
@@ -183,6 +184,8 @@ struct Boxed;
 
 template <class Result, class... Groups, Result (*kFunction)(const Groups&...)>
 struct Boxed<kFunction> {
+  static inline const char* name = "";
+
   static std::string schema(const char* name) {
     std::vector<std::string> arguments, results;
     (describe<Groups>(arguments), ...);
@@ -190,6 +193,17 @@ struct Boxed<kFunction> {
     return schema_of(name, arguments, results);
   }
   static void call(StableIValue* stack, std::uint64_t, std::uint64_t) {
+    try {
+      run(stack);
+    } catch (const OutOfMemory& error) {
+      throw std::runtime_error(std::string(name).append(": ").append(error.what()));
+    } catch (const std::bad_alloc&) {
+      throw std::runtime_error(std::string(name).append(": memory: expected some for the call's own lists, got none"));
+    }
+  }
+
+ private:
+  static void run(StableIValue* stack) {
     StableIValue* next = stack;
     const std::tuple<Groups...> groups{unbox_group<Groups>(next)...};
     std::vector<NamedTensor> tensors;
@@ -205,6 +219,7 @@ struct Boxed<kFunction> {
 
 template <auto kFunction>
 Operator define(const char* name) {
+  Boxed<kFunction>::name = name;
   return {name, Boxed<kFunction>::schema(name), Boxed<kFunction>::call};
 }
 

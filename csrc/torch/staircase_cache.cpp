@@ -116,7 +116,7 @@ Numbers read_numbers(const char* name, const std::optional<StableTensor>& x, con
   if (!x) return {{}, {}, otherwise};
   check_dtype(name, *x, ScalarType::Long, "");
   check_shape(name, *x, {cache.batch});
-  const StableTensor numbers = torch::stable::contiguous(*x);
+  const StableTensor numbers = make_contiguous(*x);
   return {numbers, values_on_host(numbers), otherwise};
 }
 
