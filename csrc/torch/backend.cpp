@@ -32,19 +32,14 @@ namespace {
 constexpr bool kWithCuda = ATTNX_WITH_CUDA;
 
 cpu::Executor executor() {
-<<<<<<< HEAD
   const int threads = int(torch::stable::get_num_threads());
 #if defined(__SANITIZE_THREAD__)
   return cpu::on_own_threads(threads);
 #else
   return {threads, [](const cpu::Executor& self, void (*task)(void*, int), void* context) {
-=======
-  return {int(torch::stable::get_num_threads()),
-          [](const cpu::Executor& self, void (*task)(void*, int), void* context) {
             // Torch tells of an error in a worker only that there was one.
             std::exception_ptr error;
             std::once_flag first;
->>>>>>> ef9f2e3 (An error about memory names its operator, whichever thread it came from: within staircase calls it was a bare std::bad_alloc)
             torch::stable::parallel_for(0, self.threads, 1, [&](std::int64_t begin, std::int64_t end) {
               try {
                 for (std::int64_t worker = begin; worker < end; ++worker) task(context, int(worker));
