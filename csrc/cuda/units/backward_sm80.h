@@ -19,11 +19,11 @@ struct BackwardSm80 {
   template <class Tiles, bool kAligned, class Tile>
   static void launch(const BackwardCall& call) {
     using Storage = Strided<Input, kAligned>;
-    const BackwardArguments<Tiles, Storage, Logits> args{call.geometry, Logits::arguments(call.scaling, call.params), call.scratch,
-                                                 Storage::tensors(call.params),
-                                                 Tiles::parameters(call.params, call.list_order)};
-    launch_kernel("attnx_backward_sm80", attnx_backward_sm80<Score, Tiles, Storage, Tile, Logits>, call.blocks, Tile::kThreads,
-                  Tile::kSharedBytes, call.stream, args);
+    const BackwardArguments<Tiles, Storage, Logits> args{call.geometry, Logits::arguments(call.scaling, call.params),
+                                                         call.scratch, Storage::tensors(call.params),
+                                                         Tiles::parameters(call.params, call.list_order)};
+    launch_kernel("attnx_backward_sm80", attnx_backward_sm80<Score, Tiles, Storage, Tile, Logits>, call.blocks,
+                  Tile::kThreads, Tile::kSharedBytes, call.stream, args);
   }
 
   static void run(const BackwardCall& call) {
