@@ -140,7 +140,7 @@ NEUTRAL = {
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_neutral_terms(name: str, operator: str, dtype: torch.dtype, backend: Backend, deterministic: None) -> None:
-    """They give the plain call bit for bit."""
+    """They give the plain call bit for bit; but on CUDA, where a term that is there takes another loop, to rounding."""
     needs(backend, ({"rounded_to_no_dropout": "dropout"}.get(name, name),), gradients=False)
     shape = Shape(length_q=70, length_k=130, head_dim=64, heads=4, kv_heads=2)
     inputs, grad_output = random_inputs(shape, dtype, backend.device)
@@ -151,7 +151,12 @@ def test_neutral_terms(name: str, operator: str, dtype: torch.dtype, backend: Ba
     plain = forward_backward(getattr(attnx, operator), inputs, grad_output, is_causal=True)
     with_term = forward_backward(getattr(attnx, operator), inputs, grad_output, is_causal=True, **terms)
     for x in plain:
-        assert torch.equal(plain[x], with_term[x]), x
+        if backend.kernels == "cuda" and name not in ("softcap", "dropout"):
+            rounding = 4 * torch.finfo(dtype).eps
+            atol = rounding * float(plain[x].abs().max())
+            torch.testing.assert_close(with_term[x], plain[x], rtol=rounding, atol=atol, msg=x)
+        else:
+            assert torch.equal(plain[x], with_term[x]), x
 
 
 def test_a_large_softcap_is_none(dtype: torch.dtype, backend: Backend) -> None:

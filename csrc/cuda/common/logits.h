@@ -8,8 +8,8 @@ namespace attnx::cuda {
 // This numbers the rows of a tile that a lane's accumulators hold, as [block of 16 rows][half].
 __device__ __forceinline__ constexpr int row_of(int number) { return number / 2 * 16 + number % 2 * 8; }
 
-// This turns s into s * multiplier - slope |distance| log2(e), or -inf where the query does not see the key. `row` is the
-// thread's first (query, head) row, whose heads count from first_head; `key` is its first key.
+// This turns s into s * multiplier - slope |distance| log2(e), or -inf where the query does not see the key. `row` is
+// the thread's first (query, head) row, whose heads count from first_head; `key` is its first key.
 template <class Args, int kM, int kN>
 __device__ __forceinline__ void place_logits(float (&s)[kM][kN][4], const Args& args, const Band& band, int first_head,
                                              int row, int key, float multiplier) {
@@ -35,8 +35,8 @@ __device__ __forceinline__ void place_logits(float (&s)[kM][kN][4], const Args& 
   }
 }
 
-// This does the same, with the call's scale, where s is transposed: its rows are keys, its columns are (query, head) rows, and `key` is the
-// thread's first.
+// This does the same, with the call's scale, where s is transposed: its rows are keys, its columns are (query, head)
+// rows, and `key` is the thread's first.
 template <class Args, int kM, int kN>
 __device__ __forceinline__ void place_transposed_logits(float (&s)[kM][kN][4], const Args& args, const Band& band,
                                                         int first_head, int key, int row) {

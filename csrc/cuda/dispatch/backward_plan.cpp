@@ -25,8 +25,8 @@ void plan_sm80(const BackwardParams& p, BackwardPlan& plan) {
     const bool listed = plan.variant.listed;
     const TileSizes wide = listed ? sizes_of(typename Tiles::WideListed()) : sizes_of(typename Tiles::Wide());
     const bool fills = !listed || divides<typename Tiles::WideListed>(p.block_q, p.block_k);
-    plan.variant.wide = fills && plan.variant.aligned && wide.shared_bytes <= current_device().shared_bytes &&
-                        !plan.variant.terms;
+    plan.variant.wide =
+        fills && plan.variant.aligned && wide.shared_bytes <= current_device().shared_bytes && !plan.variant.terms;
     plan.tile = plan.variant.wide ? wide : sizes_of(typename Tiles::Narrow());
   });
   static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, heads_in_tile(p));

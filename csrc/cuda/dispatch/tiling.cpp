@@ -22,7 +22,9 @@ bool are_aligned(const AttentionParams& p, std::initializer_list<Tensor> of_quer
          all(of_value, p.heads_k, p.value_dim);
 }
 
-std::int64_t heads_in_tile(const AttentionParams& p) { return p.key_blocks.counts || p.terms.any() ? 1 : p.heads_q / p.heads_k; }
+std::int64_t heads_in_tile(const AttentionParams& p) {
+  return p.key_blocks.counts || p.terms.any() ? 1 : p.heads_q / p.heads_k;
+}
 
 std::int64_t whole_heads_in_tile(const AttentionParams& p, int rows_of_tile) {
   const std::int64_t group = heads_in_tile(p);

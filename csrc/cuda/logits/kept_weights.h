@@ -6,8 +6,8 @@
 
 namespace attnx::cuda {
 
-// This spreads the highest bits of four bytes: each four bits of `bytes` name the byte whose highest bit fills a byte of
-// the result (PTX ISA, prmt).
+// This spreads the highest bits of four bytes: each four bits of `bytes` name the byte whose highest bit fills a byte
+// of the result (PTX ISA, prmt).
 template <std::uint32_t kBytes>
 __device__ __forceinline__ std::uint32_t spread(std::uint32_t x) {
   std::uint32_t y;

@@ -16,9 +16,7 @@ struct HidingMask {
 template <class Number_>
 struct AddedMask {
   using Number = Number_;
-  static __device__ __forceinline__ float apply(float logit, Number added) {
-    return fmaf(float(added), kLog2E, logit);
-  }
+  static __device__ __forceinline__ float apply(float logit, Number added) { return fmaf(float(added), kLog2E, logit); }
 };
 
 // This reads the numbers of two neighbouring keys, which lie on their size.
@@ -79,8 +77,8 @@ __device__ __forceinline__ void apply_mask(float (&s)[kM][kN][4], const Args& ar
                                            int key, bool inside, MaskEnds ends) {
   const PairMask& mask = args.terms.attn_mask;
   const auto apply = [&]<class Mask>(Mask) {
-    const auto* of_head = static_cast<const typename Mask::Number*>(mask.data) + batch * mask.batch_stride +
-                          head * mask.head_stride;
+    const auto* of_head =
+        static_cast<const typename Mask::Number*>(mask.data) + batch * mask.batch_stride + head * mask.head_stride;
     if (inside && args.terms.mask_in_pairs) {
       apply_mask<Mask, true>(s, mask, of_head, row, key, ends);
     } else {

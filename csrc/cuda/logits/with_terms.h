@@ -58,8 +58,8 @@ struct WithTerms {
       float by_key[kN][2];
       const auto for_keys = [&](const PerKey& x, const auto& action) {
         if (!x.data) return;
-        const float* numbers = static_cast<const float*>(x.data) + place.batch * x.batch_stride +
-                               head * x.head_stride + place.sequence.first_k;
+        const float* numbers = static_cast<const float*>(x.data) + place.batch * x.batch_stride + head * x.head_stride +
+                               place.sequence.first_k;
         const auto read = [&](const auto& place_of) {
 #pragma unroll
           for (int n = 0; n < kN; ++n)
@@ -101,8 +101,8 @@ struct WithTerms {
       if (ragged) place_logits(s, args, band, head, row, key, 1);
 
       if (args.terms.seed) {
-        kept_.draw({std::uint64_t(__ldg(args.terms.seed)), std::uint32_t(__ldg(args.terms.offset))}, args.terms.bytes_kept,
-                   int(place.batch * args.heads_q) + head, row, key);
+        kept_.draw({std::uint64_t(__ldg(args.terms.seed)), std::uint32_t(__ldg(args.terms.offset))},
+                   args.terms.bytes_kept, int(place.batch * args.heads_q) + head, row, key);
       } else {
         kept_.keep_all();
       }

@@ -1,6 +1,8 @@
 // These are the backward kernels for sm_80 of one score, dtype and padded head dimension, and of logits of one kind.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/common/device.h"
 #include "cuda/logits/plain.h"
 #include "cuda/mainloop/sm80/backward.h"
@@ -17,11 +19,11 @@ struct BackwardSm80 {
   template <class Tiles, bool kAligned, class Tile>
   static void launch(const BackwardCall& call) {
     using Storage = Strided<Input, kAligned>;
-    const BackwardArguments<Tiles, Storage, Logits> args{call.geometry, Logits::arguments(call.scaling, call.params), call.scratch,
-                                                 Storage::tensors(call.params),
-                                                 Tiles::parameters(call.params, call.list_order)};
-    launch_kernel("attnx_backward_sm80", attnx_backward_sm80<Score, Tiles, Storage, Tile, Logits>, call.blocks, Tile::kThreads,
-                  Tile::kSharedBytes, call.stream, args);
+    const BackwardArguments<Tiles, Storage, Logits> args{call.geometry, Logits::arguments(call.scaling, call.params),
+                                                         call.scratch, Storage::tensors(call.params),
+                                                         Tiles::parameters(call.params, call.list_order)};
+    launch_kernel("attnx_backward_sm80", attnx_backward_sm80<Score, Tiles, Storage, Tile, Logits>, call.blocks,
+                  Tile::kThreads, Tile::kSharedBytes, call.stream, args);
   }
 
   static void run(const BackwardCall& call) {
@@ -33,7 +35,8 @@ struct BackwardSm80 {
       launch<Banded, false, typename Sizes::Narrow>(call);
     } else if (call.variant.wide) {
       launch<Banded, true, typename Sizes::Wide>(call);
-    } else if constexpr (Sizes::Wide::kSharedBytes > kLeastSharedBytes) {
+    } else if constexpr (Sizes::Wide::kSharedBytes > kLeastSharedBytes ||
+                         std::is_same_v<typename Sizes::Wide, typename Sizes::Narrow>) {
       launch<Banded, true, typename Sizes::Narrow>(call);
     }
   }

@@ -18,10 +18,12 @@ struct ForwardSm80 {
   static void launch(const ForwardCall& call) {
     using Storage = Strided<Input, kAligned>;
     const auto& p = call.params;
-    const ForwardArguments<Score, Tiles, Storage, Logits> args{
-        call.geometry, Logits::arguments(call.scaling, p), Storage::tensors(p), p.logsumexp, Score::parameters(p), Tiles::parameters(p), call.partial};
-    launch_kernel("attnx_forward_sm80", attnx_forward_sm80<Score, Tiles, Storage, Tile, Logits>, call.blocks, Tile::kThreads,
-                  Tile::kSharedBytes, call.stream, args);
+    const ForwardArguments<Score, Tiles, Storage, Logits> args{call.geometry,        Logits::arguments(call.scaling, p),
+                                                               Storage::tensors(p),  p.logsumexp,
+                                                               Score::parameters(p), Tiles::parameters(p),
+                                                               call.partial};
+    launch_kernel("attnx_forward_sm80", attnx_forward_sm80<Score, Tiles, Storage, Tile, Logits>, call.blocks,
+                  Tile::kThreads, Tile::kSharedBytes, call.stream, args);
   }
 
   static void run(const ForwardCall& call) {

@@ -17,12 +17,12 @@ struct RoutedForwardSm80 {
   static void launch(const RoutedForwardCall& call) {
     using Storage = Gathered<Input, kAligned>;
     const ForwardArguments<Score, Clustered, Storage, Plain> args{call.geometry,
-                                                           call.scaling,
-                                                           {call.query, call.key, call.value, call.output},
-                                                           call.logsumexp,
-                                                           Score::parameters(call.params),
-                                                           call.tiles,
-                                                           {}};
+                                                                  call.scaling,
+                                                                  {call.query, call.key, call.value, call.output},
+                                                                  call.logsumexp,
+                                                                  Score::parameters(call.params),
+                                                                  call.tiles,
+                                                                  {}};
     launch_kernel("attnx_forward_sm80", attnx_forward_sm80<Score, Clustered, Storage, Tile, Plain>, call.blocks,
                   Tile::kThreads, Tile::kSharedBytes, call.stream, args);
   }

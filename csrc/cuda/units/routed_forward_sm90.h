@@ -15,14 +15,15 @@ struct RoutedForwardSm90 {
   static void run(const RoutedForwardCall& call) {
     using Storage = GatheredAsync<Input>;
     using Tile = typename TmaForwardTiles<kHeadDim>::Gathered;
-    const PersistentForwardArguments<Score, Clustered, Storage, Plain> args{{call.geometry,
-                                                                      call.scaling,
-                                                                      {call.query, call.key, call.value, call.output},
-                                                                      call.logsumexp,
-                                                                      Score::parameters(call.params),
-                                                                      call.tiles,
-                                                                      {}},
-                                                                     call.schedule};
+    const PersistentForwardArguments<Score, Clustered, Storage, Plain> args{
+        {call.geometry,
+         call.scaling,
+         {call.query, call.key, call.value, call.output},
+         call.logsumexp,
+         Score::parameters(call.params),
+         call.tiles,
+         {}},
+        call.schedule};
     launch_kernel("attnx_forward_sm90", attnx_forward_sm90<Score, Clustered, Storage, Tile>, call.blocks,
                   Tile::kThreads, Tile::kSharedBytes, call.stream, args);
   }

@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       if constexpr (Tiles::kHasPlaces) {
         row_tile = sequence.first_row_tile + row_begin / kM;
       } else {
-        row_tile = (kPerHead ? query_head : head) * args.row_tiles +
-                   row_tile_of(args, batch, sequence, row_begin / kM, kM);
+        row_tile =
+            (kPerHead ? query_head : head) * args.row_tiles + row_tile_of(args, batch, sequence, row_begin / kM, kM);
       }
       float offset[kRows], delta[kRows];
 #pragma unroll
@@ -271,8 +271,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   store_grad(shared_key, grad_keys, args.scale, args.head_dim,
              [](const auto& x) -> const Tensor& { return x.grad_key_addend; });
   store_grad(shared_value, grad_values, Logits::result_factor(args) / (ScorePolicy::kWeightScale * divisor),
-             args.value_dim,
-             [](const auto& x) -> const Tensor& { return x.grad_value_addend; });
+             args.value_dim, [](const auto& x) -> const Tensor& { return x.grad_value_addend; });
   __syncthreads();
   const int thread = threadIdx.x;
   // A place that is read from memory is read again here, because keeping it through the loop would cost registers.
