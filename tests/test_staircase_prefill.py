@@ -15,6 +15,7 @@ from staircase_cases import LEVELS, SMALL, cache_of, tokens
 
 pytestmark = pytest.mark.usefixtures("backend")
 on_cuda = pytest.mark.backends("emulated", "cuda")
+LOOPS = ["sm80", pytest.param("sm90", marks=pytest.mark.needs("sm90"))]
 
 REFERENCES: dict[str, Any] = {"softmax": reference.softmax_attention, "sigmoid": reference.sigmoid_attention}
 EAGER: dict[str, Any] = {"softmax": eager_softmax_attention, "sigmoid": eager_sigmoid_attention}
@@ -23,12 +24,6 @@ EAGER: dict[str, Any] = {"softmax": eager_softmax_attention, "sigmoid": eager_si
 def queries(batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, heads, length, head_dim, generator=generator).to(device, dtype)
-
-
-def runs_sm90() -> bool:
-    with attnx.cuda_mainloop("auto"):
-        kernel = attnx._C.cuda_forward_kernel("softmax_attention", "bfloat16", 1, 1, 1, 128, 128, 128, 128)
-    return kernel["mainloop"] == "sm90"
 
 
 def filled(lengths: list[int], max_length: int, dtype: torch.dtype, device: torch.device, **options: Any) -> Any:
@@ -113,7 +108,7 @@ def test_numbers_are_those_of_dequantize(
 
 
 @on_cuda
-@pytest.mark.parametrize("mainloop", ["sm80", "auto"])
+@pytest.mark.parametrize("mainloop", LOOPS)
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 160, 192, 256])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_head_dims(mainloop: Any, score: Any, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -123,23 +118,33 @@ def test_head_dims(mainloop: Any, score: Any, head_dim: int, dtype: torch.dtype,
 
 
 @on_cuda
+@pytest.mark.needs("sm90")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
-def test_mainloops_agree(levels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Hopper's loop, where there is one, sums in another order, and decoding does not round numbers to the dtype."""
-    cache, *_ = filled([470], 470, dtype, device, heads=1, head_dim=128, levels=levels, residual=20)
-    query = queries(1, 4, 40, 128, dtype, device)
-    check("softmax", cache, query)
-    with attnx.cuda_mainloop("decode"):
-        decoded = cache.attend(query)
-    assert torch.allclose(cache.attend(query).float(), decoded.float(), atol=4e-2, rtol=2e-2)
+def test_levels_on_hopper(score: Any, levels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    cache, *_ = filled([470, 201], 470, dtype, device, heads=1, head_dim=128, levels=levels, residual=20)
+    query = queries(2, 4, 40, 128, dtype, device)
+    with attnx.cuda_mainloop("sm90"):
+        check(score, cache, query, [40, 17])
+        assert torch.equal(cache.attend(query, score=score), cache.attend(query, score=score))
 
 
 @on_cuda
-@pytest.mark.parametrize("mainloop", ["decode", "sm80", "sm90"])
+@pytest.mark.parametrize("mainloop", LOOPS)
+def test_explain_says_why(mainloop: Any, dtype: torch.dtype, device: torch.device) -> None:
+    cache, *_ = filled([100], 100, dtype, device, heads=1)
+    query = queries(1, 4, 40, 64, dtype, device)
+    with attnx.cuda_mainloop("auto" if mainloop == "sm90" else mainloop):
+        explanation = attnx.explain(attnx.staircase_attention, query, cache)
+    assert explanation.kernel == "staircase_attention [sm80]"
+    assert ("its producers unpack codes more slowly" in str(explanation.reasons)) == (mainloop == "sm90")
+
+
+@on_cuda
+@pytest.mark.parametrize("mainloop", ["decode", *LOOPS])
 @pytest.mark.parametrize("rows", [1, 16, 64, 65, 128, 130])
 def test_every_mainloop_serves_any_rows(mainloop: Any, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-    if mainloop == "sm90" and not runs_sm90():
-        pytest.skip("the device is not of compute capability 9.0")
     cache, *_ = filled([260, 150], 300, dtype, device, heads=1, levels=(16, 8, 4, 2))
     query = queries(2, 1, rows, 64, dtype, device)
     with attnx.cuda_mainloop(mainloop):
@@ -162,7 +167,7 @@ def test_rows_choose(head_dim: int, dtype: torch.dtype, device: torch.device) ->
         return str(attnx.explain(attnx.staircase_attention, query, cache).kernel)
 
     assert kernel(64) == "staircase_attention [decode]"
-    assert kernel(65) == f"staircase_attention [{'sm90' if runs_sm90() else 'sm80'}]"
+    assert kernel(65) == "staircase_attention [sm80]"
 
 
 @on_cuda

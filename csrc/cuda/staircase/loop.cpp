@@ -26,10 +26,12 @@ void plan_tiles(const ForwardParams& p, ForwardPlan& plan) {
   static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, heads_in_tile(p));
 }
 
-// It returns what speaks against sm_90's mainloop, or nothing.
-std::string plan_sm90(const ForwardParams& p, ForwardPlan& plan) {
+// It returns what speaks against sm_90's mainloop, or nothing. Where none is asked for, sm_80's serves: by the counts
+// in docs/notes/staircase.md one warpgroup that unpacks for two keeps them waiting.
+std::string plan_sm90(const ForwardParams& p, std::optional<Mainloop> asked, ForwardPlan& plan) {
   plan_tiles<StaircaseTmaForwardTiles>(p, plan);
-  return ATTNX_CUDA_SM90 ? "" : "attnx was built without it";
+  if (!ATTNX_CUDA_SM90) return "attnx was built without it";
+  return asked ? "" : "its producers unpack codes more slowly than all warps of sm_80's loop do";
 }
 
 // Blocks stay and take tiles from a counter. The codes of all heads stay in the L2 cache together, or those of none do.
@@ -47,7 +49,8 @@ ForwardPlan plan_staircase_loop(const ForwardParams& p, std::optional<Mainloop> 
   plan.head_dim = padded_head_dim<kStaircaseHeadDims>(p);
   plan.variant.aligned = are_aligned(p, {p.query, p.output}, {}, {});
   plan_mainloop(
-      "call", asked, plan, [&] { plan_tiles<StaircaseForwardTiles>(p, plan); }, [&] { return plan_sm90(p, plan); });
+      "call", asked, plan, [&] { plan_tiles<StaircaseForwardTiles>(p, plan); },
+      [&] { return plan_sm90(p, asked, plan); });
   ForwardGeometry& g = plan.geometry;
   plan.tiles = p.batch * g.heads.divisor() * g.query_blocks.divisor();
   const int splits = choose_splits(plan.tiles, ceil_div(p.cache->layout.max_length, plan.tile.keys),
