@@ -56,6 +56,23 @@ def test_bias_that_hides_blocks(dtype: torch.dtype, score: str, is_causal: bool,
     assert not actual["grad_query"][:, :, hidden].any()
 
 
+@pytest.mark.needs("hidden_nonfinite")
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_nan_in_blocks_that_a_bias_hides(score: str, dtype: torch.dtype, device: torch.device) -> None:
+    """What -inf hides counts as not listed, also between blocks that a row sees."""
+    inputs, grad_output = random_inputs(Shape(length_q=130, length_k=256, head_dim=16), dtype, device)
+    mask = attnx.BlockMask.from_dense(torch.ones(1, 1, 3, 4, dtype=torch.bool, device=device))
+    block_bias = torch.zeros(1, 1, 3, 4, device=device)
+    block_bias[..., 1] = -math.inf
+    options = {"block_mask": mask, "block_bias": block_bias, "score": score}
+    clean = forward_backward(attnx.block_sparse_attention, inputs, grad_output, **options)
+    for name in ("key", "value"):
+        inputs[name][:, :, 64:128] = torch.nan
+    poisoned = forward_backward(attnx.block_sparse_attention, inputs, grad_output, **options)
+    for name, x in clean.items():
+        assert torch.equal(x, poisoned[name]), name
+
+
 def test_logsumexp_of_hidden_blocks(dtype: torch.dtype, device: torch.device) -> None:
     inputs, _ = random_inputs(SHAPE, dtype, device)
     mask, block_bias = lists(device)

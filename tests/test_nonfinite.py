@@ -13,6 +13,7 @@ from compare import forward_backward
 from visible_sums import attention_sums
 
 SHAPES = [Shape(heads=1, length_q=7, length_k=9, head_dim=4), Shape(heads=1, length_q=70, length_k=40, head_dim=20)]
+SHAPES += [Shape(heads=1, length_q=2, length_k=9, head_dim=4)]  # few enough for keys on the lanes of any CPU
 
 PLACES = ["query", "key", "value", "grad_output"]
 POISONS = [math.nan, math.inf, -math.inf]

@@ -95,9 +95,17 @@ def test_ties_go_to_the_lower_index(dtype: torch.dtype, device: torch.device) ->
     centroids = attnx.reference._normalised(rows).float()[None]
     routes = attnx.route(query, query, centroids, cluster_size=7)
     assert members(routes) == [[i + 5 * n for n in range(7)] for i in range(5)]
-    same = centroids[:, :1].expand(1, 4, -1).contiguous()
+    same = centroids[:, :1].expand(1, 40, -1).contiguous()  # more than a vector has lanes
     routes = attnx.route(query, query, same, routing="argmax")
-    assert members(routes) == [list(range(200)), [], [], []]
+    assert members(routes) == [list(range(200))] + [[]] * 39
+
+
+@on_host
+def test_a_constant_token_lies_at_the_origin(dtype: torch.dtype, device: torch.device) -> None:
+    """Its variance is 0, and all its products are."""
+    query = torch.full((1, 1, 6, 8), 2.0, dtype=dtype, device=device)
+    routes = attnx.route(query, query, random_centroids(1, 3, 8), routing="argmax")
+    assert members(routes) == [list(range(6)), [], []]
 
 
 @on_host
@@ -514,6 +522,14 @@ def test_bad_update_changes_nothing(change: dict[str, Any], message: str, device
         attnx.update_centroids_(**arguments)
     assert str(error.value).startswith(message)
     assert all(torch.equal(arguments[name].nan_to_num(7), x.nan_to_num(7)) for name, x in before.items())
+
+
+@on_cpu
+@pytest.mark.parametrize("decay", [-0.5, 1.5, math.nan])
+def test_the_operator_checks_the_decay_too(decay: float, device: torch.device) -> None:
+    centroids, counts = torch.ones(1, 2, 4), torch.ones(1, 2)
+    with pytest.raises(RuntimeError, match=r"^decay: expected from 0 to 1, got"):
+        torch.ops.attnx.update_centroids_(centroids, counts, centroids.clone(), counts.clone(), decay)
 
 
 # In PyTorch ----------------------------------------------------------------------------------------------------------

@@ -356,6 +356,24 @@ def test_bad_cache(options: dict[str, Any], message: str) -> None:
         attnx.StaircaseCache(**good | options)
 
 
+@pytest.mark.parametrize(
+    ("place", "number", "message"),
+    [
+        (0, [16, 3], "levels: expected 16, then at least one of 8, 4, 2 and 1"),
+        (1, 100, "window: expected a multiple of group, 32"),
+        (2, 48, "group: expected a multiple of 32, got 48"),
+        (3, -1, "residual: expected from 0 to"),
+        (4, 0, "max_length: expected at least 1, got 0"),
+    ],
+)
+def test_operators_check_the_layout_too(place: int, number: Any, message: str) -> None:
+    cache = attnx.StaircaseCache(1, 2, 64, 256)
+    layout = list(cache._layout)
+    layout[place] = number
+    with pytest.raises(RuntimeError, match=f"^{message}"):
+        torch.ops.attnx.staircase_dequantize(*cache._memory, 0, 0, *layout)
+
+
 def with_state(cache: attnx.StaircaseCache, sequence: int, i: int, x: int) -> dict[str, Any]:
     state = cache._memory.state.clone()
     state[sequence, i] = x

@@ -3,8 +3,8 @@
 //     S = Q K^T      weights = Score(S)      O += weights V
 //
 // laid out as Lanes says. Keys and values are loaded once for all panels of the tile. Where there are too few tiles of
-// rows for the threads, the keys are cut into parts, whose outputs are merged in the end; and where one tile of rows
-// sees very many keys, so that each sum is one of shorter ones.
+// rows for the threads, the keys are cut into parts, whose outputs are merged in the end; and where few rows see very
+// many keys, so that each sum is one of shorter ones.
 #pragma once
 
 #include "../executor.h"
@@ -23,9 +23,9 @@ class Forward {
   using Result = typename Source::Result;
   using Work = Lanes<A, Score>;
   static constexpr std::int64_t kPartKeys = 1024;  // the least of a part
-  // The most of a part, of one tile of rows. Every addition to a sum of n equal terms is rounded in the same direction
-  // for a while, by up to n / 2 units of a term's last place.
-  static constexpr std::int64_t kMostPartKeys = 65536;
+  // The most of a part where rows are few, so that their outputs over many parts take little memory. Every addition to
+  // a sum of n equal terms is rounded in the same direction for a while, by up to n / 2 units of a term's last place.
+  static constexpr std::int64_t kMostPartKeys = 65536, kFewRows = 192;
 
  public:
   Forward(const ForwardParams& p, const Executor& executor)
@@ -36,7 +36,7 @@ class Forward {
     if (Tiles::kListed || Source::kGathered || units() == 0) return;
     if (rows_.panels == 1 && executor.threads > 1)
       parts_ = smaller((wanted + units() - 1) / units(), larger<std::int64_t>(p.length_k / kPartKeys, 1));
-    if (tiles() == 1) parts_ = larger(parts_, (p.length_k + kMostPartKeys - 1) / kMostPartKeys);
+    if (p.length_q * rows_.group <= kFewRows) parts_ = larger(parts_, (p.length_k + kMostPartKeys - 1) / kMostPartKeys);
     part_keys_ = round_up((p.length_k + parts_ - 1) / parts_, Work::kKeys);
   }
 

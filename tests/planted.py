@@ -1,0 +1,302 @@
+"""The faults that tests/mutants.py plants: an expression, what takes its place, and the tests that should mind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """An expression of a file, which stands between « and » in ``text`` or is all of it.
+
+    ``tests`` are arguments of pytest: a file, and ``-k`` with an expression where few of its tests will do.
+    """
+
+    file: str
+    text: str
+    fault: str
+    tests: str
+
+    def place(self, source: str) -> tuple[int, int]:
+        """Where the expression starts and ends in the file."""
+        before, bracket, rest = self.text.partition("«")
+        expression, _, after = rest.partition("»") if bracket else (before, "", "")
+        before = before if bracket else ""
+        text = before + expression + after
+        if source.count(text) != 1:
+            raise SystemExit(f"{self.file}: expected {text!r} once, got it {source.count(text)} times")
+        start = source.index(text) + len(before)
+        return start, start + len(expression)
+
+
+LABELS, SHARES, CLUSTERS = "csrc/cpu/labels.cpp", "csrc/attnx/block_labels.h", "csrc/cpu/clusters.cpp"
+SAMPLING, DRAWS = "csrc/cpu/sampling.cpp", "csrc/attnx/block_sampling.h"
+STATE, LAYOUT = "csrc/attnx/staircase_state.h", "csrc/attnx/staircase.h"
+SUMS = "csrc/cpu/sums.cpp"
+ARGUMENTS, LISTS = "csrc/torch/arguments.cpp", "csrc/torch/block_sparse.cpp"
+CACHE, ROUTES = "csrc/torch/staircase_cache.cpp", "csrc/torch/routes.cpp"
+MAP = "python/attnx/_operators/sparse_linear.py"
+K = "csrc/cpu/kernel/"
+SOFTMAX, SIGMOID = K + "score/softmax.h", K + "score/sigmoid.h"
+BAND, LISTED, CLUSTERED = K + "tiles/band.h", K + "tiles/listed.h", K + "tiles/clustered.h"
+QUERIES, KEYS, PANEL = K + "lanes/queries.h", K + "lanes/keys.h", K + "panel.h"
+FORWARD, BACKWARD = K + "forward.h", K + "backward.h"
+TILE, SPLITS = K + "backward/tile.h", K + "backward/sums.h"
+GATHERED, ROUTED, PLACES = K + "storage/gathered.h", K + "routing/attention.h", K + "routing/places.h"
+SELECT, NEAREST, PRODUCTS = K + "routing/select.h", K + "routing/nearest.h", K + "routing/products.h"
+FEATURES, OPERANDS, BLOCK_SUMS = K + "linear/features.h", K + "linear/operands.h", K + "linear/block_sums.h"
+LINEAR, LINEAR_BACKWARD = K + "linear/forward.h", K + "linear/backward.h"
+STAIRCASE, ENCODE, DECODE = K + "staircase.cpp", K + "staircase/encode.h", K + "storage/staircase.h"
+
+_INPUT = (
+    Mutant(ARGUMENTS, "share >= 0 && share <= 1", "true", "test_fuzz.py -k shares"),
+    Mutant(ARGUMENTS, "critical + negligible <= 1", "true", "test_fuzz.py -k shares"),
+    Mutant(ARGUMENTS, "offsets[0] == 0", "true", "test_bad_input.py -k varlen"),
+    Mutant(ARGUMENTS, "check(«length >= 0», name", "length >= -9", "test_bad_input.py -k varlen"),
+    Mutant(ARGUMENTS, "offsets[last] == rows", "offsets[last] >= rows", "test_bad_input.py -k varlen"),
+    Mutant(ARGUMENTS, "max_seqlen >= longest", "max_seqlen >= longest - 1", "test_bad_input.py -k varlen"),
+    Mutant(ARGUMENTS, "dim <= row.head_dim_max", "dim <= row.head_dim_max + 1", "test_bad_input.py -k dense"),
+    Mutant(ARGUMENTS, "window.is_causal ? «0» :", "1", "test_softmax_attention.py -k causal"),
+    Mutant(ARGUMENTS, "? «!std::isnan(x)» :", "true", "test_bad_input.py -k sink_nan"),
+    Mutant(LISTS, "*count <= width", "*count <= width + 1", "test_block_sparse.py -k bad"),
+    Mutant(LISTS, "row[n] < blocks", "row[n] <= blocks", "test_block_sparse.py -k bad"),
+    Mutant(CACHE, "l.window % l.group == 0", "true", "test_staircase.py -k layout"),
+    Mutant(
+        CACHE, "is_reachable(cache.memory.layout, max_length, cache.state_of(b))", "true", "test_staircase.py -k bad"
+    ),
+    Mutant(CACHE, "(x[i] & kMagnitude) <= limit", "true", "test_staircase.py -k bad"),
+    Mutant(ROUTES, "count >= 0 && std::isfinite(count)", "true", "test_routing.py -k count"),
+    Mutant(ROUTES, "a.decay >= 0 && a.decay <= 1", "true", "test_routing.py -k decay"),
+)
+_FORWARD = (
+    Mutant(SOFTMAX, "? «0 * sum_[lane]» :", "1 / sum_[lane]", "test_hidden_rows.py"),
+    Mutant(SOFTMAX, "highest == -kInfinity ? Vec<Sum>{} : highest", "highest", "test_hidden_rows.py"),
+    Mutant(SOFTMAX, "__builtin_memcmp(&before, &highest, sizeof before) != 0", "false", "test_softmax_attention.py"),
+    Mutant(SOFTMAX, "sum_[row] *= «factor»", "Sum(1)", "test_determinism.py -k parts"),
+    Mutant(
+        SOFTMAX, "first_keys ? «panel.per_head(p.sink, panel.head[lane], -kInfinity)» :", "-kInfinity", "test_sink.py"
+    ),
+    Mutant(SIGMOID, "return «e * complement»", "e * complement + 1e-38f", "test_hidden_rows.py"),
+    Mutant(SIGMOID, "exp(«at_most(x, 86.0f)»)", "x", "test_sigmoid_attention.py -k saturated"),
+    Mutant(
+        SIGMOID,
+        "weight_and_complement(x[k], «on_tile.divisor», complement)",
+        "Sum(1)",
+        "test_probabilistic.py -k gradcheck",
+    ),
+    Mutant(PANEL, "bias[lane] -= «log(s.length_k)»", "Sum(0)", "test_sigmoid_attention.py -k shapes"),
+    Mutant(
+        PANEL, "log(«tiles.keys_in_band(position[lane])»)", "s.length_k", "test_sigmoid_attention.py -k bias_and_alibi"
+    ),
+    Mutant(
+        PANEL,
+        "position[lane] = «query[lane] + s.length_k - s.length_q»",
+        "query[lane]",
+        "test_softmax_attention.py -k causal",
+    ),
+    Mutant(
+        PANEL,
+        "seen.first = «smaller(larger(seen.first, part.first), part.end)»",
+        "seen.first",
+        "test_determinism.py -k parts",
+    ),
+    Mutant(BAND, "larger(«position + right_ + 1», first)", "position + right_", "test_softmax_attention.py -k masks"),
+    Mutant(BAND, "«position - left_», 0", "position - left_ + 1", "test_softmax_attention.py -k masks"),
+    Mutant(LISTED, "if («is_hidden(i)») continue;", "false", "test_hidden_rows.py"),
+    Mutant(LISTED, "bias_ ? bias_[i] : 0", "0.0f", "test_block_sparse.py -k block_bias"),
+    Mutant(LISTED, "divisor_ ? divisor_[i] : 1", "1.0f", "test_probabilistic.py -k definition"),
+    Mutant(
+        LISTED, "larger(hull_.end, smaller(first + block_, length_))", "hull_.end", "test_block_sparse.py -k any_order"
+    ),
+    Mutant(
+        QUERIES, "!on_tile.masked || all_finite(values_by_step_, padded * value_stride_)", "true", "test_nonfinite.py"
+    ),
+    Mutant(KEYS, "!on_tile.masked || values_finite(steps)", "true", "test_nonfinite.py"),
+    Mutant(KEYS, "«Sum(p_.scale)», panel, on_tile, row", "Sum(1)", "test_softmax_attention.py -k shapes"),
+    Mutant(FORWARD, "total == 0 ? 0 : output[d] / total", "output[d]", "test_determinism.py -k parts"),
+    Mutant(
+        FORWARD,
+        "weight = «Sum(__builtin_exp(logsumexp(part) - (empty ? 0 : highest)))»",
+        "Sum(1)",
+        "test_determinism.py -k parts",
+    ),
+    Mutant(
+        FORWARD, "total == 0 ? highest : highest + Sum(__builtin_log(total))", "highest", "test_determinism.py -k parts"
+    ),
+    Mutant(FORWARD, "b.work.begin(panels, panel, «part == 0»,", "true", "test_sink.py -k few_queries"),
+    Mutant(FORWARD, "if («parts_ > 1») panel.clip", "false", "test_determinism.py -k parts"),
+    Mutant(FORWARD, "if («p.length_q * rows_.group <= kFewRows») parts_", "false", "test_long_sums.py"),
+)
+_BACKWARD = (
+    Mutant(SOFTMAX, "-weight * double(offset_[lane])", "weight * double(offset_[lane])", "test_sink.py"),
+    Mutant(SOFTMAX, "double weight = «sees_nothing(panel, lane)» ?", "false", "test_sink.py -k logsumexp"),
+    Mutant(
+        SOFTMAX,
+        "*row_of<const Sum>(p.grad_logsumexp, s.batch, head, result)",
+        "Sum(0)",
+        "test_softmax_attention.py -k differentiable",
+    ),
+    Mutant(
+        SIGMOID,
+        "ds = «p * complement * (on_tile.divisor * dp)»",
+        "p * complement * dp",
+        "test_probabilistic.py -k gradcheck",
+    ),
+    Mutant(
+        TILE,
+        "slope += «ds[k] * absolute(position - Sum(key + k))»",
+        "ds[k]",
+        "test_sigmoid_attention.py -k bias_and_alibi",
+    ),
+    Mutant(TILE, "bias += «ds[k]»", "p", "test_gradients.py -k bias"),
+    Mutant(TILE, "!on_tile.masked || all_finite(other, count)", "true", "test_nonfinite.py"),
+    Mutant(SPLITS, "row[d] *= «Sum(p.scale)»", "Sum(1)", "test_softmax_attention.py -k shapes"),
+    Mutant(SPLITS, "«split < splits»; ++split) {", "split < 1", "test_determinism.py -k number_of_threads"),
+    Mutant(SPLITS, "«split < splits»; ++split) sum +=", "split < 1", "test_determinism.py -k number_of_threads"),
+    Mutant(SPLITS, "if («!addend.data») return", "true", "test_sparse_linear.py -k gradcheck"),
+    Mutant(BACKWARD, "p_.key_blocks.width + «place»", "0", "test_block_bias_gradient.py -k definition"),
+    Mutant(BACKWARD, "sum[d] *= «Sum(p_.scale)»", "Sum(1)", "test_softmax_attention.py -k shapes"),
+    Mutant(SUMS, "sum += «p.from[b * p.heads + h]»", "p.from[h]", "test_determinism.py -k number_of_threads"),
+)
+_SPARSE_LINEAR = (
+    Mutant(LABELS, "? «rank > other.rank» :", "rank < other.rank", "test_sparse_linear.py -k map"),
+    Mutant(LABELS, "index < other.index", "index > other.index", "test_sparse_linear.py -k map"),
+    Mutant(LABELS, "if («x != x») return", "false", "test_sparse_linear.py -k selection"),
+    Mutant(LABELS, "std::bit_cast<std::uint64_t>(«x + 0.0»)", "x", "test_sparse_linear.py -k selection"),
+    Mutant(
+        LABELS,
+        "labels[block * block_stride] == 1",
+        "labels[block * block_stride] >= 0",
+        "test_sparse_linear.py -k definition",
+    ),
+    Mutant(SHARES, "end = «grid.is_causal» ?", "false", "test_sparse_linear.py -k map"),
+    Mutant(SHARES, "larger(1, larger(most, unranked))", "larger(most, unranked)", "test_sparse_linear.py -k map"),
+    Mutant(
+        SHARES,
+        "ceil(share_of(shares.critical, candidates))",
+        "floor(share_of(shares.critical, candidates))",
+        "test_sparse_linear.py -k map",
+    ),
+    Mutant(
+        SHARES,
+        "nearbyint(share * double(count) * 0x1p30) * 0x1p-30",
+        "share * double(count)",
+        "test_sparse_linear.py -k shares",
+    ),
+    Mutant(MAP, "(scale > 0) - (scale < 0)", "1", "test_sparse_linear.py -k sign"),
+    Mutant(
+        MAP, "mean(2, keepdim=True, dtype=torch.float64)", "mean(2, keepdim=True)", "test_sparse_linear.py -k equal"
+    ),
+    Mutant(FEATURES, "v > 0 ? «v + Sum(1)» :", "v", "test_sparse_linear.py -k gradcheck"),
+    Mutant(FEATURES, "phi[d] > 0 ? grad[d] : 0", "grad[d]", "test_sparse_linear.py -k definition"),
+    Mutant(FEATURES, "smaller(phi[d], Sum(1))", "Sum(1)", "test_sparse_linear.py -k gradcheck"),
+    Mutant(FEATURES, "grad[d] = phi[d] * («grad[d] - dot»)", "grad[d]", "test_sparse_linear.py -k definition"),
+    Mutant(OPERANDS, "(label <= p.scope_high)", "true", "test_sparse_linear.py -k definition"),
+    Mutant(
+        OPERANDS,
+        "end = «visible(s, q.first + i) - k.first»",
+        "visible(s, q.first + i) - k.first + 1",
+        "test_sparse_linear.py -k definition",
+    ),
+    Mutant(LINEAR, "factor = «n == 0 ? 0 : 1 / n»", "1 / n", "test_sparse_linear.py -k scopes"),
+    Mutant(BLOCK_SUMS, "sum[v] -= «load(from + v * kLanes<Sum>)»", "Vec<Sum>{}", "test_sparse_linear.py -k scopes"),
+    Mutant(BLOCK_SUMS, "i % kGroup == 0", "i == 0", "test_sparse_linear.py -k scopes"),
+    Mutant(LINEAR_BACKWARD, "stats[i].last = «-dot» * ", "dot", "test_sparse_linear.py -k gradcheck"),
+    Mutant(
+        LINEAR_BACKWARD,
+        "«stats[i].inverse == 0 ? 0 : 1 / stats[i].inverse»",
+        "1 / stats[i].inverse",
+        "test_sparse_linear.py -k scopes",
+    ),
+    Mutant(
+        LINEAR_BACKWARD,
+        "x_.seen_by_all(s, blocks - 1 - seen) > first + j",
+        "x_.seen_by_all(s, blocks - 1 - seen) >= first + j",
+        "test_sparse_linear.py -k gradcheck",
+    ),
+    Mutant(LINEAR_BACKWARD, "block < x_.seen_by_all(s, i)", "false", "test_sparse_linear.py -k gradcheck"),
+)
+_SAMPLING = (
+    Mutant(DRAWS, "{{«std::uint32_t(j)», std::uint32_t(i)", "std::uint32_t(i)", "test_probabilistic.py -k reference"),
+    Mutant(DRAWS, "2 * log + two_or_more", "2 * log", "test_probabilistic.py -k reference"),
+    Mutant(DRAWS, "j - diagonal_end + 1", "j - diagonal_end", "test_probabilistic.py -k reference"),
+    Mutant(DRAWS, "candidates = sees_none ? 0 : «grid.is_causal» ?", "false", "test_probabilistic.py -k reference"),
+    Mutant(SAMPLING, "if («distance == 0») {", "false", "test_probabilistic.py -k reference"),
+    Mutant(SAMPLING, "p.blocks_per_row - (end - kept)", "p.blocks_per_row", "test_probabilistic.py -k topm"),
+    Mutant(
+        SAMPLING,
+        "p.logarithm ? -std::log(probability) : probability",
+        "probability",
+        "test_probabilistic.py -k definition",
+    ),
+)
+_ROUTING = (
+    Mutant(SELECT, "? «at_least(Rank(low + 1))» :", "at_least(low)", "test_routing.py -k reference"),
+    Mutant(SELECT, "ranks > load(m.bounds + lane)", "ranks >= load(m.bounds + lane)", "test_routing.py -k finite"),
+    Mutant(SELECT, "equals-- <= 0", "equals++ <= 0", "test_routing.py -k ties"),
+    Mutant(NEAREST, "best[i] == highest && index[i] > nearest", "false", "test_routing.py -k ties"),
+    Mutant(NEAREST, "rank<Sum>(load(x + lane)) > best", "rank<Sum>(load(x + lane)) >= best", "test_routing.py -k ties"),
+    Mutant(NEAREST, "c < Rank(p_.clusters)", "c == c", "test_routing.py -k reference"),
+    Mutant(PRODUCTS, "variance + Sum(1e-5)", "variance", "test_routing.py -k constant"),
+    Mutant(PRODUCTS, "(v - mean) * (v - mean)", "v * v", "test_routing.py -k update_is"),
+    Mutant(CLUSTERS, "(1 - p.decay) * p.members[c]", "p.members[c]", "test_routing.py -k update_is"),
+    Mutant(CLUSTERS, "(p.counts[c] + kSmoothing)", "(p.counts[c] + 1)", "test_routing.py -k update_is"),
+    Mutant(CLUSTERS, "if («of_row[row] >= 0») ++starts", "true", "test_routing.py -k finite"),
+    Mutant(
+        CLUSTERS,
+        "offset[c + 1] = «offset[c] + count»;",
+        "offset[c] + std::int32_t(p.cluster_size)",
+        "test_routing.py -k finite",
+    ),
+    Mutant(CLUSTERS, "0.5 * x", "x", "test_routing.py -k update_is"),
+    Mutant(PLACES, "s + gap * (c + 1)", "s + gap * c", "test_routing.py -k gradcheck"),
+    Mutant(GATHERED, "start[1] - start[0] == 1", "true", "test_routing.py -k gradcheck"),
+    Mutant(
+        CLUSTERED, "sequence_.key_row(middle) <= time", "sequence_.key_row(middle) < time", "test_routing.py -k causal"
+    ),
+    Mutant(ROUTED, "sum[d] /= «Sum(count)»", "Sum(1)", "test_routing.py -k against_float64"),
+    Mutant(ROUTED, "p_.head_dim, «Sum(p_.scale)», p_.grad_memory_key", "Sum(1)", "test_routing.py -k gradcheck"),
+    Mutant(ROUTED, "offsets[c] + c * g.memory + i", "offsets[c] + i", "test_routing.py -k gradcheck"),
+    Mutant(ROUTED, "key[d] *= «Sum(p_.scale)»", "Sum(1)", "test_routing.py -k gradcheck"),
+    Mutant(BACKWARD, "if («adds») add_row", "false", "test_routing.py -k long_clusters"),
+    Mutant(BACKWARD, "(block + turn) % blocks_of(unit)", "block", "test_routing.py -k long_clusters"),
+)
+_STAIRCASE = (
+    Mutant(ENCODE, "to_float(h) > x", "false", "test_staircase.py -k edges"),
+    Mutant(ENCODE, "double(to_float(h)) < x", "false", "test_staircase.py -k edges"),
+    Mutant(ENCODE, "cell < 255 ? std::int32_t(cell) : 255", "std::int32_t(cell)", "test_staircase.py -k edges"),
+    Mutant(
+        DECODE,
+        "codes<kBase, kPlanes>(b, f, t, e, v) * 2 + 1",
+        "codes<kBase, kPlanes>(b, f, t, e, v) * 2",
+        "test_staircase.py -k dequantised",
+    ),
+    Mutant(DECODE, "i < «kCodeBlock / A::kStep»; ++i)", "0", "test_staircase.py -k attention"),
+    Mutant(
+        STATE,
+        "refined + full < plane.windows ? refined + full : plane.windows",
+        "refined + full",
+        "test_staircase.py -k dequantised",
+    ),
+    Mutant(STATE, "full > 0 ? 1 - state.tail() : state.tail()", "state.tail()", "test_staircase.py -k interrupted"),
+    Mutant(STATE, "refined > dropped ? refined - dropped : 0", "refined", "test_staircase.py -k crop"),
+    Mutant(
+        STATE,
+        "length < 0 ? state.length() + length : length",
+        "length < 0 ? -length : length",
+        "test_staircase.py -k crop",
+    ),
+    Mutant(LAYOUT, "age > refined(plane)", "age >= refined(plane)", "test_staircase.py -k dequantised"),
+    Mutant(
+        LAYOUT, "length < residual ? 0 : (length - residual) / window", "length / window", "test_staircase.py -k newest"
+    ),
+    Mutant(STAIRCASE, "layout.windows_of(before.length()) == windows", "true", "test_staircase.py -k crop"),
+    Mutant(
+        STAIRCASE,
+        "old_tail_ == new_tail_ ? before_.length() : first",
+        "before_.length()",
+        "test_staircase.py -k dequantised",
+    ),
+)
+
+MUTANTS = (*_INPUT, *_FORWARD, *_BACKWARD, *_SPARSE_LINEAR, *_SAMPLING, *_ROUTING, *_STAIRCASE)
