@@ -30,7 +30,7 @@ from suite import DIRECTIONS, DTYPES, Attention, Case, Direction, Inputs, Prepar
 from suites import dense, sparse_linear
 from timing import Rounds, speedup
 
-CASES = tuple(Case(str(n), 4, n, n, 64) for n in (1024, 4096))
+CASES = tuple(Case(str(n), 4, n, n, 64) for n in (1024, 2048))
 CONTENDERS: dict[str, Prepare] = {
     "attnx-sparse-linear": next(c for c in sparse_linear.SUITE.contenders if c.name == "attnx-sparse-linear").prepare,
     "attnx-softmax": lambda case, inputs: attnx.softmax_attention,
@@ -106,7 +106,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help="(default: both)")
     parser.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each case and direction (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each case and direction (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON here, too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -16,19 +16,21 @@ namespace {
 const bool kHostUnread = kCudaOnHost && is_one("ATTNX_HOST_UNREAD");
 
 template <class Sizes>
-std::string join(const Sizes& sizes) {
-  std::ostringstream out;
+std::ostream& write_shape(std::ostream& out, const Sizes& sizes) {
   const char* separator = "";
   out << "(";
   for (const auto size : sizes) out << std::exchange(separator, ", ") << size;
-  out << (sizes.size() == 1 ? ",)" : ")");
-  return out.str();
+  return out << (sizes.size() == 1 ? ",)" : ")");
 }
+
+struct Shape {
+  std::initializer_list<std::int64_t> sizes;
+};
+std::ostream& operator<<(std::ostream& out, const Shape& shape) { return write_shape(out, shape.sizes); }
 
 }  // namespace
 
-std::string shape_of(const StableTensor& x) { return join(x.sizes()); }
-std::string to_string(std::initializer_list<std::int64_t> shape) { return join(shape); }
+std::ostream& operator<<(std::ostream& out, const ShapeOf& shape) { return write_shape(out, shape.tensor.sizes()); }
 
 std::string to_string(ScalarType dtype) {
   switch (dtype) {
@@ -74,7 +76,7 @@ void check_dtype(std::string_view name, const StableTensor& x, ScalarType expect
 void check_shape(std::string_view name, const StableTensor& x, std::initializer_list<std::int64_t> expected) {
   const auto sizes = x.sizes();
   check(std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()), name, ": expected shape ",
-        to_string(expected), ", got ", shape_of(x));
+        Shape{expected}, ", got ", shape_of(x));
 }
 
 void check_layout(std::string_view name, const StableTensor& x) {

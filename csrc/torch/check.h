@@ -31,9 +31,12 @@ void check(bool ok, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-// It returns text like "(2, 8, 128, 64)".
-std::string shape_of(const StableTensor& x);
-std::string to_string(std::initializer_list<std::int64_t> shape);
+// It is written as text like "(2, 8, 128, 64)", which costs nothing before an error is.
+struct ShapeOf {
+  const StableTensor& tensor;
+};
+inline ShapeOf shape_of(const StableTensor& x) { return {x}; }
+std::ostream& operator<<(std::ostream& out, const ShapeOf& shape);
 // It returns the name that torch has for it, like "float32".
 std::string dtype_of(const StableTensor& x);
 std::string to_string(ScalarType dtype);

@@ -34,7 +34,6 @@ class LinearBackward {
   // queries, and the gradients of its keys and values.
   void run(char* workspace) const {
     const Shared shared(*this, workspace);
-    char* const workers = workspace + shared.bytes;
     const std::int64_t of_head = phases_of_head();
     const auto batches = [](std::int64_t blocks) { return (blocks + kRowBlocks - 1) / kRowBlocks; };
     const auto units = [&](std::int64_t phase) {
@@ -49,11 +48,11 @@ class LinearBackward {
     };
     shared.phases.run(executor_, units, [&](std::int64_t phase, std::int64_t unit, int worker) {
       const Sequence s(p_, phase / of_head / p_.heads_k);
-      const std::int64_t key_head = phase / of_head % p_.heads_k;
-      const std::int64_t head = key_head * x_.group + (phase % of_head - kPhasesBefore) / kPhasesOfQueries;
+      const std::int64_t key_head = phase / of_head % p_.heads_k,
+                         head = key_head * x_.group + (phase % of_head - kPhasesBefore) / kPhasesOfQueries;
       const BlockSums<Sum> by_key(shared.by_key, x_.key_blocks(s), elements());
       const BlockSums<Sum> by_query(shared.by_query, x_.query_blocks(s), elements());
-      const Buffers b(*this, workers + worker * worker_bytes());
+      const Buffers b(*this, workspace + shared.bytes + worker * worker_bytes());
       Sum* const grad = shared.grad + unit * by_key.size();
       switch (kind_of(phase % of_head)) {
         case kSumKeys:
