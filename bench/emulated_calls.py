@@ -32,6 +32,7 @@ class Call:
     backward: bool = False
     block_size: tuple[int, int] | None = None  # of lists
     parameters: tuple[str, ...] = ()  # of a head; in a backward they get gradients
+    block_bias: bool = False  # of lists; in a backward it gets gradients
 
     def run(self) -> None:
         """Runs on constant inputs, whose counts are the same everywhere: a row's maximum rises in its first tile."""
@@ -44,6 +45,8 @@ class Call:
             block_q, block_k = self.block_size
             every = torch.ones(1, 1, self.rows // block_q, self.keys // block_k, dtype=torch.bool)
             lists = attnx.BlockMask.from_dense(every, self.block_size)
+            if self.block_bias:
+                parameters["block_bias"] = torch.zeros(lists.kv_indices.shape, requires_grad=self.backward)
             output = attnx.block_sparse_attention(query, key, value, lists, score=self.score, **parameters)
         else:
             output = getattr(attnx, f"{self.score}_attention")(query, key, value, **parameters)
@@ -65,6 +68,28 @@ class Decode:
         cache = attnx.StaircaseCache(1, 1, self.head_dim, self.keys, dtype=torch.bfloat16)
         cache.append(key, key)
         cache.attend(torch.ones(1, 4, self.rows // 4, self.head_dim, dtype=torch.bfloat16))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights by key and by row, and largest logits."""
+
+    score: Score
+    dtype: str
+    head_dim: int
+    rows: int
+    keys: int
+    backward: bool = False
+
+    def run(self) -> None:
+        query, key = (
+            torch.ones(1, 1, length, self.head_dim, dtype=getattr(torch, self.dtype))
+            for length in (self.rows, self.keys)
+        )
+        attnx.attention_max_logits(query, key)
+        logsumexp = torch.zeros(1, 1, self.rows) if self.score == "softmax" else None
+        for function in (attnx.attention_key_weights, attnx.attention_row_weights):
+            function(query, key, score=self.score, logsumexp=logsumexp)
 
 
 class _Tile(NamedTuple):
@@ -115,7 +140,7 @@ def hopper_calls() -> Iterator[Call]:
         yield Call(score, "bfloat16", 64, 128, 64, backward=True, parameters=parameters)
 
 
-def calls() -> Iterator[Call | Decode]:
+def calls() -> Iterator[Call | Decode | Weights]:
     """The calls for sm_80, in pairs: the second runs the loop over keys, or rows in a backward, twice as often."""
     head_dims = dict.fromkeys(_tile("softmax", "bfloat16", d, 64).head_dim for d in range(32, 257, 32))
     for (score, parameters), dtype in product(_SCORES, ("bfloat16", "float16")):
@@ -137,6 +162,10 @@ def calls() -> Iterator[Call | Decode]:
         yield Call(score, dtype, 64, 1, 1024, parameters=parameters)  # split along the keys
     for score, parameters in _PARAMETERS:
         yield Call(score, "bfloat16", 64, 128, 64, backward=True, parameters=parameters)
+    for (score, _), dtype, head_dim, odd in product(_SCORES[:2], ("bfloat16", "float16"), (64, 128, 256), (0, 1)):
+        for rows in (128, 256):
+            yield Weights(score, dtype, head_dim - odd, rows, 128)
+        yield Call(score, dtype, head_dim - odd, 128, 128, backward=True, block_size=(128, 128), block_bias=True)
     for head_dim, new, keys in product((64, 128, 256), (1, 16), (2048, 4096)):
         yield Decode(head_dim, 4 * new, keys)
 

@@ -102,6 +102,9 @@ def calls() -> Iterator[tuple[str, Results]]:
         listed = LISTED if dtype == torch.bfloat16 else LISTED[:1]  # float16 shares the rest
         for kind in (_dense, _causal, _window, _varlen, _decode, *listed):
             yield f"{score} {dtype} {head_dim} {kind.__name__[1:]}", kind(score, dtype, head_dim)
+    for score, dtype, head_dim in product(SCORES, DTYPES, [64, 128, 256]):
+        yield f"{score} {dtype} {head_dim} weights", _weights(score, dtype, head_dim)
+        yield f"{score} {dtype} {head_dim} unaligned weights", _weights(score, dtype, head_dim - 3)
     yield from _block_maps()
     yield from _sparse_linear([45, 128, 256])
     for dtype, (head_dim, levels) in product(DTYPES, [(64, (16, 8, 4, 2)), (128, (16, 8, 4, 1)), (160, (16, 8))]):
@@ -230,6 +233,16 @@ def _block_sparse(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     inputs, grad_output = random_inputs(shape, dtype, CPU)
     inputs["block_bias"] = torch.linspace(-1, 1, 24).view(mask.kv_indices.shape)
     return _run("block_sparse_attention", inputs, grad_output, block_mask=mask, score=score)
+
+
+def _weights(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Tiles that a window cuts, of heads that share keys."""
+    inputs, _ = random_inputs(Shape(length_q=150, length_k=200, head_dim=head_dim, heads=2, kv_heads=1), dtype, CPU)
+    del inputs["value"]
+    results = {"maxima": attnx.attention_max_logits(**inputs, window=(90, 20))}
+    for name in ("attention_key_weights", "attention_row_weights"):
+        results[name] = getattr(attnx, name)(**inputs, score=score, window=(90, 20))
+    return results
 
 
 def _tall_blocks(score: str, dtype: torch.dtype, head_dim: int) -> Results:

@@ -86,7 +86,7 @@ def test_with_a_sink(dtype: torch.dtype, device: torch.device) -> None:
     inputs["block_bias"] = random_bias(mask, shape)
     inputs["sink"] = torch.tensor([3.0, -1.0], device=device)
     results = check(inputs, grad_output, mask)
-    assert (results["grad_block_bias"].sum((0, 2, 3)).abs() > 0.1).all()
+    assert results["grad_block_bias"].sum((0, 2, 3)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -1,7 +1,7 @@
 """How important each key, or token, is by the weights that attention gives it.
 
-These are the scores by which methods for pruning of caches and tokens, and for quantisation, choose. Each is a few lines
-over :func:`attnx.attention_key_weights` and :func:`attnx.attention_row_weights`, which need no values and keep no
+These are the scores by which methods for pruning of caches and tokens, and for quantisation, choose. Each is a few
+lines over :func:`attnx.attention_key_weights` and :func:`attnx.attention_row_weights`, which need no values and keep no
 matrix of weights. ``logsumexp`` is what the layer's own ``softmax_attention(..., return_logsumexp=True)`` gave; without
 it, it is computed.
 """
@@ -66,8 +66,8 @@ def snapkv(
 ) -> Tensor:
     """SnapKV's score of the keys before an observation window, which itself stays in the cache.
 
-    It is the mean weight that the last ``window`` rows give a key, averaged over its neighbours and over the query heads
-    of a key head.
+    It is the mean weight that the last ``window`` rows give a key, averaged over its neighbours and over the query
+    heads of a key head.
 
     Args:
         query: (batch, heads, length, head_dim), of the prompt.

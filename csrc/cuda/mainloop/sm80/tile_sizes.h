@@ -156,7 +156,7 @@ struct SumsTiles<64> {
   using Keys = SumsTile<64, 64, 128, 1, 4, 2, 2, 1, 3>;
   using Pairs = SumsTile<64, 64, 64, 2, 2, 1, 1, 1, 4>;
   using Rows = SumsTile<64, 64, 64, 4, 1, 2, 1, 2, 4>;
-  using GradBlocks = SumsTile<64, 64, 64, 2, 2, 1, 2, 2, 4>;
+  using GradBlocks = SumsTile<64, 64, 64, 2, 2, 1, 2, 2, 3>;
 };
 template <>
 struct SumsTiles<128> {
