@@ -9,8 +9,10 @@ from test_operators import NAMES
 
 QKV = "Tensor query, Tensor key, Tensor value"
 PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+LENGTHS = "Tensor? seqused_k, Tensor? leftpad_k"
+PADDED = f"{PACKING}, bool has_padding"
 BIAS = "Tensor? bias, Tensor? alibi_slopes, str bias_rule, float bias_value"
-MASK = "float? scale, bool is_causal, int window_left, int window_right"
+MASK = "float? scale, bool is_causal, int window_left, int window_right, SymInt position_offset"
 BACKWARD = f"{MASK}, bool deterministic"
 GRADS = "Tensor grad_query, Tensor grad_key, Tensor grad_value"
 
@@ -41,16 +43,16 @@ ROUTES = "Tensor query_indices, Tensor query_offsets, Tensor key_indices, Tensor
 ROUTED = f"{ROUTES}, Tensor? memory_key, Tensor? memory_value"
 
 SCHEMAS = [
-    f"sigmoid_attention({QKV}, {BIAS}, {MASK}) -> Tensor",
-    f"sigmoid_attention_varlen({QKV}, {PACKING}, {BIAS}, {MASK}) -> Tensor",
-    f"sigmoid_attention_backward(Tensor grad_output, {QKV}, {BIAS}, {BACKWARD}) -> {SIGMOID}",
-    f"sigmoid_attention_varlen_backward(Tensor grad_output, {QKV}, {PACKING}, {BIAS}, {BACKWARD}) -> {SIGMOID}",
-    f"softmax_attention({QKV}, {SINKS}, {MASK}) -> ({SOFTMAX_RESULTS})",
-    f"softmax_attention_varlen({QKV}, {PACKING}, {SINKS}, {MASK}) -> ({SOFTMAX_RESULTS})",
-    f"softmax_attention_backward({SOFTMAX_SAVED}, {SINKS}, {BACKWARD}) -> {SOFTMAX}",
-    f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PACKING}, {SINKS}, {BACKWARD}) -> {SOFTMAX}",
-    f"block_sparse_attention({QKV}, {LISTED}, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",
-    f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LISTED}, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
+    f"sigmoid_attention({QKV}, {LENGTHS}, {BIAS}, {MASK}) -> Tensor",
+    f"sigmoid_attention_varlen({QKV}, {PADDED}, {BIAS}, {MASK}) -> Tensor",
+    f"sigmoid_attention_backward(Tensor grad_output, {QKV}, {LENGTHS}, {BIAS}, {BACKWARD}) -> {SIGMOID}",
+    f"sigmoid_attention_varlen_backward(Tensor grad_output, {QKV}, {PADDED}, {BIAS}, {BACKWARD}) -> {SIGMOID}",
+    f"softmax_attention({QKV}, {LENGTHS}, {SINKS}, {MASK}) -> ({SOFTMAX_RESULTS})",
+    f"softmax_attention_varlen({QKV}, {PADDED}, {SINKS}, {MASK}) -> ({SOFTMAX_RESULTS})",
+    f"softmax_attention_backward({SOFTMAX_SAVED}, {LENGTHS}, {SINKS}, {BACKWARD}) -> {SOFTMAX}",
+    f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PADDED}, {SINKS}, {BACKWARD}) -> {SOFTMAX}",
+    f"block_sparse_attention({QKV}, {LENGTHS}, {LISTED}, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",
+    f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LENGTHS}, {LISTED}, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
     f"bool deterministic) -> ({GRADS}, Tensor grad_sink, Tensor grad_block_bias)",
     f"probabilistic_attention({QKV}, {DRAWN}, {SCORE}) -> ({SOFTMAX_RESULTS})",
     f"probabilistic_attention_backward({SOFTMAX_SAVED}, {DRAWN}, {SCORE}, bool deterministic) -> ({GRADS})",

@@ -35,8 +35,7 @@ StableTensor forward(const Inputs& x, const Layout& layout, const Additions& add
   const Target target{kSystem, x.query};
   ForwardParams p;
   read(target, x, layout, additions, window, p);
-  StableTensor output = empty_rows(x.query, p.value_dim);
-  p.output = view_rows(output);
+  const StableTensor output = empty_output(x, p);
   run(p, target);
   return output;
 }
@@ -53,9 +52,9 @@ Gradients<Additions> backward(const OutputGradient& gradient, const Inputs& x, c
 
 const Registration registration(kSystem, OnHost::kRefused,
                                 {define<forward<Dense>>("sigmoid_attention"),
-                                 define<forward<Packed>>("sigmoid_attention_varlen"),
+                                 define<forward<PackedWithPadding>>("sigmoid_attention_varlen"),
                                  define<backward<Dense>>("sigmoid_attention_backward"),
-                                 define<backward<Packed>>("sigmoid_attention_varlen_backward")});
+                                 define<backward<PackedWithPadding>>("sigmoid_attention_varlen_backward")});
 
 }  // namespace
 
