@@ -42,15 +42,20 @@ def each_sequence(attention: Attention) -> Attention:
         cu_seqlens_k: Tensor,
         max_seqlen_q: int,
         max_seqlen_k: int,
+        has_padding: bool = False,
         **options: Any,
     ) -> Tensor:
-        lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+        # The last part is padding, which gives 0.
+        lengths_q = [*cu_seqlens_q.diff().tolist(), len(query) - int(cu_seqlens_q[-1])]
+        lengths_k = [*cu_seqlens_k.diff().tolist(), len(key) - int(cu_seqlens_k[-1])]
         per_row = {name: x for name, x in options.items() if isinstance(x, Tensor) and x.dim() == 2}
         outputs = []
-        for i, (q, k, v) in enumerate(
-            zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True)
-        ):
+        parts = list(zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True))
+        for i, (q, k, v) in enumerate(parts):
             own = {name: x.split(lengths_q, dim=1)[i] for name, x in per_row.items()}
+            if i == len(parts) - 1:
+                outputs.append(q.sum(-1, keepdim=True).expand(-1, -1, v.shape[-1]) * 0)
+                break
             output = attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), **options | own)
             outputs.append(output[0].transpose(0, 1))
         return torch.cat(outputs)
@@ -58,9 +63,36 @@ def each_sequence(attention: Attention) -> Attention:
     return varlen
 
 
+def used_keys(attention: Attention) -> Attention:
+    """Makes the form of ``attention`` that takes lengths and starts of keys: one call a sequence, on its keys alone."""
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        seqused_k: Tensor | None = None,
+        leftpad_k: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        if seqused_k is None and leftpad_k is None:
+            return attention(query, key, value, **options)
+        ends = [key.shape[2]] * len(key) if seqused_k is None else seqused_k.tolist()
+        starts = [0] * len(key) if leftpad_k is None else leftpad_k.tolist()
+        ranges = [slice(*x) for x in zip(starts, ends, strict=True)]
+        return torch.cat(
+            [
+                attention(query[b : b + 1], key[b : b + 1, :, r], value[b : b + 1, :, r], **options)
+                for b, r in enumerate(ranges)
+            ]
+        )
+
+    return attend
+
+
 EAGER: dict[str, Attention] = {
-    "sigmoid_attention": eager_sigmoid_attention,
-    "softmax_attention": eager_softmax_attention,
+    "sigmoid_attention": used_keys(eager_sigmoid_attention),
+    "softmax_attention": used_keys(eager_softmax_attention),
     "sigmoid_attention_varlen": each_sequence(eager_sigmoid_attention),
     "softmax_attention_varlen": each_sequence(eager_softmax_attention),
 }
@@ -118,7 +150,7 @@ def _gradient_terms(operator: str, inputs: dict[str, Tensor], grad_output: Tenso
     attention = EAGER[operator]
     if "softmax" in operator:
         attention = _softmax_with_constant_sums
-        attention = each_sequence(attention) if operator.endswith("varlen") else attention
+        attention = each_sequence(attention) if operator.endswith("varlen") else used_keys(attention)
     terms = forward_backward(attention, inputs | by_row, grad_output, **options)
     for name, x in parameters.items():
         terms[f"grad_{name}"] = spread_of_sum(terms[f"grad_{name}"], per_head=x.dim() > 0)

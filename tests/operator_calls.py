@@ -36,6 +36,11 @@ def _pointwise(dtype: torch.dtype) -> None:
     _differentiate(attnx.softmax_attention, dense, sink=heads[0], alibi_slopes=heads[1], is_causal=True)
     _differentiate(attnx.sigmoid_attention_varlen, packed, *offsets, 30, 30, bias="row", window=(5, 3))
     _differentiate(attnx.softmax_attention_varlen, packed, *offsets, 30, 30, sink=heads[0])
+    used = {"seqused_k": torch.tensor([30, 7], dtype=torch.int32), "leftpad_k": torch.tensor([0, 3], dtype=torch.int32)}
+    _differentiate(attnx.sigmoid_attention, dense, **used, is_causal=True, position_offset=3)
+    _differentiate(attnx.softmax_attention, dense, **used, window=(9, None))
+    fewer = torch.tensor([0, 20, 20, 45], dtype=torch.int32)
+    _differentiate(attnx.softmax_attention_varlen, packed, fewer, offsets[1], 30, 30, has_padding=True)
 
 
 def _blocks(dtype: torch.dtype) -> None:
@@ -43,7 +48,8 @@ def _blocks(dtype: torch.dtype) -> None:
     mask = attnx.BlockMask.from_dense(torch.rand(1, 4, 3, 4) < 0.6)
     block_bias = torch.randn(*mask.kv_indices.shape)
     _differentiate(attnx.block_sparse_attention, inputs, mask, block_bias=block_bias, sink=torch.rand(4))
-    _differentiate(attnx.block_sparse_attention, inputs, mask, score="sigmoid", is_causal=True)
+    used = torch.tensor([150, 65], dtype=torch.int32)
+    _differentiate(attnx.block_sparse_attention, inputs, mask, score="sigmoid", is_causal=True, seqused_k=used)
     for options in ({"mode": "bernoulli", "importance": True}, {"mode": "topm"}):
         _differentiate(attnx.probabilistic_attention, inputs, density=0.6, seed=3, offset=1, **options)
     attnx.probabilistic_block_mask(2, 4, 130, 200, density=0.6, seed=3, offset=1)

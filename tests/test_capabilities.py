@@ -58,6 +58,12 @@ def calls(draw: st.DrawFn, backend: Backend) -> Call:
     if "window" in features:
         bound = st.just(-1) | st.integers(1, 160)
         options["window"] = draw(st.tuples(bound, bound))
+    if "position_offset" in features:
+        options["position_offset"] = draw(st.just(0) | st.integers(-160, 160))
+    if "key_lengths" in features and draw(st.booleans()):
+        ends = draw(st.tuples(*[st.integers(2, shape.length_k)] * shape.batch))
+        options["seqused_k"] = ends
+        options["leftpad_k"] = tuple(draw(st.integers(0, end - 2)) for end in ends)
     parameter = st.sampled_from([None, (), (shape.heads,)])
     bias = None
     if row.operator.startswith("sigmoid"):
@@ -91,11 +97,17 @@ def test_calls_from_the_table(data: st.DataObject, backend: Backend) -> None:
     for name, shape in (("bias", call.bias), ("alibi_slopes", call.alibi_slopes)):
         if shape is not None:
             inputs[name] = random_parameter(shape, call.dtype, backend.device) - (3 if name == "bias" else 0)
+    lengths = {
+        name: torch.tensor(call.options[name], dtype=torch.int32, device=backend.device)
+        for name in ("seqused_k", "leftpad_k")
+        if name in call.options
+    }
+    options = call.options | lengths
     if call.terms:
         terms = terms_of(call.terms, call.shape, call.dtype, backend.device, call.served)
-        check_with_terms(call.operator, inputs, grad_output, **call.options, **terms)
+        check_with_terms(call.operator, inputs, grad_output, **options, **terms)
     else:
-        check(call.operator, inputs, grad_output, **call.options)
+        check(call.operator, inputs, grad_output, **options)
 
 
 @pytest.mark.parametrize("row", table(), ids=lambda row: f"{row.operator}-{row.backend}")

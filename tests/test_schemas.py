@@ -10,8 +10,10 @@ from test_operators import NAMES
 QK = "Tensor query, Tensor key"
 QKV = f"{QK}, Tensor value"
 PACKING = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+LENGTHS = "Tensor? seqused_k, Tensor? leftpad_k"
+PADDED = f"{PACKING}, bool has_padding"
 BIAS = "Tensor? bias, Tensor? alibi_slopes, str bias_rule, float bias_value"
-MASK = "float? scale, bool is_causal, int window_left, int window_right"
+MASK = "float? scale, bool is_causal, int window_left, int window_right, SymInt position_offset"
 KEY_TERMS = "float? softcap, Tensor? key_bias, Tensor? key_mask, float dropout_p, Tensor? seed, Tensor? offset"
 TERMS = f"Tensor? attn_mask, {KEY_TERMS}"
 WANTED_OF_KEYS = "bool key_bias_gradient, bool key_mask_gradient, bool deterministic"
@@ -49,19 +51,19 @@ ROUTES = "Tensor query_indices, Tensor query_offsets, Tensor key_indices, Tensor
 ROUTED = f"{ROUTES}, Tensor? memory_key, Tensor? memory_value"
 
 SCHEMAS = [
-    f"sigmoid_attention({QKV}, {BIAS}, {TERMS}, {MASK}) -> Tensor",
-    f"sigmoid_attention_varlen({QKV}, {PACKING}, {BIAS}, {KEY_TERMS}, {MASK}) -> Tensor",
-    f"sigmoid_attention_backward(Tensor grad_output, {QKV}, {BIAS}, {TERMS}, {MASK}, {WANTED}) -> "
+    f"sigmoid_attention({QKV}, {LENGTHS}, {BIAS}, {TERMS}, {MASK}) -> Tensor",
+    f"sigmoid_attention_varlen({QKV}, {PADDED}, {BIAS}, {KEY_TERMS}, {MASK}) -> Tensor",
+    f"sigmoid_attention_backward(Tensor grad_output, {QKV}, {LENGTHS}, {BIAS}, {TERMS}, {MASK}, {WANTED}) -> "
     f"({SIGMOID}, {TERM_GRADS})",
-    f"sigmoid_attention_varlen_backward(Tensor grad_output, {QKV}, {PACKING}, {BIAS}, {KEY_TERMS}, {MASK}, "
+    f"sigmoid_attention_varlen_backward(Tensor grad_output, {QKV}, {PADDED}, {BIAS}, {KEY_TERMS}, {MASK}, "
     f"{WANTED_OF_KEYS}) -> ({SIGMOID}, {KEY_TERM_GRADS})",
-    f"softmax_attention({QKV}, {SINKS}, {TERMS}, {MASK}) -> ({SOFTMAX_RESULTS})",
-    f"softmax_attention_varlen({QKV}, {PACKING}, {SINKS}, {KEY_TERMS}, {MASK}) -> ({SOFTMAX_RESULTS})",
-    f"softmax_attention_backward({SOFTMAX_SAVED}, {SINKS}, {TERMS}, {MASK}, {WANTED}) -> ({SOFTMAX}, {TERM_GRADS})",
-    f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PACKING}, {SINKS}, {KEY_TERMS}, {MASK}, {WANTED_OF_KEYS}) -> "
+    f"softmax_attention({QKV}, {LENGTHS}, {SINKS}, {TERMS}, {MASK}) -> ({SOFTMAX_RESULTS})",
+    f"softmax_attention_varlen({QKV}, {PADDED}, {SINKS}, {KEY_TERMS}, {MASK}) -> ({SOFTMAX_RESULTS})",
+    f"softmax_attention_backward({SOFTMAX_SAVED}, {LENGTHS}, {SINKS}, {TERMS}, {MASK}, {WANTED}) -> ({SOFTMAX}, {TERM_GRADS})",
+    f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PADDED}, {SINKS}, {KEY_TERMS}, {MASK}, {WANTED_OF_KEYS}) -> "
     f"({SOFTMAX}, {KEY_TERM_GRADS})",
-    f"block_sparse_attention({QKV}, {LISTED}, {TERMS}, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",
-    f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LISTED}, {TERMS}, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
+    f"block_sparse_attention({QKV}, {LENGTHS}, {LISTED}, {TERMS}, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",
+    f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LENGTHS}, {LISTED}, {TERMS}, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
     f"{WANTED_OF_BLOCKS}) "
     f"-> ({GRADS}, Tensor grad_sink, {TERM_GRADS}, Tensor grad_block_bias)",
     f"attention_key_weights({QK}, Tensor? logsumexp, Tensor? row_weights, {RULE}, {MASK}) -> Tensor",

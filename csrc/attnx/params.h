@@ -123,21 +123,27 @@ struct AttentionParams {
   Tensor key;    // [batch, heads_k, length_k, head_dim]
   Tensor value;  // [batch, heads_k, length_k, value_dim]
 
-  // Rows of sequence b are [cu_seqlens[b], cu_seqlens[b + 1]). Where these are null, every sequence has the full
-  // length.
+  // Queries of sequence b are the rows [cu_seqlens_q[b], cu_seqlens_q[b + 1]) of packed tensors. Where it is null,
+  // tensors are not packed and every sequence has all queries.
   const std::int32_t* cu_seqlens_q = nullptr;
-  const std::int32_t* cu_seqlens_k = nullptr;
-  std::int64_t packed_rows_q = 0, packed_rows_k = 0;  // of all sequences, with cu_seqlens
+  // Keys of sequence b are the rows [key_starts[b], key_ends[b]): of packed tensors, where key_ends is key_starts + 1,
+  // or of the sequence's own rows. Where these are null, every sequence has all keys.
+  const std::int32_t* key_starts = nullptr;
+  const std::int32_t* key_ends = nullptr;
+  std::int64_t packed_rows_q = 0, packed_rows_k = 0;  // of all sequences, with cu_seqlens_q
+  bool has_padding = false;                           // whether packed tensors may have rows of no sequence at the end
 
   double scale = 1;
-  // Query i sees key j where -left <= j - (i + length_k - length_q) <= right; negative means no bound.
+  // Query i stands at the key i + length_k - length_q + position_offset, and sees key j where -left <= j - that <=
+  // right; negative means no bound.
   std::int64_t window_left = -1, window_right = -1;
+  std::int64_t position_offset = 0;
 
   // These are additions to the logits, in the accumulator's type (float, or double for kFloat64).
   BiasRule bias_rule = BiasRule::kNone;
   double bias_value = 0;
   PerHead bias;          // added
-  PerHead alibi_slopes;  // times |i + length_k - length_q - j|, subtracted
+  PerHead alibi_slopes;  // times the distance of key j from where query i stands, subtracted
 
   LogitTerms terms;
 

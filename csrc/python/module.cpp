@@ -112,7 +112,7 @@ py::dict cuda_kernel(const std::string& op, const std::string& dtype, std::int64
     p.value_dim = value_dim;
     std::tie(p.window_left, p.window_right) = window;
     std::tie(p.packed_rows_q, p.packed_rows_k) = packed_rows;
-    if (p.packed_rows_q > 0) p.cu_seqlens_q = p.cu_seqlens_k = &kPresent;
+    if (p.packed_rows_q > 0) p.cu_seqlens_q = p.key_starts = p.key_ends = &kPresent;
     std::tie(p.block_q, p.block_k) = block_size;
     if (p.block_q > 0) p.key_blocks.counts = &kPresent;
     if (op == "routing_attention") p.gather = &gather;

@@ -11,8 +11,9 @@ namespace attnx::ops {
 
 namespace {
 
-// It returns the longest sequence, after checking that the offsets, in host memory, rise from 0 to rows.
-std::int64_t read_lengths(const char* name, const StableTensor& x, std::int64_t rows) {
+// It returns the longest sequence, after checking that the offsets, in host memory, rise from 0 to rows, or to fewer
+// where padding follows.
+std::int64_t read_lengths(const char* name, const StableTensor& x, std::int64_t rows, bool has_padding) {
   const auto* offsets = data<const std::int32_t>(x);
   const std::int64_t last = x.size(0) - 1;
   check(offsets[0] == 0, name, ": expected to start at 0, got ", offsets[0]);
@@ -23,34 +24,37 @@ std::int64_t read_lengths(const char* name, const StableTensor& x, std::int64_t 
           b + 1);
     longest = std::max(longest, length);
   }
-  check(offsets[last] == rows, name, ": expected to end at the number of rows, ", rows, ", got ", offsets[last]);
+  check(offsets[last] == rows || (has_padding && offsets[last] < rows), name,
+        ": expected to end at the number of rows, ", rows,
+        has_padding ? ", or below, got " : " (fewer need has_padding), got ", offsets[last]);
   return longest;
 }
 
 // It returns a length that no sequence exceeds.
 std::int64_t read_offsets(const char* name, const StableTensor& x, std::int64_t rows, const char* max_name,
-                          std::int64_t max_seqlen, const Target& target) {
+                          std::int64_t max_seqlen, bool has_padding, const Target& target) {
   check_dtype(name, x, ScalarType::Int, "");
   check(x.dim() == 1 && x.size(0) >= 1, name, ": expected shape (batch + 1,), got ", shape_of(x));
   check(x.is_contiguous(), name, ": expected a contiguous tensor, got stride ", x.stride(0));
   const auto values = values_on_host(x);
-  const std::int64_t longest = values ? read_lengths(name, *values, rows) : 0;
+  const std::int64_t longest = values ? read_lengths(name, *values, rows, has_padding) : 0;
   check(max_seqlen >= longest, max_name, ": expected at least the longest sequence, ", longest, ", got ", max_seqlen);
   // CUDA kernels need only a bound; with the bound a call is the same whether or not lengths were read.
   return target.on_cuda() ? std::min(max_seqlen, rows) : longest;
 }
 
 void read_packed(const Target& target, const Inputs& x, const Packed& packed, AttentionParams& p) {
-  p.length_q =
-      read_offsets("cu_seqlens_q", packed.cu_seqlens_q, x.query.size(0), "max_seqlen_q", packed.max_seqlen_q, target);
-  p.length_k =
-      read_offsets("cu_seqlens_k", packed.cu_seqlens_k, x.key.size(0), "max_seqlen_k", packed.max_seqlen_k, target);
+  p.length_q = read_offsets("cu_seqlens_q", packed.cu_seqlens_q, x.query.size(0), "max_seqlen_q", packed.max_seqlen_q,
+                            p.has_padding, target);
+  p.length_k = read_offsets("cu_seqlens_k", packed.cu_seqlens_k, x.key.size(0), "max_seqlen_k", packed.max_seqlen_k,
+                            p.has_padding, target);
   check_shape("cu_seqlens_k", packed.cu_seqlens_k, {packed.cu_seqlens_q.size(0)});
   p.batch = packed.cu_seqlens_q.size(0) - 1;
   p.packed_rows_q = x.query.size(0);
   p.packed_rows_k = x.key.size(0);
   p.cu_seqlens_q = data<const std::int32_t>(packed.cu_seqlens_q);
-  p.cu_seqlens_k = data<const std::int32_t>(packed.cu_seqlens_k);
+  p.key_starts = data<const std::int32_t>(packed.cu_seqlens_k);
+  p.key_ends = p.key_starts + 1;
 }
 
 void read_shapes(const Inputs& x, const Packed* packed, const Capability& row, AttentionParams& p) {
@@ -113,6 +117,30 @@ void read_inputs(const Target& target, const Inputs& x, const Packed* packed, At
   p.value = view_rows(x.value);
 }
 
+void read_key_lengths(const Dense& dense, AttentionParams& p) {
+  const auto& [seqused_k, leftpad_k] = dense;
+  check(seqused_k.has_value() == leftpad_k.has_value(),
+        "seqused_k, leftpad_k: expected both or neither, got one of them");
+  if (!seqused_k) return;
+  const auto read = [&](const char* name, const StableTensor& x) {
+    check_dtype(name, x, ScalarType::Int, "");
+    check_shape(name, x, {p.batch});
+    check_contiguous(name, x);
+    return data<const std::int32_t>(x);
+  };
+  p.key_ends = read("seqused_k", *seqused_k);
+  p.key_starts = read("leftpad_k", *leftpad_k);
+  const auto ends = values_on_host(*seqused_k), starts = values_on_host(*leftpad_k);
+  if (!ends || !starts) return;
+  for (std::int64_t b = 0; b < p.batch; ++b) {
+    const std::int32_t start = data<const std::int32_t>(*starts)[b], end = data<const std::int32_t>(*ends)[b];
+    check(end >= 0 && end <= p.length_k, "seqused_k: expected lengths from 0 to that of key, ", p.length_k, ", got ",
+          end, " at ", b);
+    check(start >= 0 && start <= end, "leftpad_k: expected starts from 0 to seqused_k, ", end, ", got ", start, " at ",
+          b);
+  }
+}
+
 void read_window(const Window& window, AttentionParams& p) {
   p.scale = window.scale ? *window.scale : 1 / std::sqrt(double(p.head_dim));
   check(std::isfinite(p.scale), "scale: expected a finite number, got ", p.scale);
@@ -123,6 +151,10 @@ void read_window(const Window& window, AttentionParams& p) {
         ")");
   p.window_left = window.window_left;
   p.window_right = window.is_causal ? 0 : window.window_right;
+  p.position_offset = window.position_offset;
+  constexpr std::int64_t kMostOffset = std::int64_t(1) << 28;  // positions are 32 bits wide on CUDA
+  check(std::abs(p.position_offset) <= kMostOffset, "position_offset: expected at most ", kMostOffset,
+        " either way, got ", p.position_offset);
 }
 
 void read_bias(const std::string& rule, double value, AttentionParams& p) {

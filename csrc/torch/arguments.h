@@ -13,9 +13,11 @@ struct Inputs {
   ATTNX_FIELDS(query, key, value)
 };
 
-// Sequences lie in memory as (batch, heads, length, dim), or packed end to end as (rows, heads, dim).
+// Sequences lie in memory as (batch, heads, length, dim), or packed end to end as (rows, heads, dim). Of dense ones the
+// keys of sequence b may be the rows [leftpad_k[b], seqused_k[b]) alone.
 struct Dense {
-  ATTNX_FIELDS()
+  std::optional<StableTensor> seqused_k, leftpad_k;
+  ATTNX_FIELDS(seqused_k, leftpad_k)
 };
 struct Packed {
   StableTensor cu_seqlens_q, cu_seqlens_k;
@@ -23,11 +25,20 @@ struct Packed {
   ATTNX_FIELDS(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 };
 
+// Packed tensors may have rows of no sequence after the last one, where has_padding says so.
+struct PackedWithPadding {
+  StableTensor cu_seqlens_q, cu_seqlens_k;
+  SymInt max_seqlen_q, max_seqlen_k;
+  bool has_padding;
+  ATTNX_FIELDS(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, has_padding)
+};
+
 struct Window {
   std::optional<double> scale;
   bool is_causal;
   std::int64_t window_left, window_right;
-  ATTNX_FIELDS(scale, is_causal, window_left, window_right)
+  SymInt position_offset;
+  ATTNX_FIELDS(scale, is_causal, window_left, window_right, position_offset)
 };
 struct Causal {
   std::optional<double> scale;
@@ -77,16 +88,23 @@ void for_each_head_parameter(Group& group, const Visit& visit) {
 
 Score read_score(const std::string& score);
 void read_inputs(const Target& target, const Inputs& inputs, const Packed* packed, AttentionParams& params);
-inline void read_inputs(const Target& target, const Inputs& inputs, const Dense&, AttentionParams& params) {
+void read_key_lengths(const Dense& dense, AttentionParams& params);
+inline void read_inputs(const Target& target, const Inputs& inputs, const Dense& dense, AttentionParams& params) {
   read_inputs(target, inputs, nullptr, params);
+  read_key_lengths(dense, params);
 }
 inline void read_inputs(const Target& target, const Inputs& inputs, const Packed& packed, AttentionParams& params) {
   read_inputs(target, inputs, &packed, params);
 }
+inline void read_inputs(const Target& target, const Inputs& inputs, const PackedWithPadding& x,
+                        AttentionParams& params) {
+  params.has_padding = x.has_padding;
+  read_inputs(target, inputs, Packed{x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k}, params);
+}
 // The inputs are read before, because the default scale comes from their head_dim.
 void read_window(const Window& window, AttentionParams& params);
 inline void read_window(const Causal& causal, AttentionParams& params) {
-  read_window({causal.scale, causal.is_causal, -1, -1}, params);
+  read_window({causal.scale, causal.is_causal, -1, -1, {0}}, params);
 }
 // The rule and the value say what the sigmoid adds to its logits. The rule is "none", "length" or "row".
 void read_bias(const std::string& rule, double value, AttentionParams& params);

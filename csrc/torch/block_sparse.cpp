@@ -84,12 +84,12 @@ BlockList read_lists(const Lists& lists, const AttentionParams& p, std::int64_t 
   return list;
 }
 
-void read(const Target& target, const Inputs& x, const KeyLists& lists, const Additions& additions,
+void read(const Target& target, const Inputs& x, const Dense& layout, const KeyLists& lists, const Additions& additions,
           const PairTerms& pairs, const Terms& terms, const BlockSize& size, const ScoreOptions& options,
           const Causal& causal, AttentionParams& p) {
   read_score(options, p);
   read_sink(additions.sink, p);
-  read_inputs(target, x, Dense(), p);
+  read_inputs(target, x, layout, p);
   read_window(causal, p);
   read_head_parameters(target, additions, p);
   read_terms(target, pairs, p);
@@ -100,11 +100,11 @@ void read(const Target& target, const Inputs& x, const KeyLists& lists, const Ad
                  p, blocks_of(p.length_q, p.block_q), blocks_of(p.length_k, p.block_k));
 }
 
-Outputs forward(const Inputs& x, const KeyLists& lists, const Additions& additions, const PairTerms& pairs,
-                const Terms& terms, const BlockSize& size, const ScoreOptions& options, const Causal& causal) {
+Outputs forward(const Inputs& x, const Dense& layout, const KeyLists& lists, const Additions& additions,
+                const PairTerms& pairs, const Terms& terms, const BlockSize& size, const ScoreOptions& options, const Causal& causal) {
   const Target target{kSystem, x.query};
   ForwardParams p;
-  read(target, x, lists, additions, pairs, terms, size, options, causal, p);
+  read(target, x, layout, lists, additions, pairs, terms, size, options, causal, p);
   return run_forward(target, x, p);
 }
 
@@ -125,15 +125,15 @@ BlockBiasGradient empty_block_bias(const Target& target, bool wanted, BackwardPa
   return gradient;
 }
 
-AllGradients backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y, const KeyLists& lists,
-                      const Additions& additions, const PairTerms& pairs, const Terms& terms,
+AllGradients backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y, const Dense& layout,
+                      const KeyLists& lists, const Additions& additions, const PairTerms& pairs, const Terms& terms,
                       const QueryLists& transposed, const BlockSize& size, const ScoreOptions& options,
                       const Causal& causal, const WantedPairTerms& wanted_pairs, const WantedTerms& wanted_terms,
                       const Wanted& wanted, const Deterministic& option) {
   const Target target{kSystem, x.query, option.deterministic};
   check(!wanted.block_bias_gradient || lists.block_bias, "block_bias_gradient: expected False without block_bias");
   BackwardParams p;
-  read(target, x, lists, additions, pairs, terms, size, options, causal, p);
+  read(target, x, layout, lists, additions, pairs, terms, size, options, causal, p);
   if (target.on_cuda()) {
     const auto& [counts, indices, bias] = transposed;
     check(counts && indices, "q_num_blocks, q_indices: expected the transposed lists on CUDA, got None");

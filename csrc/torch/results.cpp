@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <limits>
+
 namespace attnx::ops {
 
 StableTensor empty_rows(const StableTensor& like, std::int64_t dim, std::optional<ScalarType> dtype) {
@@ -19,12 +21,19 @@ StableTensor empty_logsumexp(const StableTensor& query) {
   return make_empty(query, std::vector{query.size(0), query.size(1), query.size(2)}, dtype);
 }
 
+StableTensor empty_output(const Inputs& x, ForwardParams& p) {
+  StableTensor output = empty_rows(x.query, p.value_dim);
+  if (p.has_padding) torch::stable::zero_(output);
+  p.output = view_rows(output);
+  return output;
+}
+
 Outputs run_forward(const Target& target, const Inputs& x, ForwardParams& p) {
-  Outputs y{empty_rows(x.query, p.value_dim), empty_logsumexp(x.query)};
-  p.output = view_rows(y.output);
+  Outputs y{empty_output(x, p), empty_logsumexp(x.query)};
   if (!is_normalised(p.score)) {
     torch::stable::zero_(y.logsumexp);
   } else {
+    if (p.has_padding) torch::stable::fill_(y.logsumexp, -std::numeric_limits<double>::infinity());
     p.logsumexp = view_logsumexp(y.logsumexp);
   }
   run(p, target);
@@ -34,6 +43,11 @@ Outputs run_forward(const Target& target, const Inputs& x, ForwardParams& p) {
 InputGradients empty_gradients(const Inputs& x, BackwardParams& p) {
   InputGradients gradients{empty_rows(x.query, p.head_dim), empty_rows(x.key, p.head_dim),
                            empty_rows(x.value, p.value_dim)};
+  // Kernels write the rows of sequences alone.
+  const bool unused_keys = p.key_ends && !p.cu_seqlens_q;
+  if (p.has_padding) torch::stable::zero_(gradients.grad_query);
+  if (p.has_padding || unused_keys) torch::stable::zero_(gradients.grad_key);
+  if (p.has_padding || unused_keys) torch::stable::zero_(gradients.grad_value);
   p.grad_query = view_rows(gradients.grad_query);
   p.grad_key = view_rows(gradients.grad_key);
   p.grad_value = view_rows(gradients.grad_value);

@@ -26,6 +26,9 @@ StableTensor empty_logsumexp(const StableTensor& query);
 // It allocates the results of a kernel and tells the kernel where they are.
 InputGradients empty_gradients(const Inputs& inputs, BackwardParams& params);
 
+// It allocates the output and tells the kernel where it is.
+StableTensor empty_output(const Inputs& inputs, ForwardParams& params);
+
 // It allocates the outputs and runs the forward kernel. The logsumexp of scores without one is 0.
 Outputs run_forward(const Target& target, const Inputs& inputs, ForwardParams& params);
 

@@ -40,8 +40,7 @@ StableTensor forward(const Inputs& x, const Layout& layout, const Additions& add
   const Target target{kSystem, x.query};
   ForwardParams p;
   read(target, x, layout, additions, pairs, terms, window, p);
-  StableTensor output = empty_rows(x.query, p.value_dim);
-  p.output = view_rows(output);
+  const StableTensor output = empty_output(x, p);
   run(p, target);
   return output;
 }
@@ -67,9 +66,9 @@ AllGradients<Layout> backward(const OutputGradient& gradient, const Inputs& x, c
 
 const Registration registration(kSystem, OnHost::kRefused,
                                 {define<forward<Dense>>("sigmoid_attention"),
-                                 define<forward<Packed>>("sigmoid_attention_varlen"),
+                                 define<forward<PackedWithPadding>>("sigmoid_attention_varlen"),
                                  define<backward<Dense>>("sigmoid_attention_backward"),
-                                 define<backward<Packed>>("sigmoid_attention_varlen_backward")});
+                                 define<backward<PackedWithPadding>>("sigmoid_attention_varlen_backward")});
 
 }  // namespace
 

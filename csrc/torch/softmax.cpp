@@ -57,9 +57,9 @@ AllGradients<Layout> backward(const OutputGradients& gradients, const Inputs& x,
 
 const Registration registration(kSystem, OnHost::kRefused,
                                 {define<forward<Dense>>("softmax_attention"),
-                                 define<forward<Packed>>("softmax_attention_varlen"),
+                                 define<forward<PackedWithPadding>>("softmax_attention_varlen"),
                                  define<backward<Dense>>("softmax_attention_backward"),
-                                 define<backward<Packed>>("softmax_attention_varlen_backward")});
+                                 define<backward<PackedWithPadding>>("softmax_attention_varlen_backward")});
 
 }  // namespace
 

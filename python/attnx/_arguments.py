@@ -124,13 +124,40 @@ def with_scale(query: Tensor, scale: Any) -> tuple[Tensor, float | None]:
     return (query * factor).to(query.dtype), 1.0
 
 
+def window(x: Any) -> tuple[int, int]:
+    """Returns (left, right), -1 for no bound, for which users may write None, or None in the place of the pair."""
+    if x is None:
+        return -1, -1
+    left, right = pair("window", x, "None or a pair (left, right)")
+    return (
+        -1 if left is None else integer("window", left),
+        -1 if right is None else integer("window", right),
+    )
+
+
+def key_lengths(seqused_k: Any, leftpad_k: Any, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Operators take both or neither: the one that is not given says that nothing is unused on its side."""
+    optional_tensors(seqused_k=seqused_k, leftpad_k=leftpad_k)
+    if seqused_k is None and leftpad_k is None:
+        return None, None
+    if key.dim() != 4:
+        return seqused_k, leftpad_k
+    if seqused_k is None:
+        seqused_k = torch.full(query.shape[:1], key.shape[2], dtype=torch.int32, device=leftpad_k.device)
+    elif leftpad_k is None:
+        leftpad_k = torch.zeros(query.shape[:1], dtype=torch.int32, device=seqused_k.device)
+    return seqused_k, leftpad_k
+
+
 def packing(
     cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any, max_seqlen_k: Any
 ) -> tuple[Tensor, Tensor, int, int]:
+    """Offsets of int64 become int32, in which kernels read them."""
     tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    of_q, of_k = (x.to(torch.int32) if x.dtype == torch.int64 else x for x in (cu_seqlens_q, cu_seqlens_k))
     return (
-        cu_seqlens_q,
-        cu_seqlens_k,
+        of_q,
+        of_k,
         integer("max_seqlen_q", max_seqlen_q),
         integer("max_seqlen_k", max_seqlen_k),
     )

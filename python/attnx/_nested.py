@@ -11,6 +11,13 @@ from torch import Tensor
 from attnx._operators.sparse_linear import longest
 
 
+def expect_no_lengths(**lengths: Tensor | None) -> None:
+    """Refuses lengths of keys beside nested tensors, which have lengths of their own."""
+    for name, x in lengths.items():
+        if x is not None:
+            raise RuntimeError(f"{name}: expected None beside nested tensors, got a tensor")
+
+
 def attend(packed: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
     """Returns what ``packed`` makes of the sequences, as nested tensors like ``query``.
 

@@ -6,14 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from attnx import _arguments
-from attnx.functional import SoftmaxOptions, softmax_attention
+from attnx.functional import Window, softmax_attention
 
 __all__ = ["affine_attention", "visible_sums"]
-
-NO_BAND = {"is_causal": False, "window": (-1, -1)}
 
 
 def affine_attention(
@@ -22,7 +19,12 @@ def affine_attention(
     value: Tensor,
     gate: Tensor,
     addend: Tensor | None = None,
-    **options: Unpack[SoftmaxOptions],
+    *,
+    scale: float | Tensor | None = None,
+    is_causal: bool = False,
+    window: Window = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     r"""Softmax attention whose rows are scaled, and moved by the sum of the values that they see.
 
@@ -38,8 +40,7 @@ def affine_attention(
         value: (batch, kv_heads, length_k, value_dim).
         gate: (batch, heads, length_q), or what broadcasts to it; float32 (float64 for float64 inputs).
         addend: like gate, or None for none.
-        options: ``scale``, ``is_causal``, ``window``, ``alibi_slopes`` and ``sink``, as of
-            :func:`attnx.softmax_attention`.
+        scale, is_causal, window, alibi_slopes, sink: as of :func:`attnx.softmax_attention`.
 
     The sums over values are prefix sums, so they take time and memory in proportion to the values, in float32, or in
     float64 where a window makes them differences. They are finite only where all values are.
@@ -58,11 +59,12 @@ def affine_attention(
     for name, x in (("gate", gate), ("addend", addend)):
         if x is not None or name == "gate":
             _check_rows(name, x, query, sums_dtype)
-    output: Tensor = softmax_attention(query, key, value, **options)
+    options: dict[str, Any] = {"scale": scale, "alibi_slopes": alibi_slopes, "sink": sink}
+    band: dict[str, Any] = {"is_causal": is_causal, "window": _arguments.window(window)}
+    output: Tensor = softmax_attention(query, key, value, **options, **band)
     rows = gate.to(sums_dtype)[..., None] * output
     if addend is not None:
         heads, kv_heads = query.shape[1], key.shape[1]
-        band: dict[str, Any] = {name: options.get(name, default) for name, default in NO_BAND.items()}
         sums = visible_sums(value, query.shape[2], **band, dtype=sums_dtype)
         weights = addend.expand(query.shape[:3]).unflatten(1, (kv_heads, heads // kv_heads))
         rows = rows + (weights[..., None] * sums[:, :, None]).flatten(1, 2)

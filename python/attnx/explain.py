@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnx import _C, _capability, functional, probabilistic, routing, sparse_linear, staircase, weights
+from attnx import _C, _arguments, _capability, functional, probabilistic, routing, sparse_linear, staircase, weights
 
 # What a call does whatever kernel serves it, and may surprise.
 _NOTES = {"routing_attention": ["a centroid with a NaN has no product that is a number: its cluster holds no token"]}
@@ -62,7 +62,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     arguments = dict(bound.arguments)
     if "cache" in arguments:
         arguments["key"] = arguments["value"] = arguments["cache"]._memory.tail[:, :, 0, 0]
-    arguments["window_left"], arguments["window_right"] = arguments.pop("window", (-1, -1))
+    arguments["window_left"], arguments["window_right"] = _arguments.window(arguments.pop("window", None))
     if not isinstance(arguments.get("bias"), Tensor):
         arguments["bias"] = None  # a rule or a number, which every kernel adds
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -19,19 +19,28 @@ if TYPE_CHECKING:
 
 _ops = torch.ops.attnx
 
+Window: TypeAlias = tuple[int | None, int | None] | None
 
-class SoftmaxVarlenOptions(TermOptions, total=False):
+
+class SoftmaxOptions(TermOptions, total=False):
     """These are for type checkers, which tell by ``return_logsumexp`` what comes back."""
 
     scale: float | Tensor | None
     is_causal: bool
-    window: tuple[int, int]
+    window: Window
+    position_offset: int
     alibi_slopes: Tensor | None
     sink: Tensor | None
 
 
-class SoftmaxOptions(SoftmaxVarlenOptions, total=False):
+class DenseOptions(SoftmaxOptions, total=False):
     attn_mask: Tensor | None
+    seqused_k: Tensor | None
+    leftpad_k: Tensor | None
+
+
+class PackedOptions(SoftmaxOptions, total=False):
+    has_padding: bool
 
 
 class BlockSparseOptions(TermOptions, total=False):
@@ -42,11 +51,13 @@ class BlockSparseOptions(TermOptions, total=False):
     sink: Tensor | None
     scale: float | Tensor | None
     is_causal: bool
+    seqused_k: Tensor | None
+    leftpad_k: Tensor | None
 
 
-def _window(window: tuple[int, int]) -> tuple[int, int]:
-    left, right = _arguments.pair("window", window, "a pair (left, right)")
-    return _arguments.integer("window", left), _arguments.integer("window", right)
+def _mask(is_causal: bool, window: Window, position_offset: int) -> tuple[bool, int, int, int]:
+    bounds = _arguments.window(window)
+    return _arguments.flag("is_causal", is_causal), *bounds, _arguments.integer("position_offset", position_offset)
 
 
 def _refuse_beside_nested(**given: Tensor | None) -> None:
@@ -63,7 +74,10 @@ def sigmoid_attention(
     bias: SigmoidBias = None,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
+    window: Window = None,
+    position_offset: int = 0,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
     attn_mask: Tensor | None = None,
@@ -85,15 +99,25 @@ def sigmoid_attention(
         key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads, and consecutive query
             heads share a key head.
         value: (batch, kv_heads, length_k, value_dim).
-        bias: what is added to every logit. None: -log(length_k), the paper's rule, under which the weights of
+        bias: what is added to every logit. None: -log(length_k) of the used keys, the paper's rule, under which the weights of
             a row start near a sum of 1. ``"row"``: -log(number of keys the row sees). A float. Or a tensor of
             shape () or (heads,), float32 (float64 for float64 inputs), which may require a gradient. -inf makes
             all weights 0.
         scale: factor on query . key, 1/sqrt(head_dim) by default. Or a tensor of shape () or (heads,), such as a
             learned temperature, which may require a gradient; the query is multiplied by it then, in its dtype.
-        is_causal: hide later keys; aligned bottom-right, so that the last query sees the last key.
-        window: (left, right): how many keys before and after its own position a query sees; -1 for no bound.
-            With ``is_causal`` the right bound is 0.
+        is_causal: hide later keys; aligned bottom-right, so that the last query sees the last key, which is the last
+            used one where ``seqused_k`` says so.
+        window: (left, right): how many keys before and after its own position a query sees; None or -1 for no bound,
+            on a side or in the place of the pair. With ``is_causal`` the right bound is 0.
+        position_offset: how many keys further on queries stand: query i stands at key
+            i + keys - length_q + position_offset, where keys counts the used ones. ``is_causal``, ``window`` and
+            ``alibi_slopes`` count from there. It is at most 2^28 either way. A query that stands before the first key
+            sees none under ``is_causal``.
+        seqused_k: (batch,) int32: sequence b has the keys ``leftpad_k[b]`` up to ``seqused_k[b]`` alone, as a cache
+            has that is filled in part. The others have no effect, and their gradients are 0. None: all up to the last.
+        leftpad_k: (batch,) int32, from 0 to ``seqused_k``. None: from the first. On the GPU, where it would wait for
+            the device, nothing checks what the two hold: with wrong ones the kernels read and write out of bounds.
+            ``ATTNX_DEBUG=1`` in the environment has them checked there as on the CPU.
         alibi_slopes: (heads,) or (), dtype as for bias; slope times distance is subtracted from the logit.
         softcap: c > 0, finite or inf for none: :math:`s\, q_i \cdot k_j` becomes
             :math:`c \tanh(s\, q_i \cdot k_j / c)`, before anything is added to it.
@@ -131,13 +155,15 @@ def sigmoid_attention(
     """
     if isinstance(query, Tensor) and query.is_nested:
         options: dict[str, Any] = {"bias": bias, "scale": scale, "is_causal": is_causal, "window": window}
+        options |= {"position_offset": position_offset, "alibi_slopes": alibi_slopes}
         options |= {"softcap": softcap, "dropout_p": dropout_p, "generator": generator, "seed": seed, "offset": offset}
+        _nested.expect_no_lengths(seqused_k=seqused_k, leftpad_k=leftpad_k)
         _refuse_beside_nested(attn_mask=attn_mask, key_bias=key_bias, key_mask=key_mask)
-        return _nested.attend(sigmoid_attention_varlen, query, key, value, alibi_slopes=alibi_slopes, **options)
+        return _nested.attend(sigmoid_attention_varlen, query, key, value, **options)
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(alibi_slopes=alibi_slopes)
     query, scale = _arguments.with_scale(query, scale)
-    mask = _arguments.flag("is_causal", is_causal), *_window(window)
+    mask = _mask(is_causal, window, position_offset)
     s = resolve_score("sigmoid", bias, tensor_bias=True)
     terms = resolve_terms(
         "sigmoid_attention",
@@ -153,8 +179,9 @@ def sigmoid_attention(
         seed=seed,
         offset=offset,
     )
+    lengths = _arguments.key_lengths(seqused_k, leftpad_k, query, key)
     return _ops.sigmoid_attention(
-        query, key, value, s.bias, alibi_slopes, s.bias_rule, s.bias_value, *terms, scale, *mask
+        query, key, value, *lengths, s.bias, alibi_slopes, s.bias_rule, s.bias_value, *terms, scale, *mask
     )
 
 
@@ -170,7 +197,9 @@ def sigmoid_attention_varlen(
     bias: SigmoidBias = None,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
+    window: Window = None,
+    position_offset: int = 0,
+    has_padding: bool = False,
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
     key_bias: Tensor | None = None,
@@ -186,10 +215,12 @@ def sigmoid_attention_varlen(
         query: (total_q, heads, head_dim); sequence b is rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``.
         key: (total_k, kv_heads, head_dim).
         value: (total_k, kv_heads, value_dim).
-        cu_seqlens_q: (batch + 1,) int32, rising from 0 to total_q.
-        cu_seqlens_k: (batch + 1,) int32, rising from 0 to total_k.
+        cu_seqlens_q: (batch + 1,) int32, or int64, of which a copy is made, rising from 0 to total_q.
+        cu_seqlens_k: (batch + 1,) likewise, rising from 0 to total_k.
         max_seqlen_q: at least the longest query sequence.
         max_seqlen_k: at least the longest key sequence.
+        has_padding: the offsets may end below total_q and total_k, as in buffers of a fixed size. The rows after the
+            last sequence are padding: their output and gradients are 0, and what they hold has no effect.
 
     On the GPU, where it would wait for the device, nothing checks what the offsets hold or that no sequence is longer
     than promised: with wrong ones the kernels read and write out of bounds. ``ATTNX_DEBUG=1`` in the environment has
@@ -205,8 +236,9 @@ def sigmoid_attention_varlen(
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(alibi_slopes=alibi_slopes)
     packing = _arguments.packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    padding = _arguments.flag("has_padding", has_padding)
     query, scale = _arguments.with_scale(query, scale)
-    mask = _arguments.flag("is_causal", is_causal), *_window(window)
+    mask = _mask(is_causal, window, position_offset)
     s = resolve_score("sigmoid", bias, tensor_bias=True)
     terms = resolve_terms(
         "sigmoid_attention_varlen",
@@ -222,7 +254,7 @@ def sigmoid_attention_varlen(
         offset=offset,
     )
     return _ops.sigmoid_attention_varlen(
-        query, key, value, *packing, s.bias, alibi_slopes, s.bias_rule, s.bias_value, *terms[1:], scale, *mask
+        query, key, value, *packing, padding, s.bias, alibi_slopes, s.bias_rule, s.bias_value, *terms[1:], scale, *mask
     )
 
 
@@ -233,15 +265,15 @@ def softmax_attention(
     value: Tensor,
     *,
     return_logsumexp: Literal[False] = False,
-    **options: Unpack[SoftmaxOptions],
+    **options: Unpack[DenseOptions],
 ) -> Tensor: ...
 @overload
 def softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: Literal[True], **options: Unpack[SoftmaxOptions]
+    query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: Literal[True], **options: Unpack[DenseOptions]
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: bool, **options: Unpack[SoftmaxOptions]
+    query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: bool, **options: Unpack[DenseOptions]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def softmax_attention(
     query: Tensor,
@@ -250,7 +282,10 @@ def softmax_attention(
     *,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
+    window: Window = None,
+    position_offset: int = 0,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     softcap: float | None = None,
@@ -282,14 +317,19 @@ def softmax_attention(
     """
     if isinstance(query, Tensor) and query.is_nested:
         options: dict[str, Any] = {"scale": scale, "is_causal": is_causal, "window": window, "sink": sink}
-        options |= {"alibi_slopes": alibi_slopes, "return_logsumexp": return_logsumexp}
+        options |= {
+            "position_offset": position_offset,
+            "alibi_slopes": alibi_slopes,
+            "return_logsumexp": return_logsumexp,
+        }
         options |= {"softcap": softcap, "dropout_p": dropout_p, "generator": generator, "seed": seed, "offset": offset}
+        _nested.expect_no_lengths(seqused_k=seqused_k, leftpad_k=leftpad_k)
         _refuse_beside_nested(attn_mask=attn_mask, key_bias=key_bias, key_mask=key_mask)
         return _nested.attend(softmax_attention_varlen, query, key, value, **options)
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(alibi_slopes=alibi_slopes, sink=sink)
     query, scale = _arguments.with_scale(query, scale)
-    mask = _arguments.flag("is_causal", is_causal), *_window(window)
+    mask = _mask(is_causal, window, position_offset)
     terms = resolve_terms(
         "softmax_attention",
         query,
@@ -304,7 +344,8 @@ def softmax_attention(
         seed=seed,
         offset=offset,
     )
-    output, logsumexp = _ops.softmax_attention(query, key, value, alibi_slopes, sink, *terms, scale, *mask)
+    lengths = _arguments.key_lengths(seqused_k, leftpad_k, query, key)
+    output, logsumexp = _ops.softmax_attention(query, key, value, *lengths, alibi_slopes, sink, *terms, scale, *mask)
     return (output, logsumexp) if return_logsumexp else output
 
 
@@ -319,7 +360,7 @@ def softmax_attention_varlen(
     max_seqlen_k: int,
     *,
     return_logsumexp: Literal[False] = False,
-    **options: Unpack[SoftmaxVarlenOptions],
+    **options: Unpack[PackedOptions],
 ) -> Tensor: ...
 @overload
 def softmax_attention_varlen(
@@ -332,7 +373,7 @@ def softmax_attention_varlen(
     max_seqlen_k: int,
     *,
     return_logsumexp: Literal[True],
-    **options: Unpack[SoftmaxVarlenOptions],
+    **options: Unpack[PackedOptions],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def softmax_attention_varlen(
@@ -345,7 +386,7 @@ def softmax_attention_varlen(
     max_seqlen_k: int,
     *,
     return_logsumexp: bool,
-    **options: Unpack[SoftmaxVarlenOptions],
+    **options: Unpack[PackedOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def softmax_attention_varlen(
     query: Tensor,
@@ -358,7 +399,9 @@ def softmax_attention_varlen(
     *,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
+    window: Window = None,
+    position_offset: int = 0,
+    has_padding: bool = False,
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     softcap: float | None = None,
@@ -373,13 +416,15 @@ def softmax_attention_varlen(
     """:func:`softmax_attention` over packed sequences, laid out as in :func:`sigmoid_attention_varlen`.
 
     Returns:
-        (total_q, heads, value_dim) in the dtype of query; with ``return_logsumexp`` also (heads, total_q).
+        (total_q, heads, value_dim) in the dtype of query; with ``return_logsumexp`` also (heads, total_q), which is
+        -inf for padding.
     """
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(alibi_slopes=alibi_slopes, sink=sink)
     packing = _arguments.packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    padding = _arguments.flag("has_padding", has_padding)
     query, scale = _arguments.with_scale(query, scale)
-    mask = _arguments.flag("is_causal", is_causal), *_window(window)
+    mask = _mask(is_causal, window, position_offset)
     terms = resolve_terms(
         "softmax_attention_varlen",
         query,
@@ -394,7 +439,7 @@ def softmax_attention_varlen(
         offset=offset,
     )
     output, logsumexp = _ops.softmax_attention_varlen(
-        query, key, value, *packing, alibi_slopes, sink, *terms[1:], scale, *mask
+        query, key, value, *packing, padding, alibi_slopes, sink, *terms[1:], scale, *mask
     )
     return (output, logsumexp) if return_logsumexp else output
 
@@ -441,6 +486,8 @@ def block_sparse_attention(
     sink: Tensor | None = None,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
     softcap: float | None = None,
     attn_mask: Tensor | None = None,
     key_bias: Tensor | None = None,
@@ -470,6 +517,8 @@ def block_sparse_attention(
             :func:`attnx.sigmoid_attention`.
         scale: of the logits; 1/sqrt(head_dim) by default; or a tensor as in :func:`attnx.sigmoid_attention`.
         is_causal: also hide later keys, aligned bottom-right.
+        seqused_k: as in :func:`attnx.sigmoid_attention`; the mask may list blocks beyond.
+        leftpad_k: likewise; the blocks of keys of a sequence count from there.
         return_logsumexp: with the softmax score, also return (batch, heads, length_q) float32.
 
     Returns:
@@ -513,6 +562,7 @@ def block_sparse_attention(
         query,
         key,
         value,
+        *_arguments.key_lengths(seqused_k, leftpad_k, query, key),
         block_mask.kv_num_blocks,
         block_mask.kv_indices,
         block_bias,

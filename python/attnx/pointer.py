@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnx import _arguments
-from attnx.functional import softmax_attention
+from attnx.functional import Window, softmax_attention
 
 __all__ = ["pointer_log_prob"]
 
@@ -20,7 +20,7 @@ def pointer_log_prob(
     *,
     scale: float | None = None,
     is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
+    window: Window = None,
     sink: Tensor | None = None,
 ) -> Tensor:
     r"""The log-probability with which each query points to its target key.
@@ -72,7 +72,8 @@ def pointer_log_prob(
     factor = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     logit = (query.to(sums) * pointed.to(sums)).sum(-1) * factor
     position = torch.arange(length_q, device=query.device) + (length_k - length_q)
-    left, right = window[0], 0 if is_causal else window[1]
+    left, right = _arguments.window(window)
+    right = 0 if is_causal else right
     seen = torch.ones_like(target, dtype=torch.bool)
     if left >= 0:
         seen &= target >= position - left

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnx._scores import ScoreName
 from attnx.block_mask import BlockMask
-from attnx.functional import SigmoidBias
+from attnx.functional import SigmoidBias, Window
 from attnx.probabilistic import Keep, Mode
 from attnx.routing import Routes, Routing
 from attnx.sparse_linear import FeatureMap, LinearScope, SparseLinearMap
@@ -55,8 +55,8 @@ def _distance(length_q: int, length_k: int, device: torch.device) -> Tensor:
     return i + length_k - length_q - j
 
 
-def _visible(distance: Tensor, is_causal: bool, window: tuple[int, int]) -> Tensor:
-    left, right = window
+def _visible(distance: Tensor, is_causal: bool, window: Window) -> Tensor:
+    left, right = (-1 if bound is None else bound for bound in window or (-1, -1))
     if is_causal:
         right = 0
     visible = torch.ones_like(distance, dtype=torch.bool)
@@ -65,6 +65,30 @@ def _visible(distance: Tensor, is_causal: bool, window: tuple[int, int]) -> Tens
     if right >= 0:
         visible &= -distance <= right
     return visible
+
+
+def _band(
+    query: Tensor,
+    key: Tensor,
+    is_causal: bool,
+    window: Window,
+    position_offset: int,
+    seqused_k: Tensor | None,
+    leftpad_k: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The distance of each key from where each query stands, which of them are visible, and how many keys are used.
+
+    The first two are (batch or 1, 1, length_q, length_k), the last is (batch or 1, 1, 1, 1).
+    """
+    batch, length_q, length_k = key.shape[0], query.shape[2], key.shape[2]
+    ends = torch.full((batch,), length_k, device=key.device) if seqused_k is None else seqused_k.long()
+    starts = torch.zeros_like(ends) if leftpad_k is None else leftpad_k.long()
+    ends, starts = ends[:, None, None, None], starts[:, None, None, None]
+    # Keys count from the start, and the last query stands at the last one that is used.
+    distance = _distance(length_q, length_k, query.device) - length_k + ends + position_offset
+    j = torch.arange(length_k, device=key.device)
+    visible = _visible(distance, is_causal, window) & (j >= starts) & (j < ends)
+    return distance, visible, ends - starts
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:
@@ -162,10 +186,10 @@ def _weighted(weights: Tensor, visible: Tensor, value: Tensor) -> Tensor:
     return terms.where(visible[..., None], 0.0).sum(-2)
 
 
-def _sigmoid_bias(bias: SigmoidBias, length_k: int, visible: Tensor) -> Tensor | float:
+def _sigmoid_bias(bias: SigmoidBias, keys: int | Tensor, visible: Tensor) -> Tensor | float:
     """What a bias that is no tensor adds to the logits."""
     if bias is None:
-        return -math.log(max(length_k, 1))
+        return -torch.as_tensor(keys, device=visible.device).clamp(min=1).double().log()
     if bias == "row":
         return -visible.sum(-1, keepdim=True).clamp(min=1).double().log()
     return bias
@@ -223,16 +247,18 @@ def sigmoid_attention(
     bias: SigmoidBias = None,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
+    window: Window = None,
+    position_offset: int = 0,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     terms = _Terms(**options)
-    heads, length_q, length_k = query.shape[1], query.shape[2], key.shape[2]
-    distance = _distance(length_q, length_k, query.device)
-    visible = _visible(distance, is_causal, window)
+    heads = query.shape[1]
+    distance, visible, keys = _band(query, key, is_causal, window, position_offset, seqused_k, leftpad_k)
     logits = _logits(query, key, scale, alibi_slopes, distance, terms)
-    added = _per_head(bias, heads) if isinstance(bias, Tensor) else _sigmoid_bias(bias, length_k, visible)
+    added = _per_head(bias, heads) if isinstance(bias, Tensor) else _sigmoid_bias(bias, keys, visible)
     return _sigmoid(logits + added, visible, value, terms)
 
 
@@ -243,15 +269,17 @@ def softmax_attention(
     *,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
+    window: Window = None,
+    position_offset: int = 0,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     return_logsumexp: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     terms = _Terms(**options)
-    distance = _distance(query.shape[2], key.shape[2], query.device)
-    visible = _visible(distance, is_causal, window)
+    distance, visible, _ = _band(query, key, is_causal, window, position_offset, seqused_k, leftpad_k)
     logits, visible = terms.add(_logits(query, key, scale, alibi_slopes, distance, terms), visible)
     output, logsumexp = _softmax(logits.where(visible, -math.inf), visible, value, sink, terms)
     return (output, logsumexp) if return_logsumexp else output
@@ -269,6 +297,8 @@ def block_sparse_attention(
     sink: Tensor | None = None,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
     return_logsumexp: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -278,11 +308,15 @@ def block_sparse_attention(
     key_blocks = -(-length_k // block_k)
 
     def each_element(blocks: Tensor) -> Tensor:
-        elements = blocks.repeat_interleave(block_q, -2).repeat_interleave(block_k, -1)
-        return elements[..., :length_q, :length_k]
+        elements = blocks.repeat_interleave(block_q, -2).repeat_interleave(block_k, -1)[..., :length_q, :length_k]
+        if leftpad_k is None:
+            return elements
+        # Blocks of keys count from the first that is used.
+        place = (torch.arange(length_k, device=query.device) - leftpad_k[:, None, None, None]).clamp(min=0)
+        elements = elements.expand(len(query), *elements.shape[1:])
+        return elements.gather(-1, place.expand(*elements.shape[:-1], -1))
 
-    distance = _distance(length_q, length_k, query.device)
-    in_band = _visible(distance, is_causal, (-1, -1))
+    distance, in_band, keys = _band(query, key, is_causal, None, 0, seqused_k, leftpad_k)
     # (..., query_blocks, width, key_blocks): which block an entry of a list in use names.
     width = torch.arange(block_mask.kv_indices.shape[-1], device=query.device)
     used = (width < block_mask.kv_num_blocks[..., None])[..., None]
@@ -292,7 +326,7 @@ def block_sparse_attention(
     if block_bias is not None:
         logits = logits + each_element(block_bias.double()[..., None].where(names, 0.0).sum(-2))
     if score == "sigmoid":
-        return _sigmoid(logits + _sigmoid_bias(bias, length_k, in_band), visible, value, terms)
+        return _sigmoid(logits + _sigmoid_bias(bias, keys, in_band), visible, value, terms)
     logits, visible = terms.add(logits, visible)
     output, logsumexp = _softmax(logits.where(visible, -math.inf), visible, value, sink, terms)
     return (output, logsumexp) if return_logsumexp else output
@@ -688,6 +722,7 @@ def _each_sequence(
     cu_seqlens_k: Tensor,
     options: dict[str, Any] | None = None,
 ) -> Tensor:
+    """Rows after the last sequence give 0."""
     outputs = []
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     if len(ends_q) == 1:  # no sequence: the same as one without tokens
@@ -696,7 +731,8 @@ def _each_sequence(
         q, k, v = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
         own = {} if options is None else _own_terms(options, b, k0, k1)
         outputs.append(attention(q, k, v, **own)[0].transpose(0, 1))
-    return torch.cat(outputs)
+    output = torch.cat(outputs)
+    return torch.cat([output, output.new_zeros(len(query) - len(output), *output.shape[1:])])
 
 
 def sigmoid_attention_varlen(
@@ -707,6 +743,8 @@ def sigmoid_attention_varlen(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    *,
+    has_padding: bool = False,
     **options: Any,
 ) -> Tensor:
     return _each_sequence(sigmoid_attention, query, key, value, cu_seqlens_q, cu_seqlens_k, options)
@@ -765,6 +803,7 @@ def softmax_attention_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
+    has_padding: bool = False,
     return_logsumexp: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -774,7 +813,8 @@ def softmax_attention_varlen(
         return torch.cat([output, logsumexp[..., None]], -1)
 
     both = _each_sequence(attention, query, key, value, cu_seqlens_q, cu_seqlens_k, options)
-    output, logsumexp = both[..., :-1], both[..., -1].transpose(0, 1)
+    output, logsumexp = both[..., :-1], both[..., -1].transpose(0, 1).clone()
+    logsumexp[:, cu_seqlens_q[-1] :] = -math.inf
     return (output, logsumexp) if return_logsumexp else output
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnx.functional import SigmoidBias
+from attnx.functional import SigmoidBias, Window
 
 __all__ = ["assert_close", "eager_attention", "eager_sigmoid_attention", "eager_softmax_attention"]
 
@@ -109,7 +109,8 @@ def eager_attention(
     *,
     scale: float | None = None,
     is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
+    window: Window = None,
+    position_offset: int = 0,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Attention in plain PyTorch, every step rounded to the dtype of ``query``.
@@ -119,14 +120,17 @@ def eager_attention(
 
     Args:
         weigh: makes the weights of the logits and of which of them are visible, both (..., length_q, length_k).
-        query, key, value, scale, is_causal, window: as in :func:`attnx.sigmoid_attention`.
+        query, key, value, scale, is_causal, window, position_offset: as in :func:`attnx.sigmoid_attention`.
         alibi_slopes: the same, or (heads, length_q), which tells the gradient of each row apart.
     """
     groups = query.shape[1] // key.shape[1]
     query, key, value = query.flip(2, 3), key.flip(2, 3), value.flip(2)
-    left, right = window[0], 0 if is_causal else window[1]
-    # Counted from the ends, which meet, key j lies i - j places after query i.
+    left, right = (-1 if bound is None else bound for bound in window or (-1, -1))
+    if is_causal:
+        right = 0
+    # Counted from the ends, which meet without an offset, key j lies i - j places after query i.
     after = torch.arange(query.shape[2], device=query.device)[:, None] - torch.arange(key.shape[2], device=query.device)
+    after = after - position_offset
     visible = torch.ones_like(after, dtype=torch.bool)
     if left >= 0:
         visible &= after >= -left

@@ -22,7 +22,7 @@ struct Sequence {
   Sequence(const AttentionParams& p, std::int64_t b)
       : batch(b), first_q(0), first_k(0), length_q(p.length_q), length_k(p.length_k) {
     if (p.cu_seqlens_q) first_q = p.cu_seqlens_q[b], length_q = p.cu_seqlens_q[b + 1] - first_q;
-    if (p.cu_seqlens_k) first_k = p.cu_seqlens_k[b], length_k = p.cu_seqlens_k[b + 1] - first_k;
+    if (p.key_ends) first_k = p.key_starts[b], length_k = p.key_ends[b] - first_k;
     if (p.cache) length_k = p.cache->of(b).length();
     if (p.query_lengths) length_q = p.query_lengths[b];
   }
@@ -77,7 +77,7 @@ struct Panel {
       query[lane] = q;
       head[lane] = first_head + of_group;
       if (lane + 1 < rows && ++of_group == group) of_group = 0, ++q;
-      position[lane] = query[lane] + s.length_k - s.length_q;
+      position[lane] = query[lane] + s.length_k - s.length_q + p.position_offset;
       visible[lane] = tiles.row(position[lane]);
       if (lane == 0) any = all = visible[0];
       any = {smaller(any.first, visible[lane].first), larger(any.end, visible[lane].end)};

@@ -12,7 +12,7 @@ struct Visible {
 
 struct Band {
   int length_k;
-  int offset;       // length_k - length_q: the last query meets the last key
+  int offset;       // of the key where a query stands: length_k - length_q where the last meets the last
   int left, right;  // how far a query sees; at most 2^30
 
   __device__ __forceinline__ Visible visible(int query) const {

@@ -9,20 +9,20 @@ namespace attnx::cuda {
 // This is one sequence, and which of its keys a query sees.
 struct Sequence {
   int length_q;
-  std::int64_t first_q, first_k;  // rows before it in packed tensors
+  std::int64_t first_q, first_k;  // rows before its own in the tensors
   Band band;
 };
 
 __device__ __forceinline__ Sequence sequence_of(const Geometry& g, int batch) {
-  const auto length = [&](const std::int32_t* ends, std::int64_t full) {
-    return ends ? ends[batch + 1] - ends[batch] : int(full);
+  const auto length = [&](const std::int32_t* starts, const std::int32_t* ends, std::int64_t full) {
+    return starts ? ends[batch] - starts[batch] : int(full);
   };
   Sequence s;
-  s.length_q = length(g.cu_seqlens_q, g.length_q);
+  s.length_q = length(g.cu_seqlens_q, g.cu_seqlens_q + 1, g.length_q);
   s.first_q = g.cu_seqlens_q ? g.cu_seqlens_q[batch] : 0;
-  s.first_k = g.cu_seqlens_k ? g.cu_seqlens_k[batch] : 0;
-  const int length_k = length(g.cu_seqlens_k, g.length_k);
-  s.band = {length_k, length_k - s.length_q, g.left, g.right};
+  s.first_k = g.key_starts ? g.key_starts[batch] : 0;
+  const int length_k = length(g.key_starts, g.key_ends, g.length_k);
+  s.band = {length_k, length_k - s.length_q + g.position_offset, g.left, g.right};
   return s;
 }
 

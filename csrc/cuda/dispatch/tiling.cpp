@@ -41,6 +41,9 @@ Geometry geometry_of(const AttentionParams& p, int rows_of_tile, std::int64_t gr
   };
   check_length("query", rows);
   check_length("key", p.length_k);
+  if (p.position_offset != 0 && (rows >= kUnbounded / 4 || p.length_k >= kUnbounded / 4))
+    throw std::runtime_error("position_offset: expected 0 with 2^28 rows or keys, got " +
+                             std::to_string(p.position_offset));
   const auto bound = [](std::int64_t side) {
     return int(side < 0 ? kUnbounded : std::min<std::int64_t>(side, kUnbounded));
   };
@@ -53,13 +56,15 @@ Geometry geometry_of(const AttentionParams& p, int rows_of_tile, std::int64_t gr
   g.head_dim = p.head_dim;
   g.value_dim = p.value_dim;
   g.cu_seqlens_q = p.cu_seqlens_q;
-  g.cu_seqlens_k = p.cu_seqlens_k;
+  g.key_starts = p.key_starts;
+  g.key_ends = p.key_ends;
   g.group = Divisor(group);
   g.heads = Divisor(p.heads_q / group);
   g.query_blocks = Divisor(std::max<std::int64_t>(ceil_div(rows, rows_of_tile), 1));
   g.tiles_of_block = p.key_blocks.counts ? std::max(int(p.block_q) / rows_of_tile, 1) : 1;
   g.left = bound(p.window_left);
   g.right = bound(p.window_right);
+  g.position_offset = int(p.position_offset);
   return g;
 }
 

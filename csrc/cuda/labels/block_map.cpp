@@ -30,16 +30,17 @@ MapPlan make_plan(const BlockMapParams& p, void* memory) {
   WorkspaceLayout layout;
   plan.features = padded_to_vectors(p.head_dim);
   plan.group = p.heads_q / p.heads_k;
-  const auto pooled = [&](const Tensor& rows, const std::int32_t* cu_seqlens, std::int64_t heads, std::int64_t length,
-                          std::int64_t block, float sign) {
+  const auto pooled = [&](const Tensor& rows, const std::int32_t* starts, const std::int32_t* ends, std::int64_t heads,
+                          std::int64_t length, std::int64_t block, float sign) {
     const std::int64_t blocks = ceil_div(length, block);
-    return PooledBlocks{
-        rows,  cu_seqlens, heads, length,
-        block, blocks,     sign,  layout.place<float>(memory, p.batch * heads * blocks * plan.features)};
+    return PooledBlocks{rows,   starts, ends,
+                        heads,  length, block,
+                        blocks, sign,   layout.place<float>(memory, p.batch * heads * blocks * plan.features)};
   };
   const auto sign = float(int(p.scale > 0) - int(p.scale < 0));
-  plan.query = pooled(p.query, p.cu_seqlens_q, p.heads_q, p.length_q, p.block_q, sign);
-  plan.key = pooled(p.key, p.cu_seqlens_k, p.heads_k, p.length_k, p.block_k, 1);
+  plan.query = pooled(p.query, p.cu_seqlens_q, p.cu_seqlens_q ? p.cu_seqlens_q + 1 : nullptr, p.heads_q, p.length_q,
+                      p.block_q, sign);
+  plan.key = pooled(p.key, p.key_starts, p.key_ends, p.heads_k, p.length_k, p.block_k, 1);
   plan.row_stride = padded_to_vectors(plan.key.blocks);
   const std::int64_t of_problem = plan.group * plan.query.blocks * plan.row_stride;
   plan.problems = p.batch * p.heads_k;
@@ -71,7 +72,8 @@ void label(const BlockMapParams& p, const MapPlan& plan, std::int64_t first, std
            const Launch& launch) {
   launch_label_blocks({.grid = {p.length_q, p.length_k, p.block_q, p.block_k, p.window_right == 0},
                        .cu_seqlens_q = p.cu_seqlens_q,
-                       .cu_seqlens_k = p.cu_seqlens_k,
+                       .key_starts = p.key_starts,
+                       .key_ends = p.key_ends,
                        .first_head = first * plan.group,
                        .heads = problems * plan.group,
                        .heads_of_sequence = p.heads_q,

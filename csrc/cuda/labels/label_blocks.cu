@@ -18,7 +18,7 @@ __device__ __forceinline__ BlockGrid grid_of(const LabelArguments& args, std::in
   if (args.cu_seqlens_q) {
     const std::int64_t b = (args.first_head + head) / args.heads_of_sequence;
     grid.length_q = args.cu_seqlens_q[b + 1] - args.cu_seqlens_q[b];
-    grid.length_k = row < grid.query_blocks() ? args.cu_seqlens_k[b + 1] - args.cu_seqlens_k[b] : 0;
+    grid.length_k = row < grid.query_blocks() ? args.key_ends[b] - args.key_starts[b] : 0;
   }
   return grid;
 }

@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kThreads) attnx_pool_blocks(const __grid_const
   const PooledBlocks& x = args.pooled[is_key];
   const std::int64_t n = is_key ? at - args.of_queries : at;
   const std::int64_t block = n % x.blocks, head = n / x.blocks % x.heads, batch = n / x.blocks / x.heads;
-  const std::int64_t before = x.cu_seqlens ? x.cu_seqlens[batch] : 0;
-  const std::int64_t length = x.cu_seqlens ? x.cu_seqlens[batch + 1] - before : x.length;
+  const std::int64_t before = x.starts ? x.starts[batch] : 0;
+  const std::int64_t length = x.ends ? x.ends[batch] - before : x.length;
   const int rows = int(min(length - block * x.block, x.block));  // 0 or less beyond the sequence
 
   const int lane = threadIdx.x % 32, column = lane % args.lanes * kVector, rows_at_once = 32 / args.lanes;

@@ -10,7 +10,7 @@ namespace attnx::cuda {
 // to a multiple of 4. Blocks beyond a shorter sequence are zeros.
 struct PooledBlocks {
   Tensor rows;
-  const std::int32_t* cu_seqlens;
+  const std::int32_t *starts, *ends;  // rows of each sequence; null: all
   std::int64_t heads, length, block;
   std::int64_t blocks;  // of a head
   float sign;           // of the means

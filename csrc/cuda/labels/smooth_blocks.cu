@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads) attnx_smooth_blocks(const __grid_con
   const PooledBlocks& key = args.key;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, feature = blockIdx.x % args.groups * 32 + lane;
   const std::int64_t head = blockIdx.x / args.groups, batch = head / key.heads;
-  const int length = key.cu_seqlens ? key.cu_seqlens[batch + 1] - key.cu_seqlens[batch] : int(key.length);
+  const int length = key.ends ? key.ends[batch] - key.starts[batch] : int(key.length);
   const int block = int(key.block), blocks = feature < args.features ? (length + block - 1) / block : 0;
   float* const means = key.means + head * key.blocks * args.features + feature;
   float sum = 0;

@@ -14,7 +14,7 @@ struct Tma {
   // So many threads of the producer warpgroup have copies made, and so many times they arrive at the barrier of a full
   // stage: here the thread does when it announces what comes.
   static constexpr int kProducers = 1, kArrivals = 1;
-  // Past the end of a packed sequence tiles have rows of the next one.
+  // Past the end of a sequence tiles have rows of the next one, or unused ones.
   static constexpr bool kReadsOn = true;
 
   struct ForwardTensors {
@@ -94,7 +94,7 @@ struct Tma {
   static __device__ __forceinline__ void load_keys(std::uint32_t tile, const CUtensorMap& from, const Args& args,
                                                    const Sequence& sequence, int batch, int head, int key,
                                                    std::uint32_t barrier, std::uint64_t cache_policy) {
-    int at[5] = {0, 0, int(sequence.first_k) + key, head, args.cu_seqlens_k ? 0 : batch};
+    int at[5] = {0, 0, int(sequence.first_k) + key, head, args.cu_seqlens_q ? 0 : batch};
     Tile::load(tile, from, at, barrier, cache_policy);
   }
   static __device__ __forceinline__ void finish(std::uint32_t) {}

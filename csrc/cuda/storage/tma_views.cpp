@@ -10,7 +10,7 @@ TmaTensor of_queries(const AttentionParams& p, const Tensor& x, std::int64_t fea
 }
 
 TmaTensor of_keys(const AttentionParams& p, const Tensor& x, std::int64_t features) {
-  return p.cu_seqlens_k ? TmaTensor{p.dtype, x, features, 1, p.packed_rows_k, p.heads_k, 1}
+  return p.cu_seqlens_q ? TmaTensor{p.dtype, x, features, 1, p.packed_rows_k, p.heads_k, 1}
                         : TmaTensor{p.dtype, x, features, 1, p.length_k, p.heads_k, p.batch};
 }
 

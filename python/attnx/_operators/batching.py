@@ -36,6 +36,9 @@ def _by_heads(of: Signature) -> Rule:
     packed = "cu_seqlens_q" in of.arguments
     by_looping = _by_looping(of)
 
+    # Examples share these, as more heads do.
+    shared = {"cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k"}
+
     def heads_at(tensor: str) -> int:
         """The dimension that counts heads, in a tensor of this name."""
         kind = tensor.removeprefix("grad_")
@@ -44,10 +47,10 @@ def _by_heads(of: Signature) -> Rule:
         return 0 if kind in of.optional or (kind == "logsumexp" and packed) else 1
 
     def fold(tensor: str, x: Any, dim: int | None, examples: int, heads: int) -> Any:
-        if not isinstance(x, Tensor) or (dim is None and (x.dim() == 0 or tensor.startswith("cu_seqlens"))):
+        if not isinstance(x, Tensor) or (dim is None and (x.dim() == 0 or tensor in shared)):
             return x
-        if tensor.startswith("cu_seqlens"):
-            raise NotImplementedError(f"{tensor}: expected one packing for all examples of vmap, got a batch of them")
+        if tensor in shared:
+            raise NotImplementedError(f"{tensor}: expected one tensor for all examples of vmap, got a batch of them")
         x = x.expand(examples, *x.shape) if dim is None else x.movedim(dim, 0)
         if x.dim() == 1:  # one number for all heads of an example
             x = x[:, None].expand(-1, heads)

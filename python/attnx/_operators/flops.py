@@ -45,7 +45,8 @@ def lengths(a: Arguments) -> list[tuple[int, int]]:
     """Queries and keys of each sequence."""
     query, key = a["query"], a["key"]
     if "cu_seqlens_q" not in a:
-        return [(query.shape[2], key.shape[2])] * query.shape[0]
+        ends = None if a.get("seqused_k") is None else _numbers(a["seqused_k"] - a["leftpad_k"])
+        return [(query.shape[2], length) for length in ends or [key.shape[2]] * query.shape[0]]
     sequences = a["cu_seqlens_q"].shape[0] - 1
     offsets = _numbers(a["cu_seqlens_q"]), _numbers(a["cu_seqlens_k"])
     if None in offsets:

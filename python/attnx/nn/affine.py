@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from attnx import _arguments
 from attnx.affine import affine_attention, visible_sums
 from attnx.nn.arguments import ProjectionArguments, shows_projection_arguments
 from attnx.nn.projections import ProjectedAttention
@@ -88,7 +89,7 @@ class AffineScaledAttention(ProjectedAttention):
         if self.training and torch.is_grad_enabled():
             target = gate.detach().mean((0, 2))
             gate = torch.ops.attnx.move_average_in_backward(gate, self.gate_average, target, self.decay)
-        band: dict[str, Any] = {"is_causal": self.is_causal, "window": self.window}
+        band: dict[str, Any] = {"is_causal": self.is_causal, "window": _arguments.window(self.window)}
         ones = torch.ones(key.shape[2], 1, dtype=sums, device=key.device)
         count = visible_sums(ones, query.shape[2], **band, dtype=sums)[:, 0].clamp(min=1)
         addend = (average - gate) / count

@@ -84,7 +84,7 @@ struct BackwardWarpgroup {
 
   __device__ __forceinline__ void wait_for_keys() const {
     wait_full(shared.keys_full(), 0);
-    if (Storage::kReadsOn && args.cu_seqlens_k) {
+    if (Storage::kReadsOn && args.key_ends) {
       const Place place = Place::again(args);
       const int keys = place.sequence.band.length_k - place.key_begin;
       if (keys < kN) clear_rows<KeyTile>(shared.key, shared.value(), keys);

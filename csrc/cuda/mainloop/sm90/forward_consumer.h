@@ -96,7 +96,7 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
       fence_async_proxy();
       meet(1, Tile::kWarpgroups * 128);
     };
-    if (Storage::kReadsOn && !Tiles::kFromMemory && args.cu_seqlens_k && count > 0)
+    if (Storage::kReadsOn && !Tiles::kFromMemory && args.key_ends && count > 0)
       clear_values(band.length_k - tiles.first(tiles.end() - 1));
 
     Accumulators<16, kHeadDim> output;
@@ -143,7 +143,7 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
         place_logits(s, args, own.sequence.band, query_head_of(args, own.head), own.row_begin + warp_row + lane / 4,
                      first + lane % 4 * 2, args.scale_log2);
         // Tiles from memory come in any order, but all warpgroups find the same one ragged.
-        if (Tiles::kFromMemory && args.cu_seqlens_k) clear_values(max(own.sequence.band.length_k - first, 0));
+        if (Tiles::kFromMemory && args.key_ends) clear_values(max(own.sequence.band.length_k - first, 0));
         multiplier = 1;
       }
       score.template begin<Tiles::kHasBias>(s, output, multiplier, bias, divisor);
