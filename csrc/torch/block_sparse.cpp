@@ -78,8 +78,9 @@ BlockList read_lists(const Lists& lists, const AttentionParams& p, std::int64_t 
   return list;
 }
 
-void read(const Target& target, const Inputs& x, const Dense& layout, const KeyLists& lists, const Additions& additions,
-          const BlockSize& size, const ScoreOptions& options, const Causal& causal, AttentionParams& p) {
+void read(const Target& target, const Inputs& x, const DenseWithLengths& layout, const KeyLists& lists,
+          const Additions& additions, const BlockSize& size, const ScoreOptions& options, const Causal& causal,
+          AttentionParams& p) {
   read_score(options, p);
   read_sink(additions.sink, p);
   read_inputs(target, x, layout, p);
@@ -91,7 +92,7 @@ void read(const Target& target, const Inputs& x, const Dense& layout, const KeyL
                  p, blocks_of(p.length_q, p.block_q), blocks_of(p.length_k, p.block_k));
 }
 
-Outputs forward(const Inputs& x, const Dense& layout, const KeyLists& lists, const Additions& additions,
+Outputs forward(const Inputs& x, const DenseWithLengths& layout, const KeyLists& lists, const Additions& additions,
                 const BlockSize& size, const ScoreOptions& options, const Causal& causal) {
   const Target target{kSystem, x.query};
   ForwardParams p;
@@ -116,10 +117,10 @@ BlockBiasGradient empty_block_bias(const Target& target, const KeyLists& lists, 
   return gradient;
 }
 
-AllGradients backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y, const Dense& layout,
-                      const KeyLists& lists, const Additions& additions, const QueryLists& transposed,
-                      const BlockSize& size, const ScoreOptions& options, const Causal& causal,
-                      const Deterministic& option) {
+AllGradients backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y,
+                      const DenseWithLengths& layout, const KeyLists& lists, const Additions& additions,
+                      const QueryLists& transposed, const BlockSize& size, const ScoreOptions& options,
+                      const Causal& causal, const Deterministic& option) {
   const Target target{kSystem, x.query, option.deterministic};
   BackwardParams p;
   read(target, x, layout, lists, additions, size, options, causal, p);
