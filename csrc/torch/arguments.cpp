@@ -117,7 +117,7 @@ void read_inputs(const Target& target, const Inputs& x, const Packed* packed, At
   p.value = view_rows(x.value);
 }
 
-void read_key_lengths(const Dense& dense, AttentionParams& p) {
+void read_key_lengths(const DenseWithLengths& dense, AttentionParams& p) {
   const auto& [seqused_k, leftpad_k] = dense;
   check(seqused_k.has_value() == leftpad_k.has_value(),
         "seqused_k, leftpad_k: expected both or neither, got one of them");

@@ -13,9 +13,12 @@ struct Inputs {
   ATTNX_FIELDS(query, key, value)
 };
 
-// Sequences lie in memory as (batch, heads, length, dim), or packed end to end as (rows, heads, dim). Of dense ones the
-// keys of sequence b may be the rows [leftpad_k[b], seqused_k[b]) alone.
+// Sequences lie in memory as (batch, heads, length, dim), or packed end to end as (rows, heads, dim).
 struct Dense {
+  ATTNX_FIELDS()
+};
+// The keys of sequence b may be the rows [leftpad_k[b], seqused_k[b]) alone.
+struct DenseWithLengths {
   std::optional<StableTensor> seqused_k, leftpad_k;
   ATTNX_FIELDS(seqused_k, leftpad_k)
 };
@@ -88,8 +91,12 @@ void for_each_head_parameter(Group& group, const Visit& visit) {
 
 Score read_score(const std::string& score);
 void read_inputs(const Target& target, const Inputs& inputs, const Packed* packed, AttentionParams& params);
-void read_key_lengths(const Dense& dense, AttentionParams& params);
-inline void read_inputs(const Target& target, const Inputs& inputs, const Dense& dense, AttentionParams& params) {
+inline void read_inputs(const Target& target, const Inputs& inputs, const Dense&, AttentionParams& params) {
+  read_inputs(target, inputs, nullptr, params);
+}
+void read_key_lengths(const DenseWithLengths& dense, AttentionParams& params);
+inline void read_inputs(const Target& target, const Inputs& inputs, const DenseWithLengths& dense,
+                        AttentionParams& params) {
   read_inputs(target, inputs, nullptr, params);
   read_key_lengths(dense, params);
 }

@@ -84,9 +84,9 @@ BlockList read_lists(const Lists& lists, const AttentionParams& p, std::int64_t 
   return list;
 }
 
-void read(const Target& target, const Inputs& x, const Dense& layout, const KeyLists& lists, const Additions& additions,
-          const PairTerms& pairs, const Terms& terms, const BlockSize& size, const ScoreOptions& options,
-          const Causal& causal, AttentionParams& p) {
+void read(const Target& target, const Inputs& x, const DenseWithLengths& layout, const KeyLists& lists,
+          const Additions& additions, const PairTerms& pairs, const Terms& terms, const BlockSize& size,
+          const ScoreOptions& options, const Causal& causal, AttentionParams& p) {
   read_score(options, p);
   read_sink(additions.sink, p);
   read_inputs(target, x, layout, p);
@@ -100,8 +100,9 @@ void read(const Target& target, const Inputs& x, const Dense& layout, const KeyL
                  p, blocks_of(p.length_q, p.block_q), blocks_of(p.length_k, p.block_k));
 }
 
-Outputs forward(const Inputs& x, const Dense& layout, const KeyLists& lists, const Additions& additions,
-                const PairTerms& pairs, const Terms& terms, const BlockSize& size, const ScoreOptions& options, const Causal& causal) {
+Outputs forward(const Inputs& x, const DenseWithLengths& layout, const KeyLists& lists, const Additions& additions,
+                const PairTerms& pairs, const Terms& terms, const BlockSize& size, const ScoreOptions& options,
+                const Causal& causal) {
   const Target target{kSystem, x.query};
   ForwardParams p;
   read(target, x, layout, lists, additions, pairs, terms, size, options, causal, p);
@@ -125,11 +126,11 @@ BlockBiasGradient empty_block_bias(const Target& target, bool wanted, BackwardPa
   return gradient;
 }
 
-AllGradients backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y, const Dense& layout,
-                      const KeyLists& lists, const Additions& additions, const PairTerms& pairs, const Terms& terms,
-                      const QueryLists& transposed, const BlockSize& size, const ScoreOptions& options,
-                      const Causal& causal, const WantedPairTerms& wanted_pairs, const WantedTerms& wanted_terms,
-                      const Wanted& wanted, const Deterministic& option) {
+AllGradients backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y,
+                      const DenseWithLengths& layout, const KeyLists& lists, const Additions& additions,
+                      const PairTerms& pairs, const Terms& terms, const QueryLists& transposed, const BlockSize& size,
+                      const ScoreOptions& options, const Causal& causal, const WantedPairTerms& wanted_pairs,
+                      const WantedTerms& wanted_terms, const Wanted& wanted, const Deterministic& option) {
   const Target target{kSystem, x.query, option.deterministic};
   check(!wanted.block_bias_gradient || lists.block_bias, "block_bias_gradient: expected False without block_bias");
   BackwardParams p;
@@ -147,9 +148,9 @@ AllGradients backward(const OutputGradients& gradients, const Inputs& x, const O
           shape_of(*indices), " beside ", shape_of(*counts), ", or expanded ones");
   }
   read_outputs(gradients, y, x, p);
-  const auto others = std::tuple(empty_gradients(target, wanted_pairs, pairs, p),
-                                 empty_gradients(target, wanted_terms, terms, p),
-                                 empty_block_bias(target, wanted.block_bias_gradient, p));
+  const auto others =
+      std::tuple(empty_gradients(target, wanted_pairs, pairs, p), empty_gradients(target, wanted_terms, terms, p),
+                 empty_block_bias(target, wanted.block_bias_gradient, p));
   return std::tuple_cat(run_backward(target, x, additions, p), others);
 }
 

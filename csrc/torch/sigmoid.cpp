@@ -65,9 +65,9 @@ AllGradients<Layout> backward(const OutputGradient& gradient, const Inputs& x, c
 }
 
 const Registration registration(kSystem, OnHost::kRefused,
-                                {define<forward<Dense>>("sigmoid_attention"),
+                                {define<forward<DenseWithLengths>>("sigmoid_attention"),
                                  define<forward<PackedWithPadding>>("sigmoid_attention_varlen"),
-                                 define<backward<Dense>>("sigmoid_attention_backward"),
+                                 define<backward<DenseWithLengths>>("sigmoid_attention_backward"),
                                  define<backward<PackedWithPadding>>("sigmoid_attention_varlen_backward")});
 
 }  // namespace

@@ -56,9 +56,9 @@ AllGradients<Layout> backward(const OutputGradients& gradients, const Inputs& x,
 }
 
 const Registration registration(kSystem, OnHost::kRefused,
-                                {define<forward<Dense>>("softmax_attention"),
+                                {define<forward<DenseWithLengths>>("softmax_attention"),
                                  define<forward<PackedWithPadding>>("softmax_attention_varlen"),
-                                 define<backward<Dense>>("softmax_attention_backward"),
+                                 define<backward<DenseWithLengths>>("softmax_attention_backward"),
                                  define<backward<PackedWithPadding>>("softmax_attention_varlen_backward")});
 
 }  // namespace

@@ -99,7 +99,7 @@ def sigmoid_attention(
         key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads, and consecutive query
             heads share a key head.
         value: (batch, kv_heads, length_k, value_dim).
-        bias: what is added to every logit. None: -log(length_k) of the used keys, the paper's rule, under which the weights of
+        bias: what is added to every logit. None: -log(used keys), the paper's rule, under which the weights of
             a row start near a sum of 1. ``"row"``: -log(number of keys the row sees). A float. Or a tensor of
             shape () or (heads,), float32 (float64 for float64 inputs), which may require a gradient. -inf makes
             all weights 0.

@@ -63,8 +63,17 @@ void launch_label_blocks(const LabelArguments& args, const Launch& launch) {
 void label_blocks(const LabelBlocksParams& p, const Launch& launch) {
   if (p.dtype != DType::kFloat32)
     throw std::runtime_error("label_blocks: products: expected float32, got another dtype");
-  launch_label_blocks({p.grid, nullptr, nullptr, 0, p.heads, p.heads, static_cast<const float*>(p.products),
-                       p.grid.key_blocks(), p.shares, p.labels},
+  launch_label_blocks({.grid = p.grid,
+                       .cu_seqlens_q = nullptr,
+                       .key_starts = nullptr,
+                       .key_ends = nullptr,
+                       .first_head = 0,
+                       .heads = p.heads,
+                       .heads_of_sequence = p.heads,
+                       .products = static_cast<const float*>(p.products),
+                       .row_stride = p.grid.key_blocks(),
+                       .shares = p.shares,
+                       .labels = p.labels},
                       launch);
 }
 
