@@ -37,9 +37,17 @@ LABELS, SHARES = "csrc/cpu/labels.cpp", "csrc/attnx/block_labels.h"
 ARGUMENTS, LISTS, CACHE = "csrc/torch/arguments.cpp", "csrc/torch/block_sparse.cpp", "csrc/torch/staircase_cache.cpp"
 MAP, CLUSTERS, ROUTES = "python/attnx/_operators/sparse_linear.py", "csrc/cpu/clusters.cpp", "csrc/torch/routes.cpp"
 SOFTMAX, LISTED = "csrc/cpu/kernel/score/softmax.h", "csrc/cpu/kernel/tiles/listed.h"
+TERMS, TERM_SUMS = "csrc/torch/terms.cpp", "csrc/cpu/kernel/logits/sums.h"
+TERM_TILE, DROPOUT = "csrc/cpu/kernel/logits/tile.h", "csrc/cpu/kernel/random.h"
 SIGMOID, BAND = "csrc/cpu/kernel/score/sigmoid.h", "csrc/cpu/kernel/tiles/band.h"
 
 MUTANTS = (
+    Mutant(TERMS, "share >= 0 && share <= 1", "true", "test_logit_terms.py -k share"),
+    Mutant(TERMS, "softcap > 0", "softcap >= 0", "test_logit_terms.py -k no_softcap"),
+    Mutant(TERM_TILE, "ds * (1 - t * t)", "ds", "test_logit_terms.py -k definition"),
+    Mutant(TERM_TILE, "(!shares || shares[at] != 0)", "true", "test_logit_terms.py -k leak"),
+    Mutant(TERM_SUMS, "grad.head_stride == 0 && p.heads_q > 1", "false", "test_logit_terms.py -k threads"),
+    Mutant(DROPOUT, "pair * 2 + n % 2 - key0", "pair * 2 + (n + 1) % 2 - key0", "test_logit_terms.py -k definition"),
     Mutant(ARGUMENTS, "share >= 0 && share <= 1", "true", "test_fuzz.py -k shares"),
     Mutant(ARGUMENTS, "critical + negligible <= 1", "true", "test_fuzz.py -k shares"),
     Mutant(ARGUMENTS, "offsets[0] == 0", "true", "test_bad_input.py -k varlen"),

@@ -99,22 +99,57 @@ inline void convert_row(To* __restrict to, const From* __restrict from, std::int
   }
 }
 
+template <std::size_t bytes>
+struct BitsOf;
+template <>
+struct BitsOf<2> {
+  using type = std::uint16_t;
+};
+template <>
+struct BitsOf<4> {
+  using type = std::uint32_t;
+};
+template <>
+struct BitsOf<8> {
+  using type = std::uint64_t;
+};
+
 // Whether all n numbers are finite: no exponent of all ones.
 template <class T>
 inline bool all_finite(const T* x, std::int64_t n) {
-  bool infinite = false;
-  for (std::int64_t i = 0; i < n; ++i) {
-    if constexpr (sizeof(T) == 8) {
-      infinite |= (bit_cast<std::uint64_t>(x[i]) & 0x7ff0000000000000u) == 0x7ff0000000000000u;
-    } else if constexpr (sizeof(T) == 4) {
-      infinite |= (bit_cast<std::uint32_t>(x[i]) & 0x7f800000u) == 0x7f800000u;
-    } else if constexpr (__is_same(T, BFloat16)) {
-      infinite |= (x[i].bits & 0x7f80u) == 0x7f80u;
-    } else {
-      infinite |= (x[i].bits & 0x7c00u) == 0x7c00u;
-    }
+  using Bits = typename BitsOf<sizeof(T)>::type;
+  constexpr Bits kExponent = sizeof(T) == 8           ? Bits(0x7ff0000000000000u)
+                             : sizeof(T) == 4         ? Bits(0x7f800000u)
+                             : __is_same(T, BFloat16) ? Bits(0x7f80u)
+                                                      : Bits(0x7c00u);
+  constexpr int kTogether = kVectorBytes / int(sizeof(T));
+  Vec<Bits> largest = {};  // exponent
+  std::int64_t i = 0;
+  for (; i + kTogether <= n; i += kTogether) {
+    Vec<Bits> bits;
+    __builtin_memcpy(&bits, x + i, sizeof bits);
+    bits &= kExponent;
+    largest = bits > largest ? bits : largest;
   }
+  bool infinite = false;
+  for (int lane = 0; lane < kTogether; ++lane) infinite |= largest[lane] == kExponent;
+  for (; i < n; ++i) infinite |= (bit_cast<Bits>(x[i]) & kExponent) == kExponent;
   return !infinite;
 }
+
+// Whether numbers that several panels meet are all finite: looked at when the first asks.
+class Finiteness {
+ public:
+  void forget() { known_ = false; }
+  template <class T>
+  bool operator()(const T* x, std::int64_t n) {
+    if (!known_) finite_ = all_finite(x, n);
+    known_ = true;
+    return finite_;
+  }
+
+ private:
+  bool known_ = false, finite_ = false;
+};
 
 }  // namespace attnx::cpu::ATTNX_ISA
