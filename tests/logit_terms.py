@@ -82,9 +82,13 @@ def eager(
     attn_mask: Tensor | None = None,
     key_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
+    constant_sums: bool = False,
     **draw: Any,
 ) -> Tensor:
-    """Plain PyTorch, every step rounded to the dtype of ``query``; sums run from the last term to the first."""
+    """Plain PyTorch, every step rounded to the dtype of ``query``; sums run from the last term to the first.
+
+    With ``constant_sums`` the gradient leaves the sums of weights out: it shows how large the terms are that cancel.
+    """
     dtype, groups = query.dtype, query.shape[1] // key.shape[1]
     distance = torch.arange(query.shape[2])[:, None] + key.shape[2] - query.shape[2] - torch.arange(key.shape[2])
     visible = reference._visible(distance, is_causal, window).to(query.device)
@@ -107,11 +111,15 @@ def eager(
         weights = logits.sigmoid() * share
     else:
         counted = logits if key_mask is None else logits.masked_fill(key_mask[:, :, None] == 0, -math.inf)
-        most = counted.amax(-1, keepdim=True).detach().clamp(min=-1e4)
+        most = counted.amax(-1, keepdim=True).detach()
+        if sink is None:  # a row in which no key counts has no weights
+            logits = logits.masked_fill(most == -math.inf, -math.inf)
+        most = most.clamp(min=-1e4)
         if sink is not None:
             most = most.maximum(sink.detach().to(dtype)[:, None, None])
         weights = (logits - most).exp() * share
         total = weights.flip(-1).sum(-1, keepdim=True)
+        total = total.detach() if constant_sums else total
         if sink is not None:
             total = total + (sink.to(dtype)[:, None, None] - most).exp()
         weights = weights / total.where(total > 0, 1.0)
@@ -131,9 +139,14 @@ def check(
     results = forward_backward(getattr(attnx, operator), leaves, grad_output, **others)
     exact = {name: x.double() for name, x in leaves.items()}, grad_output.double()
     expected = forward_backward(getattr(reference, operator), *exact, **others)
-    baseline = forward_backward(eager, leaves, grad_output, score=operator.split("_")[0], **others)
+    score = operator.split("_")[0]
+    baseline = forward_backward(eager, leaves, grad_output, score=score, **others)
+    terms = forward_backward(eager, *exact, score=score, constant_sums=True, **others)
     for name, actual in results.items():
         like = leaves.get(name.removeprefix("grad_"), grad_output)
         assert (actual.dtype, actual.shape) == (like.dtype, like.shape), name
-        assert_close(actual, expected[name], baseline[name], name=name, dtype=grad_output.dtype, floor=floor)
+        sizes = terms[name] if name.startswith("grad_") else None
+        assert_close(
+            actual, expected[name], baseline[name], terms=sizes, name=name, dtype=grad_output.dtype, floor=floor
+        )
     return results

@@ -236,12 +236,12 @@ def test_integers_of_numpy_are_integers(backend: object) -> None:
 @pytest.mark.parametrize(("rule", "value"), [("length", 0.0), ("row", 0.0), ("none", 0.5)])
 def test_operators_refuse_a_bias_of_softmax(rule: str, value: float, backend: object) -> None:
     """Every operator that has a choice of scores refuses what the functions refuse."""
-    lists = MASK.kv_num_blocks, MASK.kv_indices
+    lists, terms = (MASK.kv_num_blocks, MASK.kv_indices), (None, None, None, None, 0.0, None, None)
     with pytest.raises(
         RuntimeError, match=f"^bias: expected none with score softmax, got bias_rule {rule} and bias_val"
     ):
         torch.ops.attnx.block_sparse_attention(
-            *INPUTS.values(), *lists, None, None, 64, 64, "softmax", rule, value, None, False
+            *INPUTS.values(), *lists, None, None, *terms, 64, 64, "softmax", rule, value, None, False
         )
 
 

@@ -223,8 +223,8 @@ def test_dtype_without_a_kernel(operator: str, other: torch.dtype, backend: Back
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_unsupported_keywords(operator: str, backend: Backend) -> None:
-    with pytest.raises(TypeError, match="dropout_p"):
-        getattr(attnx, operator)(**dense_arguments(backend), dropout_p=0.1)
+    with pytest.raises(TypeError, match="enable_gqa"):
+        getattr(attnx, operator)(**dense_arguments(backend), enable_gqa=True)
 
 
 def redispatch(operator: str, key: str, query: Tensor, other: Tensor) -> Any:
@@ -232,7 +232,8 @@ def redispatch(operator: str, key: str, query: Tensor, other: Tensor) -> Any:
     options = (None, None, "length", 0.0) if operator == "sigmoid_attention" else (None, None)
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     kernel = getattr(torch.ops.attnx, operator).default
-    return kernel.redispatch(keys, query, other, other, *options, None, False, -1, -1)
+    terms = (None, None, None, None, 0.0, None, None)
+    return kernel.redispatch(keys, query, other, other, *options, *terms, None, False, -1, -1)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -246,6 +246,7 @@ class Backward {
     const auto for_each_tile = [&](auto visit) {
       tiles.for_each(any, sizes_.tile_keys, [&](const KeyTile& tile) {
         b.logits.set_tile(tile);
+        b.keys_finite.forget();
         storage.load_keys(tile.first, tile.count, b.keys, sizes_.head_stride);
         storage.load_values(tile.first, tile.count, b.values, sizes_.value_stride);
         storage.prefetch(tile.next, sizes_.tile_keys);
@@ -302,6 +303,8 @@ class Backward {
     };
     fetch(p_.query, p_.head_dim, sizes_.head_stride, sizes_.head_lanes, r.query, r.query_rows);
     fetch(p_.grad_output, p_.value_dim, sizes_.value_stride, sizes_.value_lanes, r.grad, r.grad_rows);
+    r.query_finite.forget();
+    r.grad_finite.forget();
     __builtin_memset(r.grad_query, 0, std::size_t(sizes_.head_stride * kWidth) * sizeof(Sum));
     __builtin_memset(r.grad_bias, 0, kWidth * sizeof(double));
     __builtin_memset(r.grad_slope, 0, kWidth * sizeof(double));

@@ -118,4 +118,19 @@ inline bool all_finite(const T* x, std::int64_t n) {
   return most != kExponent;
 }
 
+// Whether numbers that several panels meet are all finite: looked at when the first asks.
+class Finiteness {
+ public:
+  void forget() { known_ = false; }
+  template <class T>
+  bool operator()(const T* x, std::int64_t n) {
+    if (!known_) finite_ = all_finite(x, n);
+    known_ = true;
+    return finite_;
+  }
+
+ private:
+  bool known_ = false, finite_ = false;
+};
+
 }  // namespace attnx::cpu::ATTNX_ISA

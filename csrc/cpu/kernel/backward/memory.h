@@ -48,6 +48,7 @@ struct BackwardRows {
   Element *query_rows, *grad_rows;  // steps over rows
   Sum* grad_query;                  // transposed
   double *grad_bias, *grad_slope;   // per lane
+  Finiteness query_finite, grad_finite;
 
   // Adds the gradients of the biases of all rows to one that they share.
   void move_grad_bias(double& to) const {
@@ -67,6 +68,7 @@ struct BackwardBuffers {
 
   Element *keys, *keys_by_step, *values, *rows, *weights, *grads, *grads_by_step;
   Sum *products, *grad_weights;
+  Finiteness keys_finite;  // of a tile
   BackwardRows<A, Score> panel[kMaxPanels];
   Arena arena;
   typename Logits::template Backward<A, Score> logits;

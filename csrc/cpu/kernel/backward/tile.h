@@ -62,9 +62,9 @@ class BackwardTile {
     b.logits.add_gradients(panel, tile, sums.terms);
 
     // Hidden pairs have weights of zero, which is enough unless they would meet a NaN or an infinity.
-    const auto add = [&](const Element* other, std::int64_t count, const GemmOperands<A>& g, std::int64_t rows,
-                         std::int64_t lanes, std::int64_t products, auto sees) {
-      if (!on_tile.masked || all_finite(other, count)) {
+    const auto add = [&](Finiteness& finite, const Element* other, std::int64_t count, const GemmOperands<A>& g,
+                         std::int64_t rows, std::int64_t lanes, std::int64_t products, auto sees) {
+      if (!on_tile.masked || finite(other, count)) {
         gemm<A>(g, rows, (lanes + kLanes<Sum> - 1) / kLanes<Sum>, (products + kStep - 1) / kStep, true);
       } else {
         gemm_where<A>(g, rows, lanes, products, sees);
@@ -72,15 +72,15 @@ class BackwardTile {
     };
     const auto key_by_lane = [&](std::int64_t key, std::int64_t, std::int64_t lane) { return on_tile.sees(lane, key); };
     const auto lane_by_key = [&](std::int64_t, std::int64_t lane, std::int64_t key) { return on_tile.sees(lane, key); };
-    add(r.grad_rows, round_up(panel.rows, kStep) * sizes_.value_lanes,
+    add(r.grad_finite, r.grad_rows, round_up(panel.rows, kStep) * sizes_.value_lanes,
         {b.weights, kWidth, kStep, r.grad_rows, sizes_.value_lanes * kStep, sums.grad_value + key0 * sizes_.value_lanes,
          sizes_.value_lanes},
         keys, p_.value_dim, panel.rows, key_by_lane);
-    add(r.query_rows, round_up(panel.rows, kStep) * sizes_.head_lanes,
+    add(r.query_finite, r.query_rows, round_up(panel.rows, kStep) * sizes_.head_lanes,
         {b.grads, kWidth, kStep, r.query_rows, sizes_.head_lanes * kStep, sums.grad_key + key0 * sizes_.head_lanes,
          sizes_.head_lanes},
         keys, p_.head_dim, panel.rows, key_by_lane);
-    add(b.keys, keys * sizes_.head_stride,
+    add(b.keys_finite, b.keys, keys * sizes_.head_stride,
         {b.keys_by_step, kStep, sizes_.head_stride * kStep, b.grads_by_step, kWidth * kStep, r.grad_query, kWidth},
         p_.head_dim, panel.rows, keys, lane_by_key);
   }

@@ -52,6 +52,7 @@ class QueriesOnLanes {
   template <class Storage>
   void load(const Storage& storage, const KeyTile& tile) {
     logits_.set_tile(tile);
+    values_finite_.forget();
     if constexpr (Storage::kSteps) {
       key_row_ = A::kStep, key_step_ = kKeys * A::kStep;
       storage.load_key_steps(tile.first, tile.count, keys_, kKeys);
@@ -75,7 +76,7 @@ class QueriesOnLanes {
     scores_[i].weigh(products_, padded, Sum(p_.scale), panel, on_tile, weights_, output_[i], p_.value_dim);
     const GemmOperands<A> g{values_by_step_, A::kStep, value_stride_ * A::kStep, weights_, kWidth * A::kStep,
                             output_[i],      kWidth};
-    if (!on_tile.masked || all_finite(values_by_step_, padded * value_stride_)) {
+    if (!on_tile.masked || values_finite_(values_by_step_, padded * value_stride_)) {
       gemm<A>(g, p_.value_dim, panel.vectors, steps, true);
     } else {
       gemm_where<A>(g, p_.value_dim, panel.rows, keys,
@@ -93,6 +94,7 @@ class QueriesOnLanes {
  private:
   const AttentionParams& p_;
   std::int64_t head_stride_, value_stride_;
+  Finiteness values_finite_;                 // of a tile
   std::int64_t key_row_ = 0, key_step_ = 0;  // strides of keys_ as an A operand
   Element *keys_, *values_, *values_by_step_, *rows_, *weights_;
   Element* query_[4];

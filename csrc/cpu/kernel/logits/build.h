@@ -73,6 +73,7 @@ class TermBuilder {
       case MaskKind::kInput: fill_added<Input>(rows_[i], panel, tile, keys); break;
       case MaskKind::kSum: fill_added<Sum>(rows_[i], panel, tile, keys); break;
     }
+    prefetch(rows_[i], panel, tile);
     if (hides_all_) return true;
     if (kept_) dropout_.fill(panel, rows_[i].first_head, tile.first, keys, kept_number_, kept_);
     if (shares_) fill_shares(rows_[i], panel, keys);
@@ -99,6 +100,15 @@ class TermBuilder {
       case MaskKind::kInput: return sizeof(Input);
       default: return sizeof(Sum);
     }
+  }
+
+  // Asks for the numbers of the next tile: rows lie too far apart for the hardware to see where this goes.
+  void prefetch(const TermRows<Sum>& rows, const Panel<Sum>& panel, const KeyTile& tile) const {
+    if (terms_.attn_mask.kind == MaskKind::kNone || rows.one_mask || terms_.attn_mask.key_stride != 1) return;
+    const std::int64_t bytes = number_bytes();
+    for (int lane = 0; lane < panel.rows; ++lane)
+      for (std::int64_t at = tile.next * bytes; at < (tile.next + tile.count) * bytes; at += 64)
+        __builtin_prefetch(rows.mask[lane] + at, 0, 2);
   }
 
   // Bias and logarithm of the share of the keys of the tile, for a head.

@@ -50,7 +50,7 @@ struct TermsOnTile : PanelOnTile<Sum> {
   ATTNX_INLINE Vec<Sum> to_product(std::int64_t at, Vec<Sum> ds) const {
     if (!tangents) return ds;
     const Vec<Sum> t = load(tangents + at);
-    return ds * (1 - t * t);
+    return ds != 0 ? ds * (1 - t * t) : ds;  // where a key is hidden its product may be no number
   }
 };
 
