@@ -8,12 +8,14 @@ from collections.abc import Iterator
 _NAME = re.compile(r"attnx_(\w+?)(?:_(sm\d+))?(?:<(.*)>)?\(")
 _TILE = re.compile(r"\w+Tile<(\d+), (\d+), (\d+)")
 _DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16"}
-# These are the words of policies that are not their names: a band of strided or TMA's rows is the ordinary case.
+# These are the words of policies that are not their names: a band of strided or TMA's rows, with plain logits, is the
+# ordinary case.
 _POLICIES = {
-    **dict.fromkeys(("Banded", "Strided", "Tma", "Gathered", "GatheredAsync"), ""),
+    **dict.fromkeys(("Banded", "Strided", "Tma", "Gathered", "GatheredAsync", "Plain"), ""),
     "Listed": "listed",
     "Clustered": "clustered",
     "Unpacked": "staircase",
+    "WithTerms": "terms",
 }
 # These are the words of false and true where they are a kernel's own arguments, or a policy's.
 _FLAGS = {
@@ -60,7 +62,7 @@ def _words(owner: str, argument: str) -> Iterator[str]:
         yield re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()  # a score: SoftmaxSink
 
 
-_LAST = ("listed", "clustered", "staircase", "unaligned")
+_LAST = ("listed", "clustered", "staircase", "unaligned", "terms")
 
 
 def is_ours(demangled: str) -> bool:

@@ -138,3 +138,15 @@ def test_rows_that_see_nothing(kind: str, dtype: torch.dtype, backend: Backend) 
         assert all(x.isfinite().all() for x in results.values())
         _, logsumexp = attnx.softmax_attention(**inputs, sink=sink, return_logsumexp=True, **terms)
         assert (logsumexp[1] == (-math.inf if sink is None else 1.0)).all()
+
+
+@pytest.mark.backends("cuda", "emulated")
+def test_explain_says_which_loop_serves_terms(dtype: torch.dtype, device: torch.device, backend: Backend) -> None:
+    needs(backend, ("softcap",), gradients=False)
+    inputs, _ = random_inputs(Shape(length_q=300, length_k=300, head_dim=72), dtype, device)
+    explanation = attnx.explain(attnx.softmax_attention, **inputs, softcap=2.0)
+    assert explanation.kernel == "softmax_attention [sm80]"
+    assert any("attnx_forward_sm80" in reason and "padded to 128" in reason for reason in explanation.reasons)
+    plain = attnx.explain(attnx.softmax_attention, **inputs)
+    on_sm90 = plain.kernel == "softmax_attention [sm90]"
+    assert any("it has no attn_mask, key_bias" in reason for reason in explanation.reasons) == on_sm90

@@ -59,7 +59,8 @@ SCHEMAS = [
     f"{WANTED_OF_KEYS}) -> ({SIGMOID}, {KEY_TERM_GRADS})",
     f"softmax_attention({QKV}, {LENGTHS}, {SINKS}, {TERMS}, {MASK}) -> ({SOFTMAX_RESULTS})",
     f"softmax_attention_varlen({QKV}, {PADDED}, {SINKS}, {KEY_TERMS}, {MASK}) -> ({SOFTMAX_RESULTS})",
-    f"softmax_attention_backward({SOFTMAX_SAVED}, {LENGTHS}, {SINKS}, {TERMS}, {MASK}, {WANTED}) -> ({SOFTMAX}, {TERM_GRADS})",
+    f"softmax_attention_backward({SOFTMAX_SAVED}, {LENGTHS}, {SINKS}, {TERMS}, {MASK}, {WANTED}) -> "
+    f"({SOFTMAX}, {TERM_GRADS})",
     f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PADDED}, {SINKS}, {KEY_TERMS}, {MASK}, {WANTED_OF_KEYS}) -> "
     f"({SOFTMAX}, {KEY_TERM_GRADS})",
     f"block_sparse_attention({QKV}, {LENGTHS}, {LISTED}, {TERMS}, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",

@@ -137,7 +137,10 @@ def test_an_allocation_that_fails_changes_nothing(preloaded: str, backend: Backe
     calls = [*CHANGES, *MOVES, *READS]
     happened = run_worker("allocation", *calls, preloaded=preloaded)
     assert {line.partition(":")[0] for line in happened} >= {*MOVES, *READS, "append counts", "crop windows"}
-    ours, torchs = r"staircase_\w+: memory: expected (\S+ bytes|some) .*, got none$", r".*: you tried to allocate \d+ bytes"
+    ours, torchs = (
+        r"staircase_\w+: memory: expected (\S+ bytes|some) .*, got none$",
+        r".*: you tried to allocate \d+ bytes",
+    )
     for line in happened:
         assert re.match(f"{ours}|{torchs}", line.split(": ", 2)[2]), line
     assert {line.partition(":")[0] for line in happened if re.search(ours, line)} >= {*READS, "append counts"}
@@ -146,7 +149,9 @@ def test_an_allocation_that_fails_changes_nothing(preloaded: str, backend: Backe
 @pytest.mark.backends("cpu")
 def test_an_allocation_that_fails_in_a_thread_names_the_operator(preloaded: str, backend: Backend) -> None:
     happened = run_worker(preloaded=preloaded, program=DRAWN)
-    assert happened[-1].endswith(": probabilistic_block_lists: memory: expected some for the call's own lists, got none")
+    assert happened[-1].endswith(
+        ": probabilistic_block_lists: memory: expected some for the call's own lists, got none"
+    )
 
 
 @pytest.mark.backends("emulated")

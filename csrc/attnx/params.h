@@ -190,8 +190,8 @@ struct BackwardParams : AttentionParams {
   double* grad_bias = nullptr;
   double* grad_alibi_slopes = nullptr;
   double* grad_sink = nullptr;
-  // This is [batch, heads_q, blocks of queries, key_blocks.width] in double, zeroed: of the bias of each listed block. It
-  // is null where it is not wanted.
+  // This is [batch, heads_q, blocks of queries, key_blocks.width] in double, zeroed: of the bias of each listed block.
+  // It is null where it is not wanted.
   double* grad_block_bias = nullptr;
   // These are like terms.key_bias and key_mask, and like terms.attn_mask in the accumulator's type, with strides of
   // their own, which are 0 where one number serves all: a sum over these. They are null where they are not wanted.

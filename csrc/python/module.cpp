@@ -96,7 +96,8 @@ py::dict cuda_kernel(const std::string& op, const std::string& dtype, std::int64
                      std::pair<std::int64_t, std::int64_t> packed_rows,
                      std::pair<std::int64_t, std::int64_t> block_size, const std::optional<Layout>& query,
                      const std::optional<Layout>& key, const std::optional<Layout>& value,
-                     const std::optional<CacheSizes>& cache, std::pair<std::int64_t, std::int64_t> clusters_and_slots) {
+                     const std::optional<CacheSizes>& cache, std::pair<std::int64_t, std::int64_t> clusters_and_slots,
+                     bool terms) {
   static constexpr std::int32_t kPresent = 0;  // only whether there is one is looked at
   attnx::Gather gather;
   std::tie(gather.clusters, gather.queries.slots) = clusters_and_slots;
@@ -116,6 +117,7 @@ py::dict cuda_kernel(const std::string& op, const std::string& dtype, std::int64
     std::tie(p.block_q, p.block_k) = block_size;
     if (p.block_q > 0) p.key_blocks.counts = &kPresent;
     if (op == "routing_attention") p.gather = &gather;
+    if (terms) p.terms.softcap = 1;  // only whether there is one is looked at
     p.query = tensor_of(query, heads_q, length_q, head_dim);
     p.key = tensor_of(key, heads_k, length_k, head_dim);
     p.value = tensor_of(value, heads_k, length_k, value_dim);
@@ -233,7 +235,8 @@ PYBIND11_MODULE(_C, m) {
             py::arg("window") = std::pair(-1, -1), py::arg("packed_rows") = std::pair(0, 0),
             py::arg("block_size") = std::pair(0, 0), py::arg("query") = py::none(), py::arg("key") = py::none(),
             py::arg("value") = py::none(), py::arg("cache") = py::none(),
-            py::arg("clusters_and_slots") = std::pair(0, 0), "The kernel that the current device would run.");
+            py::arg("clusters_and_slots") = std::pair(0, 0), py::arg("terms") = false,
+            "The kernel that the current device would run.");
     };
     def_kernel("cuda_forward_kernel", cuda_kernel<false>);
     def_kernel("cuda_backward_kernel", cuda_kernel<true>);

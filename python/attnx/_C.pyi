@@ -42,6 +42,7 @@ def cuda_forward_kernel(
     value: tuple[int, int, int, int] | None = None,
     cache: tuple[list[int], int, int, int, int] | None = None,
     clusters_and_slots: tuple[int, int] = (0, 0),
+    terms: bool = False,
 ) -> CudaKernel: ...
 def cuda_backward_kernel(
     operator: str,
@@ -61,6 +62,7 @@ def cuda_backward_kernel(
     value: tuple[int, int, int, int] | None = None,
     cache: tuple[list[int], int, int, int, int] | None = None,
     clusters_and_slots: tuple[int, int] = (0, 0),
+    terms: bool = False,
 ) -> CudaKernel: ...
 def cuda_mainloop() -> str: ...
 def set_cuda_mainloop(name: str) -> None: ...

@@ -98,6 +98,10 @@ def _cpu_kernel(requirement: _capability.Requirement) -> tuple[str, list[str]]:
     return f"{requirement.operator} [{instruction_set}]", reasons
 
 
+# These features take a loop of their own on CUDA.
+_TERMS = {"attn_mask", "key_bias", "key_mask", "softcap", "dropout"}
+
+
 def _cuda_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]) -> tuple[str, list[str]]:
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
     packed = "cu_seqlens_q" in arguments
@@ -117,6 +121,7 @@ def _cuda_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]
         "value": _layout(value),
         "cache": arguments["cache"]._layout if "cache" in arguments else None,
         "clusters_and_slots": _clusters_and_slots(arguments) if "routes" in arguments else (0, 0),
+        "terms": bool(_TERMS & set(requirement.features)),
     }
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
         kernel = _C.cuda_forward_kernel(requirement.operator, requirement.dtype, **sizes)

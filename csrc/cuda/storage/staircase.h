@@ -114,9 +114,10 @@ struct Unpacked {
 };
 
 // The cache knows how long sequences are.
-template <class Score, class Tiles, template <class> class Storage, class Input>
+template <class Score, class Tiles, template <class> class Storage, class Input, class Logits>
   requires std::is_base_of_v<Unpacked<Input>, Storage<Input>>
-__device__ __forceinline__ Sequence sequence_of(const ForwardArguments<Score, Tiles, Storage<Input>>& args, int batch) {
+__device__ __forceinline__ Sequence sequence_of(const ForwardArguments<Score, Tiles, Storage<Input>, Logits>& args,
+                                                int batch) {
   const auto& tensors = args.tensors;
   const int length_q = tensors.query_lengths ? int(tensors.query_lengths[batch]) : int(args.length_q);
   const int length_k = int(tensors.key.cache.of(batch).length());

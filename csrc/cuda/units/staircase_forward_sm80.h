@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/common/device.h"
+#include "cuda/logits/plain.h"
 #include "cuda/mainloop/sm80/forward.h"
 #include "cuda/mainloop/sm80/staircase_tile_sizes.h"
 #include "cuda/storage/staircase.h"
@@ -16,12 +17,12 @@ struct StaircaseForwardSm80 {
     using Storage = Unpacked<Input>;
     using Tile = typename StaircaseForwardTiles<kHeadDim>::Tile;
     const auto& p = call.params;
-    const ForwardArguments<Score, Banded, Storage> args{
+    const ForwardArguments<Score, Banded, Storage, Plain> args{
         call.geometry, call.scaling,         Storage::tensors(p, call.variant.aligned),
         p.logsumexp,   Score::parameters(p), Banded::parameters(p),
         call.partial};
-    launch_kernel("attnx_forward_sm80", attnx_forward_sm80<Score, Banded, Storage, Tile>, call.blocks, Tile::kThreads,
-                  Tile::kSharedBytes, call.stream, args);
+    launch_kernel("attnx_forward_sm80", attnx_forward_sm80<Score, Banded, Storage, Tile, Plain>, call.blocks,
+                  Tile::kThreads, Tile::kSharedBytes, call.stream, args);
   }
 };
 

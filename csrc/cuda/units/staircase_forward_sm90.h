@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/common/device.h"
+#include "cuda/logits/plain.h"
 #include "cuda/mainloop/sm90/forward.h"
 #include "cuda/mainloop/sm90/staircase_tile_sizes.h"
 #include "cuda/storage/staircase_async.h"
@@ -16,7 +17,7 @@ struct StaircaseForwardSm90 {
     using Storage = UnpackedAsync<Input>;
     using Tile = typename StaircaseTmaForwardTiles<kHeadDim>::Tile;
     const auto& p = call.params;
-    const PersistentForwardArguments<Score, Banded, Storage> args{
+    const PersistentForwardArguments<Score, Banded, Storage, Plain> args{
         {call.geometry, call.scaling, Storage::tensors(p, call.variant.aligned), p.logsumexp, Score::parameters(p),
          Banded::parameters(p), call.partial},
         call.schedule};

@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) attnx_sums
     const Visible plain = sequence.band.seen_by_all(row, min(row + kM, sequence.length_q) - 1);
     float multiplier = args.scale_log2;
     if (key < plain.first || key + kN > plain.end || args.alibi_slopes.data) {
-      place_logits(s, args, sequence.band, head, row + warp_row + fresh(lane) / 4,
-                   key + warp_key + fresh(lane) % 4 * 2);
+      place_logits(s, args, sequence.band, head, row + warp_row + fresh(lane) / 4, key + warp_key + fresh(lane) % 4 * 2,
+                   args.scale_log2);
       multiplier = 1;
     }
 
