@@ -72,7 +72,7 @@ _FORWARD = (
     Mutant(SOFTMAX, "? «0 * sum_[lane]» :", "1 / sum_[lane]", "test_hidden_rows.py"),
     Mutant(SOFTMAX, "highest == -kInfinity ? Vec<Sum>{} : highest", "highest", "test_hidden_rows.py"),
     Mutant(SOFTMAX, "__builtin_memcmp(&before, &highest, sizeof before) != 0", "false", "test_softmax_attention.py"),
-    Mutant(SOFTMAX, "sum_[row] *= «factor»", "Sum(1)", "test_determinism.py -k parts"),
+    Mutant(SOFTMAX, "sum_[row] *= «factor»", "Sum(1)", "test_sink.py -k few_queries"),
     Mutant(
         SOFTMAX, "first_keys ? «panel.per_head(p.sink, panel.head[lane], -kInfinity)» :", "-kInfinity", "test_sink.py"
     ),

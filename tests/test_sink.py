@@ -51,12 +51,13 @@ def test_with_alibi_and_instruction_sets(dtype: torch.dtype, instruction_set: st
     check("softmax_attention", inputs, grad_output, is_causal=True)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 4])  # with 4 there is one row for a key head, few enough for any CPU
 @pytest.mark.parametrize("length_k", [1, 700, 4000])
 def test_few_queries_share_a_sink_once(
-    length_k: int, threads: int | None, dtype: torch.dtype, device: torch.device
+    length_k: int, kv_heads: int, threads: int | None, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Keys are cut into shares there, of which one alone starts from the sink."""
-    inputs, grad_output = random_inputs(Shape(1, length_k, 64, heads=4, kv_heads=1), dtype, device)
+    inputs, grad_output = random_inputs(Shape(1, length_k, 64, heads=4, kv_heads=kv_heads), dtype, device)
     inputs["sink"] = _sink((4,), dtype, device) + math.log(length_k)
     check("softmax_attention", inputs, grad_output)
 
