@@ -14,7 +14,7 @@ import attnx
 from attnx import reference
 from attnx.testing import assert_close
 from backends import Backend
-from cases import OPERATORS, Shape, parameter_dtype, random_inputs, random_parameter
+from cases import OPERATORS, Shape, pack, parameter_dtype, random_inputs, random_parameter
 from compare import forward_backward
 from logit_terms import eager, generator, needs, terms_of
 
@@ -122,6 +122,22 @@ def test_lists(block: int, score: str, dtype: torch.dtype, backend: Backend, dev
     for name, x in results.items():
         atol = tolerance * max(1.0, float(expected[name].abs().max()))
         torch.testing.assert_close(x.double(), expected[name], rtol=tolerance, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_packed_sequences(operator: str, dtype: torch.dtype, backend: Backend) -> None:
+    """Numbers by key are packed as keys are."""
+    names = ("softcap", "key_bias", "key_mask", "dropout")
+    needs(backend, names, gradients=False)
+    inputs, grad_output, sizes = pack(([70, 0, 9, 30], [80, 7, 0, 30]), dtype, backend.device)
+    terms = terms_of(names, Shape(length_k=117, heads=4), dtype, backend.device)
+    options = terms | {name: terms[name][0] for name in ("key_bias", "key_mask")} | sizes
+    results = forward_backward(getattr(attnx, f"{operator}_varlen"), inputs, grad_output, **options)
+    exact = {name: x.double() for name, x in inputs.items()}
+    expected = forward_backward(getattr(reference, f"{operator}_varlen"), exact, grad_output.double(), **options)
+    tolerance = {torch.float32: 1e-5}.get(dtype, 3e-2)
+    for name, x in results.items():
+        torch.testing.assert_close(x.double(), expected[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["bool_mask", "attn_mask", "key_mask", "key_bias"])
