@@ -29,9 +29,9 @@ LEVELS = (8, 4, 2)  # 8 and 4 bits are each of one window, and 2 bits of all old
 PRODUCT_CYCLES = 2048 / 512 / 0.63  # of mma.m16n8k16 on a tensor core, which mma.sync fills to 63 %
 
 # Instructions of a warp in a turn of 128 tokens of decoding, by tiles of 8 rows, and in a tile of keys of the mainloop,
-# by its rows and keys: those of sm_80 along the path of 2 bits without a rise of a maximum or a mask, as nvdisasm lists
-# them.
-DECODE = {1: 780, 2: 950, 4: 1265, 8: 2220}
+# by its rows and keys: those of sm_80 along the path of 2 bits without a rise of a maximum or a mask, as
+# bench/decode_instructions.py counts those of decoding and nvdisasm lists those of the loop.
+DECODE = {1: 826, 2: 984, 4: 1306, 8: 2095}
 DECODE_PRODUCTS = 42  # in such a turn, for each tile of 8 rows
 LOOP = {(128, 64): 1866}
 

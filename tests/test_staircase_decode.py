@@ -113,7 +113,18 @@ def test_many_turns(
     check_sequence(score, output[:1, :8], query[:, :8], key[:, :2], value[:, :2], None, **layout)
 
 
-@pytest.mark.parametrize("new", [65, 130])
-def test_prompts_in_chunks(new: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Rows beyond 64 of a key head are blocks of their own."""
-    check_attention("softmax", dtype, new, 4, (16, 8, 4, 2), 400, device, rounded=False)
+@pytest.mark.parametrize(("new", "heads"), [(65, 4), (130, 4), (50, 6)])
+def test_prompts_in_chunks(new: int, heads: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Rows beyond 64 of a key head are blocks of their own; with 3 heads of a group they start amid a token."""
+    check_attention("softmax", dtype, new, heads, (16, 8, 4, 2), 400, device, rounded=False)
+
+
+def test_tail_beyond_the_length(dtype: torch.dtype, device: torch.device) -> None:
+    """Two windows of 64 leave 22 tokens in one slot of the tail; what lies elsewhere in it takes no part."""
+    cache = cache_of(*tokens(150, dtype=dtype, device=device), 300, **SMALL)
+    query = queries(2, 4, 3, 64, dtype, device)
+    expected = cache.attend(query)
+    slot = int(cache._memory.state[0, 1])
+    cache._memory.tail[:, :, :, 1 - slot] = torch.nan
+    cache._memory.tail[:, :, :, slot, 22:] = torch.nan
+    assert torch.equal(cache.attend(query), expected)
