@@ -1,6 +1,6 @@
-// This is what dispatch tells a unit of kernels, and the list of units: there is one translation unit for each score,
-// dtype and padded head dimension, so that each compiles in seconds. CMake writes them; nothing but them includes a
-// mainloop.
+// This is what dispatch tells a unit of kernels, and the list of units: there is one for each score, dtype and padded
+// head dimension. CMake writes their files, of up to three head dimensions, so that each compiles in seconds; nothing
+// but them includes a mainloop.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,5 +1,5 @@
-// This launches the decoding kernel of a first plane of so many bits and of so many tiles of rows. Each has a unit of
-// its own.
+// This launches the decoding kernel of a first plane of so many bits and of so many tiles of rows. Those of a plane
+// share a file.
 #pragma once
 
 #include <cuda_runtime_api.h>
