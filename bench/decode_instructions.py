@@ -21,7 +21,7 @@ from rich.table import Table
 KERNEL = "_ZN5attnx4cuda22attnx_staircase_decodeILi{bits}ELi{head_dim}ELi{row_tiles}EEEvNS0_15DecodeArgumentsE"
 BITS, HEAD_DIM, TILES, THREADS = 2, 128, 4, 128  # TILES: of 32 tokens, in a turn
 ROW_TILES = (1, 2, 4, 8)
-CODES = TILES * 32 * HEAD_DIM
+CODES = 2 * TILES * 32 * HEAD_DIM  # of keys and values
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?\w+ )?\s*([A-Z][\w.]*)([^;]*);")
 # Maxima that rise, the tail, and what the processor does where the threads of a warp have parted.
 ELSEWHERE = ("SHFL", "LDSM", "CALL", "RET", "EXIT")
@@ -33,7 +33,7 @@ def expected(row_tiles: int) -> tuple[int, ...]:
     """The instructions of each of the kinds that a warp has in a turn."""
     blocks, passes = HEAD_DIM // 32, -(-row_tiles // 4)  # passes: how often keys are unpacked
     products = row_tiles * (blocks * 6 + TILES * 4 + 2)  # keys with their middles, values, and the latter's middles
-    copied = 2 * CODES * BITS // 8 + TILES * HEAD_DIM * 4 + TILES * blocks * 32 * 4  # bytes of codes and of ranges
+    copied = CODES * BITS // 8 + TILES * HEAD_DIM * 4 + TILES * blocks * 32 * 4  # bytes of codes and of ranges
     ranges = 4 * (passes * blocks + TILES + 1) + row_tiles  # with a pair of maxima for each tile of rows
     return products, copied // (THREADS * 16), ranges, 4 * row_tiles
 

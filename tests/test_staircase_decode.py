@@ -128,3 +128,14 @@ def test_tail_beyond_the_length(dtype: torch.dtype, device: torch.device) -> Non
     cache._memory.tail[:, :, :, 1 - slot] = torch.nan
     cache._memory.tail[:, :, :, slot, 22:] = torch.nan
     assert torch.equal(cache.attend(query), expected)
+
+
+def test_windows_of_several_appends(dtype: torch.dtype, device: torch.device) -> None:
+    """A window an append leads the further planes round their slots, of which one append of all uses the first."""
+    key, value = tokens(450, dtype=dtype, device=device)
+    query = queries(2, 4, 1, 64, dtype, device)
+    cache = cache_of(key[:, :, :64], value[:, :, :64], 460, **SMALL)
+    for end in range(128, 449, 64):
+        cache.append(key[:, :, end - 64 : end], value[:, :, end - 64 : end])
+        whole = cache_of(key[:, :, :end], value[:, :, :end], 460, **SMALL)
+        assert torch.equal(cache.attend(query), whole.attend(query))
