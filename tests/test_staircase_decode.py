@@ -139,3 +139,28 @@ def test_windows_of_several_appends(dtype: torch.dtype, device: torch.device) ->
         cache.append(key[:, :, end - 64 : end], value[:, :, end - 64 : end])
         whole = cache_of(key[:, :, :end], value[:, :, :end], 460, **SMALL)
         assert torch.equal(cache.attend(query), whole.attend(query))
+
+
+@pytest.mark.parametrize("bias", [None, "row"])
+def test_bias_of_few_tokens(bias: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """With 5 tokens, of which the first row sees 3, weights show one token more or less in their bias."""
+    key, value = tokens(5, dtype=dtype, device=device)
+    query = queries(2, 4, 3, 64, dtype, device)
+    options: dict[str, Any] = {"is_causal": True, "bias": bias}
+    output = attnx.staircase_attention(query, cache_of(key, value, **SMALL), score="sigmoid", **options)
+    expected = reference.sigmoid_attention(query.double(), key.double(), value.double(), **options)
+    assert_close(output, expected, eager_sigmoid_attention(query, key, value, **options))
+
+
+def test_keys_of_the_largest_range(dtype: torch.dtype, device: torch.device) -> None:
+    """Their step, 512, times the largest number of a scaled query is still a float16."""
+    key, value = tokens(200, dtype=dtype, device=device)
+    key[..., 0] = torch.tensor([6.5e4, -6.5e4], device=device).to(dtype).repeat(100)
+    query = queries(2, 4, 3, 64, dtype, device)
+    query[..., 0] = 3.9
+    cache = cache_of(key, value, **SMALL)
+    exact = dict(zip(("key", "value"), reference.staircase_dequantize(key, value, **SMALL), strict=True))
+    options: dict[str, Any] = {"is_causal": True, "scale": 1e-5}
+    output = attnx.staircase_attention(query, cache, **options)
+    expected = reference.softmax_attention(query.double(), **exact, **options)
+    assert_close(output, expected, eager_softmax_attention(query, key, value, **options))
