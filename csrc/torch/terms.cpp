@@ -26,7 +26,7 @@ PerKey read_per_key(const Target& target, std::string_view name, const StableTen
   check_feature(target, name, name);
   check_dtype(name, x, sum_type(target.tensor), " (the type of the sums)");
   const auto is_one_of = [&](std::int64_t dim, std::int64_t size) { return x.size(dim) == 1 || x.size(dim) == size; };
-  if (p.cu_seqlens_k) {
+  if (p.cu_seqlens_q) {
     check(x.dim() == 2 && is_one_of(0, p.heads_q) && x.size(1) == p.packed_rows_k, name, ": expected shape (",
           p.heads_q, " or 1, ", p.packed_rows_k, "), query heads and keys, got ", shape_of(x));
   } else {
@@ -103,7 +103,19 @@ StableTensor empty_per_key(const Target& target, std::string_view name, bool wan
 
 }  // namespace
 
+namespace {
+
+// What kernels read of these terms, and write of their gradients, is about all keys of a sequence.
+void check_no_lengths(bool given, std::string_view name, const AttentionParams& p) {
+  check(!given || !p.key_ends || p.cu_seqlens_q, name, ": expected none beside seqused_k and leftpad_k, got one");
+}
+
+}  // namespace
+
 void read_terms(const Target& target, const Terms& x, AttentionParams& p) {
+  check_no_lengths(x.key_bias.has_value(), "key_bias", p);
+  check_no_lengths(x.key_mask.has_value(), "key_mask", p);
+  check_no_lengths(x.dropout_p > 0, "dropout_p", p);
   if (x.softcap) p.terms.softcap = read_softcap(target, *x.softcap, p);
   if (x.key_bias) p.terms.key_bias = read_per_key(target, "key_bias", *x.key_bias, p);
   if (x.key_mask) {
@@ -114,6 +126,7 @@ void read_terms(const Target& target, const Terms& x, AttentionParams& p) {
 }
 
 void read_terms(const Target& target, const PairTerms& x, AttentionParams& p) {
+  check_no_lengths(x.attn_mask.has_value(), "attn_mask", p);
   if (!x.attn_mask) return;
   const StableTensor& mask = *x.attn_mask;
   check_feature(target, "attn_mask", "attn_mask");

@@ -115,6 +115,7 @@ def sigmoid_attention(
             sees none under ``is_causal``.
         seqused_k: (batch,) int32: sequence b has the keys ``leftpad_k[b]`` up to ``seqused_k[b]`` alone, as a cache
             has that is filled in part. The others have no effect, and their gradients are 0. None: all up to the last.
+            There is no attn_mask, key_bias, key_mask or dropout beside it.
         leftpad_k: (batch,) int32, from 0 to ``seqused_k``. None: from the first. On the GPU, where it would wait for
             the device, nothing checks what the two hold: with wrong ones the kernels read and write out of bounds.
             ``ATTNX_DEBUG=1`` in the environment has them checked there as on the CPU.

@@ -71,7 +71,7 @@ template <class Sum, class Sequence>
 inline void store_per_key(const BackwardParams& p, const Executor& executor, const double* all, Sum* to,
                           std::int64_t batch_stride, std::int64_t head_stride, std::int64_t key_stride) {
   const std::int64_t heads = head_stride == 0 ? 1 : p.heads_q, packed = p.packed_rows_k;
-  const bool one_batch = batch_stride == 0 && !p.cu_seqlens_k;
+  const bool one_batch = batch_stride == 0 && !p.cu_seqlens_q;
   const auto sum_of = [&](std::int64_t b, std::int64_t h, std::int64_t key) {
     double sum = 0;
     for (std::int64_t batch = one_batch ? 0 : b; batch < (one_batch ? p.batch : b + 1); ++batch)
@@ -82,7 +82,7 @@ inline void store_per_key(const BackwardParams& p, const Executor& executor, con
   for_each_unit(executor, heads, nullptr, 0, [&](std::int64_t h, char*) {
     Sum* const row = to + h * head_stride;
     // Packed keys that no sequence has get 0.
-    for (std::int64_t key = 0; p.cu_seqlens_k && key < packed; ++key) row[key * key_stride] = 0;
+    for (std::int64_t key = 0; p.cu_seqlens_q && key < packed; ++key) row[key * key_stride] = 0;
     for (std::int64_t b = 0; b < (one_batch ? 1 : p.batch); ++b) {
       const Sequence s(p, b);
       for (std::int64_t key = 0; key < s.length_k; ++key)
