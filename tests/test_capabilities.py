@@ -78,6 +78,8 @@ def calls(draw: st.DrawFn, backend: Backend) -> Call:
         return Call(row.operator, dtype, shape, options, bias, slopes)
     served = draw(st.sampled_from(["each", "sequences", "heads", "all", "rows"]))
     options.pop("bias", None)
+    if set(terms) != {"softcap"}:  # the others are refused beside lengths
+        options = {name: x for name, x in options.items() if name not in ("seqused_k", "leftpad_k")}
     slopes = None if slopes is None else (shape.heads,)
     return Call(row.operator, dtype, shape, options, None, slopes, terms, served)
 
