@@ -128,7 +128,7 @@ VARLEN = [
     Bad("cu_k_start", {"cu_seqlens_k": int32(-1, 4, 6)}, "cu_seqlens_k", "start at 0", "-1"),
     Bad("cu_q_end", {"cu_seqlens_q": int32(0, 2, 4)}, "cu_seqlens_q", "end at", "4"),
     Bad("cu_k_end", {"cu_seqlens_k": int32(0, 4, 7)}, "cu_seqlens_k", "end at", "7"),
-    Bad("cu_q_int64", {"cu_seqlens_q": int32(0, 2, 5).long()}, "cu_seqlens_q", "int32", "int64"),
+    Bad("cu_q_int16", {"cu_seqlens_q": int32(0, 2, 5).short()}, "cu_seqlens_q", "int32", "int16"),
     Bad("cu_k_float", {"cu_seqlens_k": int32(0, 4, 6).float()}, "cu_seqlens_k", "int32", "float32"),
     Bad("cu_q_device", {"cu_seqlens_q": int32(0, 2, 5).to("meta")}, "cu_seqlens_q", "{device}", "meta"),
     Bad("cu_q_rank", {"cu_seqlens_q": int32(0, 2, 5)[None]}, "cu_seqlens_q", "(batch + 1,)", "(1, 3)"),
@@ -233,7 +233,7 @@ def redispatch(operator: str, key: str, query: Tensor, other: Tensor) -> Any:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     kernel = getattr(torch.ops.attnx, operator).default
     terms = (None, None, None, None, 0.0, None, None)
-    return kernel.redispatch(keys, query, other, other, *options, *terms, None, False, -1, -1)
+    return kernel.redispatch(keys, query, other, other, None, None, *options, *terms, None, False, -1, -1, 0)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -58,7 +58,7 @@ def eager(
     logits = query @ (key / math.sqrt(query.shape[3])).mT
     if block_bias is not None:
         indices, block_bias = torch.broadcast_tensors(block_mask.kv_indices.long(), block_bias)
-        every = torch.zeros(*indices.shape[:3], key_blocks, device=indices.device)
+        every = block_bias.new_zeros(*indices.shape[:3], key_blocks)
         logits = logits + elements(every.scatter(-1, indices, block_bias)).to(logits.dtype)
     if score == "sigmoid":
         return (logits - math.log(length_k)).sigmoid().masked_fill(~visible, 0.0) @ value

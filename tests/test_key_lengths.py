@@ -151,7 +151,8 @@ def test_listed_blocks(score: str, is_causal: bool, dtype: torch.dtype, device: 
     expected = forward_backward(reference.block_sparse_attention, exact, grad_output.double(), **options)
     rounding = torch.finfo(dtype).eps
     for name, x in results.items():
-        torch.testing.assert_close(x.double(), expected[name], rtol=16 * rounding, atol=16 * rounding, msg=name)
+        largest = expected[name].abs().max()
+        assert (x.double() - expected[name]).abs().max() <= 16 * rounding * largest, name
 
 
 @pytest.mark.parametrize("offset", [-300, -70, -1, 1, 70, 300])

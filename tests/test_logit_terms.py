@@ -326,7 +326,7 @@ def test_opcheck(operator: str, dtype: torch.dtype, backend: Backend) -> None:
     parameters = (None, None, "none", 0.0) if operator.startswith("sigmoid") else (None, None)
     leaves = [x.requires_grad_() for x in inputs.values()]
     for terms in ((mask, 2.0, bias, share, 0.3, seed, offset), (mask > 0, None, None, None, 0.0, None, None)):
-        arguments = (*leaves, *parameters, *terms, None, True, -1, -1)
+        arguments = (*leaves, None, None, *parameters, *terms, None, True, -1, -1, 0)
         torch.library.opcheck(getattr(torch.ops.attnx, operator).default, arguments)
 
 

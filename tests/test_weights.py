@@ -245,7 +245,7 @@ def test_opcheck(dtype: torch.dtype, device: torch.device) -> None:
     _, logsumexp = attnx.softmax_attention(query, key, key, return_logsumexp=True)
     query, key = query.requires_grad_(), key.requires_grad_()
     weights = torch.rand(1, 4, 20, device=device).requires_grad_()
-    score, mask = ("softmax", "none", 0.0), (None, True, -1, -1)
+    score, mask = ("softmax", "none", 0.0), (None, True, -1, -1, 0)
     ops = torch.ops.attnx
     torch.library.opcheck(ops.attention_key_weights.default, (query, key, logsumexp, weights, *score, *mask))
     torch.library.opcheck(ops.attention_row_weights.default, (query, key, logsumexp, *score, *mask))

@@ -50,7 +50,7 @@ struct PairTermsOf {
   using Gradients = PairTermGradients;
 };
 template <>
-struct PairTermsOf<Packed> {
+struct PairTermsOf<PackedWithPadding> {
   using Terms = NoPairTerms;
   using Wanted = NoPairTerms;
   using Gradients = NoPairTerms;

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnx import _arguments
 from attnx._scores import ScoreArguments, ScoreName, SigmoidBias, resolve_score
-from attnx.functional import _window, softmax_attention
+from attnx.functional import Window, softmax_attention
 
 _ops = torch.ops.attnx
 
@@ -37,7 +37,7 @@ def attention_key_weights(
     bias: SigmoidBias = None,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
+    window: Window = None,
 ) -> Tensor:
     r"""The weight that each key gets from all rows, or from some, of each head.
 
@@ -75,7 +75,7 @@ def attention_key_weights(
     s = _score(score, bias, call, key)
     logsumexp = _logsumexp(call, s, logsumexp, query)
     weights = _ops.attention_key_weights(
-        call.query, call.key, logsumexp, row_weights, *s[:1], *s[2:], call.scale, call.is_causal, *call.window
+        call.query, call.key, logsumexp, row_weights, *s[:1], *s[2:], call.scale, call.is_causal, *call.window, 0
     )
     return torch.nn.functional.pad(weights, (0, key.shape[2] - call.key.shape[2]))
 
@@ -90,7 +90,7 @@ def attention_row_weights(
     bias: SigmoidBias = None,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
+    window: Window = None,
 ) -> Tensor:
     r"""The weights of some rows, such as the last ones or that of a class token.
 
@@ -116,7 +116,7 @@ def attention_row_weights(
     s = _score(score, bias, call, key)
     logsumexp = _logsumexp(call, s, logsumexp, query)
     weights = _ops.attention_row_weights(
-        call.query, call.key, logsumexp, *s[:1], *s[2:], call.scale, call.is_causal, *call.window
+        call.query, call.key, logsumexp, *s[:1], *s[2:], call.scale, call.is_causal, *call.window, 0
     )
     return torch.nn.functional.pad(weights, (0, key.shape[2] - call.key.shape[2]))
 
@@ -128,7 +128,7 @@ def attention_max_logits(
     rows: range | None = None,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
+    window: Window = None,
 ) -> Tensor:
     """The largest logit of each row, scale included; ``.amax((0, 2))`` of it is that of each head, by which QK-clip
     rescales the projections of query and key.
@@ -148,7 +148,7 @@ def attention_max_logits(
     """
     _arguments.tensors(query=query, key=key)
     call = _of_rows(query, key, rows, scale, is_causal, window)
-    return _ops.attention_max_logits(call.query, call.key, call.scale, call.is_causal, *call.window)
+    return _ops.attention_max_logits(call.query, call.key, call.scale, call.is_causal, *call.window, 0)
 
 
 def _of_rows(
@@ -157,7 +157,7 @@ def _of_rows(
     rows: range | None,
     scale: float | Tensor | None,
     is_causal: bool,
-    window: tuple[int, int],
+    window: Window,
 ) -> _Call:
     """These rows as a call that sees the same keys, without those that lie after all that they see.
 
@@ -165,7 +165,7 @@ def _of_rows(
     moves back by as much.
     """
     query, scale = _arguments.with_scale(query, scale)
-    is_causal, (left, right) = _arguments.flag("is_causal", is_causal), _window(window)
+    is_causal, (left, right) = _arguments.flag("is_causal", is_causal), _arguments.window(window)
     if rows is None or query.dim() != 4 or key.dim() != 4:  # the operator says what is wrong with the shapes
         return _Call(query, key, slice(None), scale, is_causal, (left, right))
     length_q, length_k = query.shape[2], key.shape[2]
@@ -175,9 +175,9 @@ def _of_rows(
     after = length_q - rows.stop  # so many keys lie after the last row's place
     shift = after if right < 0 else min(after, right)
     seen = max(length_k - after + shift, 0)
-    window = left + shift if left >= 0 else left, right - shift if right >= 0 else right
+    moved = left + shift if left >= 0 else left, right - shift if right >= 0 else right
     here = slice(rows.start, rows.stop)
-    return _Call(query[:, :, here], key[:, :, :seen], here, scale, False, window)
+    return _Call(query[:, :, here], key[:, :, :seen], here, scale, False, moved)
 
 
 def _score(score: ScoreName, bias: SigmoidBias, call: _Call, key: Tensor) -> ScoreArguments:

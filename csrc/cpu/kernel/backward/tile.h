@@ -59,7 +59,7 @@ class BackwardTile {
     multiply(b, r, padded);
     if (needs_output) add_products(b, r, on_tile, padded);
     for (int v = 0; v < panel.vectors; ++v) weigh(b, r, on_tile, padded, v);
-    b.logits.add_gradients(panel, tile, sums.terms);
+    b.logits.add_gradients(panel, tile, keys, sums.terms);
 
     // Hidden pairs have weights of zero, which is enough unless they would meet a NaN or an infinity.
     const auto add = [&](Finiteness& finite, const Element* other, std::int64_t count, const GemmOperands<A>& g,
@@ -80,7 +80,7 @@ class BackwardTile {
         {b.grads, kWidth, kStep, r.query_rows, sizes_.head_lanes * kStep, sums.grad_key + key0 * sizes_.head_lanes,
          sizes_.head_lanes},
         keys, p_.head_dim, panel.rows, key_by_lane);
-    add(b.keys_finite, b.keys, keys * sizes_.head_stride,
+    add(b.keys_finite, b.keys, tile.count * sizes_.head_stride,
         {b.keys_by_step, kStep, sizes_.head_stride * kStep, b.grads_by_step, kWidth * kStep, r.grad_query, kWidth},
         p_.head_dim, panel.rows, keys, lane_by_key);
   }

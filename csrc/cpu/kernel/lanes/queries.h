@@ -76,7 +76,7 @@ class QueriesOnLanes {
     scores_[i].weigh(products_, padded, Sum(p_.scale), panel, on_tile, weights_, output_[i], p_.value_dim);
     const GemmOperands<A> g{values_by_step_, A::kStep, value_stride_ * A::kStep, weights_, kWidth * A::kStep,
                             output_[i],      kWidth};
-    if (!on_tile.masked || values_finite_(values_by_step_, padded * value_stride_)) {
+    if (!on_tile.masked || values_finite_(values_by_step_, round_up(tile.count, A::kStep) * value_stride_)) {
       gemm<A>(g, p_.value_dim, panel.vectors, steps, true);
     } else {
       gemm_where<A>(g, p_.value_dim, panel.rows, keys,

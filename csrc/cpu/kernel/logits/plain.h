@@ -47,7 +47,7 @@ struct PlainLogits {
                              const Sum* /*products*/) const {
       return {panel, tile, keys};
     }
-    void add_gradients(const Panel<Sum>&, const KeyTile&, const Sums&) const {}
+    void add_gradients(const Panel<Sum>&, const KeyTile&, std::int64_t /*keys*/, const Sums&) const {}
   };
 };
 

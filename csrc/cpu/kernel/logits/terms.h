@@ -78,20 +78,20 @@ struct LogitsWithTerms {
       return x;
     }
 
-    // The gradients of the terms of a tile are added to those of the mask, and to the sums over rows.
-    void add_gradients(const Panel<Sum>& panel, const KeyTile& tile, const Sums& sums) const {
+    // The gradients of the terms of a tile, of so many keys, are added to those of the mask, and to the sums over rows.
+    void add_gradients(const Panel<Sum>& panel, const KeyTile& tile, std::int64_t keys, const Sums& sums) const {
       const PairMask& mask = p_.grad_attn_mask;
-      if (grad_added_) add(grad_added_, panel, tile, sums.added, sums.keys, mask.data && mask.row_stride != 0);
-      if (grad_shares_) add(grad_shares_, panel, tile, sums.shares, sums.keys, false);
+      if (grad_added_) add(grad_added_, panel, tile, keys, sums.added, sums.keys, mask.data && mask.row_stride != 0);
+      if (grad_shares_) add(grad_shares_, panel, tile, keys, sums.shares, sums.keys, false);
     }
 
    private:
-    void add(const Sum* grad, const Panel<Sum>& panel, const KeyTile& tile, double* sums, std::int64_t sum_keys,
-             bool to_mask) const {
+    void add(const Sum* grad, const Panel<Sum>& panel, const KeyTile& tile, std::int64_t count, double* sums,
+             std::int64_t sum_keys, bool to_mask) const {
       const std::int64_t group = p_.heads_q / p_.heads_k;
       for (int lane = 0; lane < panel.rows; lane += kLanes<Sum>)
-        for (std::int64_t key = 0; key < tile.count; key += kLanes<Sum>) {
-          const std::int64_t keys = smaller<std::int64_t>(kLanes<Sum>, tile.count - key);
+        for (std::int64_t key = 0; key < count; key += kLanes<Sum>) {
+          const std::int64_t keys = smaller<std::int64_t>(kLanes<Sum>, count - key);
           Vec<Sum> x[kLanes<Sum>];
           for (int i = 0; i < kLanes<Sum>; ++i) x[i] = load(grad + (key + i) * kWidth + lane);
           transpose_lanes<Sum>(x);

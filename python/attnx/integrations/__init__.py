@@ -1,0 +1,1 @@
+"""attnx in libraries of models; each integration needs its library installed."""

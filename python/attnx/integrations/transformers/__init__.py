@@ -1,0 +1,10 @@
+"""attnx in transformers: attention implementations, and a quantised cache.
+
+attnx.integrations.transformers.register()
+model.set_attn_implementation("attnx_softmax")
+"""
+
+from attnx.integrations.transformers.attention import register
+from attnx.integrations.transformers.cache import StaircaseCache
+
+__all__ = ["StaircaseCache", "register"]

@@ -1,0 +1,241 @@
+"""attnx in transformers: models of random weights compute and generate what they do with transformers' own attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers", minversion="5.20")
+
+from attnx.integrations.transformers import StaircaseCache, register  # noqa: E402
+
+register()
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+DECODERS: dict[str, Any] = {
+    "llama": lambda: transformers.LlamaConfig(**TEXT),
+    "qwen3": lambda: transformers.Qwen3Config(**TEXT),
+    "mistral": lambda: transformers.MistralConfig(**TEXT, sliding_window=9),
+    "gemma2": lambda: transformers.Gemma2Config(**TEXT, sliding_window=9, attn_logit_softcapping=5.0),
+    "gpt_oss": lambda: transformers.GptOssConfig(**TEXT, sliding_window=9, num_local_experts=4, num_experts_per_tok=2),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=61, n_embd=64, n_layer=2, n_head=2, eos_token_id=None, pad_token_id=0
+    ),
+}
+EVERY = pytest.mark.parametrize("name", DECODERS)
+
+
+def decoder(name: str, implementation: str = "attnx_softmax", **changes: Any) -> Any:
+    """A model of random weights, the same for every implementation."""
+    torch.manual_seed(0)
+    config = DECODERS[name]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+    for key, x in model.named_parameters():
+        if "sinks" in key:
+            torch.nn.init.normal_(x)
+    return model
+
+
+def others(name: str) -> str:
+    """What transformers has for the model that computes all of it."""
+    return "eager" if name in ("gemma2", "gpt_oss") else "sdpa"
+
+
+def tokens(batch: int = 2, length: int = 24) -> Tensor:
+    return torch.randint(3, 61, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def padded(side: str, length: int = 24) -> dict[str, Tensor]:
+    """A batch whose second sequence has 5 tokens of padding."""
+    ids, mask = tokens(length=length), torch.ones(2, length, dtype=torch.int64)
+    mask[1, slice(0, 5) if side == "left" else slice(length - 5, None)] = 0
+    return {"input_ids": ids.where(mask.bool(), 0), "attention_mask": mask}
+
+
+@EVERY
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_logits_and_gradients(name: str, side: str) -> None:
+    given = {"input_ids": tokens()} if side == "none" else padded(side)
+    kept = torch.ones(2, 24, dtype=torch.bool) if side == "none" else given["attention_mask"].bool()
+    results = []
+    for implementation in ("attnx_softmax", others(name)):
+        model = decoder(name, implementation)
+        logits = model(**given).logits[kept]
+        logits.square().mean().backward()
+        results.append([logits, *(x.grad for x in model.parameters() if x.grad is not None)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@EVERY
+def test_packed_sequences(name: str) -> None:
+    """Positions that start again keep sequences apart."""
+    if name == "gpt2":
+        pytest.skip("its positions are learned, and start where they are told to")
+    positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
+    ids = tokens(batch=1)
+    got = decoder(name)(input_ids=ids, position_ids=positions).logits
+    want = decoder(name, others(name))(input_ids=ids, position_ids=positions).logits
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@EVERY
+@pytest.mark.parametrize("form", ["greedy", "beams", "static", "padded"])
+def test_generates_the_same(name: str, form: str) -> None:
+    given = padded("left") if form == "padded" else {"input_ids": tokens()}
+    options = {"greedy": {}, "padded": {}, "beams": {"num_beams": 3}, "static": {"cache_implementation": "static"}}[
+        form
+    ]
+    texts = [
+        decoder(name, implementation).generate(**given, max_new_tokens=12, do_sample=False, **options)
+        for implementation in ("attnx_softmax", others(name))
+    ]
+    assert torch.equal(*texts)
+
+
+def test_encoders() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    bert = transformers.BertConfig(vocab_size=61, **sizes)
+    vit = transformers.ViTConfig(image_size=32, patch_size=8, **sizes)
+    inputs = {
+        transformers.BertModel: padded("right"),
+        transformers.ViTModel: {"pixel_values": torch.randn(2, 3, 32, 32)},
+    }
+    for kind, config in ((transformers.BertModel, bert), (transformers.ViTModel, vit)):
+        results = []
+        for implementation in ("attnx_softmax", "sdpa"):
+            torch.manual_seed(0)
+            config._attn_implementation = implementation
+            results.append(kind(config).eval()(**inputs[kind]).last_hidden_state)
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def test_encoder_and_decoder() -> None:
+    config = transformers.WhisperConfig(
+        vocab_size=61, d_model=64, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8, max_source_positions=20,
+        max_target_positions=40, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    sound = torch.randn(2, 8, 40)
+    results = []
+    for implementation in ("attnx_softmax", "sdpa"):
+        torch.manual_seed(0)
+        config._attn_implementation = implementation
+        model = transformers.WhisperForConditionalGeneration(config).eval()
+        results.append(model(input_features=sound, decoder_input_ids=tokens(length=9)).logits)
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def test_sigmoid_trains() -> None:
+    model = decoder("llama", "attnx_sigmoid").train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    ids, losses = tokens(4), []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+
+
+def test_what_a_model_asks_in_vain() -> None:
+    with pytest.raises(NotImplementedError, match=r"^attnx_softmax: no output_attentions"):
+        decoder("llama")(input_ids=tokens(), output_attentions=True)
+    with pytest.raises(NotImplementedError, match=r"^attnx_sigmoid: the model has sinks"):
+        decoder("gpt_oss", "attnx_sigmoid")(input_ids=tokens())
+
+
+# The quantised cache --------------------------------------------------------------------------------------------------
+
+IN_FULL = {"levels": (16, 8), "window": 32, "residual": 224}  # nothing falls: it generates what the full cache does
+
+
+def staircase(model: Any, **options: Any) -> StaircaseCache:
+    return StaircaseCache(model.config, 256, **options)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("form", ["greedy", "beams", "padded", "prompt_lookup", "assisted"])
+def test_cache_generates_the_same(name: str, form: str) -> None:
+    model = decoder(name)
+    given = (
+        padded("left", 40)
+        if form == "padded"
+        else {"input_ids": tokens(1 if form in ("prompt_lookup", "assisted") else 2, 40)}
+    )
+    options: dict[str, Any] = {
+        "greedy": {},
+        "padded": {},
+        "beams": {"num_beams": 3},
+        "prompt_lookup": {"prompt_lookup_num_tokens": 3},
+        "assisted": {"assistant_model": decoder(name)},
+    }[form]
+    options |= {"max_new_tokens": 20, "do_sample": False}
+    want = model.generate(**given, **options)
+    got = model.generate(**given, **options, cache=staircase(model, **IN_FULL))
+    assert torch.equal(got, want)
+
+
+def test_cache_keeps_no_padding() -> None:
+    model = decoder("llama")
+    cache = staircase(model, **IN_FULL)
+    model.generate(**padded("left", 40), max_new_tokens=7, do_sample=False, cache=cache)
+    assert cache.layers[0].cache.lengths.tolist() == [46, 41]
+
+
+def test_cache_loses_bits_with_age() -> None:
+    """A long text's logits move a little, and the memory shrinks."""
+    model = decoder("llama")
+    ids = tokens(1, 250)
+    cache = StaircaseCache(model.config, 256)
+    assert cache.layers[0].options["window"] == 32
+    with torch.no_grad():
+        model(input_ids=ids[:, :200], cache=cache)
+        got = torch.cat([model(input_ids=ids[:, i : i + 1], cache=cache).logits for i in range(200, 250)], 1)
+        want = model(input_ids=ids).logits[:, 200:]
+    assert 0 < (got - want).norm() / want.norm() < 0.2
+    in_full = StaircaseCache(model.config, 256, **IN_FULL)
+    with torch.no_grad():
+        model(input_ids=ids[:, :200], cache=in_full)
+    assert cache.layers[0].cache.nbytes < in_full.layers[0].cache.nbytes / 2
+
+
+def test_cache_selects_and_resets() -> None:
+    model = decoder("llama")
+    cache = staircase(model, **IN_FULL)
+    with torch.no_grad():
+        model(input_ids=tokens(3, 40), cache=cache)
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        got = model(input_ids=tokens(2, 1), cache=cache).logits
+        want = model(input_ids=torch.cat([tokens(3, 40)[[2, 0]], tokens(2, 1)], 1)).logits[:, -1:]
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        model(input_ids=tokens(2, 40), cache=cache)
+    assert cache.get_seq_length() == 40
+
+
+def test_cache_needs_its_attention() -> None:
+    model = decoder("llama", "sdpa")
+    with pytest.raises(
+        ValueError, match=r"^attn_implementation: expected attnx_softmax with a StaircaseCache, got sdpa"
+    ):
+        model.generate(input_ids=tokens(), max_new_tokens=2, cache=staircase(model))
