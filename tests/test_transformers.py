@@ -1,4 +1,4 @@
-"""attnx in transformers: models of random weights compute and generate what they do with transformers' own attention."""
+"""attnx in transformers: models of random weights compute and generate what they do with its own attention."""
 
 from __future__ import annotations
 

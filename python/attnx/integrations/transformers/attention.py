@@ -23,8 +23,8 @@ def register() -> None:
     - ``attnx_sigmoid`` weighs each key by the sigmoid of its logit, less the logarithm of the number of keys that
       the row sees in the band. A model has to be trained with it.
 
-    ``model.set_attn_implementation("attnx_softmax")``, or ``attn_implementation="attnx_softmax"`` where a model is made,
-    then switches to one of them.
+    ``model.set_attn_implementation("attnx_softmax")`` then switches to one of them, as does
+    ``attn_implementation="attnx_softmax"`` where a model is made.
     """
     for name, function in (("attnx_softmax", _softmax), ("attnx_sigmoid", _sigmoid)):
         AttentionInterface.register(name, function)
@@ -107,8 +107,8 @@ def _band(
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """The keys that count and whether they are masked causally, by the rules of transformers' sdpa.
 
-    transformers leaves out the mask of a prompt whose keys are the first of a static cache, of one query, and of queries
-    that are as many as keys.
+    transformers leaves out the mask of one query, of as many queries as keys, and of a prompt whose keys are the first of
+    a static cache.
     """
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     length = query.shape[2]

@@ -16,7 +16,7 @@ __all__ = ["StaircaseCache", "StaircaseLayer"]
 
 
 class StaircaseCache(Cache):
-    """The cache of a model whose layers each keep an :class:`attnx.StaircaseCache`; it goes to ``generate`` as ``cache``.
+    """The cache of a model whose layers each keep an :class:`attnx.StaircaseCache`; ``generate`` takes it as ``cache``.
 
     A prompt attends in full and is quantised behind it; what follows attends to the quantised tokens. Sequences of a
     batch may be padded on either side, and hold no padding. Layers with a sliding window keep transformers' own.
@@ -96,8 +96,8 @@ class StaircaseLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         if key_states.shape[-1] != value_states.shape[-1]:
             raise ValueError(
-                f"config: expected keys and values of one head_dim for a StaircaseCache, got {key_states.shape[-1]} and "
-                f"{value_states.shape[-1]}"
+                "config: expected keys and values of one head_dim for a StaircaseCache, got "
+                f"{key_states.shape[-1]} and {value_states.shape[-1]}"
             )
         self.cache = attnx.StaircaseCache(
             key_states.shape[0],
