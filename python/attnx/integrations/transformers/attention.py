@@ -107,8 +107,8 @@ def _band(
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """The keys that count and whether they are masked causally, by the rules of transformers' sdpa.
 
-    transformers leaves out the mask of one query, of as many queries as keys, and of a prompt whose keys are the first of
-    a static cache.
+    transformers leaves out the mask of one query, of as many queries as keys, and of a prompt whose keys are the first
+    of a static cache.
     """
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     length = query.shape[2]
