@@ -114,6 +114,10 @@ def test_numbers_are_those_of_dequantize(
 def test_head_dims(mainloop: Any, score: Any, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
     cache, *_ = filled([200, 90], 230, dtype, device, head_dim=head_dim, levels=(16, 8, 4, 2, 1))
     with attnx.cuda_mainloop(mainloop):
+        if mainloop == "sm90" and head_dim > 128:
+            with pytest.raises(RuntimeError, match="its warps have no registers for 256 features"):
+                cache.attend(queries(2, 4, 37, head_dim, dtype, device))
+            return
         check(score, cache, queries(2, 4, 37, head_dim, dtype, device), [37, 20])
 
 

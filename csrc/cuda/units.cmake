@@ -18,12 +18,13 @@ set(scores_routed sigmoid softmax)
 set(head_dims_sums 64 128 256)
 
 # The loop over a staircase cache has these and a forward only.
-set(head_dims_staircase 64 128 256)
+set(head_dims_staircase_sm80 64 128 256)
+set(head_dims_staircase_sm90 64 128)
 set(scores_staircase sigmoid softmax)
 
 # sm_80's loop with terms in the logits has these.
 set(head_dims_terms 64 128 256)
-foreach(loop routed sums staircase terms)
+foreach(loop routed sums staircase_sm80 staircase_sm90 terms)
   list(JOIN head_dims_${loop} ", " HEAD_DIMS_${loop})
 endforeach()
 configure_file(units/head_dims.h.in ${CMAKE_CURRENT_BINARY_DIR}/include/cuda/head_dims.h @ONLY)
@@ -75,7 +76,8 @@ function(attnx_unit_names out mainloop)
       attnx_append_units(units ${loop}_${mainloop} SCORES ${scores_backward} HEAD_DIMS ${head_dims_sums})
     endforeach()
   endif()
-  attnx_append_units(units staircase_forward_${mainloop} SCORES ${scores_staircase} HEAD_DIMS ${head_dims_staircase})
+  attnx_append_units(units staircase_forward_${mainloop} SCORES ${scores_staircase}
+                     HEAD_DIMS ${head_dims_staircase_${mainloop}})
   set(${out} ${units} PARENT_SCOPE)
 endfunction()
 

@@ -17,9 +17,9 @@ namespace attnx::cuda {
 
 namespace {
 
-template <template <int> class Tiles>
+template <template <int> class Tiles, const auto& kHeadDims>
 void plan_tiles(const ForwardParams& p, ForwardPlan& plan) {
-  with_head_dim<kStaircaseHeadDims>(p, [&]<int kHeadDim>() {
+  with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() {
     using Tile = typename Tiles<kHeadDim>::Tile;
     plan.tile = {Tile::kM, Tile::kN, Tile::kBlocksPerSm, Tile::kSharedBytes, 0};
   });
@@ -29,7 +29,9 @@ void plan_tiles(const ForwardParams& p, ForwardPlan& plan) {
 // It returns what speaks against sm_90's mainloop, or nothing. Where none is asked for, sm_80's serves: by the counts
 // in docs/notes/staircase.md one warpgroup that unpacks for two keeps them waiting.
 std::string plan_sm90(const ForwardParams& p, std::optional<Mainloop> asked, ForwardPlan& plan) {
-  plan_tiles<StaircaseTmaForwardTiles>(p, plan);
+  if (plan.head_dim > std::ranges::max(kStaircaseTmaHeadDims))
+    return "its warps have no registers for " + std::to_string(plan.head_dim) + " features beside those that unpack";
+  plan_tiles<StaircaseTmaForwardTiles, kStaircaseTmaHeadDims>(p, plan);
   if (!ATTNX_CUDA_SM90) return "attnx was built without it";
   return asked ? "" : "its producers unpack codes more slowly than all warps of sm_80's loop do";
 }
@@ -49,7 +51,7 @@ ForwardPlan plan_staircase_loop(const ForwardParams& p, std::optional<Mainloop> 
   plan.head_dim = padded_head_dim<kStaircaseHeadDims>(p);
   plan.variant.aligned = are_aligned(p, {p.query, p.output}, {}, {});
   plan_mainloop(
-      "call", asked, plan, [&] { plan_tiles<StaircaseForwardTiles>(p, plan); },
+      "call", asked, plan, [&] { plan_tiles<StaircaseForwardTiles, kStaircaseHeadDims>(p, plan); },
       [&] { return plan_sm90(p, asked, plan); });
   ForwardGeometry& g = plan.geometry;
   plan.tiles = p.batch * g.heads.divisor() * g.query_blocks.divisor();
@@ -80,7 +82,7 @@ void run_staircase_loop(const ForwardParams& p, const ForwardPlan& plan, cudaStr
       const auto launch = [&]<Score kScore>() {
         if (plan.mainloop == Mainloop::kSm80) {
           launch_staircase_forward_sm80<kScore, kDType, kHeadDim>(call);
-        } else if constexpr (ATTNX_CUDA_SM90) {
+        } else if constexpr (ATTNX_CUDA_SM90 && kHeadDim <= std::ranges::max(kStaircaseTmaHeadDims)) {
           launch_staircase_forward_sm90<kScore, kDType, kHeadDim>(call);
         }
       };

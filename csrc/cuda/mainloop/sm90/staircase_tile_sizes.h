@@ -22,9 +22,5 @@ template <>
 struct StaircaseTmaForwardTiles<128> {
   using Tile = UnpackForwardTile<TmaForwardTile<128, 128, 128, false, 1>>;
 };
-template <>
-struct StaircaseTmaForwardTiles<256> {
-  using Tile = UnpackForwardTile<TmaForwardTile<256, 128, 64, true, 1>>;
-};
 
 }  // namespace attnx::cuda
