@@ -35,7 +35,6 @@ STATE, LAYOUT = "csrc/attnx/staircase_state.h", "csrc/attnx/staircase.h"
 SUMS = "csrc/cpu/sums.cpp"
 ARGUMENTS, LISTS = "csrc/torch/arguments.cpp", "csrc/torch/block_sparse.cpp"
 CACHE, ROUTES = "csrc/torch/staircase_cache.cpp", "csrc/torch/routes.cpp"
-MAP = "python/attnx/_operators/sparse_linear.py"
 K = "csrc/cpu/kernel/"
 SOFTMAX, SIGMOID = K + "score/softmax.h", K + "score/sigmoid.h"
 BAND, LISTED, CLUSTERED = K + "tiles/band.h", K + "tiles/listed.h", K + "tiles/clustered.h"
@@ -43,6 +42,8 @@ QUERIES, KEYS, PANEL = K + "lanes/queries.h", K + "lanes/keys.h", K + "panel.h"
 FORWARD, BACKWARD = K + "forward.h", K + "backward.h"
 TILE, SPLITS = K + "backward/tile.h", K + "backward/sums.h"
 GATHERED, ROUTED, PLACES = K + "storage/gathered.h", K + "routing/attention.h", K + "routing/places.h"
+TERMS, TERM_TILE, TERM_SUMS = "csrc/torch/terms.cpp", K + "logits/tile.h", K + "logits/sums.h"
+MAP, DROPOUT = K + "block_products.h", K + "random.h"
 SELECT, NEAREST, PRODUCTS = K + "routing/select.h", K + "routing/nearest.h", K + "routing/products.h"
 FEATURES, OPERANDS, BLOCK_SUMS = K + "linear/features.h", K + "linear/operands.h", K + "linear/block_sums.h"
 LINEAR, LINEAR_BACKWARD = K + "linear/forward.h", K + "linear/backward.h"
@@ -109,7 +110,10 @@ _FORWARD = (
         LISTED, "larger(hull_.end, smaller(first + block_, length_))", "hull_.end", "test_block_sparse.py -k any_order"
     ),
     Mutant(
-        QUERIES, "!on_tile.masked || all_finite(values_by_step_, padded * value_stride_)", "true", "test_nonfinite.py"
+        QUERIES,
+        "!on_tile.masked || «values_finite_(values_by_step_, round_up(tile.count, A::kStep) * value_stride_)»",
+        "true",
+        "test_nonfinite.py",
     ),
     Mutant(KEYS, "!on_tile.masked || values_finite(steps)", "true", "test_nonfinite.py"),
     Mutant(KEYS, "«Sum(p_.scale)», panel, on_tile, row", "Sum(1)", "test_softmax_attention.py -k shapes"),
@@ -123,7 +127,7 @@ _FORWARD = (
     Mutant(
         FORWARD, "total == 0 ? highest : highest + Sum(__builtin_log(total))", "highest", "test_determinism.py -k parts"
     ),
-    Mutant(FORWARD, "b.work.begin(panels, panel, «part == 0»,", "true", "test_sink.py -k few_queries"),
+    Mutant(FORWARD, "b.work.begin(panels, panel, sequence, «part == 0»,", "true", "test_sink.py -k few_queries"),
     Mutant(FORWARD, "if («parts_ > 1») panel.clip", "false", "test_determinism.py -k parts"),
     Mutant(FORWARD, "if («p.length_q * rows_.group <= kFewRows») parts_", "false", "test_long_sums.py"),
 )
@@ -149,8 +153,13 @@ _BACKWARD = (
         "test_sigmoid_attention.py -k bias_and_alibi",
     ),
     Mutant(TILE, "bias += «ds[k]»", "p", "test_gradients.py -k bias"),
-    Mutant(TILE, "!on_tile.masked || all_finite(other, count)", "true", "test_nonfinite.py"),
-    Mutant(SPLITS, "row[d] *= «Sum(p.scale)»", "Sum(1)", "test_softmax_attention.py -k shapes"),
+    Mutant(TILE, "!on_tile.masked || finite(other, count)", "true", "test_nonfinite.py"),
+    Mutant(
+        SPLITS,
+        "x.grad_key + key * sizes.head_lanes; }, «Sum(p.scale)»",
+        "Sum(1)",
+        "test_softmax_attention.py -k shapes",
+    ),
     Mutant(SPLITS, "«split < splits»; ++split) {", "split < 1", "test_determinism.py -k number_of_threads"),
     Mutant(SPLITS, "«split < splits»; ++split) sum +=", "split < 1", "test_determinism.py -k number_of_threads"),
     Mutant(SPLITS, "if («!addend.data») return", "true", "test_sparse_linear.py -k gradcheck"),
@@ -183,9 +192,12 @@ _SPARSE_LINEAR = (
         "share * double(count)",
         "test_sparse_linear.py -k shares",
     ),
-    Mutant(MAP, "(scale > 0) - (scale < 0)", "1", "test_sparse_linear.py -k sign"),
+    Mutant(MAP, "int(p_.scale > 0) - int(p_.scale < 0)", "1", "test_sparse_linear.py -k sign"),
     Mutant(
-        MAP, "mean(2, keepdim=True, dtype=torch.float64)", "mean(2, keepdim=True)", "test_sparse_linear.py -k equal"
+        MAP,
+        "double(means[j]) * «double(smaller(p_.block_k, s.length_k - j * p_.block_k))»",
+        "double(p_.block_k)",
+        "test_sparse_linear.py -k smooth",
     ),
     Mutant(FEATURES, "v > 0 ? «v + Sum(1)» :", "v", "test_sparse_linear.py -k gradcheck"),
     Mutant(FEATURES, "phi[d] > 0 ? grad[d] : 0", "grad[d]", "test_sparse_linear.py -k definition"),
@@ -299,4 +311,12 @@ _STAIRCASE = (
     ),
 )
 
-MUTANTS = (*_INPUT, *_FORWARD, *_BACKWARD, *_SPARSE_LINEAR, *_SAMPLING, *_ROUTING, *_STAIRCASE)
+_TERMS = (
+    Mutant(TERMS, "softcap > 0", "softcap >= 0", "test_logit_terms.py -k bad"),
+    Mutant(TERMS, "share >= 0 && share <= 1", "true", "test_logit_terms.py -k bad"),
+    Mutant(TERM_TILE, "ds * (1 - t * t)", "ds", "test_logit_terms.py -k definition"),
+    Mutant(TERM_TILE, "«(!shares || shares[at] != 0)»;", "true", "test_logit_terms.py -k leak"),
+    Mutant(TERM_SUMS, "grad.head_stride == 0 && p.heads_q > 1", "false", "test_logit_terms.py -k threads"),
+    Mutant(DROPOUT, "«n % 2» - key0", "(n + 1) % 2", "test_logit_terms.py -k definition"),
+)
+MUTANTS = (*_INPUT, *_FORWARD, *_BACKWARD, *_TERMS, *_SPARSE_LINEAR, *_SAMPLING, *_ROUTING, *_STAIRCASE)

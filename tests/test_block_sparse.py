@@ -61,7 +61,7 @@ def eager(
         every = block_bias.new_zeros(*indices.shape[:3], key_blocks)
         logits = logits + elements(every.scatter(-1, indices, block_bias)).to(logits.dtype)
     if score == "sigmoid":
-        return (logits - math.log(length_k)).sigmoid().masked_fill(~visible, 0.0) @ value
+        return (logits - math.log(max(length_k, 1))).sigmoid().masked_fill(~visible, 0.0) @ value
     logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
     if sink is not None:
         logits = torch.cat([logits, parameter_at_logits(sink, query).expand(*logits.shape[:-1], 1)], -1)

@@ -233,6 +233,12 @@ def test_cache_selects_and_resets() -> None:
     assert cache.get_seq_length() == 40
 
 
+def test_cache_refuses_a_softcap_at_once() -> None:
+    model = decoder("gemma2", layer_types=["full_attention"] * 2)
+    with pytest.raises(NotImplementedError, match=r"^attnx_softmax: a StaircaseCache does without softcap"):
+        model(input_ids=tokens(), cache=staircase(model))
+
+
 def test_cache_needs_its_attention() -> None:
     model = decoder("llama", "sdpa")
     with pytest.raises(

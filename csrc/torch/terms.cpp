@@ -101,10 +101,6 @@ StableTensor empty_per_key(const Target& target, std::string_view name, bool wan
   return gradient;
 }
 
-}  // namespace
-
-namespace {
-
 // What kernels read of these terms, and write of their gradients, is about all keys of a sequence.
 void check_no_lengths(bool given, std::string_view name, const AttentionParams& p) {
   check(!given || !p.key_ends || p.cu_seqlens_q, name, ": expected none beside seqused_k and leftpad_k, got one");

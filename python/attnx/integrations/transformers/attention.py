@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,19 +20,20 @@ def register() -> None:
     """Adds attnx's attentions to transformers' implementations, for all models of this process.
 
     - ``attnx_softmax`` is what the model computes with ``sdpa`` or ``eager``, sinks, softcaps and position biases
-      included. Keys may come from a :class:`StaircaseCache`.
+      included. Keys may come from a :class:`StaircaseCache`, which does without these three.
     - ``attnx_sigmoid`` weighs each key by the sigmoid of its logit, less the logarithm of the number of keys that
       the row sees in the band. A model has to be trained with it.
 
     ``model.set_attn_implementation("attnx_softmax")`` then switches to one of them, as does
     ``attn_implementation="attnx_softmax"`` where a model is made.
     """
-    for name, function in (("attnx_softmax", _softmax), ("attnx_sigmoid", _sigmoid)):
-        AttentionInterface.register(name, function)
+    for name in ("attnx_softmax", "attnx_sigmoid"):
+        AttentionInterface.register(name, functools.partial(_attend, name))
         AttentionMaskInterface.register(name, sdpa_mask)
 
 
-def _softmax(
+def _attend(
+    name: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -47,59 +49,31 @@ def _softmax(
     output_attentions: bool = False,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    _refuse_weights("attnx_softmax", output_attentions)
-    layer: StaircaseLayer | None = getattr(key, "attnx_layer", None)
-    options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
-    if s_aux is not None:
-        options["sink"] = s_aux.to(_sum_dtype(query))
-    if layer is not None and layer.holds_more_than(key):
-        refused = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias, "dropout": dropout or None}
-        if given := [name for name, x in refused.items() if x is not None]:
-            raise NotImplementedError(
-                f"attnx_softmax: a StaircaseCache does without {', '.join(given)}, which the model asks for"
-            )
-        return layer.attend(query, key, value, attention_mask, scale=scaling).transpose(1, 2).contiguous(), None
-    if layer is not None:
-        layer.append(key, value, attention_mask)
-    key, value, band = _band(module, query, key, value, attention_mask, is_causal)
-    mask = _mask(attention_mask, position_bias, key)
-    output: Tensor = softmax_attention(query, key, value, attn_mask=mask, **band, **options)
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _sigmoid(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    output_attentions: bool = False,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    _refuse_weights("attnx_sigmoid", output_attentions)
-    if s_aux is not None:
-        raise NotImplementedError(
-            "attnx_sigmoid: the model has sinks (s_aux), and sigmoid weights have no sum to put them in"
-        )
-    if hasattr(key, "attnx_layer"):
-        raise NotImplementedError("attnx_sigmoid: a StaircaseCache serves attnx_softmax only")
-    key, value, band = _band(module, query, key, value, attention_mask, is_causal)
-    mask = _mask(attention_mask, position_bias, key)
-    options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout, "bias": "row"}
-    output = sigmoid_attention(query, key, value, attn_mask=mask, **band, **options)
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _refuse_weights(name: str, output_attentions: bool) -> None:
     if output_attentions:
         raise NotImplementedError(f"{name}: no output_attentions, as no kernel keeps the weights; use eager for them")
+    layer: StaircaseLayer | None = getattr(key, "attnx_layer", None)
+    if layer is not None:
+        asked = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias, "dropout": dropout or None}
+        if refused := [argument for argument, x in asked.items() if x is not None]:
+            raise NotImplementedError(
+                f"{name}: a StaircaseCache does without {', '.join(refused)}, which the model asks for"
+            )
+        if layer.holds_more_than(key):
+            return layer.attend(query, key, value, attention_mask, scale=scaling).transpose(1, 2).contiguous(), None
+        layer.append(key, value, attention_mask)
+    key, value, options = _band(module, query, key, value, attention_mask, is_causal)
+    options |= {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
+    options["attn_mask"] = _mask(attention_mask, position_bias, key)
+    if name == "attnx_softmax":
+        sink = None if s_aux is None else s_aux.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+        output: Tensor = softmax_attention(query, key, value, sink=sink, **options)
+    elif s_aux is None:
+        output = sigmoid_attention(query, key, value, bias="row", **options)
+    else:
+        raise NotImplementedError(
+            f"{name}: the model has sinks (s_aux), and sigmoid weights have no sum to put them in"
+        )
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _band(
@@ -129,7 +103,3 @@ def _mask(attention_mask: Tensor | None, position_bias: Tensor | None, key: Tens
     if attention_mask.dtype == torch.bool:
         return position_bias.masked_fill(~attention_mask, -torch.inf)
     return position_bias + attention_mask
-
-
-def _sum_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
