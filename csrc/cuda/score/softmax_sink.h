@@ -24,7 +24,9 @@ struct SoftmaxSink {
     __device__ __forceinline__ void set_row(int row, const Parameters& parameters, const Band&, int head, int,
                                             int split) {
       // A sink beyond the largest float is kept finite, so that weights are 0 there and infinities are not subtracted.
-      const float sink = split == 0 ? fminf(of_head(parameters.sink, head) * kLog2E, FLT_MAX) : -INFINITY;
+      // Without a sink, which a call with terms may lack, a row starts as softmax's does, bit for bit.
+      const bool counts = split == 0 && parameters.sink.data;
+      const float sink = counts ? fminf(of_head(parameters.sink, head) * kLog2E, FLT_MAX) : -INFINITY;
       const float highest = fmaxf(sink, this->kLowest);
       // One of the four lanes that share the row counts it.
       this->start_row(row, highest, threadIdx.x % 4 == 0 ? exp2_approx(sink - highest) : 0);
