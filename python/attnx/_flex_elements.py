@@ -21,6 +21,8 @@ def shown(mask: FlexBlockMask, partial: Tensor) -> Iterator[tuple[Tensor, Tensor
     of_pairs: Callable[..., Tensor] = torch.vmap(torch.vmap(of_keys, in_dims=(None, None, 0, None)))
     row, column = (torch.arange(n, device=partial.device) for n in mask.BLOCK_SIZE)
     for places in partial.nonzero().split(max(_MOST_PAIRS // (block_q * block_k), 1)):
+        if len(places) == 0:  # a mask_mod may not look at anything then
+            return
         batch, head, i, j = places.unbind(1)
         query, key = i[:, None] * block_q + row, j[:, None] * block_k + column
         pairs = of_pairs(batch, head, query.clamp(max=length_q - 1), key.clamp(max=length_k - 1))
