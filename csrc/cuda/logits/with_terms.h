@@ -1,5 +1,5 @@
-// These are the logits of calls that have a softcap, a mask, bounds of rows, numbers by key or dropout. One kernel serves all of them:
-// each term is a branch that all threads take, or none does.
+// These are the logits of calls that have a softcap, a mask, bounds of rows, numbers by key or dropout. One kernel
+// serves all of them: each term is a branch that all threads take, or none does.
 //
 // A query head has tiles of rows of its own, so that the numbers by key are the same for all rows of a tile.
 #pragma once
