@@ -180,11 +180,12 @@ def test_vmap(operator: str, dtype: torch.dtype, backend: Backend) -> None:
     bounds = draw_term("row_bounds", SHAPE, dtype, backend.device)[:, :1]
     bounds = torch.stack([bounds, bounds.flip(2)])
 
-    def attend(row_bounds: Tensor, **inputs: Tensor) -> Tensor:
-        return getattr(attnx, operator)(**inputs, row_bounds=row_bounds)
+    def attend(query: Tensor, key: Tensor, value: Tensor, row_bounds: Tensor) -> Tensor:
+        return getattr(attnx, operator)(query, key, value, row_bounds=row_bounds)
 
-    expected = [attend(bounds[n], **{name: x[n] for name, x in several.items()}) for n in range(2)]
-    torch.testing.assert_close(torch.vmap(attend)(bounds, **several), torch.stack(expected))
+    arguments = (*several.values(), bounds)
+    expected = torch.stack([attend(*(x[n] for x in arguments)) for n in range(2)])
+    torch.testing.assert_close(torch.vmap(attend)(*arguments), expected)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
