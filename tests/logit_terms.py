@@ -23,7 +23,9 @@ def generator(seed: int = 5) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def draw_term(name: str, shape: Shape, dtype: torch.dtype, device: torch.device, served: str = "each") -> Any:
+def draw_term(
+    name: str, shape: Shape, dtype: torch.dtype, device: torch.device, served: str = "each", seed: int = 5
+) -> Any:
     """The argument of a name; ``served`` says whether each sequence and head has its own, or which share one."""
     batch = 1 if served in ("sequences", "all") else shape.batch
     heads = 1 if served in ("heads", "all") else shape.heads
@@ -39,6 +41,9 @@ def draw_term(name: str, shape: Shape, dtype: torch.dtype, device: torch.device,
     if name == "attn_mask":
         mask = torch.randn(pairs, generator=generator())
         return mask.where(torch.rand(pairs, generator=generator(6)) < 0.8, -math.inf).to(device, kind)
+    if name == "row_bounds":
+        ends = torch.randint(-9, shape.length_k + 9, (batch, heads, length_q, 2), generator=generator(seed))
+        return ends.sort(-1).values.to(device, torch.int32)
     if name == "key_bias":
         return torch.randn(keys, generator=generator()).to(device, kind)
     if name == "key_mask":
@@ -55,6 +60,12 @@ def terms_of(names: tuple[str, ...], *args: Any) -> dict[str, Any]:
     if "dropout_p" in terms:
         terms |= {"seed": 11, "offset": 3}
     return terms
+
+
+def within(row_bounds: Tensor, length_k: int) -> Tensor:
+    """The mask of pairs that bounds stand for."""
+    j = torch.arange(length_k, device=row_bounds.device)
+    return (j >= row_bounds[..., :1]) & (j < row_bounds[..., 1:])
 
 
 def needs(backend: Backend, names: tuple[str, ...], gradients: bool = True) -> None:
@@ -80,6 +91,7 @@ def eager(
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
     attn_mask: Tensor | None = None,
+    row_bounds: Tensor | None = None,
     key_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
     constant_sums: bool = False,
@@ -99,6 +111,8 @@ def eager(
         logits = logits - math.log(key.shape[2])
     if alibi_slopes is not None:
         logits = logits - alibi_slopes.to(dtype)[:, None, None] * distance.abs().to(query.device, dtype)
+    if row_bounds is not None:
+        visible = visible & within(row_bounds, key.shape[2])
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         visible = visible & attn_mask
     elif attn_mask is not None:

@@ -38,7 +38,8 @@ def _pointwise(dtype: torch.dtype) -> None:
     _differentiate(attnx.softmax_attention_varlen, packed, *offsets, 30, 30, sink=heads[0])
     used = {"seqused_k": torch.tensor([30, 7], dtype=torch.int32), "leftpad_k": torch.tensor([0, 3], dtype=torch.int32)}
     _differentiate(attnx.sigmoid_attention, dense, **used, is_causal=True, position_offset=3)
-    _differentiate(attnx.softmax_attention, dense, **used, window=(9, None))
+    bounds = torch.randint(0, 30, (1, 4, 20, 2), dtype=torch.int32)
+    _differentiate(attnx.softmax_attention, dense, **used, window=(9, None), row_bounds=bounds)
     fewer = torch.tensor([0, 20, 20, 45], dtype=torch.int32)
     _differentiate(attnx.softmax_attention_varlen, packed, fewer, offsets[1], 30, 30, has_padding=True)
 

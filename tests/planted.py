@@ -317,6 +317,10 @@ _TERMS = (
     Mutant(TERM_TILE, "ds * (1 - t * t)", "ds", "test_logit_terms.py -k definition"),
     Mutant(TERM_TILE, "«(!shares || shares[at] != 0)»;", "true", "test_logit_terms.py -k leak"),
     Mutant(TERM_SUMS, "grad.head_stride == 0 && p.heads_q > 1", "false", "test_logit_terms.py -k threads"),
+    Mutant(PANEL, "larger<std::int64_t>(«row[0]», seen.first)", "std::int32_t(0)", "test_row_bounds.py -k beside"),
+    Mutant(PANEL, "smaller<std::int64_t>(«row[1]», seen.end)", "row[1] + 1", "test_row_bounds.py -k window"),
+    Mutant(PANEL, "«head[lane]» * bounds.head_stride", "first_head", "test_row_bounds.py -k beside"),
+    Mutant(TERMS, "x.size(3) == 2", "true", "test_row_bounds.py -k bad"),
     Mutant(DROPOUT, "«n % 2» - key0", "(n + 1) % 2", "test_logit_terms.py -k definition"),
 )
 MUTANTS = (*_INPUT, *_FORWARD, *_BACKWARD, *_TERMS, *_SPARSE_LINEAR, *_SAMPLING, *_ROUTING, *_STAIRCASE)

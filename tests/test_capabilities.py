@@ -89,6 +89,7 @@ def _terms_of(features: set[str]) -> list[str]:
     terms = [x for x in ("softcap", "key_bias", "key_mask", "dropout") if x in features]
     terms = [x for x in terms if not x.startswith("key") or f"{x}_gradient" in features]
     terms += ["bool_mask"] if "attn_mask" in features else []
+    terms += ["row_bounds"] if "row_bounds" in features else []
     return terms + (["attn_mask"] if "attn_mask_gradient" in features else [])
 
 

@@ -23,9 +23,9 @@ SHAPES = [
     Shape(length_q=130, length_k=37, head_dim=3, heads=4, kv_heads=1),
     Shape(length_q=2, length_k=150, head_dim=64, heads=4, kv_heads=2),
 ]
-ALONE = ["softcap", "bool_mask", "input_mask", "attn_mask", "key_bias", "key_mask", "dropout"]
+ALONE = ["softcap", "bool_mask", "input_mask", "attn_mask", "row_bounds", "key_bias", "key_mask", "dropout"]
 TOGETHER = [("softcap", "attn_mask"), ("softcap", "bool_mask", "key_bias", "key_mask", "dropout")]
-COMBINATIONS = [(name,) for name in ALONE] + TOGETHER
+COMBINATIONS = [(name,) for name in ALONE] + TOGETHER + [("row_bounds", *TOGETHER[1])]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -130,6 +130,7 @@ NEUTRAL = {
     "softcap": {"softcap": math.inf},
     "bool_mask": {"attn_mask": lambda pairs, keys, kind: torch.ones(pairs, dtype=torch.bool)},
     "attn_mask": {"attn_mask": lambda pairs, keys, kind: torch.zeros(pairs, dtype=kind)},
+    "row_bounds": {"row_bounds": lambda pairs, keys, kind: torch.tensor([[[[0, 130]]]], dtype=torch.int32)},
     "key_bias": {"key_bias": lambda pairs, keys, kind: torch.zeros(keys, dtype=kind)},
     "key_mask": {"key_mask": lambda pairs, keys, kind: torch.ones(keys, dtype=kind)},
     "dropout": {"dropout_p": 0.0},

@@ -89,6 +89,14 @@ struct PerKey {
   std::int64_t batch_stride = 0, head_stride = 0;
 };
 
+// These are the keys [start, end) that each row sees at most, [batch, heads_q, length_q] pairs of numbers that lie
+// together, counted from the first key of the sequence. A pair may reach beyond the keys, and an empty one hides all of
+// them. Strides count elements, and are 0 where one number serves all. It is null where absent.
+struct RowBounds {
+  const std::int32_t* data = nullptr;
+  std::int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
+};
+
 // A logit is softcap * tanh(x / softcap) of x = scale * query . key, plus the row's and the tile's bias, less the slope
 // times the distance, plus key_bias and attn_mask. exp(logit), or its sigmoid, is multiplied by key_mask. A weight that
 // is kept counts 1 / (1 - dropout) times, after the row's sum is taken; attnx/dropout.h says which ones are.
@@ -138,6 +146,7 @@ struct AttentionParams {
   // right; negative means no bound.
   std::int64_t window_left = -1, window_right = -1;
   std::int64_t position_offset = 0;
+  RowBounds row_bounds;  // of the same rows; BiasRule::kRow does not count with them
 
   // These are additions to the logits, in the accumulator's type (float, or double for kFloat64).
   BiasRule bias_rule = BiasRule::kNone;

@@ -90,6 +90,18 @@ PairMask view_pairs(MaskKind kind, const StableTensor& x) {
   return {kind, x.data_ptr(), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2), stride_of(x, 3)};
 }
 
+// Bounds may hold any numbers, so that nothing has to look at them.
+RowBounds read_row_bounds(const Target& target, const StableTensor& x, const AttentionParams& p) {
+  check_feature(target, "row_bounds", "row_bounds");
+  check_dtype("row_bounds", x, ScalarType::Int, "");
+  const auto fits = [&](std::int64_t dim, std::int64_t size) { return x.size(dim) == 1 || x.size(dim) == size; };
+  check(x.dim() == 4 && fits(0, p.batch) && fits(1, p.heads_q) && fits(2, p.length_q) && x.size(3) == 2,
+        "row_bounds: expected shape (", p.batch, " or 1, ", p.heads_q, " or 1, ", p.length_q,
+        " or 1, 2), sequences, query heads, queries, and a start and an end, got ", shape_of(x));
+  check_layout("row_bounds", x);
+  return {data<const std::int32_t>(x), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2)};
+}
+
 StableTensor empty_per_key(const Target& target, std::string_view name, bool wanted,
                            const std::optional<StableTensor>& x, PerKey& place) {
   if (!wanted || !x) return make_empty(target.tensor, std::vector<std::int64_t>{0}, sum_type(target.tensor));
@@ -122,6 +134,7 @@ void read_terms(const Target& target, const Terms& x, AttentionParams& p) {
 }
 
 void read_terms(const Target& target, const PairTerms& x, AttentionParams& p) {
+  if (x.row_bounds) p.row_bounds = read_row_bounds(target, *x.row_bounds, p);
   check_no_lengths(x.attn_mask.has_value(), "attn_mask", p);
   if (!x.attn_mask) return;
   const StableTensor& mask = *x.attn_mask;

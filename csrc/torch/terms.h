@@ -24,10 +24,10 @@ struct TermGradients {
   ATTNX_FIELDS(grad_key_bias, grad_key_mask)
 };
 
-// Sequences that are packed have no mask of pairs.
+// Sequences that are packed have neither a mask of pairs nor bounds of rows.
 struct PairTerms {
-  std::optional<StableTensor> attn_mask;
-  ATTNX_FIELDS(attn_mask)
+  std::optional<StableTensor> attn_mask, row_bounds;
+  ATTNX_FIELDS(attn_mask, row_bounds)
 };
 struct WantedPairTerms {
   bool attn_mask_gradient;

@@ -80,6 +80,7 @@ class Requirement:
             "causal": arguments.get("is_causal", False),
             "window": max(arguments.get("window_left", -1), arguments.get("window_right", -1)) >= 0,
             "key_lengths": any(arguments.get(name) is not None for name in ("seqused_k", "leftpad_k")),
+            "row_bounds": arguments.get("row_bounds") is not None,
             "position_offset": arguments.get("position_offset", 0) != 0,
             "padding": arguments.get("has_padding", False),
             "block_bias": arguments.get("block_bias") is not None,

@@ -32,6 +32,7 @@ def resolve_terms(
     *,
     softcap: float | None = None,
     attn_mask: Tensor | None = None,
+    row_bounds: Tensor | None = None,
     key_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -39,13 +40,13 @@ def resolve_terms(
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """The operator's arguments attn_mask, softcap, key_bias, key_mask, dropout_p, seed and offset.
+    """The operator's arguments attn_mask, row_bounds, softcap, key_bias, key_mask, dropout_p, seed and offset.
 
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
         NotImplementedError: no kernel on this device has one of them, or its gradient.
     """
-    _arguments.optional_tensors(attn_mask=attn_mask, key_bias=key_bias, key_mask=key_mask)
+    _arguments.optional_tensors(attn_mask=attn_mask, row_bounds=row_bounds, key_bias=key_bias, key_mask=key_mask)
     if softcap is not None:
         softcap = _arguments.number("softcap", softcap, "None or a number above 0")
     dropout_p = _arguments.number("dropout_p", dropout_p, "a probability from 0 to below 1")
@@ -59,9 +60,10 @@ def resolve_terms(
     if dropout_p > 0:
         drawn = draw_round(generator, seed, offset, query.device)
     given = {"softcap": softcap, "attn_mask": attn_mask, "key_bias": key_bias, "key_mask": key_mask}
+    given["row_bounds"] = row_bounds
     if dropout_p > 0 or any(x is not None for x in given.values()):
         _capability.require(operator, {"query": query, "key": key, "value": value, "dropout_p": dropout_p} | given)
-    return attn_mask, softcap, key_bias, key_mask, dropout_p, *drawn
+    return attn_mask, row_bounds, softcap, key_bias, key_mask, dropout_p, *drawn
 
 
 def _four_dimensions(attn_mask: Tensor) -> Tensor:

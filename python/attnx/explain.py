@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnx import _C, _arguments, _capability, functional, probabilistic, routing, sparse_linear, staircase, weights
+from attnx.block_mask import BlockMask
 
 # What a call does whatever kernel serves it, and may surprise.
 _NOTES = {"routing_attention": ["a centroid with a NaN has no product that is a number: its cluster holds no token"]}
@@ -62,6 +63,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     arguments = dict(bound.arguments)
     if "cache" in arguments:
         arguments["key"] = arguments["value"] = arguments["cache"]._memory.tail[:, :, 0, 0]
+    if isinstance(mask := arguments.get("block_mask"), BlockMask):  # what it hides within blocks are terms, too
+        arguments["row_bounds"] = mask.row_bounds
+        arguments["attn_mask"] = mask.with_elements(arguments["attn_mask"])
     arguments["window_left"], arguments["window_right"] = _arguments.window(arguments.pop("window", None))
     if not isinstance(arguments.get("bias"), Tensor):
         arguments["bias"] = None  # a rule or a number, which every kernel adds
@@ -99,7 +103,7 @@ def _cpu_kernel(requirement: _capability.Requirement) -> tuple[str, list[str]]:
 
 
 # These features take a loop of their own on CUDA.
-_TERMS = {"attn_mask", "key_bias", "key_mask", "softcap", "dropout"}
+_TERMS = {"attn_mask", "key_bias", "key_mask", "row_bounds", "softcap", "dropout"}
 
 
 def _cuda_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]) -> tuple[str, list[str]]:

@@ -35,6 +35,7 @@ class SoftmaxOptions(TermOptions, total=False):
 
 class DenseOptions(SoftmaxOptions, total=False):
     attn_mask: Tensor | None
+    row_bounds: Tensor | None
     seqused_k: Tensor | None
     leftpad_k: Tensor | None
 
@@ -81,6 +82,7 @@ def sigmoid_attention(
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
     attn_mask: Tensor | None = None,
+    row_bounds: Tensor | None = None,
     key_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -125,6 +127,11 @@ def sigmoid_attention(
         attn_mask: (batch, heads, length_q, length_k), where each size but length_k may be 1, or the last 2 or 3 of
             these, of any strides. bool, where True takes part; or in the dtype of query, or as for bias, what is added
             to the logit, where -inf hides the key. It may require a gradient, which it gets in its own shape.
+        row_bounds: (batch or 1, heads or 1, length_q or 1, 2) int32: row i sees of its keys only those from
+            ``row_bounds[..., i, 0]`` up to but not with ``row_bounds[..., i, 1]``, counted from the first one that
+            ``leftpad_k`` leaves. A pair may reach beyond the keys on either side; an empty one hides them all. It
+            says what a mask of pairs says that gives each row one interval, without that mask's size. The bias
+            ``"row"`` does not count with it.
         key_bias: (batch or 1, heads or 1, length_k), dtype as for bias: what is added to the logits of a key. heads
             counts query heads. It may require a gradient.
         key_mask: of the same shape and dtype, in [0, 1], or bool: what the weights of a key are multiplied by. It may
@@ -159,7 +166,7 @@ def sigmoid_attention(
         options |= {"position_offset": position_offset, "alibi_slopes": alibi_slopes}
         options |= {"softcap": softcap, "dropout_p": dropout_p, "generator": generator, "seed": seed, "offset": offset}
         _nested.expect_no_lengths(seqused_k=seqused_k, leftpad_k=leftpad_k)
-        _refuse_beside_nested(attn_mask=attn_mask, key_bias=key_bias, key_mask=key_mask)
+        _refuse_beside_nested(attn_mask=attn_mask, row_bounds=row_bounds, key_bias=key_bias, key_mask=key_mask)
         return _nested.attend(sigmoid_attention_varlen, query, key, value, **options)
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(alibi_slopes=alibi_slopes)
@@ -173,6 +180,7 @@ def sigmoid_attention(
         value,
         softcap=softcap,
         attn_mask=attn_mask,
+        row_bounds=row_bounds,
         key_bias=key_bias,
         key_mask=key_mask,
         dropout_p=dropout_p,
@@ -255,7 +263,7 @@ def sigmoid_attention_varlen(
         offset=offset,
     )
     return _ops.sigmoid_attention_varlen(
-        query, key, value, *packing, padding, s.bias, alibi_slopes, s.bias_rule, s.bias_value, *terms[1:], scale, *mask
+        query, key, value, *packing, padding, s.bias, alibi_slopes, s.bias_rule, s.bias_value, *terms[2:], scale, *mask
     )
 
 
@@ -291,6 +299,7 @@ def softmax_attention(
     sink: Tensor | None = None,
     softcap: float | None = None,
     attn_mask: Tensor | None = None,
+    row_bounds: Tensor | None = None,
     key_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -325,7 +334,7 @@ def softmax_attention(
         }
         options |= {"softcap": softcap, "dropout_p": dropout_p, "generator": generator, "seed": seed, "offset": offset}
         _nested.expect_no_lengths(seqused_k=seqused_k, leftpad_k=leftpad_k)
-        _refuse_beside_nested(attn_mask=attn_mask, key_bias=key_bias, key_mask=key_mask)
+        _refuse_beside_nested(attn_mask=attn_mask, row_bounds=row_bounds, key_bias=key_bias, key_mask=key_mask)
         return _nested.attend(softmax_attention_varlen, query, key, value, **options)
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(alibi_slopes=alibi_slopes, sink=sink)
@@ -338,6 +347,7 @@ def softmax_attention(
         value,
         softcap=softcap,
         attn_mask=attn_mask,
+        row_bounds=row_bounds,
         key_bias=key_bias,
         key_mask=key_mask,
         dropout_p=dropout_p,
@@ -440,7 +450,7 @@ def softmax_attention_varlen(
         offset=offset,
     )
     output, logsumexp = _ops.softmax_attention_varlen(
-        query, key, value, *packing, padding, alibi_slopes, sink, *terms[1:], scale, *mask
+        query, key, value, *packing, padding, alibi_slopes, sink, *terms[2:], scale, *mask
     )
     return (output, logsumexp) if return_logsumexp else output
 
@@ -505,12 +515,11 @@ def block_sparse_attention(
         query: (batch, heads, length_q, head_dim).
         key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads.
         value: (batch, kv_heads, length_k, value_dim).
-        block_mask: :class:`attnx.BlockMask`, or a mask of ``torch.nn.attention.flex_attention`` that hides nothing
-            within its blocks or is causal, which is converted at every call (:meth:`attnx.BlockMask.from_flex`). Its
-            leading sizes are batch or 1, and heads or 1. Counts above the width and indices of blocks that are not
-            there are refused where the lists lie in host memory, and on the GPU under ``ATTNX_DEBUG=1``; otherwise
-            they are undefined there, as looking would wait for the device.
-        score: "softmax", or "sigmoid" with ``bias`` as in :func:`attnx.sigmoid_attention`, but not a tensor.
+        block_mask: :class:`attnx.BlockMask`, or a mask of ``torch.nn.attention.flex_attention``, which is converted at
+            every call (:meth:`attnx.BlockMask.from_flex`). Its leading sizes are batch or 1, and heads or 1. What it
+            hides within its blocks is hidden besides what other arguments hide. Counts above the width and indices of
+            blocks that are not there are refused where the lists lie in host memory, and on the GPU under
+            ``ATTNX_DEBUG=1``; otherwise they are undefined there, as looking would wait for the device.
         block_bias: float32 like ``block_mask.kv_indices``, or 1 in the place of batch or heads, added to every logit of
             the block. It may require a gradient.
         sink: with the softmax score, as in :func:`attnx.softmax_attention`.
@@ -519,7 +528,7 @@ def block_sparse_attention(
         scale: of the logits; 1/sqrt(head_dim) by default; or a tensor as in :func:`attnx.sigmoid_attention`.
         is_causal: also hide later keys, aligned bottom-right.
         seqused_k: as in :func:`attnx.sigmoid_attention`; the mask may list blocks beyond.
-        leftpad_k: likewise; the blocks of keys of a sequence count from there.
+        leftpad_k: likewise; the blocks of keys of a sequence, and the mask's bounds of rows, count from there.
         return_logsumexp: with the softmax score, also return (batch, heads, length_q) float32.
 
     Returns:
@@ -551,7 +560,8 @@ def block_sparse_attention(
         key,
         value,
         softcap=softcap,
-        attn_mask=attn_mask,
+        attn_mask=block_mask.with_elements(attn_mask),
+        row_bounds=block_mask.row_bounds,
         key_bias=key_bias,
         key_mask=key_mask,
         dropout_p=dropout_p,

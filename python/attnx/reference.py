@@ -100,12 +100,21 @@ class _Terms(NamedTuple):
 
     softcap: float | None = None
     attn_mask: Tensor | None = None
+    row_bounds: Tensor | None = None
     key_bias: Tensor | None = None
     key_mask: Tensor | None = None
     dropout_p: float = 0.0
     seed: int = 0
     offset: int = 0
     sequence: int = 0  # the first of the call, by which dropout counts its draws
+
+    @classmethod
+    def of(cls, options: dict[str, Any], leftpad_k: Tensor | None) -> _Terms:
+        """Bounds of rows count from the first key that is used, and those of the terms from the first of all."""
+        terms = cls(**options)
+        if terms.row_bounds is None or leftpad_k is None:
+            return terms
+        return terms._replace(row_bounds=terms.row_bounds.long() + leftpad_k[:, None, None, None])
 
     def cap(self, logits: Tensor) -> Tensor:
         if self.softcap is None or math.isinf(self.softcap):
@@ -114,6 +123,9 @@ class _Terms(NamedTuple):
 
     def add(self, logits: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
         """The logits with what is added to them, and which of them are not hidden by it."""
+        if self.row_bounds is not None:
+            j = torch.arange(logits.shape[-1], device=logits.device)
+            visible = visible & (j >= self.row_bounds[..., :1]) & (j < self.row_bounds[..., 1:])
         for x in (self.attn_mask, None if self.key_bias is None else self.key_bias[:, :, None]):
             if x is not None and x.dtype == torch.bool:
                 visible = visible & x
@@ -254,7 +266,7 @@ def sigmoid_attention(
     alibi_slopes: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    terms = _Terms(**options)
+    terms = _Terms.of(options, leftpad_k)
     heads = query.shape[1]
     distance, visible, keys = _band(query, key, is_causal, window, position_offset, seqused_k, leftpad_k)
     logits = _logits(query, key, scale, alibi_slopes, distance, terms)
@@ -278,7 +290,7 @@ def softmax_attention(
     return_logsumexp: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    terms = _Terms(**options)
+    terms = _Terms.of(options, leftpad_k)
     distance, visible, _ = _band(query, key, is_causal, window, position_offset, seqused_k, leftpad_k)
     logits, visible = terms.add(_logits(query, key, scale, alibi_slopes, distance, terms), visible)
     output, logsumexp = _softmax(logits.where(visible, -math.inf), visible, value, sink, terms)
@@ -302,7 +314,9 @@ def block_sparse_attention(
     return_logsumexp: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    terms = _Terms(**options)
+    options["row_bounds"] = block_mask.row_bounds
+    options["attn_mask"] = block_mask.with_elements(options.get("attn_mask"))
+    terms = _Terms.of(options, leftpad_k)
     length_q, length_k = query.shape[2], key.shape[2]
     block_q, block_k = block_mask.block_size
     key_blocks = -(-length_k // block_k)

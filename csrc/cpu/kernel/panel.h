@@ -78,7 +78,7 @@ struct Panel {
       head[lane] = first_head + of_group;
       if (lane + 1 < rows && ++of_group == group) of_group = 0, ++q;
       position[lane] = query[lane] + s.length_k - s.length_q + p.position_offset;
-      visible[lane] = tiles.row(position[lane]);
+      visible[lane] = bounded(p.row_bounds, s.batch, lane, tiles.row(position[lane]));
       if (lane == 0) any = all = visible[0];
       any = {smaller(any.first, visible[lane].first), larger(any.end, visible[lane].end)};
       all = {larger(all.first, visible[lane].first), smaller(all.end, visible[lane].end)};
@@ -112,6 +112,15 @@ struct Panel {
   }
 
  private:
+  // What the bounds of the row leave of the keys that it sees.
+  KeyRange bounded(const RowBounds& bounds, std::int64_t batch, int lane, KeyRange seen) const {
+    if (!bounds.data) return seen;
+    const std::int32_t* const row = bounds.data + batch * bounds.batch_stride + head[lane] * bounds.head_stride +
+                                    query[lane] * bounds.row_stride;
+    const std::int64_t first = smaller(larger<std::int64_t>(row[0], seen.first), seen.end);
+    return {first, larger(first, smaller<std::int64_t>(row[1], seen.end))};
+  }
+
   static Sum log(std::int64_t keys) { return Sum(__builtin_log(double(larger<std::int64_t>(keys, 1)))); }
 };
 

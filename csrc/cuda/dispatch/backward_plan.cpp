@@ -72,7 +72,7 @@ BackwardPlan make_plan(const BackwardParams& p, std::optional<Mainloop> asked, b
   plan.variant.listed = p.key_blocks.counts;
   plan.variant.block_q = p.block_q;
   plan.variant.block_k = p.block_k;
-  plan.variant.terms = p.terms.any();
+  plan.variant.terms = has_terms(p);
   plan.variant.aligned = are_aligned(p, {p.query, p.grad_query}, {p.key, p.grad_key}, {p.value, p.grad_value}) &&
                          is_aligned(p, p.grad_output, p.heads_q, p.value_dim);
   const auto on_sm80 = [&] {

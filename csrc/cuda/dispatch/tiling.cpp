@@ -23,7 +23,7 @@ bool are_aligned(const AttentionParams& p, std::initializer_list<Tensor> of_quer
 }
 
 std::int64_t heads_in_tile(const AttentionParams& p) {
-  return p.key_blocks.counts || p.terms.any() ? 1 : p.heads_q / p.heads_k;
+  return p.key_blocks.counts || has_terms(p) ? 1 : p.heads_q / p.heads_k;
 }
 
 std::int64_t whole_heads_in_tile(const AttentionParams& p, int rows_of_tile) {

@@ -11,6 +11,7 @@ struct KernelTerms {
   float scale_by_softcap;  // the scale over the softcap
   PairMask attn_mask;
   bool mask_in_pairs;  // whether the numbers of two keys, the first one even, lie together and on their size
+  RowBounds row_bounds;
   PerKey key_bias, key_mask;
   const std::int64_t *seed, *offset;  // of dropout; null: none
   std::uint32_t bytes_kept;
@@ -32,6 +33,7 @@ inline KernelTerms kernel_terms(const AttentionParams& p) {
   if (terms.softcap != 0) args.scale_by_softcap = float(p.scale / terms.softcap);
   args.attn_mask = mask;
   args.mask_in_pairs = in_pairs;
+  args.row_bounds = p.row_bounds;
   args.key_bias = terms.key_bias;
   args.key_mask = terms.key_mask;
   args.dropout_factor = 1;

@@ -1,5 +1,5 @@
-// These are the logits of calls that have a softcap, a mask, numbers by key or dropout. One kernel serves all of them:
-// each term is a branch that all threads take, or none does.
+// These are the logits of calls that have a softcap, a mask, bounds of rows, numbers by key or dropout. One kernel
+// serves all of them: each term is a branch that all threads take, or none does.
 //
 // A query head has tiles of rows of its own, so that the numbers by key are the same for all rows of a tile.
 #pragma once
@@ -7,6 +7,7 @@
 #include "cuda/common/ptx.h"
 #include "cuda/logits/kept_weights.h"
 #include "cuda/logits/pair_mask.h"
+#include "cuda/logits/row_bounds.h"
 #include "cuda/logits/terms.h"
 
 namespace attnx::cuda {
@@ -99,6 +100,7 @@ struct WithTerms {
 
       apply_mask<Input>(s, args, place.batch, head, row, key, inside, ends);
       if (ragged) place_logits(s, args, band, head, row, key, 1);
+      hide_outside_bounds(s, args.terms.row_bounds, place.batch, head, row, key, ends.last_row);
 
       if (args.terms.seed) {
         kept_.draw({std::uint64_t(__ldg(args.terms.seed)), std::uint32_t(__ldg(args.terms.offset))},

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnx._operators.description import Operator
 from attnx._operators.schema import Signature, signature
-from attnx._operators.terms import TENSORS
+from attnx._operators.terms import BY_HEAD, TENSORS
 
 Rule: TypeAlias = Callable[..., tuple[Any, Any]]
 
@@ -42,7 +42,7 @@ def _by_heads(of: Signature) -> Rule:
     def heads_at(tensor: str) -> int:
         """The dimension that counts heads, in a tensor of this name."""
         kind = tensor.removeprefix("grad_")
-        if kind in TENSORS:
+        if kind in BY_HEAD:
             return 0 if packed else 1
         return 0 if kind in of.optional or (kind == "logsumexp" and packed) else 1
 
@@ -56,7 +56,7 @@ def _by_heads(of: Signature) -> Rule:
             x = x[:, None].expand(-1, heads)
         at = heads_at(tensor)
         x = x.movedim(0, at)
-        if x.shape[at + 1] == 1 and tensor in TENSORS:  # one for all heads
+        if x.shape[at + 1] == 1 and tensor in BY_HEAD:  # one for all heads
             x = x.expand(*x.shape[: at + 1], heads, *x.shape[at + 2 :])
         return x.flatten(at, at + 1)
 

@@ -16,5 +16,6 @@ def _like(argument: str, arguments: Arguments) -> Tensor:
     return query.new_empty(shape, dtype=sum_dtype(query))
 
 
+BY_HEAD = ("attn_mask", "row_bounds", "key_bias", "key_mask")  # these count heads in the dimension that query does
 TENSORS = ("attn_mask", "key_bias", "key_mask")
 GRADIENTS = {f"grad_{name}": partial(_like, name) for name in TENSORS}
