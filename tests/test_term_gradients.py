@@ -55,6 +55,8 @@ def test_packed_sequences(operator: str, served: str, dtype: torch.dtype, backen
     names = ("key_bias", "key_mask")
     needs(backend, names)
     inputs, grad_output, sizes = pack(([70, 0, 9], [80, 7, 130]), dtype, backend.device)
+    sizes["cu_seqlens_k"] = torch.tensor([0, 80, 87, 200], dtype=torch.int32, device=backend.device)
+    sizes["has_padding"] = True
     terms = terms_of(names, Shape(length_k=217, heads=4), dtype, backend.device, served)
     leaves = inputs | {name: x[0] for name, x in terms.items()}
     results = forward_backward(getattr(attnx, f"{operator}_varlen"), leaves, grad_output, **sizes)
@@ -63,6 +65,22 @@ def test_packed_sequences(operator: str, served: str, dtype: torch.dtype, backen
     tolerance = {torch.float32: 1e-5}.get(dtype, 3e-2)
     for name, x in results.items():
         torch.testing.assert_close(x.double(), expected[name], rtol=tolerance, atol=tolerance, msg=name)
+    assert all((results[f"grad_{name}"][:, 200:] == 0).all() for name in names)
+
+
+def test_a_hidden_key_may_weigh_any_number(dtype: torch.dtype, backend: Backend) -> None:
+    """Without its key_mask of 0 the weight of key 3 would be e^200: its gradient is finite, and nothing else has it."""
+    names = ("key_bias", "key_mask")
+    needs(backend, names)
+    shape = Shape(length_q=1, length_k=70)
+    inputs, grad_output = random_inputs(shape, dtype, backend.device)
+    terms = terms_of(names, shape, dtype, backend.device)
+    terms["key_mask"][..., 3] = 0
+    terms["key_bias"][..., 3] = 200
+    results = forward_backward(attnx.softmax_attention, inputs | terms, grad_output / 64)
+    assert all(x.isfinite().all() for x in results.values())
+    assert results["grad_key_mask"][0, 0, 3].abs() > 1e30
+    assert (results["grad_key_bias"][..., 3] == 0).all()
 
 
 def _check_lists(
