@@ -17,6 +17,7 @@ from torch import Tensor
 import attnx
 from cases import Shape, pack, random_inputs, random_parameter
 from compare import forward_backward
+from logit_terms import GRADIENTS, draw_term, terms_of
 from routing_cases import random_centroids, random_memory, with_memory
 from staircase_cases import SMALL, cache_of, tokens
 
@@ -105,6 +106,10 @@ def calls() -> Iterator[tuple[str, Results]]:
     for score, dtype, head_dim in product(SCORES, DTYPES, [64, 128, 256]):
         yield f"{score} {dtype} {head_dim} weights", _weights(score, dtype, head_dim)
         yield f"{score} {dtype} {head_dim} unaligned weights", _weights(score, dtype, head_dim - 3)
+        for kind in (_terms, _shared_terms) if dtype == torch.bfloat16 else (_terms,):
+            yield f"{score} {dtype} {head_dim} {kind.__name__[1:]}", kind(score, dtype, head_dim)
+    for score, kind in product(SCORES, (_packed_terms, _listed_terms)):
+        yield f"{score} {kind.__name__[1:]}", kind(score)
     yield from _block_maps()
     yield from _sparse_linear([45, 128, 256])
     for dtype, (head_dim, levels) in product(DTYPES, [(64, (16, 8, 4, 2)), (128, (16, 8, 4, 1)), (160, (16, 8))]):
@@ -226,10 +231,14 @@ def _decode(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     return _run(f"{score}_attention", *random_inputs(shape, dtype, CPU))
 
 
+def _visited() -> Tensor:
+    """The blocks that two heads visit."""
+    return torch.tensor([[[[1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 1]], [[0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]]])
+
+
 def _block_sparse(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     shape = Shape(length_q=150, length_k=200, head_dim=head_dim, heads=2)
-    visited = torch.tensor([[[1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 1]], [[0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]])
-    mask = attnx.BlockMask.from_dense(visited[None].bool(), (64, 64))
+    mask = attnx.BlockMask.from_dense(_visited().bool(), (64, 64))
     inputs, grad_output = random_inputs(shape, dtype, CPU)
     inputs["block_bias"] = torch.linspace(-1, 1, 24).view(mask.kv_indices.shape)
     return _run("block_sparse_attention", inputs, grad_output, block_mask=mask, score=score)
@@ -243,6 +252,40 @@ def _weights(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     for name in ("attention_key_weights", "attention_row_weights"):
         results[name] = getattr(attnx, name)(**inputs, score=score, window=(90, 20))
     return results
+
+
+def _terms(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Every term of a logit, each with its gradient, in tiles that a window cuts."""
+    shape = Shape(length_q=100, length_k=90, head_dim=head_dim, heads=2, kv_heads=1)
+    inputs, grad_output = random_inputs(shape, dtype, CPU)
+    terms = terms_of(("softcap", "attn_mask", "key_bias", "key_mask", "dropout"), shape, dtype, CPU)
+    return _run(f"{score}_attention", inputs, grad_output, window=(70, 20), **terms)
+
+
+def _shared_terms(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Numbers that all sequences and heads share; rows that do not start on 16 bytes, and an odd number of keys."""
+    shape = Shape(length_q=70, length_k=75, head_dim=head_dim - 3, batch=2, heads=2)
+    inputs, grad_output = random_inputs(shape, dtype, CPU)
+    terms = terms_of(("input_mask", "key_bias", "key_mask"), shape, dtype, CPU, "all")
+    return _run(f"{score}_attention", inputs, grad_output, is_causal=True, **terms)
+
+
+def _packed_terms(score: str) -> Results:
+    dtype = torch.bfloat16
+    inputs, grad_output, sizes = pack(([70, 0, 9], [80, 7, 130]), dtype, CPU, head_dim=64, value_dim=64)
+    shape = Shape(length_k=len(inputs["key"]), heads=inputs["query"].shape[1])
+    terms = {name: draw_term(name, shape, dtype, CPU)[0] for name in ("key_bias", "key_mask")}
+    return _run(f"{score}_attention_varlen", inputs, grad_output, **terms, **sizes)
+
+
+def _listed_terms(score: str) -> Results:
+    """Lists of their own for two heads that share a mask, which has rows of its own."""
+    dtype, shape = torch.bfloat16, Shape(length_q=150, length_k=200, head_dim=64, heads=2)
+    mask = attnx.BlockMask.from_dense(_visited().bool(), (64, 64))
+    inputs, grad_output = random_inputs(shape, dtype, CPU)
+    inputs["block_bias"] = torch.linspace(-1, 1, 24).view(mask.kv_indices.shape)
+    terms = terms_of(("attn_mask", "key_bias", "key_mask"), shape, dtype, CPU, "heads")
+    return _run("block_sparse_attention", inputs, grad_output, block_mask=mask, score=score, **terms)
 
 
 def _tall_blocks(score: str, dtype: torch.dtype, head_dim: int) -> Results:
@@ -290,7 +333,12 @@ def staircase(dtype: torch.dtype, head_dim: int, levels: tuple[int, ...]) -> Res
 
 
 def _run(operator: str, inputs: dict[str, Tensor], grad_output: Tensor, **options: Any) -> Results:
-    """Results in the order that does not depend on the schedule, and gradients in the one that may, as ``fast_``."""
+    """Results in the order that does not depend on the schedule, and gradients in the one that may, as ``fast_``.
+
+    Terms are inputs, too.
+    """
+    terms = {name: options.pop(name) for name in GRADIENTS if name in options}
+    inputs = inputs | terms
     attention = getattr(attnx, operator)
     if operator == "routing_attention":
         attention = with_memory(attention)

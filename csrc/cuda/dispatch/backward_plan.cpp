@@ -95,6 +95,10 @@ BackwardPlan make_plan(const BackwardParams& p, std::optional<Mainloop> asked, b
   if (is_normalised(p.score)) scratch.delta = layout.place<float>(workspace, rows);
   scratch.deterministic = deterministic;
   if (deterministic && plan.variant.listed) plan.list_order = layout.place<int>(workspace, list_entries(p));
+  const bool adds_by_key = p.grad_key_bias.data || (p.grad_attn_mask.data && p.grad_attn_mask.row_stride == 0);
+  const auto place_by_key = [&] { return layout.place<float>(workspace, p.batch * p.heads_q * p.length_k); };
+  if (adds_by_key) plan.added_sums = place_by_key();
+  if (p.grad_key_mask.data) plan.factor_sums = adds_by_key && is_normalised(p.score) ? plan.added_sums : place_by_key();
   const std::size_t zeros_begin = layout.bytes();
   plan.sums = scratch.grad_query_sum = layout.place<float>(workspace, rows * plan.head_dim);
   if (p.grad_bias) scratch.bias_sum = layout.place<float>(workspace, rows * plan.tile.score_warps);

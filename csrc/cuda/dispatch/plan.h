@@ -39,6 +39,10 @@ struct BackwardPlan : Plan {
   BackwardGeometry geometry{};
   BackwardScratch scratch{};
   int* list_order = nullptr;
+  // These are sums over the rows of a query head, [batch, heads_q, key]: of the gradients of what is added to logits,
+  // without key_mask, and of key_mask. They are null where they are not wanted, and the same where weights are
+  // normalised.
+  float *added_sums = nullptr, *factor_sums = nullptr;
   void* sums = nullptr;  // the part of the workspace that starts at zero
   std::size_t sums_bytes = 0;
 };

@@ -4,6 +4,7 @@
 #include "cuda/dispatch/range.h"
 #include "cuda/dispatch/tiling.h"
 #include "cuda/head_dims.h"
+#include "cuda/passes/term_sums.h"
 #include "cuda/units/sums_call.h"
 
 namespace attnx::cuda {
@@ -50,15 +51,31 @@ void max_logits(const MaxLogitsParams& p, const Launch& where) {
 }
 
 void launch_grad_sums(const BackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
-  if (!p.grad_block_bias) return;
+  if (!p.grad_block_bias && !has_gradient_of_pairs(p) && !plan.added_sums && !plan.factor_sums) return;
   const GradSumsCall call{p,
                           geometry_of(p, 1, 1),
                           scaling_of(p),
                           {plan.geometry, plan.tile.rows, plan.scratch.offset, plan.scratch.delta},
+                          plan.added_sums,
+                          plan.factor_sums,
                           plan.variant.aligned,
                           stream};
   with_unit(p,
             [&]<Score kScore, DType kDType, int kHeadDim>() { launch_grad_sums_sm80<kScore, kDType, kHeadDim>(call); });
+
+  const auto add_up = [&](const float* sums, const PerKey& factors, void* to, std::int64_t batch_stride,
+                          std::int64_t head_stride, std::int64_t key_stride) {
+    if (to)
+      launch_term_sums({call.geometry, sums, factors, static_cast<float*>(to), batch_stride, head_stride, key_stride},
+                       p.packed_rows_k, stream);
+  };
+  const PerKey &bias = p.grad_key_bias, &factor = p.grad_key_mask;
+  const PairMask& mask = p.grad_attn_mask;
+  add_up(plan.added_sums, p.terms.key_mask, bias.data, bias.batch_stride, bias.head_stride, 1);
+  add_up(plan.factor_sums, {}, factor.data, factor.batch_stride, factor.head_stride, 1);
+  if (!has_gradient_of_pairs(p))
+    add_up(plan.added_sums, p.terms.key_mask, const_cast<void*>(mask.data), mask.batch_stride, mask.head_stride,
+           mask.key_stride);
 }
 
 }  // namespace attnx::cuda

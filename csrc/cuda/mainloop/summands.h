@@ -2,6 +2,7 @@
 // offset, times log2(e).
 #pragma once
 
+#include "cuda/common/ptx.h"
 #include "cuda/mainloop/row_numbers.h"
 
 namespace attnx::cuda {
@@ -19,10 +20,30 @@ struct GradLogits {
   using Head = HeadOfBackward;
 
   template <class Score, class Input>
-  static __device__ __forceinline__ float of(float logit, float grad_weight, float delta) {
+  static __device__ __forceinline__ float of(const Rows<Score>&, float logit, float grad_weight, float delta) {
     float factor;
     Score::template Backward<Input>::weight(logit, factor);
     return factor * (Score::kNormalised ? grad_weight - delta : grad_weight);
+  }
+};
+
+// This is dS too, or the gradient of the factor of a weight, key_mask.
+struct GradTerms {
+  static constexpr bool kHasGradient = true, kHasFactor = false;
+
+  template <class Score>
+  using Rows = RowsOfTerms;
+  template <class Score>
+  using Head = HeadOfBackward;
+
+  template <class Score, class Input>
+  static __device__ __forceinline__ float of(const Rows<Score>& rows, float logit, float grad_weight, float delta) {
+    using Policy = typename Score::template Backward<Input>;
+    float factor;
+    // A logit that leaves key_mask out may be larger than the row's logsumexp by any number.
+    const float weight = Policy::weight(min_keeping_nan(logit, 127), factor);
+    if constexpr (Score::kNormalised) return factor * (grad_weight - delta);
+    return (rows.of_factors ? weight * (1 / Policy::kWeightScale) : factor) * grad_weight;
   }
 };
 
@@ -36,7 +57,7 @@ struct Weights {
   using Head = HeadOfWeights<Score>;
 
   template <class Score, class Input>
-  static __device__ __forceinline__ float of(float logit, float, float) {
+  static __device__ __forceinline__ float of(const Rows<Score>&, float logit, float, float) {
     using Policy = typename Score::template Backward<Input>;
     float factor;
     return Policy::weight(logit, factor) * (1 / Policy::kWeightScale);
@@ -53,7 +74,7 @@ struct Logits {
   using Head = HeadOfPlainRows;
 
   template <class Score, class Input>
-  static __device__ __forceinline__ float of(float logit, float, float) {
+  static __device__ __forceinline__ float of(const Rows<Score>&, float logit, float, float) {
     return logit;
   }
 };

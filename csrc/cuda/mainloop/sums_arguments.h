@@ -12,10 +12,14 @@ struct RowsOfBackward {
   const float *offset, *delta;
 };
 
+struct RowsOfTerms : RowsOfBackward {
+  bool of_factors;  // gradients are those of factors of weights, not of logits; the same where weights are normalised
+};
+
 // Rows of a tile are those of one query head, so that the geometry's group is 1. The summand says which numbers rows
 // have, and the reduction what it sums to.
-template <class Rows, class Reduction, class Storage>
-struct SumsArguments : Geometry, LogitScaling {
+template <class Rows, class Reduction, class Storage, class Logits>
+struct SumsArguments : Geometry, Logits::Arguments {
   Rows rows;
   typename Storage::SumsTensors tensors;
   typename Reduction::Parameters reduction;

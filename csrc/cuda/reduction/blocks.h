@@ -15,7 +15,7 @@ class Blocks {
  public:
   // Logits of a step get a bias, by which blocks differ.
   static constexpr bool kHasBias = true;
-  static constexpr bool kKeysStay = false, kRowsStay = false;
+  static constexpr bool kKeysStay = false, kRowsStay = false, kCopiesLate = false;
 
   struct Parameters {
     BlockList key_blocks;           // of each block of queries
@@ -65,12 +65,14 @@ class Blocks {
     }
 
     __device__ __forceinline__ int end() const { return tiles_; }
+    __device__ __forceinline__ int begin() const { return 0; }
+    __device__ __forceinline__ int next(int step) const { return step + 1; }
     __device__ __forceinline__ int batch(int) const { return batch_; }
     __device__ __forceinline__ int head(int) const { return head_; }
     __device__ __forceinline__ const Sequence& sequence(int) const { return sequence_; }
     __device__ __forceinline__ int row(int step) const { return row_ + step / tiles_across_ * Tile::kM; }
     __device__ __forceinline__ int key(int step) const { return key_ + step % tiles_across_ * Tile::kN; }
-    __device__ __forceinline__ float bias() const { return bias_; }
+    __device__ __forceinline__ float bias(int) const { return bias_; }
     __device__ __forceinline__ float divisor() const { return divisor_; }
 
     // This returns where the block's sum goes.

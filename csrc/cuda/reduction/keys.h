@@ -11,8 +11,9 @@ namespace attnx::cuda {
 // a causal mask the first keys have the most rows, and go first.
 struct Keys {
   static constexpr bool kHasBias = false;
-  // All steps have the same keys, or the same rows.
-  static constexpr bool kKeysStay = true, kRowsStay = false;
+  // All steps have the same keys, or the same rows; and the tiles of a step are copied when it comes, which takes one
+  // place in the code.
+  static constexpr bool kKeysStay = true, kRowsStay = false, kCopiesLate = false;
 
   struct Parameters {
     Divisor key_blocks;  // tiles along the keys
@@ -37,6 +38,8 @@ struct Keys {
     }
 
     __device__ __forceinline__ int end() const { return steps_; }
+    __device__ __forceinline__ int begin() const { return 0; }
+    __device__ __forceinline__ int next(int step) const { return step + 1; }
     __device__ __forceinline__ int batch(int) const { return batch_; }
     __device__ __forceinline__ int head(int) const { return head_; }
     __device__ __forceinline__ const Sequence& sequence(int) const { return sequence_; }

@@ -8,7 +8,7 @@ namespace attnx::cuda {
 
 // This is the reduction policy. A thread block owns a tile of rows, and walks over the tiles of keys that they see.
 struct Largest {
-  static constexpr bool kHasBias = false, kKeysStay = false, kRowsStay = true;
+  static constexpr bool kHasBias = false, kKeysStay = false, kRowsStay = true, kCopiesLate = false;
 
   struct Parameters {
     Divisor row_blocks;  // tiles along the rows
@@ -34,6 +34,8 @@ struct Largest {
     }
 
     __device__ __forceinline__ int end() const { return steps_; }
+    __device__ __forceinline__ int begin() const { return 0; }
+    __device__ __forceinline__ int next(int step) const { return step + 1; }
     __device__ __forceinline__ int batch(int) const { return batch_; }
     __device__ __forceinline__ int head(int) const { return head_; }
     __device__ __forceinline__ const Sequence& sequence(int) const { return sequence_; }

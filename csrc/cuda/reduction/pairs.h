@@ -7,7 +7,7 @@ namespace attnx::cuda {
 
 // This is the reduction policy. A thread block owns a tile of rows and keys, which is all that it visits.
 struct Pairs {
-  static constexpr bool kHasBias = false, kKeysStay = false, kRowsStay = false;
+  static constexpr bool kHasBias = false, kKeysStay = false, kRowsStay = false, kCopiesLate = false;
 
   struct Parameters {
     Divisor row_blocks, key_blocks;  // tiles along the rows and keys
@@ -34,6 +34,8 @@ struct Pairs {
       const Visible queries = sequence_.band.seen_by(key_, key_ + Tile::kN, sequence_.length_q);
       return queries.first < row_ + Tile::kM && queries.end > row_;
     }
+    __device__ __forceinline__ int begin() const { return 0; }
+    __device__ __forceinline__ int next(int step) const { return step + 1; }
     __device__ __forceinline__ int batch(int) const { return batch_; }
     __device__ __forceinline__ int head(int) const { return head_; }
     __device__ __forceinline__ const Sequence& sequence(int) const { return sequence_; }

@@ -16,12 +16,6 @@ namespace attnx::cuda {
 template <class Input>
 inline constexpr float kWeightScale = std::is_same_v<Input, __half> ? 0x1p15f : 1.0f;
 
-__device__ __forceinline__ float min_keeping_nan(float x, float y) {
-  float z;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
-}
-
 // This computes 1 / (1 + 2^y) with two special functions; its relative error is 2^-19.
 struct ExactSigmoid {
   template <class Input>

@@ -2,36 +2,64 @@
 #pragma once
 
 #include "cuda/common/device.h"
+#include "cuda/logits/plain.h"
+#include "cuda/logits/with_terms.h"
 #include "cuda/mainloop/sm80/sums.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
 #include "cuda/mainloop/summands.h"
 #include "cuda/reduction/blocks.h"
-#include "cuda/storage/strided.h"
+#include "cuda/reduction/term_numbers.h"
+#include "cuda/storage/strided_either.h"
 #include "cuda/units/sums_call.h"
 
 namespace attnx::cuda {
 
 template <class Score, class Input, int kHeadDim>
-struct GradSumsSm80 {
-  template <class Reduction, bool kAligned, class Tile>
-  static void launch(const GradSumsCall& call, std::int64_t blocks) {
-    using Storage = Strided<Input, kAligned>;
+class GradSumsSm80 {
+  using Sizes = SumsTiles<kHeadDim>;
+
+  template <class Summand, class Reduction, class Storage, class Tile, class Logits>
+  static void launch(const GradSumsCall& call, const typename Logits::Arguments& logits,
+                     const typename Summand::template Rows<Score>& rows,
+                     const typename Reduction::Parameters& reduction, std::int64_t blocks) {
     const auto& p = call.params;
-    const SumsArguments<RowsOfBackward, Reduction, Storage> args{
-        call.geometry, call.scaling, call.rows, {p.query, p.key, p.grad_output, p.value}, Reduction::parameters(p)};
-    launch_kernel("attnx_sums_sm80", attnx_sums_sm80<Score, GradLogits, Reduction, Storage, Tile>, blocks,
+    const SumsArguments<typename Summand::template Rows<Score>, Reduction, Storage, Logits> args{
+        call.geometry, logits, rows, {p.query, p.key, p.grad_output, p.value}, reduction};
+    launch_kernel("attnx_sums_sm80", attnx_sums_sm80<Score, Summand, Reduction, Storage, Tile, Logits>, blocks,
                   Tile::kThreads, Tile::kSharedBytes, call.stream, args);
   }
 
-  template <class Reduction, class Tile>
-  static void launch(const GradSumsCall& call) {
-    const std::int64_t blocks = Reduction::blocks(call.params);
-    call.aligned ? launch<Reduction, true, Tile>(call, blocks) : launch<Reduction, false, Tile>(call, blocks);
+  template <bool kAligned>
+  static void launch_blocks(const GradSumsCall& call) {
+    launch<GradLogits, Blocks, Strided<Input, kAligned>, typename Sizes::GradBlocks, Plain>(
+        call, call.scaling, call.rows, Blocks::parameters(call.params), Blocks::blocks(call.params));
   }
 
+  static void launch_terms(const GradSumsCall& call, const LogitTermsArguments& logits, bool of_factors,
+                           const TermNumbers::Parameters& numbers) {
+    using Tile = typename Sizes::GradTerms;
+    launch<GradTerms, TermNumbers, StridedEither<Input>, Tile, WithTerms>(call, logits, {call.rows, of_factors},
+                                                                          numbers, numbers.owners);
+  }
+
+ public:
   static void run(const GradSumsCall& call) {
-    using Sizes = SumsTiles<kHeadDim>;
-    if (call.params.grad_block_bias) launch<Blocks, typename Sizes::GradBlocks>(call);
+    using Tile = typename Sizes::GradTerms;
+    const auto& p = call.params;
+    if (!p.terms.any()) {
+      if (p.grad_block_bias) call.aligned ? launch_blocks<true>(call) : launch_blocks<false>(call);
+      return;
+    }
+    LogitTermsArguments logits = WithTerms::arguments(call.scaling, p);
+    if (p.grad_block_bias) launch_terms(call, logits, false, TermNumbers::by_block(p));
+    if (has_gradient_of_pairs(p)) launch_terms(call, logits, false, TermNumbers::of_mask<Tile>(p));
+    // The pass that adds up sums by key multiplies with key_mask what is not the gradient of key_mask.
+    logits.terms.key_mask = {};
+    const auto by_key = [&](float* sums, bool of_factors) {
+      launch_terms(call, logits, of_factors, TermNumbers::by_key<Tile>(p, sums));
+    };
+    if (call.added_sums) by_key(call.added_sums, false);
+    if (call.factor_sums && call.factor_sums != call.added_sums) by_key(call.factor_sums, true);
   }
 };
 

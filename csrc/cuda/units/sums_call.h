@@ -19,12 +19,18 @@ struct SumsCall {
   cudaStream_t stream;
 };
 
-// This makes the gradients of what logits get.
+// Whether numbers of attn_mask are those of rows, which no other rows share.
+inline bool has_gradient_of_pairs(const BackwardParams& p) {
+  return p.grad_attn_mask.data && p.grad_attn_mask.row_stride != 0;
+}
+
+// This makes the gradients of what logits get, and sums of those that are by key, as BackwardPlan says.
 struct GradSumsCall {
   const BackwardParams& params;
   Geometry geometry;
   LogitScaling scaling;
   RowsOfBackward rows;
+  float *added_sums, *factor_sums;
   bool aligned;
   cudaStream_t stream;
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/common/device.h"
+#include "cuda/logits/plain.h"
 #include "cuda/mainloop/sm80/sums.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
 #include "cuda/mainloop/summands.h"
@@ -24,10 +25,10 @@ class SumsSm80 {
   static void launch(const SumsCall& call, const WeightsParams& p, const typename Summand::template Rows<Score>& rows,
                      const typename Reduction::Parameters& reduction, std::int64_t blocks) {
     using Storage = Strided<Input, kAligned>;
-    const SumsArguments<typename Summand::template Rows<Score>, Reduction, Storage> args{
+    const SumsArguments<typename Summand::template Rows<Score>, Reduction, Storage, Plain> args{
         call.geometry, call.scaling, rows, {p.query, p.key, {}, {}}, reduction};
-    launch_kernel("attnx_sums_sm80", attnx_sums_sm80<Score, Summand, Reduction, Storage, Tile>, blocks, Tile::kThreads,
-                  Tile::kSharedBytes, call.stream, args);
+    launch_kernel("attnx_sums_sm80", attnx_sums_sm80<Score, Summand, Reduction, Storage, Tile, Plain>, blocks,
+                  Tile::kThreads, Tile::kSharedBytes, call.stream, args);
   }
 
   template <class Summand, class Reduction, class Tile>

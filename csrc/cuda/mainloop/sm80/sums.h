@@ -4,22 +4,27 @@
 // over for it. A step does this:
 //
 //   wait for Q and K (dO and V), all threads meet, copy the next ones | S = Q K^T | place logits, if the tile is not
-//   whole | dP = dO V^T, if the summand asks for it | x = summand(S, dP) | the reduction takes x
+//   whole or has terms | dP = dO V^T, if the summand asks for it | x = summand(S, dP) | the reduction takes x
 //
 // With one stage the next tiles are copied at the end of a step instead. Nothing that a block owns is another block's,
 // so that there are no atomics and sums have one order. Weights are float32, and no product rounds them.
 #pragma once
 
-#include "cuda/common/logits.h"
 #include "cuda/common/tile.h"
 #include "cuda/mainloop/sums_arguments.h"
 #include "cuda/storage/strided.h"
 
 namespace attnx::cuda {
 
-template <class Score, class Summand, class Reduction, class Storage, class Tile>
+// This is what the logits of a step are told of it.
+struct SumPlace {
+  const Sequence& sequence;
+  int batch;
+};
+
+template <class Score, class Summand, class Reduction, class Storage, class Tile, class Logits>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) attnx_sums_sm80(
-    const __grid_constant__ SumsArguments<typename Summand::template Rows<Score>, Reduction, Storage> args) {
+    const __grid_constant__ SumsArguments<typename Summand::template Rows<Score>, Reduction, Storage, Logits> args) {
   using Input = typename Storage::Input;
   constexpr int kM = Tile::kM, kN = Tile::kN, kHeadDim = Tile::kHeadDim, kThreads = Tile::kThreads;
   using RowTile = SharedTile<kM, kHeadDim>;
@@ -39,7 +44,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) attnx_sums
   const auto rows_at = [](int step) { return step % kRowStages * RowTile::kBytes; };
   const auto keys_at = [](int step) { return step % kKeyStages * KeyTile::kBytes; };
 
-  const typename Reduction::template Walk<Tile> walk(args, blockIdx.x);
+  typename Reduction::template Walk<Tile> walk(args, blockIdx.x);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_row = warp % Tile::kRowWarps * Tile::kWarpRows, warp_key = warp / Tile::kRowWarps * Tile::kWarpKeys;
 
@@ -72,12 +77,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) attnx_sums
   };
 
   typename Reduction::template Sums<Tile> sums;
-  copy(0);
+  if constexpr (!Reduction::kCopiesLate) copy(walk.begin());
 #pragma unroll 1
-  for (int step = 0; step < walk.end(); ++step) {
+  for (int step = walk.begin(); step < walk.end();) {
+    if constexpr (Reduction::kCopiesLate) {
+      __syncthreads();  // all have read the tiles of the step before
+      copy(step);
+    }
     wait_copies<0>();
     __syncthreads();
-    if constexpr (Tile::kStages == 2) copy(step + 1);
+    if constexpr (Tile::kStages == 2) copy(walk.next(step));
 
     const Sequence& sequence = walk.sequence(step);
     const int row = walk.row(step), key = walk.key(step), head = walk.head(step);
@@ -89,7 +98,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) attnx_sums
       const int own = row + warp_row + lane / 4 + row_of(r);
       offset[r] = own < sequence.length_q ? numbers.offset(own) : -INFINITY;
       other[r] = own < sequence.length_q ? numbers.other(own) : 0;
-      if constexpr (Reduction::kHasBias) offset[r] += walk.bias() * kLog2E;
+      if constexpr (Reduction::kHasBias) offset[r] += walk.bias(step) * kLog2E;
     }
 
     Accumulators<Tile::kWarpRows, Tile::kWarpKeys> s;
@@ -97,10 +106,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) attnx_sums
     multiply<Input, kHeadDim>(s, OperandA<RowTile>(shared_query + rows_at(step), fresh(lane), warp_row),
                               OperandB<KeyTile>(shared_key + keys_at(step), fresh(lane), warp_key));
     const Visible plain = sequence.band.seen_by_all(row, min(row + kM, sequence.length_q) - 1);
+    typename Logits::template Backward<Score, Input, Tile::kWarpRows / 16, Tile::kWarpKeys / 8> logits;
     float multiplier = args.scale_log2;
-    if (key < plain.first || key + kN > plain.end || args.alibi_slopes.data) {
-      place_logits(s, args, sequence.band, head, row + warp_row + fresh(lane) / 4, key + warp_key + fresh(lane) % 4 * 2,
-                   args.scale_log2);
+    const bool ragged = key < plain.first || key + kN > plain.end || args.alibi_slopes.data;
+    if (Logits::kEveryTile || ragged) {
+      logits.place(s, args, SumPlace{sequence, walk.batch(step)}, head, row + warp_row + fresh(lane) / 4,
+                   key + warp_key + fresh(lane) % 4 * 2, ragged);
       multiplier = 1;
     }
 
@@ -110,6 +121,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) attnx_sums
       multiply<Input, kHeadDim>(grad_weights,
                                 OperandA<RowTile>(shared_grad_output + rows_at(step), fresh(lane), warp_row),
                                 OperandB<KeyTile>(shared_value + keys_at(step), fresh(lane), warp_key));
+    logits.drop(grad_weights, args);
 #pragma unroll
     for (int m = 0; m < Tile::kWarpRows / 16; ++m)
 #pragma unroll
@@ -118,13 +130,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) attnx_sums
         for (int e = 0; e < 4; ++e) {
           float& x = s[m][n][e];
           const int r = m * 2 + e / 2;
-          x = Summand::template of<Score, Input>(fmaf(x, multiplier, offset[r]), grad_weights[m][n][e], other[r]);
+          x = Summand::template of<Score, Input>(args.rows, fmaf(x, multiplier, offset[r]), grad_weights[m][n][e],
+                                                 other[r]);
+          x = logits.weight(x, n, e % 2);
         }
     sums.template add<Summand::kHasFactor>(s, other);
 
-    if constexpr (Tile::kStages == 1) {
+    step = walk.next(step);
+    if constexpr (Tile::kStages == 1 && !Reduction::kCopiesLate) {
       __syncthreads();
-      copy(step + 1);
+      copy(step);
     }
   }
   wait_copies<0>();

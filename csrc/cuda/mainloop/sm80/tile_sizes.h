@@ -157,6 +157,7 @@ struct SumsTiles<64> {
   using Pairs = SumsTile<64, 64, 64, 2, 2, 1, 1, 1, 4>;
   using Rows = SumsTile<64, 64, 64, 4, 1, 2, 1, 2, 4>;
   using GradBlocks = SumsTile<64, 64, 64, 2, 2, 1, 2, 2, 3>;
+  using GradTerms = SumsTile<64, 64, 64, 1, 4, 1, 2, 2, 3>;
 };
 template <>
 struct SumsTiles<128> {
@@ -164,6 +165,7 @@ struct SumsTiles<128> {
   using Pairs = SumsTile<128, 64, 64, 2, 2, 1, 1, 1, 4>;
   using Rows = SumsTile<128, 64, 64, 4, 1, 2, 1, 2, 3>;
   using GradBlocks = SumsTile<128, 64, 64, 2, 2, 1, 2, 2, 2>;
+  using GradTerms = SumsTile<128, 64, 64, 1, 4, 1, 2, 2, 2>;
 };
 template <>
 struct SumsTiles<256> {
@@ -171,6 +173,7 @@ struct SumsTiles<256> {
   using Pairs = SumsTile<256, 64, 64, 2, 2, 1, 1, 1, 2>;
   using Rows = SumsTile<256, 64, 64, 4, 1, 2, 1, 2, 1>;
   using GradBlocks = SumsTile<256, 32, 64, 2, 2, 1, 2, 2, 1>;
+  using GradTerms = SumsTile<256, 32, 64, 1, 4, 1, 2, 2, 1>;
 };
 
 // These are for calls with terms in their logits: what the logits leave to the gradients needs the registers of a
