@@ -16,7 +16,7 @@ from attnx.testing import assert_close
 from backends import Backend
 from cases import OPERATORS, Shape, pack, random_inputs
 from compare import forward_backward
-from logit_terms import GRADIENTS, check, eager, needs, terms_of
+from logit_terms import GRADIENTS, check, eager, needs, terms_of, within
 from test_block_bias_gradient import random_bias
 from test_block_sparse import BLOCK_SIZES, SCORES, random_mask
 
@@ -90,11 +90,13 @@ def _check_lists(
     length_q, length_k = inputs["query"].shape[2], inputs["key"].shape[2]
     block_q, block_k = mask.block_size
 
-    def plain(attn_mask: Tensor, block_bias: Tensor, **leaves: Any) -> Tensor:
+    def plain(block_bias: Tensor, attn_mask: Tensor | float = 0.0, **leaves: Any) -> Tensor:
         blocks = -(-length_k // block_k)
         numbers = dense_bias(mask.kv_num_blocks, mask.kv_indices, block_bias, blocks)
         numbers = numbers.masked_fill(~mask.to_dense(blocks), -math.inf)
         elements = numbers.repeat_interleave(block_q, -2).repeat_interleave(block_k, -1)[..., :length_q, :length_k]
+        if mask.row_bounds is not None:
+            elements = elements.masked_fill(~within(mask.row_bounds, length_k), -math.inf)
         return eager(**leaves, attn_mask=attn_mask + elements, score=score)
 
     listed = {"block_mask": mask, "score": score}
@@ -123,3 +125,13 @@ def test_lists(
     terms = terms_of(ALL, shape, dtype, device, served)
     leaves = inputs | {name: terms.pop(name) for name in GRADIENTS}
     _check_lists(leaves, grad_output, mask, score, is_causal=True, **terms)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_bias_of_blocks_beside_bounds(score: str, dtype: torch.dtype, backend: Backend, device: torch.device) -> None:
+    """Bounds of rows are no term of the logits on the CPU, but on CUDA they are one, also where they come alone."""
+    shape = Shape(batch=2, length_q=200, length_k=330, heads=4, kv_heads=2, head_dim=64)
+    mask = attnx.BlockMask.window(shape.length_q, shape.length_k, (70, 9), device=device)
+    inputs, grad_output = random_inputs(shape, dtype, device)
+    inputs["block_bias"] = random_bias(mask, shape)
+    _check_lists(inputs, grad_output, mask, score)

@@ -7,6 +7,7 @@
 #include "cuda/dispatch/why_not_tma.h"
 #include "cuda/dispatch/workspace.h"
 #include "cuda/head_dims.h"
+#include "cuda/logits/terms.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
 #include "cuda/mainloop/sm90/tile_sizes.h"
 #include "cuda/storage/tma_views.h"

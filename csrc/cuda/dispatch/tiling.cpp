@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/logits/terms.h"
+
 namespace attnx::cuda {
 
 bool is_aligned(const AttentionParams& p, const Tensor& x, std::int64_t heads, std::int64_t features) {

@@ -18,9 +18,6 @@ bool is_aligned(const AttentionParams& params, const Tensor& x, std::int64_t hea
 bool are_aligned(const AttentionParams& params, std::initializer_list<Tensor> of_query,
                  std::initializer_list<Tensor> of_key, std::initializer_list<Tensor> of_value);
 
-// This tells whether logits have terms, with which a loop of its own runs.
-inline bool has_terms(const AttentionParams& p) { return p.terms.any() || p.row_bounds.data; }
-
 // This counts the query heads whose rows share a tile. All that share a key head do, but with lists each query head is
 // alone, because it has lists of its own, and so it is with terms in the logits, which are its own.
 std::int64_t heads_in_tile(const AttentionParams& params);

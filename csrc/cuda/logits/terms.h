@@ -22,6 +22,9 @@ struct LogitTermsArguments : LogitScaling {
   KernelTerms terms;
 };
 
+// This tells whether logits have terms, for which loops have a policy of their own.
+inline bool has_terms(const AttentionParams& p) { return p.terms.any() || p.row_bounds.data; }
+
 inline KernelTerms kernel_terms(const AttentionParams& p) {
   const LogitTerms& terms = p.terms;
   const PairMask& mask = terms.attn_mask;

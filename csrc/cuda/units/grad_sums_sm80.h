@@ -46,7 +46,7 @@ class GradSumsSm80 {
   static void run(const GradSumsCall& call) {
     using Tile = typename Sizes::GradTerms;
     const auto& p = call.params;
-    if (!p.terms.any()) {
+    if (!has_terms(p)) {
       if (p.grad_block_bias) call.aligned ? launch_blocks<true>(call) : launch_blocks<false>(call);
       return;
     }
