@@ -115,8 +115,8 @@ struct Panel {
   // What the bounds of the row leave of the keys that it sees.
   KeyRange bounded(const RowBounds& bounds, std::int64_t batch, int lane, KeyRange seen) const {
     if (!bounds.data) return seen;
-    const std::int32_t* const row = bounds.data + batch * bounds.batch_stride + head[lane] * bounds.head_stride +
-                                    query[lane] * bounds.row_stride;
+    const std::int32_t* const row =
+        bounds.data + batch * bounds.batch_stride + head[lane] * bounds.head_stride + query[lane] * bounds.row_stride;
     const std::int64_t first = smaller(larger<std::int64_t>(row[0], seen.first), seen.end);
     return {first, larger(first, smaller<std::int64_t>(row[1], seen.end))};
   }
