@@ -81,6 +81,11 @@ def test_a_hidden_key_may_weigh_any_number(dtype: torch.dtype, backend: Backend)
     assert all(x.isfinite().all() for x in results.values())
     assert results["grad_key_mask"][0, 0, 3].abs() > 1e30
     assert (results["grad_key_bias"][..., 3] == 0).all()
+    several = Shape(length_q=40, length_k=70)  # whose sum is not finite
+    inputs, grad_output = random_inputs(several, dtype, backend.device)
+    results = forward_backward(attnx.softmax_attention, inputs | terms, grad_output * 64)
+    assert not results["grad_key_mask"][..., 3].isfinite().all()
+    assert (results["grad_key_bias"][..., 3] == 0).all()
 
 
 def _check_lists(
