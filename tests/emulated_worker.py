@@ -266,7 +266,7 @@ def _shared_terms(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     """Numbers that all sequences and heads share; rows that do not start on 16 bytes, and an odd number of keys."""
     shape = Shape(length_q=70, length_k=75, head_dim=head_dim - 3, batch=2, heads=2)
     inputs, grad_output = random_inputs(shape, dtype, CPU)
-    terms = terms_of(("input_mask", "key_bias", "key_mask"), shape, dtype, CPU, "all")
+    terms = terms_of(("input_mask", "key_bias", "key_mask", "row_bounds"), shape, dtype, CPU, "all")
     return _run(f"{score}_attention", inputs, grad_output, is_causal=True, **terms)
 
 
@@ -284,7 +284,7 @@ def _listed_terms(score: str) -> Results:
     mask = attnx.BlockMask.from_dense(_visited().bool(), (64, 64))
     inputs, grad_output = random_inputs(shape, dtype, CPU)
     inputs["block_bias"] = torch.linspace(-1, 1, 24).view(mask.kv_indices.shape)
-    terms = terms_of(("attn_mask", "key_bias", "key_mask"), shape, dtype, CPU, "heads")
+    terms = terms_of(("attn_mask", "key_bias", "key_mask", "row_bounds"), shape, dtype, CPU, "heads")
     return _run("block_sparse_attention", inputs, grad_output, block_mask=mask, score=score, **terms)
 
 
