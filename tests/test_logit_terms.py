@@ -326,7 +326,9 @@ def test_opcheck(operator: str, dtype: torch.dtype, backend: Backend) -> None:
     seed, offset = torch.tensor(1, device=backend.device), torch.tensor(2, device=backend.device)
     parameters = (None, None, "none", 0.0) if operator.startswith("sigmoid") else (None, None)
     leaves = [x.requires_grad_() for x in inputs.values()]
-    for terms in ((mask, 2.0, bias, share, 0.3, seed, offset), (mask > 0, None, None, None, 0.0, None, None)):
+    bounds = draw_term("row_bounds", shape, dtype, backend.device, "all")
+    full = (mask, bounds, 2.0, bias, share, 0.3, seed, offset)
+    for terms in (full, (mask > 0, None, None, None, None, 0.0, None, None)):
         arguments = (*leaves, None, None, *parameters, *terms, None, True, -1, -1, 0)
         torch.library.opcheck(getattr(torch.ops.attnx, operator).default, arguments)
 
