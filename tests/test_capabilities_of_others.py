@@ -154,9 +154,9 @@ DRAWN: dict[str, tuple[Callable[..., Call], set[str]]] = {
         block_sparse,
         {"grouped_queries", "value_dim", "causal", "logsumexp", "block_bias", "block_bias_gradient", "sink"}
         | {"sink_gradient"}
-        # tests/test_key_lengths.py and tests/test_logit_terms.py try these
+        # tests/test_key_lengths.py, tests/test_logit_terms.py and tests/test_element_masks.py try these
         | {"key_lengths", "softcap", "attn_mask", "attn_mask_gradient", "key_bias", "key_bias_gradient", "key_mask"}
-        | {"key_mask_gradient", "dropout"},
+        | {"key_mask_gradient", "dropout", "row_bounds"},
     ),
     "probabilistic_attention": (
         probabilistic,
