@@ -42,8 +42,12 @@ def eager(
     is_causal: bool = False,
     block_bias: Tensor | None = None,
     sink: Tensor | None = None,
+    constant_sums: bool = False,
 ) -> Tensor:
-    """The same in plain PyTorch, every step rounded to the dtype of query."""
+    """The same in plain PyTorch, every step rounded to the dtype of query.
+
+    With ``constant_sums`` the gradient leaves the softmax's sums out: it shows how large the terms are that cancel.
+    """
     groups, (block_q, block_k) = query.shape[1] // key.shape[1], block_mask.block_size
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     length_q, length_k = query.shape[2], key.shape[2]
@@ -65,7 +69,8 @@ def eager(
     logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
     if sink is not None:
         logits = torch.cat([logits, parameter_at_logits(sink, query).expand(*logits.shape[:-1], 1)], -1)
-    return logits.softmax(-1)[..., :length_k].masked_fill(~visible, 0.0) @ value
+    weights = (logits - logits.logsumexp(-1, True).detach()).exp() if constant_sums else logits.softmax(-1)
+    return weights[..., :length_k].masked_fill(~visible, 0.0) @ value
 
 
 def check(inputs: dict[str, Tensor], grad_output: Tensor, mask: attnx.BlockMask, **options: Any) -> dict[str, Tensor]:
@@ -75,6 +80,11 @@ def check(inputs: dict[str, Tensor], grad_output: Tensor, mask: attnx.BlockMask,
     expected = forward_backward(reference, exact, grad_output.double(), block_mask=mask, **options)
     baseline = forward_backward(eager, inputs, grad_output, block_mask=mask, **options)
     terms = {}
+    if "block_bias" in inputs:
+        differences = forward_backward(
+            eager, exact, grad_output.double(), block_mask=mask, constant_sums=True, **options
+        )
+        terms["grad_block_bias"] = differences["grad_block_bias"]
     if "sink" in inputs:
         exact["sink"] = exact["sink"][:, None].expand(-1, inputs["query"].shape[2])
         by_row = forward_backward(eager, exact, grad_output.double(), block_mask=mask, **options)["grad_sink"]
