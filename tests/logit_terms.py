@@ -11,6 +11,7 @@ from torch import Tensor
 
 import attnx
 from attnx import reference
+from attnx.block_mask import dense_bias
 from attnx.testing import assert_close
 from backends import Backend
 from cases import Shape, parameter_dtype
@@ -138,9 +139,100 @@ def eager(
             total = total + (sink.to(dtype)[:, None, None] - most).exp()
         weights = weights / total.where(total > 0, 1.0)
     if draw.get("dropout_p"):
-        factors = reference.dropout_factors(weights.shape, draw["dropout_p"], draw["seed"], draw["offset"])
+        factors = reference.dropout_factors(weights.shape, draw.pop("dropout_p"), **draw)
         weights = weights * factors.to(query.device, dtype)
     return weights.flip(-1) @ value.repeat_interleave(groups, 1).flip(2)
+
+
+def eager_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    key_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Plain PyTorch of each packed sequence. Rows that have no key, and those of padding, give 0."""
+    nothing = query.sum(-1, keepdim=True).expand(-1, -1, value.shape[-1]) * 0
+    by_key = {name: x for name, x in (("key_bias", key_bias), ("key_mask", key_mask)) if x is not None}
+    outputs, (ends_q, ends_k) = [], (x.tolist() for x in (cu_seqlens_q, cu_seqlens_k))
+    for n, (first_q, end_q, first_k, end_k) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)):
+        if first_k == end_k or first_q == end_q:
+            outputs.append(nothing[first_q:end_q])
+            continue
+        own = [x.transpose(0, 1)[None] for x in (query[first_q:end_q], key[first_k:end_k], value[first_k:end_k])]
+        numbers = {name: x[None, :, first_k:end_k] for name, x in by_key.items()}
+        if options.get("dropout_p"):
+            numbers["sequence"] = n
+        outputs.append(eager(*own, **options, **numbers)[0].transpose(0, 1))
+    return torch.cat([*outputs, nothing[ends_q[-1] :]])
+
+
+def eager_lists(
+    block_mask: attnx.BlockMask,
+    *,
+    block_bias: Tensor | None = None,
+    attn_mask: Tensor | float = 0.0,
+    **leaves: Any,
+) -> Tensor:
+    """Plain PyTorch over the elements of listed blocks, as a mask of pairs that is added."""
+    length_q, length_k = leaves["query"].shape[2], leaves["key"].shape[2]
+    block_q, block_k = block_mask.block_size
+    blocks = -(-length_k // block_k)
+    listed = block_mask.to_dense(blocks)
+    numbers = torch.zeros(listed.shape, dtype=torch.float64, device=listed.device)
+    if block_bias is not None:
+        numbers = dense_bias(block_mask.kv_num_blocks, block_mask.kv_indices, block_bias, blocks)
+    numbers = numbers.masked_fill(~listed, -math.inf)
+    elements = numbers.repeat_interleave(block_q, -2).repeat_interleave(block_k, -1)[..., :length_q, :length_k]
+    if block_mask.row_bounds is not None:
+        elements = elements.masked_fill(~within(block_mask.row_bounds, length_k), -math.inf)
+    return eager(**leaves, attn_mask=attn_mask + elements)
+
+
+def check_packed(
+    operator: str, inputs: dict[str, Tensor], grad_output: Tensor, sizes: dict[str, Any], **options: Any
+) -> dict[str, Tensor]:
+    """The same of packed sequences, by an operator's varlen form."""
+    plain = {name: x for name, x in sizes.items() if name.startswith("cu_seqlens")} | {"score": operator.split("_")[0]}
+    varlen = f"{operator}_varlen"
+    forms = getattr(attnx, varlen), getattr(reference, varlen), eager_packed
+    return _check(forms, inputs, grad_output, sizes | options, plain | options)
+
+
+def check_lists(
+    inputs: dict[str, Tensor], grad_output: Tensor, block_mask: attnx.BlockMask, score: str, **options: Any
+) -> dict[str, Tensor]:
+    """The same of listed blocks."""
+    forms = attnx.block_sparse_attention, reference.block_sparse_attention, eager_lists
+    options |= {"block_mask": block_mask, "score": score}
+    return _check(forms, inputs, grad_output, options, options)
+
+
+def _check(
+    forms: tuple[Any, Any, Any],
+    leaves: dict[str, Tensor],
+    grad_output: Tensor,
+    options: dict[str, Any],
+    options_of_plain: dict[str, Any],
+    floor: float | None = None,
+) -> dict[str, Tensor]:
+    """Holds the first form against the second in float64, by the error of the third, plain PyTorch."""
+    attention, definition, plain = forms
+    exact = {name: x.double() for name, x in leaves.items()}, grad_output.double()
+    results = forward_backward(attention, leaves, grad_output, **options)
+    expected = forward_backward(definition, *exact, **options)
+    baseline = forward_backward(plain, leaves, grad_output, **options_of_plain)
+    terms = forward_backward(plain, *exact, **options_of_plain, constant_sums=True)
+    for name, x in results.items():
+        like = leaves.get(name.removeprefix("grad_"), grad_output)
+        assert (x.dtype, x.shape) == (like.dtype, like.shape), name
+        sizes = terms[name] if name.startswith("grad_") else None
+        assert_close(x, expected[name], baseline[name], terms=sizes, name=name, dtype=grad_output.dtype, floor=floor)
+    return results
 
 
 def check(
@@ -149,18 +241,5 @@ def check(
     """Holds the output and the gradients of inputs and terms against float64."""
     in_sums = {name: x for name, x in options.items() if isinstance(x, Tensor) and x.is_floating_point()}
     others = {name: x for name, x in options.items() if name not in in_sums}
-    leaves = inputs | in_sums
-    results = forward_backward(getattr(attnx, operator), leaves, grad_output, **others)
-    exact = {name: x.double() for name, x in leaves.items()}, grad_output.double()
-    expected = forward_backward(getattr(reference, operator), *exact, **others)
-    score = operator.split("_")[0]
-    baseline = forward_backward(eager, leaves, grad_output, score=score, **others)
-    terms = forward_backward(eager, *exact, score=score, constant_sums=True, **others)
-    for name, actual in results.items():
-        like = leaves.get(name.removeprefix("grad_"), grad_output)
-        assert (actual.dtype, actual.shape) == (like.dtype, like.shape), name
-        sizes = terms[name] if name.startswith("grad_") else None
-        assert_close(
-            actual, expected[name], baseline[name], terms=sizes, name=name, dtype=grad_output.dtype, floor=floor
-        )
-    return results
+    forms = getattr(attnx, operator), getattr(reference, operator), eager
+    return _check(forms, inputs | in_sums, grad_output, others, others | {"score": operator.split("_")[0]}, floor)

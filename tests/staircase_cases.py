@@ -60,7 +60,7 @@ def same(a: attnx.StaircaseCache, b: attnx.StaircaseCache) -> bool:
 
 
 def eager_logsumexp(query: Tensor, key: Tensor) -> Tensor:
-    """Of causal softmax in plain PyTorch, whose logits are rounded to the dtype of the query."""
+    """Plain PyTorch computes it for causal softmax from logits that are rounded to the dtype of the query."""
     logits = (
         query @ (key.to(query.dtype) * key.shape[3] ** -0.5).repeat_interleave(query.shape[1] // key.shape[1], 1).mT
     )

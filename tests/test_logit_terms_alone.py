@@ -16,7 +16,7 @@ from attnx.testing import assert_close
 from backends import Backend
 from cases import OPERATORS, Shape, pack, parameter_dtype, random_inputs, random_parameter
 from compare import forward_backward
-from logit_terms import eager, generator, needs, terms_of
+from logit_terms import check_lists, check_packed, eager, generator, needs, terms_of
 
 ALL = ("softcap", "attn_mask", "key_bias", "key_mask", "dropout")
 COMBINATIONS = [("bool_mask",), ("input_mask",), ("attn_mask",), ("key_bias",), ("key_mask",), ("dropout",), ALL]
@@ -113,15 +113,7 @@ def test_lists(block: int, score: str, dtype: torch.dtype, backend: Backend, dev
     visited = torch.rand(1, 4, -(-200 // block), -(-330 // block), generator=generator()) < 0.6
     mask = attnx.BlockMask.from_dense(visited.to(device), block_size=(block, block))
     inputs, grad_output = random_inputs(shape, dtype, device)
-    options: dict[str, Any] = {"block_mask": mask, "score": score, "is_causal": True}
-    options |= terms_of(ALL, shape, dtype, device)
-    results = forward_backward(attnx.block_sparse_attention, inputs, grad_output, **options)
-    exact = {name: x.double() for name, x in inputs.items()}
-    expected = forward_backward(reference.block_sparse_attention, exact, grad_output.double(), **options)
-    tolerance = {torch.float32: 2e-5}.get(dtype, 3e-2)
-    for name, x in results.items():
-        atol = tolerance * max(1.0, float(expected[name].abs().max()))
-        torch.testing.assert_close(x.double(), expected[name], rtol=tolerance, atol=atol, msg=name)
+    check_lists(inputs, grad_output, mask, score, is_causal=True, **terms_of(ALL, shape, dtype, device))
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -131,13 +123,8 @@ def test_packed_sequences(operator: str, dtype: torch.dtype, backend: Backend) -
     needs(backend, names, gradients=False)
     inputs, grad_output, sizes = pack(([70, 0, 9, 30], [80, 7, 0, 30]), dtype, backend.device)
     terms = terms_of(names, Shape(length_k=117, heads=4), dtype, backend.device)
-    options = terms | {name: terms[name][0] for name in ("key_bias", "key_mask")} | sizes
-    results = forward_backward(getattr(attnx, f"{operator}_varlen"), inputs, grad_output, **options)
-    exact = {name: x.double() for name, x in inputs.items()}
-    expected = forward_backward(getattr(reference, f"{operator}_varlen"), exact, grad_output.double(), **options)
-    tolerance = {torch.float32: 1e-5}.get(dtype, 3e-2)
-    for name, x in results.items():
-        torch.testing.assert_close(x.double(), expected[name], rtol=tolerance, atol=tolerance, msg=name)
+    options = terms | {name: terms[name][0] for name in ("key_bias", "key_mask")}
+    check_packed(operator, inputs, grad_output, sizes, **options)
 
 
 @pytest.mark.parametrize("kind", ["bool_mask", "attn_mask", "key_mask", "key_bias"])

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 import attnx
-from attnx import reference
-from attnx.block_mask import dense_bias
-from attnx.testing import assert_close
 from backends import Backend
 from cases import OPERATORS, Shape, pack, random_inputs
 from compare import forward_backward
-from logit_terms import GRADIENTS, check, eager, needs, terms_of, within
+from logit_terms import GRADIENTS, check, check_lists, check_packed, needs, terms_of
 from test_block_bias_gradient import random_bias
 from test_block_sparse import BLOCK_SIZES, SCORES, random_mask
 
@@ -58,13 +51,7 @@ def test_packed_sequences(operator: str, served: str, dtype: torch.dtype, backen
     sizes["cu_seqlens_k"] = torch.tensor([0, 80, 87, 200], dtype=torch.int32, device=backend.device)
     sizes["has_padding"] = True
     terms = terms_of(names, Shape(length_k=217, heads=4), dtype, backend.device, served)
-    leaves = inputs | {name: x[0] for name, x in terms.items()}
-    results = forward_backward(getattr(attnx, f"{operator}_varlen"), leaves, grad_output, **sizes)
-    exact = {name: x.double() for name, x in leaves.items()}
-    expected = forward_backward(getattr(reference, f"{operator}_varlen"), exact, grad_output.double(), **sizes)
-    tolerance = {torch.float32: 1e-5}.get(dtype, 3e-2)
-    for name, x in results.items():
-        torch.testing.assert_close(x.double(), expected[name], rtol=tolerance, atol=tolerance, msg=name)
+    results = check_packed(operator, inputs | {name: x[0] for name, x in terms.items()}, grad_output, sizes)
     assert all((results[f"grad_{name}"][:, 200:] == 0).all() for name in names)
 
 
@@ -88,34 +75,6 @@ def test_a_hidden_key_may_weigh_any_number(dtype: torch.dtype, backend: Backend)
     assert (results["grad_key_bias"][..., 3] == 0).all()
 
 
-def _check_lists(
-    inputs: dict[str, Tensor], grad_output: Tensor, mask: attnx.BlockMask, score: str, **options: Any
-) -> dict[str, Tensor]:
-    """Holds the output and all gradients against float64, by the error of plain PyTorch in the same dtype."""
-    length_q, length_k = inputs["query"].shape[2], inputs["key"].shape[2]
-    block_q, block_k = mask.block_size
-
-    def plain(block_bias: Tensor, attn_mask: Tensor | float = 0.0, **leaves: Any) -> Tensor:
-        blocks = -(-length_k // block_k)
-        numbers = dense_bias(mask.kv_num_blocks, mask.kv_indices, block_bias, blocks)
-        numbers = numbers.masked_fill(~mask.to_dense(blocks), -math.inf)
-        elements = numbers.repeat_interleave(block_q, -2).repeat_interleave(block_k, -1)[..., :length_q, :length_k]
-        if mask.row_bounds is not None:
-            elements = elements.masked_fill(~within(mask.row_bounds, length_k), -math.inf)
-        return eager(**leaves, attn_mask=attn_mask + elements, score=score)
-
-    listed = {"block_mask": mask, "score": score}
-    exact = {name: x.double() for name, x in inputs.items()}, grad_output.double()
-    results = forward_backward(attnx.block_sparse_attention, inputs, grad_output, **listed, **options)
-    expected = forward_backward(reference.block_sparse_attention, *exact, **listed, **options)
-    baseline = forward_backward(plain, inputs, grad_output, **options)
-    terms = forward_backward(plain, *exact, constant_sums=True, **options)
-    for name, x in results.items():
-        sizes = terms[name] if name.startswith("grad_") else None
-        assert_close(x, expected[name], baseline[name], terms=sizes, name=name, dtype=grad_output.dtype)
-    return results
-
-
 @pytest.mark.parametrize("served", ["each", "heads", "all"])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES, ids=str)
 @pytest.mark.parametrize("score", SCORES)
@@ -129,7 +88,7 @@ def test_lists(
     inputs["block_bias"] = random_bias(mask, shape)
     terms = terms_of(ALL, shape, dtype, device, served)
     leaves = inputs | {name: terms.pop(name) for name in GRADIENTS}
-    _check_lists(leaves, grad_output, mask, score, is_causal=True, **terms)
+    check_lists(leaves, grad_output, mask, score, is_causal=True, **terms)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -139,4 +98,4 @@ def test_bias_of_blocks_beside_bounds(score: str, dtype: torch.dtype, backend: B
     mask = attnx.BlockMask.window(shape.length_q, shape.length_k, (70, 9), device=device)
     inputs, grad_output = random_inputs(shape, dtype, device)
     inputs["block_bias"] = random_bias(mask, shape)
-    _check_lists(inputs, grad_output, mask, score)
+    check_lists(inputs, grad_output, mask, score)

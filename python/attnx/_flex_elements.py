@@ -15,7 +15,7 @@ _MOST_PAIRS = 1 << 20  # that mask_mod is called for at once
 
 
 def shown(mask: FlexBlockMask, partial: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The places (n, 4) of some partial blocks at a time, and what each shows, (n, block_q, block_k)."""
+    """Yields the places (n, 4) of some partial blocks at a time, and what each shows, (n, block_q, block_k)."""
     (block_q, block_k), (length_q, length_k) = mask.BLOCK_SIZE, mask.seq_lengths
     of_keys = torch.vmap(mask.mask_mod, in_dims=(None, None, None, 0))
     of_pairs: Callable[..., Tensor] = torch.vmap(torch.vmap(of_keys, in_dims=(None, None, 0, None)))
@@ -30,7 +30,7 @@ def shown(mask: FlexBlockMask, partial: Tensor) -> Iterator[tuple[Tensor, Tensor
 
 
 class Rows(NamedTuple):
-    """Of each row, (batch, heads, query_blocks, block_q): what it sees of the listed blocks."""
+    """These say what each row sees of the listed blocks, in tensors (batch, heads, query_blocks, block_q)."""
 
     start: Tensor
     end: Tensor  # one past the last key; 0 where the row sees none
@@ -59,7 +59,7 @@ class Rows(NamedTuple):
         return cls(*(x.view(*full.shape[:3], block_q) for x in (start, end, count)))
 
     def kind(self, listed: Tensor, lengths: tuple[int, int], block_k: int) -> str:
-        """Whether the rows see all that the listed blocks hold, what is causal of it, an interval of it, or others."""
+        """Tells whether rows see all keys of their blocks, those that are causal, an interval of them, or others."""
         length_q, length_k = lengths
         block_q = self.start.shape[3]
         sizes = torch.full(listed.shape[3:], block_k, device=listed.device)
@@ -88,7 +88,7 @@ class Rows(NamedTuple):
 
 
 def all_elements(mask: FlexBlockMask, partial: Tensor, full: Tensor) -> Tensor:
-    """bool (batch, heads, length_q, length_k)."""
+    """Returns which pairs the mask shows, bool (batch, heads, length_q, length_k)."""
     (block_q, block_k), (length_q, length_k) = mask.BLOCK_SIZE, mask.seq_lengths
     blocks = full[:, :, :, None, :, None].repeat(1, 1, 1, block_q, 1, block_k)
     for places, pairs in shown(mask, partial):

@@ -1,6 +1,6 @@
-"""Intervals of keys, one for each row, int32 (batch or 1, heads or 1, length_q or 1, 2) of a start and an end.
+"""Each row has an interval of keys here: int32 (batch or 1, heads or 1, length_q or 1, 2) of a start and an end.
 
-They say what causal, window, prefix, document and padding masks say, in memory that grows with the length alone.
+Such bounds say what causal, window, prefix, document and padding masks say, in memory that grows with the length alone.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ Blocks = tuple[int, int]  # queries and keys of a block
 
 
 def stack(start: Tensor | int, end: Tensor | int, length_k: int, like: Tensor) -> Tensor:
-    """The bounds, of rows (..., length_q), clipped to the keys."""
+    """Returns the bounds of rows (..., length_q), clipped to the keys."""
     both = [torch.as_tensor(x, device=like.device).expand(like.shape).clamp(0, length_k) for x in (start, end)]
     return torch.stack(both, -1).to(torch.int32)
 
 
 def positions(lengths: Lengths, device: torch.device | str | None) -> Tensor:
-    """(1, 1, length_q): of the keys where queries stand, the last one at the last key."""
+    """Returns at which key each query stands, (1, 1, length_q): the last one at the last key."""
     length_q, length_k = lengths
     return (torch.arange(length_q, device=device) + length_k - length_q)[None, None]
 
@@ -38,7 +38,7 @@ def prefix(prefix_length: int | Tensor, lengths: Lengths, device: torch.device |
 
 
 def documents(document_id: Tensor) -> Tensor:
-    """Of documents that each are one run of equal numbers in (batch, length)."""
+    """Returns the bounds of documents, each of which is one run of equal numbers in (batch, length)."""
     length = document_id.shape[-1]
     place = torch.arange(length, device=document_id.device).expand(document_id.shape)
     differs = document_id[:, 1:] != document_id[:, :-1]
@@ -49,7 +49,7 @@ def documents(document_id: Tensor) -> Tensor:
 
 
 def of_offsets(cu_seqlens: Tensor, length: int) -> Tensor:
-    """Of documents [cu_seqlens[n], cu_seqlens[n + 1]); rows that lie in none see nothing."""
+    """Returns the bounds of documents [cu_seqlens[n], cu_seqlens[n + 1]); rows that lie in none see nothing."""
     at = torch.arange(length, device=cu_seqlens.device)[None, None]
     after = torch.searchsorted(cu_seqlens.contiguous(), at, right=True)
     inside = (after > 0) & (after < len(cu_seqlens))
@@ -58,7 +58,7 @@ def of_offsets(cu_seqlens: Tensor, length: int) -> Tensor:
 
 
 def visited(bounds: Tensor, lengths: Lengths, block_size: Blocks) -> Tensor:
-    """(batch or 1, heads or 1, query_blocks, key_blocks): the blocks in which some row sees a key."""
+    """Tells in which blocks some row sees a key, (batch or 1, heads or 1, query_blocks, key_blocks)."""
     length_k, (block_q, block_k) = lengths[1], block_size
     start, end = _of_rows(bounds, lengths, block_q, 0, 0).clamp(0, length_k).unbind(-1)
     some = end > start
@@ -70,7 +70,7 @@ def visited(bounds: Tensor, lengths: Lengths, block_size: Blocks) -> Tensor:
 
 
 def whole(bounds: Tensor, lengths: Lengths, block_size: Blocks) -> Tensor:
-    """Likewise, the blocks of which every row sees every key."""
+    """Tells likewise of which blocks every row sees every key."""
     length_k, (block_q, block_k) = lengths[1], block_size
     start, end = _of_rows(bounds, lengths, block_q, 0, length_k).unbind(-1)
     first = torch.arange(0, length_k, block_k, device=bounds.device)
@@ -79,14 +79,14 @@ def whole(bounds: Tensor, lengths: Lengths, block_size: Blocks) -> Tensor:
 
 
 def _of_rows(bounds: Tensor, lengths: Lengths, block_q: int, start: int, end: int) -> Tensor:
-    """(batch or 1, heads or 1, query_blocks, block_q, 2), int64, with these bounds past the last row."""
+    """Returns int64 (batch or 1, heads or 1, query_blocks, block_q, 2), with these bounds past the last row."""
     rows = bounds.long().expand(-1, -1, lengths[0], -1)
     past = torch.tensor([start, end], device=bounds.device).expand(*rows.shape[:2], -lengths[0] % block_q, 2)
     return torch.cat([rows, past], 2).unflatten(2, (-1, block_q))
 
 
 def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """What both leave."""
+    """Returns what both leave."""
     if a is None or b is None:
         return b if a is None else a
     return torch.stack([a[..., 0].maximum(b[..., 0]), a[..., 1].minimum(b[..., 1])], -1)

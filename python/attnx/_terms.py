@@ -59,8 +59,13 @@ def resolve_terms(
     drawn: tuple[Tensor | None, Tensor | None] = (None, None)
     if dropout_p > 0:
         drawn = draw_round(generator, seed, offset, query.device)
-    given = {"softcap": softcap, "attn_mask": attn_mask, "key_bias": key_bias, "key_mask": key_mask}
-    given["row_bounds"] = row_bounds
+    given = {
+        "softcap": softcap,
+        "attn_mask": attn_mask,
+        "row_bounds": row_bounds,
+        "key_bias": key_bias,
+        "key_mask": key_mask,
+    }
     if dropout_p > 0 or any(x is not None for x in given.values()):
         _capability.require(operator, {"query": query, "key": key, "value": value, "dropout_p": dropout_p} | given)
     return attn_mask, row_bounds, softcap, key_bias, key_mask, dropout_p, *drawn

@@ -112,7 +112,7 @@ struct Panel {
   }
 
  private:
-  // What the bounds of the row leave of the keys that it sees.
+  // This returns what the bounds of a row leave of the keys that it sees.
   KeyRange bounded(const RowBounds& bounds, std::int64_t batch, int lane, KeyRange seen) const {
     if (!bounds.data) return seen;
     const std::int32_t* const row =

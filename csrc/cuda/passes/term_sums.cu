@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// Whether sequences share the numbers; packed ones have keys of their own.
+// These tell whether sequences, or heads, share the numbers. Packed sequences have keys of their own.
 __host__ __device__ bool shares_batch(const TermSumsArguments& args) {
   return args.batch_stride == 0 && !args.cu_seqlens_q;
 }

@@ -11,8 +11,8 @@ namespace attnx::cuda {
 // a causal mask the first keys have the most rows, and go first.
 struct Keys {
   static constexpr bool kHasBias = false;
-  // All steps have the same keys, or the same rows; and the tiles of a step are copied when it comes, which takes one
-  // place in the code.
+  // These say that all steps have the same keys, or the same rows, and that a step copies its own tiles when it begins:
+  // the code then has the copy in one place, where others copy the next step's.
   static constexpr bool kKeysStay = true, kRowsStay = false, kCopiesLate = false;
 
   struct Parameters {

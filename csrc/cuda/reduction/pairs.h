@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/common/logits.h"
+#include "cuda/reduction/pair_sums.h"
 
 namespace attnx::cuda {
 
@@ -44,20 +45,8 @@ struct Pairs {
   };
 
   template <class Tile>
-  class Sums {
-    float sums_[Tile::kWarpRows / 16][Tile::kWarpKeys / 8][4] = {};
-
+  class Sums : public PairSums<Tile> {
    public:
-    template <bool, int kM, int kN>
-    __device__ __forceinline__ void add(const float (&x)[kM][kN][4], const float (&)[kM * 2]) {
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int n = 0; n < kN; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) sums_[m][n][e] += x[m][n][e];
-    }
-
     template <class Args>
     __device__ __forceinline__ void store(const Args& args, const Walk<Tile>& walk) const {
       const Sequence& sequence = walk.sequence(0);
@@ -73,7 +62,7 @@ struct Pairs {
         for (int n = 0; n < Tile::kWarpKeys / 8; ++n)
 #pragma unroll
           for (int e = 0; e < 2; ++e)
-            if (key + n * 8 + e < sequence.band.length_k) to[key + n * 8 + e] = sums_[r / 2][n][r % 2 * 2 + e];
+            if (key + n * 8 + e < sequence.band.length_k) to[key + n * 8 + e] = this->sums_[r / 2][n][r % 2 * 2 + e];
       }
     }
   };

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/common/reduce.h"
+#include "cuda/reduction/pair_sums.h"
 #include "cuda/tiles/listed.h"
 
 namespace attnx::cuda {
@@ -73,7 +74,7 @@ class TermNumbers {
     return x;
   }
 
-  // It knows where the present step is alone.
+  // This knows the place of the present step alone, because the next one depends on lists.
   template <class Tile>
   class Walk {
     const Parameters& p_;
@@ -180,29 +181,18 @@ class TermNumbers {
 
   // Warps stand along the keys alone, so that none shares a key with another.
   template <class Tile>
-  class Sums {
+  class Sums : public PairSums<Tile> {
     static_assert(Tile::kRowWarps == 1);
     static constexpr int kRows = Tile::kWarpRows / 8, kKeys = Tile::kWarpKeys / 8;
-    float sums_[kRows / 2][kKeys][4] = {};
 
     __device__ __forceinline__ float of_key(int n, int e) const {
       float sum = 0;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) sum += sums_[r / 2][n][r % 2 * 2 + e];
+      for (int r = 0; r < kRows; ++r) sum += this->sums_[r / 2][n][r % 2 * 2 + e];
       return sum;
     }
 
    public:
-    template <bool, int kM, int kN>
-    __device__ __forceinline__ void add(const float (&x)[kM][kN][4], const float (&)[kM * 2]) {
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int n = 0; n < kN; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) sums_[m][n][e] += x[m][n][e];
-    }
-
     template <class Args>
     __device__ __forceinline__ void store(const Args& args, const Walk<Tile>& walk) const {
       const auto& p = args.reduction;
@@ -237,7 +227,7 @@ class TermNumbers {
 #pragma unroll
             for (int e = 0; e < 2; ++e)
               if (key + n * 8 + e < sequence.band.length_k)
-                of_row[(key + n * 8 + e) * p.mask.key_stride] = sums_[r / 2][n][r % 2 * 2 + e];
+                of_row[(key + n * 8 + e) * p.mask.key_stride] = this->sums_[r / 2][n][r % 2 * 2 + e];
         }
       }
     }

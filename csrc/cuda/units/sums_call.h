@@ -19,7 +19,7 @@ struct SumsCall {
   cudaStream_t stream;
 };
 
-// Whether numbers of attn_mask are those of rows, which no other rows share.
+// This tells whether each row has numbers of attn_mask of its own, so that they are not numbers by key.
 inline bool has_gradient_of_pairs(const BackwardParams& p) {
   return p.grad_attn_mask.data && p.grad_attn_mask.row_stride != 0;
 }
