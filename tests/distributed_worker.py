@@ -117,6 +117,51 @@ def check_logsumexp(layout: Layout) -> None:
     expect_same(seen(attnx.softmax_attention), seen(ring), inputs, grad, **options)
 
 
+def check_heads(
+    layout: Layout, attention: Callable[..., Any], shape: Shape = SHAPE, dtype: Any = torch.float64
+) -> None:
+    """All-to-all of heads and sequence gives the function what it would get in one process."""
+    inputs, grad_output = random_inputs(shape, dtype, CPU)
+    shared = together(partial(attnx_distributed.ulysses_attention, attention), layout)
+    expect_same(_joined(partial(attention, local=lambda x: x)), _joined(shared), inputs, grad_output)
+
+
+def _joined(attention: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Makes one tensor of several results of one shape."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        results = attention(query, key, value)
+        return results if isinstance(results, Tensor) else results[0] + 0.5 * results[1]
+
+    return attend
+
+
+def _softmax(*inputs: Tensor, local: Callable[[Tensor], Tensor] = attnx_distributed.local_heads) -> Tensor:
+    sink = torch.linspace(0.1, 0.7, 4, dtype=torch.float64)
+    return attnx.softmax_attention(*inputs, is_causal=True, sink=local(sink))
+
+
+def _sigmoid(*inputs: Tensor, local: Any = None) -> Tensor:
+    return attnx.sigmoid_attention(*inputs, window=(9, 2), bias="row")
+
+
+def _block_sparse(*inputs: Tensor, local: Any = None) -> Tensor:
+    return attnx.block_sparse_attention(*inputs, attnx.BlockMask.window(256, 256, (70, 0)))
+
+
+def _sparse_linear(*inputs: Tensor, local: Any = None) -> tuple[Tensor, Tensor]:
+    return attnx.sparse_linear_attention(*inputs, critical=0.5, negligible=0.2)
+
+
+def _routing(*inputs: Tensor, local: Callable[[Tensor], Tensor] = attnx_distributed.local_heads) -> Tensor:
+    centroids = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(3))
+    return attnx.routing_attention(*inputs, local(centroids).contiguous())
+
+
+def _probabilistic(*inputs: Tensor, local: Any = None) -> Tensor:
+    return attnx.probabilistic_attention(*inputs, training=False, is_causal=True)
+
+
 def expect_same(
     alone: Callable[..., Tensor],
     shared: Callable[..., Tensor],
@@ -148,7 +193,7 @@ PARAMETERS = {"softmax_attention": ("alibi_slopes", "sink"), "sigmoid_attention"
 
 def _checks() -> dict[str, Callable[[], None]]:
     checks: dict[str, Callable[[], None]] = {}
-    for (operator, ring), layout in itertools.product(RINGS.items(), LAYOUTS):
+    for operator, layout in itertools.product(RINGS, LAYOUTS):
         for band, options in BANDS.items():
             checks[f"{operator}-{layout}-{band}"] = partial(check_ring, operator, torch.float32, layout, (), **options)
             terms = partial(check_terms, operator, layout, softcap=2.0, **options)
@@ -162,7 +207,11 @@ def _checks() -> dict[str, Callable[[], None]]:
     for layout, band in itertools.product(LAYOUTS, ("all", "causal_window", "offset")):
         row = partial(check_ring, "sigmoid_attention", torch.float32, layout, (), bias="row", **BANDS[band])
         checks[f"sigmoid_attention-{layout}-{band}-row"] = row
+    long = Shape(256, 256, head_dim=16, batch=2, heads=4, kv_heads=4)
     for layout in LAYOUTS:
+        for attention in (_softmax, _sigmoid, _block_sparse, _sparse_linear, _routing, _probabilistic):
+            name = f"heads-{layout}-{attention.__name__[1:]}"
+            checks[name] = partial(check_heads, layout, attention, SHAPE if attention in (_softmax, _sigmoid) else long)
         checks[f"logsumexp-{layout}"] = partial(check_logsumexp, layout)
     return checks
 

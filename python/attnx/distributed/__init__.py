@@ -21,12 +21,15 @@ from attnx.distributed.sequence import (
     sequence_positions,
     shard_sequence,
 )
+from attnx.distributed.ulysses import local_heads, ulysses_attention
 
 __all__ = [
     "Layout",
     "gather_sequence",
+    "local_heads",
     "ring_sigmoid_attention",
     "ring_softmax_attention",
     "sequence_positions",
     "shard_sequence",
+    "ulysses_attention",
 ]

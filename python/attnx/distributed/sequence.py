@@ -53,7 +53,7 @@ def shard_sequence(x: Tensor, dim: int = 2, *, group: GroupLike = None, layout: 
     stripes; zigzag is its form in chunks.
     """
     _arguments.tensors(x=x)
-    rows = sequence_positions(x.shape[_dimension(dim, x)], group=group, layout=layout, device=x.device)
+    rows = sequence_positions(x.shape[dimension(dim, x)], group=group, layout=layout, device=x.device)
     return x.index_select(dim, rows)
 
 
@@ -95,7 +95,7 @@ def gather_sequence(x: Tensor, dim: int = 2, *, group: GroupLike = None, layout:
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
     """
     _arguments.tensors(x=x)
-    dim = _dimension(dim, x)
+    dim = dimension(dim, x)
     if x.requires_grad:
         raise RuntimeError("x: expected a tensor that needs no gradient, as none goes back to the shards; detach it")
     processes = _group.resolve(group)
@@ -119,6 +119,6 @@ def positions(length: int, rank: int, size: int, layout: Layout, device: torch.d
     return torch.cat([torch.arange(chunk * each, (chunk + 1) * each, device=device) for chunk in chunks])
 
 
-def _dimension(dim: int, x: Tensor) -> int:
+def dimension(dim: int, x: Tensor) -> int:
     _arguments.integer("dim", dim, -x.dim(), x.dim() - 1, f"a dimension of a tensor of {x.dim()}")
     return dim % x.dim()
