@@ -5,8 +5,10 @@ Each check makes the same inputs in every process, computes with all of them tog
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,9 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import implicit_replication
+from torch.nn.parallel import DistributedDataParallel
 
 import attnx
 import attnx.distributed as attnx_distributed
@@ -129,8 +137,8 @@ def check_heads(
 def _joined(attention: Callable[..., Any]) -> Callable[..., Tensor]:
     """Makes one tensor of several results of one shape."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        results = attention(query, key, value)
+    def attend(query: Tensor, key: Tensor, value: Tensor, **others: Tensor) -> Tensor:
+        results = attention(query, key, value, **others)
         return results if isinstance(results, Tensor) else results[0] + 0.5 * results[1]
 
     return attend
@@ -146,11 +154,17 @@ def _sigmoid(*inputs: Tensor, local: Any = None) -> Tensor:
 
 
 def _block_sparse(*inputs: Tensor, local: Any = None) -> Tensor:
-    return attnx.block_sparse_attention(*inputs, attnx.BlockMask.window(256, 256, (70, 0)))
+    return attnx.block_sparse_attention(
+        *inputs, attnx.BlockMask.window(inputs[0].shape[2], inputs[1].shape[2], (70, 0))
+    )
 
 
 def _sparse_linear(*inputs: Tensor, local: Any = None) -> tuple[Tensor, Tensor]:
     return attnx.sparse_linear_attention(*inputs, critical=0.5, negligible=0.2)
+
+
+def _routing_of_all(*inputs: Tensor) -> Tensor:
+    return _routing(*inputs, local=lambda x: x)
 
 
 def _routing(*inputs: Tensor, local: Callable[[Tensor], Tensor] = attnx_distributed.local_heads) -> Tensor:
@@ -160,6 +174,116 @@ def _routing(*inputs: Tensor, local: Callable[[Tensor], Tensor] = attnx_distribu
 
 def _probabilistic(*inputs: Tensor, local: Any = None) -> Tensor:
     return attnx.probabilistic_attention(*inputs, training=False, is_causal=True)
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "sigmoid": lambda: attnx.nn.SigmoidAttention(32, 4, bias="trainable", bias_length=64, alibi="trainable"),
+    "sparse_linear": lambda: attnx.nn.SparseLinearAttention(32, 4, critical=0.3),
+    "probabilistic": lambda: attnx.nn.ProbabilisticAttention(32, 4, is_causal=True),
+    "routing": lambda: attnx.nn.RoutingAttention(32, 4, 4),
+    "affine": lambda: attnx.nn.AffineScaledAttention(32, 4, is_causal=True),
+}
+
+
+def check_module(make: Callable[[], nn.Module], wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """Each has a share of the batch, and gradients are averaged. In training modules would draw, and learn."""
+    torch.manual_seed(0)
+    module = make().double().eval()
+    shared = wrap(copy.deepcopy(module))
+    x = torch.randn(8, 128, 32, dtype=torch.float64)
+    module(x).square().mean().backward()
+    shared(x.chunk(dist.get_world_size())[dist.get_rank()]).square().mean().backward()
+    for (name, alone), together in zip(module.named_parameters(), shared.parameters(), strict=True):
+        grad = together.grad
+        assert grad is not None, name
+        grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        torch.testing.assert_close(grad, alone.grad, rtol=1e-10, atol=1e-12, msg=partial(_named, name))
+
+
+def fully_sharded(module: nn.Module) -> nn.Module:
+    fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return module
+
+
+def check_sharding(attention: Callable[..., Any], shape: Shape, placements: tuple[Placement, Placement]) -> None:
+    """DTensors over a mesh of two dimensions; numbers of heads, and terms, are there in full."""
+    attnx_distributed.register_sharding()
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2))
+    inputs, grad_output = random_inputs(shape, torch.float64, CPU)
+    if attention is _with_terms:
+        generator = torch.Generator().manual_seed(1)
+        sizes = {
+            "sink": (4,),
+            "alibi_slopes": (),
+            "key_bias": (1, 4, shape.length_k),
+            "key_mask": (4, 1, shape.length_k),
+        }
+        inputs |= {name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
+
+    expected = forward_backward(_joined(attention), inputs, grad_output)
+    leaves = {}
+    for name, x in inputs.items():
+        heads_are_shared = name not in ("query", "key", "value") or x.shape[1] == 1
+        own = [Replicate() if heads_are_shared and placement == Shard(1) else placement for placement in placements]
+        own = own if name in ("query", "key", "value") else [Replicate(), Replicate()]
+        leaves[name] = distribute_tensor(x, mesh, own).requires_grad_()
+    with implicit_replication():
+        output = _joined(attention)(**leaves)
+        assert isinstance(output, DTensor)
+        assert attention is _draws or output.placements == placements, output.placements
+        gradients = torch.autograd.grad(output.full_tensor(), list(leaves.values()), grad_output)
+    same = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+    same(output.full_tensor(), expected["output"])
+    for name, grad in zip(leaves, gradients, strict=True):
+        assert isinstance(grad, DTensor)
+        same(grad.full_tensor(), expected[f"grad_{name}"], msg=partial(_named, name))
+
+
+def _with_terms(*inputs: Tensor, **options: Tensor) -> Tensor:
+    return attnx.softmax_attention(*inputs, is_causal=True, softcap=3.0, **options)
+
+
+def _key_weights(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return attnx.attention_key_weights(query, key, is_causal=True)[..., None] * value
+
+
+def _draws(*inputs: Tensor) -> Tensor:
+    return attnx.probabilistic_attention(*inputs, seed=1, offset=2)
+
+
+def check_refusals() -> None:
+    """Bad input is refused by every process before anything is sent, so that none waits."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    x, odd = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 5, 8)
+    other = dist.new_group([0])
+    ring, heads = RINGS["softmax_attention"], attnx_distributed.ulysses_attention
+    refusals: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
+        (f"length: expected a multiple of {size}, as layout='contiguous' ", shard_sequence, (odd[:, :, :1],), {}),
+        (f"length: expected a multiple of {2 * size}, as layout='zigzag' ", shard_sequence, (x,), {"layout": "zigzag"}),
+        ('layout: expected "contiguous" or "zigzag", got \'striped\'', shard_sequence, (x,), {"layout": "striped"}),
+        ("dim: expected a dimension of a tensor of 4, got 4", shard_sequence, (x, 4), {}),
+        ("x: expected a tensor that needs no gradient", gather_sequence, (torch.ones(1, requires_grad=True), 0), {}),
+        ("query: expected two chunks of one length", ring, (odd, odd, odd), {"layout": "zigzag"}),
+        ("query: expected two chunks of one length", heads, (ring, odd, odd, odd), {"layout": "zigzag"}),
+        ("group: expected None, a ProcessGroup or a DeviceMesh", ring, (x, x, x), {"group": 3}),
+        ("key: expected torch.float32 on cpu like query", ring, (x, x.double(), x), {}),
+        ("key: expected a number of heads that divides the 4 of query", ring, (x, x[:, :3], x[:, :3]), {}),
+        ("key: expected (1, kv_heads, length_k, 8)", ring, (x, x[..., :4], x), {}),
+        ("value: expected (1, 4, 6, value_dim)", ring, (x, x, odd), {}),
+        ("query: expected (batch, heads, length, head_dim)", ring, (x[0], x, x), {}),
+        ("sink: expected torch.float32 of shape () or (4,) on cpu", ring, (x, x, x), {"sink": torch.ones(3)}),
+        ("window: expected", ring, (x, x, x), {"window": 3}),
+        ("is_causal: expected True or False", ring, (x, x, x), {"is_causal": 1}),
+        (f"query: expected heads in a multiple of the number of processes, {size}", heads, (ring, x[:, :1], x, x), {}),
+        ("key: expected heads in a multiple of the number of processes", heads, (ring, x, x[:, :3], x[:, :3]), {}),
+        ("attention: expected a function that returns tensors of shape", heads, (lambda q, k, v: 3, x, x, x), {}),
+        ("x: expected heads in a multiple of", attnx_distributed.local_heads, (torch.ones(5),), {}),
+    ]
+    if rank:
+        refusals.append(("group: expected one that this process is of", ring, (x, x, x), {"group": other}))
+    for message, function, args, options in refusals:
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            function(*args, **options)
 
 
 def expect_same(
@@ -213,7 +337,17 @@ def _checks() -> dict[str, Callable[[], None]]:
             name = f"heads-{layout}-{attention.__name__[1:]}"
             checks[name] = partial(check_heads, layout, attention, SHAPE if attention in (_softmax, _sigmoid) else long)
         checks[f"logsumexp-{layout}"] = partial(check_logsumexp, layout)
-    return checks
+    apart: list[tuple[Placement, Placement]] = [(Shard(0), Replicate()), (Shard(0), Shard(1)), (Replicate(), Shard(1))]
+    kept = (_with_terms, _sigmoid, _block_sparse, _sparse_linear, _routing_of_all, _key_weights, _draws)
+    for attention, placements in itertools.product(kept, apart):
+        for kv_heads in (4, 1):
+            shape = Shape(128, 128, head_dim=16, batch=4, heads=4, kv_heads=kv_heads)
+            name = f"sharding-{attention.__name__[1:]}-{kv_heads}-{'-'.join(map(str, placements))}"
+            checks[name] = partial(check_sharding, attention, shape, placements)
+    for name, make in MODULES.items():
+        checks[f"data_parallel-{name}"] = partial(check_module, make, DistributedDataParallel)
+        checks[f"fully_sharded-{name}"] = partial(check_module, make, fully_sharded)
+    return checks | {"refusals": check_refusals}
 
 
 CHECKS = _checks()

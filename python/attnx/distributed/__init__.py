@@ -21,12 +21,14 @@ from attnx.distributed.sequence import (
     sequence_positions,
     shard_sequence,
 )
+from attnx.distributed.sharding import register_sharding
 from attnx.distributed.ulysses import local_heads, ulysses_attention
 
 __all__ = [
     "Layout",
     "gather_sequence",
     "local_heads",
+    "register_sharding",
     "ring_sigmoid_attention",
     "ring_softmax_attention",
     "sequence_positions",
