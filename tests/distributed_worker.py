@@ -24,6 +24,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import context_parallel as context_of_torch
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
 
@@ -251,6 +252,66 @@ def _draws(*inputs: Tensor) -> Tensor:
     return attnx.probabilistic_attention(*inputs, seed=1, offset=2)
 
 
+def check_context(dtype: torch.dtype = torch.float64) -> None:
+    """A module that knows of no shards, within a context like torch's; buffers are whole again after it."""
+    torch.manual_seed(0)
+    module = attnx.nn.SigmoidAttention(32, 4, bias="trainable", bias_length=64, is_causal=True).to(dtype)
+    x, grad_output = torch.randn(2, 2, 64, 32, dtype=dtype)
+    alone = module(x)
+    expected = torch.autograd.grad(alone, list(module.parameters()), grad_output)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    given, grad_shard = x.clone(), grad_output.clone()
+    with attnx_distributed.context_parallel(mesh, buffers=[given, grad_shard], buffer_seq_dims=[1, 1]):
+        assert given.shape[1] == 64 // dist.get_world_size()
+        output = module(given)
+        gradients = torch.autograd.grad(output, list(module.parameters()), grad_shard)
+        whole = gather_sequence(output.detach(), 1, group=mesh, layout="zigzag")
+        rows = given.unflatten(2, (4, 8)).transpose(1, 2)
+        ulysses = partial(attnx_distributed.ulysses_attention, group=mesh, layout="zigzag")
+        assert (
+            ulysses(attnx.routing_attention, rows, rows, rows, routes=torch.randn(4 // mesh.size(), 4, 8)) is not None
+        )
+        with pytest.raises(NotImplementedError, match=r"^routing_attention: expected whole sequences"):
+            attnx.routing_attention(rows, rows, rows, torch.randn(4, 4, 8))
+        with pytest.raises(RuntimeError, match=r"^dropout_p: expected nothing within attnx.distributed.context_"):
+            attnx.softmax_attention(rows, rows, rows, dropout_p=0.1)
+    assert torch.equal(given, x)
+    same = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-12)
+    same(whole, alone.detach())
+    for grad, want in zip(gradients, expected, strict=True):
+        dist.all_reduce(grad)
+        same(grad, want)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
+    "softmax_attention": lambda x: attnx.softmax_attention(x, x, x),
+    "sigmoid_attention": lambda x: attnx.sigmoid_attention(x, x, x),
+    "block_sparse_attention": lambda x: attnx.block_sparse_attention(x, x, x, attnx.BlockMask.causal(64)),
+    "probabilistic_attention": lambda x: attnx.probabilistic_attention(x, x, x),
+    "sparse_linear_attention": lambda x: attnx.sparse_linear_attention(x, x, x),
+    "sparse_linear_block_map": lambda x: attnx.sparse_linear_block_map(x, x),
+    "routing_attention": lambda x: attnx.routing_attention(x, x, x, torch.randn(4, 4, 8)),
+    "route": lambda x: attnx.route(x, x, torch.randn(4, 4, 8)),
+    "affine_attention": lambda x: attnx.affine_attention(x, x, x, x[..., 0]),
+    "attention_key_weights": lambda x: attnx.attention_key_weights(x, x),
+    "attention_row_weights": lambda x: attnx.attention_row_weights(x, x),
+    "attention_max_logits": lambda x: attnx.attention_max_logits(x, x),
+    "pointer_log_prob": lambda x: attnx.pointer_log_prob(x, x, torch.zeros(1, 4, 64, dtype=torch.int64)),
+}
+
+
+def check_context_of_torch() -> None:
+    """torch's own context serves SDPA alone, and attnx would see shards for whole sequences."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x = torch.randn(1, 4, 64, 8)
+    with context_of_torch(mesh, buffers=[x.clone()], buffer_seq_dims=[2]):
+        for name, call in FUNCTIONS.items():
+            with pytest.raises(NotImplementedError, match=f"^{name}: expected whole sequences, got shards of torch's"):
+                call(x)
+    for call in FUNCTIONS.values():
+        call(x)
+
+
 def check_refusals() -> None:
     """Bad input is refused by every process before anything is sent, so that none waits."""
     size, rank = dist.get_world_size(), dist.get_rank()
@@ -347,7 +408,11 @@ def _checks() -> dict[str, Callable[[], None]]:
     for name, make in MODULES.items():
         checks[f"data_parallel-{name}"] = partial(check_module, make, DistributedDataParallel)
         checks[f"fully_sharded-{name}"] = partial(check_module, make, fully_sharded)
-    return checks | {"refusals": check_refusals}
+    return checks | {
+        "refusals": check_refusals,
+        "context": check_context,
+        "context_of_torch": check_context_of_torch,
+    }
 
 
 CHECKS = _checks()

@@ -14,6 +14,7 @@ from torch import distributed as _distributed
 if not _distributed.is_available():
     raise ImportError("attnx.distributed: expected a build of torch with torch.distributed, got one without")
 
+from attnx.distributed.context import context_parallel
 from attnx.distributed.ring import ring_sigmoid_attention, ring_softmax_attention
 from attnx.distributed.sequence import (
     Layout,
@@ -26,6 +27,7 @@ from attnx.distributed.ulysses import local_heads, ulysses_attention
 
 __all__ = [
     "Layout",
+    "context_parallel",
     "gather_sequence",
     "local_heads",
     "register_sharding",

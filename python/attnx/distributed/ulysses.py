@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from attnx import _arguments
+from attnx import _arguments, _shards
 from attnx.distributed import _group, sequence
 from attnx.distributed._group import Group, GroupLike
 from attnx.distributed.sequence import Layout
@@ -89,7 +89,8 @@ def ulysses_attention(
 
     query, key, value = whole(query), whole(key), whole(value)
     rows = query.shape[:3]
-    results: Any = attention(query, key, value, **options)
+    with _shards.whole():
+        results: Any = attention(query, key, value, **options)
     shards: Any = tuple(map(shard, results)) if isinstance(results, tuple) else shard(results)
     return shards
 
