@@ -283,6 +283,44 @@ def check_context(dtype: torch.dtype = torch.float64) -> None:
         same(grad, want)
 
 
+def check_compiled() -> None:
+    """Compiled code calls what is sent between its graphs."""
+    x = torch.randn(1, 4, 16, 8, generator=torch.Generator().manual_seed(dist.get_rank()), dtype=torch.float64)
+    ulysses = partial(attnx_distributed.ulysses_attention, attnx.softmax_attention)
+    for attention in (*RINGS.values(), ulysses):
+
+        def step(x: Tensor, attention: Callable[..., Tensor] = attention) -> Tensor:
+            return attention(x.sin(), x, x.cos(), is_causal=True, layout="zigzag").square()
+
+        results = []
+        for call in (step, torch.compile(step, backend="aot_eager")):
+            leaf = x.clone().requires_grad_()
+            output = call(leaf)
+            results.append((output.detach(), *torch.autograd.grad(output.sum(), leaf)))
+        torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-13)
+
+
+def check_autocast() -> None:
+    """What travels has the dtype of autocast, and gradients that of their leaves."""
+    x = torch.randn(1, 4, 16, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for ring in RINGS.values():
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = ring(leaf, leaf, leaf)
+        assert torch.equal(output, ring(*[x.to(torch.bfloat16)] * 3))
+        assert torch.autograd.grad(output.sum(), leaf)[0].dtype == torch.float32
+
+
+def check_debug() -> None:
+    """Processes that do not agree on shapes learn of it, where they are asked to look."""
+    x = torch.randn(1, 4, 8 if dist.get_rank() else 6, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTNX_DEBUG", "1")
+        for call in (RINGS["softmax_attention"], partial(attnx_distributed.ulysses_attention, print)):
+            with pytest.raises(RuntimeError, match=r"^shapes, .*: expected the same on all processes, got "):
+                call(x, x, x)
+
+
 FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "softmax_attention": lambda x: attnx.softmax_attention(x, x, x),
     "sigmoid_attention": lambda x: attnx.sigmoid_attention(x, x, x),
@@ -376,7 +414,7 @@ BANDS: dict[str, dict[str, Any]] = {
 PARAMETERS = {"softmax_attention": ("alibi_slopes", "sink"), "sigmoid_attention": ("alibi_slopes", "bias")}
 
 
-def _checks() -> dict[str, Callable[[], None]]:
+def checks_for(size: int) -> dict[str, Callable[[], None]]:
     checks: dict[str, Callable[[], None]] = {}
     for operator, layout in itertools.product(RINGS, LAYOUTS):
         for band, options in BANDS.items():
@@ -401,21 +439,22 @@ def _checks() -> dict[str, Callable[[], None]]:
     apart: list[tuple[Placement, Placement]] = [(Shard(0), Replicate()), (Shard(0), Shard(1)), (Replicate(), Shard(1))]
     kept = (_with_terms, _sigmoid, _block_sparse, _sparse_linear, _routing_of_all, _key_weights, _draws)
     for attention, placements in itertools.product(kept, apart):
-        for kv_heads in (4, 1):
+        for kv_heads in (4, 1) if attention in (_with_terms, _sparse_linear) else (4,):
             shape = Shape(128, 128, head_dim=16, batch=4, heads=4, kv_heads=kv_heads)
             name = f"sharding-{attention.__name__[1:]}-{kv_heads}-{'-'.join(map(str, placements))}"
             checks[name] = partial(check_sharding, attention, shape, placements)
     for name, make in MODULES.items():
         checks[f"data_parallel-{name}"] = partial(check_module, make, DistributedDataParallel)
         checks[f"fully_sharded-{name}"] = partial(check_module, make, fully_sharded)
+    if size == 2:  # compilers take their time
+        checks["compiled"] = check_compiled
     return checks | {
         "refusals": check_refusals,
+        "autocast": check_autocast,
+        "debug": check_debug,
         "context": check_context,
         "context_of_torch": check_context_of_torch,
     }
-
-
-CHECKS = _checks()
 
 
 def main(rank: int, size: int, folder: Path) -> None:
@@ -429,7 +468,7 @@ def main(rank: int, size: int, folder: Path) -> None:
         timeout=timedelta(seconds=20),
     )
     failures = {}
-    for name, run in CHECKS.items():
+    for name, run in checks_for(size).items():
         try:
             run()
         except Exception:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -71,8 +72,10 @@ def whole() -> Iterator[None]:
 
 def _in_context_of_torch() -> bool:
     """Whether torch has its own function in the place of SDPA, which is all that its context does for attention."""
-    module = getattr(F.scaled_dot_product_attention, "__module__", None) or ""
-    return module.startswith("torch.distributed.")
+    now = F.scaled_dot_product_attention
+    if now is torch._C._nn.scaled_dot_product_attention:
+        return False
+    return (getattr(now, "__module__", None) or "").startswith("torch.distributed.")
 
 
 def _refuse(function: str, context: str) -> NoReturn:

@@ -194,6 +194,7 @@ def ring_sigmoid_attention(
 _TERMS = ("attn_mask", "row_bounds", "softcap", "key_bias", "key_mask", "dropout_p", "seed", "offset")
 
 
+@torch.compiler.disable(reason="what is sent to single processes belongs in no graph")
 def _attend(
     operator: str,
     query: Tensor,

@@ -110,7 +110,7 @@ def _is_shared(axis: Axis, of: Signature, arguments: Arguments) -> bool:
             sharded |= {i for i, placement in enumerate(x.placements) if placement.is_shard(dim)}
     first = arguments[of.arguments[0]]
     shares = math.prod(first.mesh.size(i) for i in sharded)
-    return shares > 1 and sizes[0] > 1 and all(size == 1 or size % shares == 0 for size in sizes)
+    return bool(sharded) and sizes[0] > 1 and all(size == 1 or size % shares == 0 for size in sizes)
 
 
 def _of_argument(axis: Axis, name: str, x: Any) -> Placement | None:

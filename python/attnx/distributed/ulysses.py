@@ -77,7 +77,7 @@ def ulysses_attention(
     )
 
     def whole(x: Tensor) -> Tensor:
-        x = _Exchange.apply(x, processes, 1, 2)
+        x = _exchange(x, processes, 1, 2)
         return x.index_select(2, _order(x.shape[2], processes, layout, x.device).argsort()) if layout == "zigzag" else x
 
     def shard(x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def ulysses_attention(
             _arguments.refuse("attention", f"a function that returns tensors of shape {tuple(rows)} and more", x)
         if layout == "zigzag":
             x = x.index_select(2, _order(x.shape[2], processes, layout, x.device))
-        return _Exchange.apply(x, processes, 2, 1)
+        return _exchange(x, processes, 2, 1)
 
     query, key, value = whole(query), whole(key), whole(value)
     rows = query.shape[:3]
@@ -144,3 +144,8 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _Exchange.apply(grad, *ctx.back), None, None, None
+
+
+@torch.compiler.disable(reason="autograd.Function around a collective belongs in no graph")
+def _exchange(x: Tensor, processes: Group, split: int, join: int) -> Tensor:
+    return _Exchange.apply(x, processes, split, join)
