@@ -283,6 +283,19 @@ def check_context(dtype: torch.dtype = torch.float64) -> None:
         same(grad, want)
 
 
+def check_shared_cache() -> None:
+    """Each process has a cache of other tokens, and all attend over the tokens of all."""
+    rank = dist.get_rank()
+    query = torch.randn(1, 4, 1, 32, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randn(2, 1, 2, 48, 32, generator=torch.Generator().manual_seed(rank + 1))
+    cache = attnx.StaircaseCache(1, 2, 32, max_length=64, levels=(16, 8), window=32, group=32, dtype=torch.float32)
+    cache.append(*tokens.unbind(0))
+    output, logsumexp = attnx_distributed.all_merge_attention(*cache.attend(query, return_logsumexp=True))
+    key, value = map(gather_sequence, cache.dequantize())
+    expected = attnx.softmax_attention(query, key, value, return_logsumexp=True)
+    torch.testing.assert_close((output, logsumexp), expected, rtol=1e-5, atol=1e-5)
+
+
 def check_compiled() -> None:
     """Compiled code calls what is sent between its graphs."""
     x = torch.randn(1, 4, 16, 8, generator=torch.Generator().manual_seed(dist.get_rank()), dtype=torch.float64)
@@ -371,6 +384,8 @@ def check_refusals() -> None:
         ("value: expected (1, 4, 6, value_dim)", ring, (x, x, odd), {}),
         ("query: expected (batch, heads, length, head_dim)", ring, (x[0], x, x), {}),
         ("sink: expected torch.float32 of shape () or (4,) on cpu", ring, (x, x, x), {"sink": torch.ones(3)}),
+        ("alibi_slopes: expected", ring, (x, x, x), {"alibi_slopes": torch.ones(3)}),
+        ("key_bias: expected (1 or 1, 4 or 1, 6)", ring, (x, x, x), {"key_bias": torch.ones(1, 1, 5)}),
         ("window: expected", ring, (x, x, x), {"window": 3}),
         ("is_causal: expected True or False", ring, (x, x, x), {"is_causal": 1}),
         (f"query: expected heads in a multiple of the number of processes, {size}", heads, (ring, x[:, :1], x, x), {}),
@@ -451,6 +466,7 @@ def checks_for(size: int) -> dict[str, Callable[[], None]]:
     return checks | {
         "refusals": check_refusals,
         "autocast": check_autocast,
+        "shared_cache": check_shared_cache,
         "debug": check_debug,
         "context": check_context,
         "context_of_torch": check_context_of_torch,

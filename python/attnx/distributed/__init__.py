@@ -15,6 +15,7 @@ if not _distributed.is_available():
     raise ImportError("attnx.distributed: expected a build of torch with torch.distributed, got one without")
 
 from attnx.distributed.context import context_parallel
+from attnx.distributed.merging import all_merge_attention
 from attnx.distributed.ring import ring_sigmoid_attention, ring_softmax_attention
 from attnx.distributed.sequence import (
     Layout,
@@ -27,6 +28,7 @@ from attnx.distributed.ulysses import local_heads, ulysses_attention
 
 __all__ = [
     "Layout",
+    "all_merge_attention",
     "context_parallel",
     "gather_sequence",
     "local_heads",

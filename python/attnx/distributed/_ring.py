@@ -50,6 +50,13 @@ class Plan:
             arguments["attn_mask"] = self.row_bias[None, None, part.queries, None].expand(-1, -1, -1, keys)
         return arguments
 
+    @torch.no_grad()
+    def check(self, query: Tensor, *inputs: Tensor | None) -> None:
+        """Has the operator refuse what it does not take, before anything is sent: a call without rows does that."""
+        parameters, held = self.by_name(inputs)
+        parameters.pop("sink", None)
+        signature(self.operator).call(self.call(Part(slice(0), slice(0), is_cut=False), query, parameters, held))
+
     def by_name(self, inputs: tuple[Tensor | None, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns the parameters and what travels, those that are there."""
         named = zip((*self.parameters, *self.of_keys), inputs, strict=True)

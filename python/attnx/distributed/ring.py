@@ -78,8 +78,8 @@ def ring_softmax_attention(
 
     The keys and values travel from process to process. What each shard of them gives is merged by its logsumexp
     (:func:`attnx.merge_attention`). While a process computes with one shard, the next one arrives. The backward sends
-    keys and values around once more, and their gradients with them. A process keeps its own shard only, and at most
-    two more at a time. Shards that no query of any process sees, as under a window, are not sent for.
+    keys and values around once more, and their gradients with them. Beside its own a process has at most two shards at
+    a time. Those that no query of any process sees, as under a window, are not sent for.
 
     Args:
         query: (batch, heads, length_q, head_dim): the shard of this process, as :func:`shard_sequence` cuts it.
@@ -88,8 +88,8 @@ def ring_softmax_attention(
             ``ATTNX_DEBUG=1`` in the environment this is checked, and without it others wait for what never comes.
         group: the processes that share the sequence: a ProcessGroup, a DeviceMesh of one dimension, or None for all.
             All of them make the same calls in the same order.
-        layout: how the sequence is cut. A causal call takes all processes the same time with ``"zigzag"``, for which
-            length_q and length_k are even.
+        layout: how the sequence is cut. In a causal call all processes have as many pairs of queries and keys with
+            ``"zigzag"``, for which length_q and length_k are even.
         key_bias: (batch or 1, heads or 1, length_k), the shard that belongs to key. It travels with the keys.
         key_mask: likewise.
         sink: (heads,) or (), as in :func:`attnx.softmax_attention`, but not +inf.
@@ -221,6 +221,9 @@ def _attend(
     if _arguments.flag("is_causal", is_causal):
         right = 0
     _check_shapes(query, key, value, layout)
+    for name, x in of_keys.items():
+        if x is not None and (x.dim() != 3 or x.shape[2] != key.shape[2]):
+            _arguments.refuse(name, f"({query.shape[0]} or 1, {query.shape[1]} or 1, {key.shape[2]})", x)
     if parameters.get("sink") is not None:
         _check_sink(parameters["sink"], query)
     query, key, value = _autocast(query, key, value)
@@ -255,6 +258,7 @@ def _attend(
     plan = Plan(operator, processes, constants, steps, band, row_bias, tuple(parameters), tuple(travelling))
     shapes = {name: tuple(x.shape) for name, x in travelling.items() if x is not None}
     _group.check_alike("shapes, dtype and options", (shapes, query.shape[2], query.dtype, layout, band), processes)
+    plan.check(query, *parameters.values(), *travelling.values())
     return RingAttention.apply(plan, query, *parameters.values(), *travelling.values())
 
 

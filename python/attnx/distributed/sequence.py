@@ -34,7 +34,7 @@ def shard_sequence(x: Tensor, dim: int = 2, *, group: GroupLike = None, layout: 
 
     ``"contiguous"`` cuts the sequence into one chunk for each process, in the order of their ranks. ``"zigzag"`` cuts
     it into twice as many, and of n processes the one of rank r has the chunks r and 2 n - 1 - r: each has early tokens
-    and late ones, so that causal attention, in which late tokens see more keys, takes all of them the same time.
+    and late ones, so that all have as many pairs in causal attention, in which late tokens see more keys.
     ``torch.distributed.tensor.experimental.context_parallel`` balances its load by the same chunks.
 
     Args:
@@ -49,8 +49,8 @@ def shard_sequence(x: Tensor, dim: int = 2, *, group: GroupLike = None, layout: 
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
 
-    Source of the layout: W. Brandon et al., "Striped Attention", arXiv 2311.09431, balances causal work over a ring by
-    stripes; zigzag is its form in chunks.
+    Source: Brandon et al., "Striped Attention: Faster Ring Attention for Causal Transformers", arXiv 2311.09431, which
+    balances by stripes of single tokens what zigzag does by chunks.
     """
     _arguments.tensors(x=x)
     rows = sequence_positions(x.shape[dimension(dim, x)], group=group, layout=layout, device=x.device)
