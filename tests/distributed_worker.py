@@ -26,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel as context_of_torch
 from torch.distributed.tensor.experimental import implicit_replication
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import attnx
@@ -363,6 +364,22 @@ def check_context_of_torch() -> None:
         call(x)
 
 
+def check_tensor_parallel(make: Callable[[], nn.Module]) -> None:
+    """Projections whose heads processes share, as torch cuts them: the module counts heads by what is there."""
+    torch.manual_seed(0)
+    module = make().double().eval()
+    plan = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")} | {"out_proj": RowwiseParallel()}
+    shared = parallelize_module(copy.deepcopy(module), init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+    x, grad_output = torch.randn(2, 2, 128, 32, dtype=torch.float64)
+    results = []
+    for block in (module, shared):
+        leaf = x.clone().requires_grad_()
+        output = block(leaf)
+        grads = torch.autograd.grad(output, [leaf, block.q_proj.weight], grad_output)
+        results.append([output.detach(), *(x.full_tensor() if isinstance(x, DTensor) else x for x in grads)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+
+
 def check_refusals() -> None:
     """Bad input is refused by every process before anything is sent, so that none waits."""
     size, rank = dist.get_world_size(), dist.get_rank()
@@ -393,6 +410,8 @@ def check_refusals() -> None:
         ("attention: expected a function that returns tensors of shape", heads, (lambda q, k, v: 3, x, x, x), {}),
         ("x: expected heads in a multiple of", attnx_distributed.local_heads, (torch.ones(5),), {}),
     ]
+    replicated = distribute_tensor(x, init_device_mesh("cpu", (size,)))
+    refusals.append(("query: expected the shard of this process, as", ring, (replicated, x, x), {}))
     if rank:
         refusals.append(("group: expected one that this process is of", ring, (x, x, x), {"group": other}))
     for message, function, args, options in refusals:
@@ -458,6 +477,9 @@ def checks_for(size: int) -> dict[str, Callable[[], None]]:
             shape = Shape(128, 128, head_dim=16, batch=4, heads=4, kv_heads=kv_heads)
             name = f"sharding-{attention.__name__[1:]}-{kv_heads}-{'-'.join(map(str, placements))}"
             checks[name] = partial(check_sharding, attention, shape, placements)
+    for name in ("sigmoid", "sparse_linear", "probabilistic"):
+        make = MODULES[name] if name != "sigmoid" else lambda: attnx.nn.SigmoidAttention(32, 4, is_causal=True)
+        checks[f"tensor_parallel-{name}"] = partial(check_tensor_parallel, make)
     for name, make in MODULES.items():
         checks[f"data_parallel-{name}"] = partial(check_module, make, DistributedDataParallel)
         checks[f"fully_sharded-{name}"] = partial(check_module, make, fully_sharded)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import DeviceMesh, ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from attnx import _arguments
 
@@ -48,6 +49,14 @@ def resolve(group: Any) -> Group:
     if not isinstance(group, ProcessGroup):
         _arguments.refuse("group", expected, group)
     return Group(group, dist.get_world_size(group), dist.get_rank(group))
+
+
+def expect_shards(**given: Any) -> None:
+    """Checks that each is a tensor that holds the shard of this process, and nothing of those of others."""
+    _arguments.tensors(**given)
+    for name, x in given.items():
+        if isinstance(x, DTensor):
+            raise RuntimeError(f"{name}: expected the shard of this process, as x.to_local() gives it, got a DTensor")
 
 
 class Transfer:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from attnx import _arguments
 from attnx.distributed import _group
 from attnx.distributed._group import GroupLike
 from attnx.merging import merge_attention
@@ -35,7 +34,7 @@ def all_merge_attention(output: Tensor, logsumexp: Tensor, *, group: GroupLike =
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
     """
-    _arguments.tensors(output=output, logsumexp=logsumexp)
+    _group.expect_shards(output=output, logsumexp=logsumexp)
     for name, x in (("output", output), ("logsumexp", logsumexp)):
         if x.requires_grad:
             raise RuntimeError(f"{name}: expected a tensor that needs no gradient, as none goes back; detach it")

@@ -213,7 +213,7 @@ def _attend(
     bias_rule: str = "none",
     bias_value: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    _arguments.tensors(query=query, key=key, value=value)
+    _group.expect_shards(query=query, key=key, value=value)
     _arguments.optional_tensors(**parameters, **of_keys)
     sequence.check_layout(layout)
     processes = _group.resolve(group)

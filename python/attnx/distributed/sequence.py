@@ -94,7 +94,7 @@ def gather_sequence(x: Tensor, dim: int = 2, *, group: GroupLike = None, layout:
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
     """
-    _arguments.tensors(x=x)
+    _group.expect_shards(x=x)
     dim = dimension(dim, x)
     if x.requires_grad:
         raise RuntimeError("x: expected a tensor that needs no gradient, as none goes back to the shards; detach it")

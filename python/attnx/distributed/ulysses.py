@@ -57,7 +57,7 @@ def ulysses_attention(
     Source: Jacobs et al., "DeepSpeed Ulysses: System Optimizations for Enabling Training of Extreme Long Sequence
     Transformer Models", arXiv 2309.14509.
     """
-    _arguments.tensors(query=query, key=key, value=value)
+    _group.expect_shards(query=query, key=key, value=value)
     sequence.check_layout(layout)
     processes = _group.resolve(group)
     for name, x in (("query", query), ("key", key), ("value", value)):
