@@ -403,6 +403,8 @@ def check_refusals() -> None:
         ("sink: expected torch.float32 of shape () or (4,) on cpu", ring, (x, x, x), {"sink": torch.ones(3)}),
         ("alibi_slopes: expected", ring, (x, x, x), {"alibi_slopes": torch.ones(3)}),
         ("key_bias: expected (1 or 1, 4 or 1, 6)", ring, (x, x, x), {"key_bias": torch.ones(1, 1, 5)}),
+        ("window: expected -1 (no bound) or more", ring, (x, x, x), {"window": (-3, 1)}),
+        ("position_offset: expected at most", ring, (x, x, x), {"position_offset": 2**29}),
         ("window: expected", ring, (x, x, x), {"window": 3}),
         ("is_causal: expected True or False", ring, (x, x, x), {"is_causal": 1}),
         (f"query: expected heads in a multiple of the number of processes, {size}", heads, (ring, x[:, :1], x, x), {}),
@@ -503,7 +505,7 @@ def main(rank: int, size: int, folder: Path) -> None:
         init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=20),
+        timeout=timedelta(seconds=60),
     )
     failures = {}
     for name, run in checks_for(size).items():

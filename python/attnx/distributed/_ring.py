@@ -51,11 +51,12 @@ class Plan:
         return arguments
 
     @torch.no_grad()
-    def check(self, query: Tensor, *inputs: Tensor | None) -> None:
+    def check(self, position_offset: int, query: Tensor, *inputs: Tensor | None) -> None:
         """Has the operator refuse what it does not take, before anything is sent: a call without rows does that."""
+        nothing = Part(slice(0), slice(0), is_cut=True, position_offset=position_offset)
         parameters, held = self.by_name(inputs)
         parameters.pop("sink", None)
-        signature(self.operator).call(self.call(Part(slice(0), slice(0), is_cut=False), query, parameters, held))
+        signature(self.operator).call(self.call(nothing, query, parameters, held))
 
     def by_name(self, inputs: tuple[Tensor | None, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns the parameters and what travels, those that are there."""

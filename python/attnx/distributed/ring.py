@@ -240,7 +240,8 @@ def _attend(
     named_terms = dict(zip(_TERMS, terms, strict=True))
 
     lengths = [x.shape[2] * processes.size for x in (query, key)]
-    shift = lengths[1] - lengths[0] + _arguments.integer("position_offset", position_offset)
+    position_offset = _arguments.integer("position_offset", position_offset)
+    shift = lengths[1] - lengths[0] + position_offset
     band = Band(left, right, shift, parameters["alibi_slopes"] is not None)
     row_bias = None
     if bias_rule == "row":
@@ -258,7 +259,7 @@ def _attend(
     plan = Plan(operator, processes, constants, steps, band, row_bias, tuple(parameters), tuple(travelling))
     shapes = {name: tuple(x.shape) for name, x in travelling.items() if x is not None}
     _group.check_alike("shapes, dtype and options", (shapes, query.shape[2], query.dtype, layout, band), processes)
-    plan.check(query, *parameters.values(), *travelling.values())
+    plan.check(position_offset, query, *parameters.values(), *travelling.values())
     return RingAttention.apply(plan, query, *parameters.values(), *travelling.values())
 
 
