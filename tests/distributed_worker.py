@@ -249,6 +249,15 @@ def _key_weights(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attnx.attention_key_weights(query, key, is_causal=True)[..., None] * value
 
 
+def _packed(*inputs: Tensor) -> Tensor:
+    ends = torch.tensor([0, 50, 128], dtype=torch.int32)
+    rows = [x[0].transpose(0, 1) for x in inputs]
+    softmax = attnx.softmax_attention_varlen(*rows, ends, ends, 78, 78, is_causal=True)
+    sigmoid = attnx.sigmoid_attention_varlen(*rows, ends, ends, 78, 78)
+    sparse, linear = attnx.sparse_linear_attention_varlen(*rows, ends, ends, 78, 78, critical=0.5)
+    return (softmax + sigmoid + sparse + linear).transpose(0, 1)[None]
+
+
 def _draws(*inputs: Tensor) -> Tensor:
     return attnx.probabilistic_attention(*inputs, seed=1, offset=2)
 
@@ -479,6 +488,9 @@ def checks_for(size: int) -> dict[str, Callable[[], None]]:
             shape = Shape(128, 128, head_dim=16, batch=4, heads=4, kv_heads=kv_heads)
             name = f"sharding-{attention.__name__[1:]}-{kv_heads}-{'-'.join(map(str, placements))}"
             checks[name] = partial(check_sharding, attention, shape, placements)
+    for kv_heads in (4, 1):
+        shape = Shape(128, 128, head_dim=16, heads=4, kv_heads=kv_heads)
+        checks[f"sharding-packed-{kv_heads}"] = partial(check_sharding, _packed, shape, (Replicate(), Shard(1)))
     for name in ("sigmoid", "sparse_linear", "probabilistic"):
         make = MODULES[name] if name != "sigmoid" else lambda: attnx.nn.SigmoidAttention(32, 4, is_causal=True)
         checks[f"tensor_parallel-{name}"] = partial(check_tensor_parallel, make)

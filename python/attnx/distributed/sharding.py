@@ -22,13 +22,20 @@ _OPERATORS = (
     "sigmoid_attention_backward",
     "softmax_attention",
     "softmax_attention_backward",
+    "sigmoid_attention_varlen",
+    "sigmoid_attention_varlen_backward",
+    "softmax_attention_varlen",
+    "softmax_attention_varlen_backward",
     "block_sparse_attention",
     "block_sparse_attention_backward",
     "probabilistic_attention",
     "probabilistic_attention_backward",
     "sparse_linear_attention",
     "sparse_linear_attention_backward",
+    "sparse_linear_attention_varlen",
+    "sparse_linear_attention_varlen_backward",
     "sparse_linear_block_map",
+    "sparse_linear_block_map_varlen",
     "sparse_linear_labels",
     "routing_attention",
     "routing_attention_backward",
@@ -41,7 +48,9 @@ _OPERATORS = (
 # These are for each head, these for each sequence, and these for all. Every other tensor begins with (batch, heads).
 _BY_HEAD = ("alibi_slopes", "sink", "bias", "memory_key", "memory_value", "centroids")
 _BY_SEQUENCE = ("seqused_k", "leftpad_k")
-_FOR_ALL = ("keep", "seed", "offset")
+_FOR_ALL = ("keep", "seed", "offset", "cu_seqlens_q", "cu_seqlens_k")
+# Of packed sequences these begin with heads, and query and its like have heads second, too.
+_BY_HEAD_IF_PACKED = ("logsumexp", "key_bias", "key_mask")
 # These get a gradient on request, which is empty without one.
 _ON_REQUEST = ("attn_mask", "key_bias", "key_mask", "block_bias")
 
@@ -57,7 +66,7 @@ def register_sharding() -> None:
     sink, are DTensors ``Shard(0)`` beside heads, or replicated; other tensors may stay plain within
     ``torch.distributed.tensor.experimental.implicit_replication``.
 
-    Packed sequences and caches are not among them: DTensor refuses these operators itself.
+    Packed sequences have heads, ``Shard(1)``, and no batch to shard. DTensor refuses the operators of caches itself.
 
     Raises:
         NotImplementedError: this torch lets nobody register operators.
@@ -81,11 +90,12 @@ def _shardings(of: Signature, *args: Any) -> list[tuple[list[Placement], list[Pl
     found = [([replicated] * len(of.results), [replicated if _is_tensor(x) else None for x in args])]
     if arguments.get("seed") is not None:
         return found
-    axes: tuple[Axis, ...] = ("batch", "heads")
+    axes: tuple[Axis, ...] = ("heads",) if "cu_seqlens_q" in of.arguments else ("batch", "heads")
     for axis in axes:
-        if _is_shared(axis, of, arguments):
-            of_arguments = [_of_argument(axis, name, arguments[name]) for name in of.arguments]
-            found.append(([_of_result(axis, name, arguments) for name in of.results], of_arguments))
+        dims = {name: _dimension(axis, name, len(axes) == 1) for name in (*of.arguments, *of.results)}
+        if _is_shared(arguments, dims):
+            of_arguments = [_of_argument(x, dims[name]) for name, x in arguments.items()]
+            found.append(([_of_result(name, arguments, dims) for name in of.results], of_arguments))
     return found
 
 
@@ -93,43 +103,46 @@ def _is_tensor(x: Any) -> bool:
     return hasattr(x, "placements")
 
 
-def _dimension(axis: Axis, name: str) -> int | None:
+def _dimension(axis: Axis, name: str, is_packed: bool) -> int | None:
+    """The dimension of a tensor that counts what is apart along the axis."""
     name = name.removeprefix("grad_")
     if name in _FOR_ALL or name in (_BY_HEAD if axis == "batch" else _BY_SEQUENCE):
         return None
-    return 1 if axis == "heads" and name not in _BY_HEAD else 0
+    begins_with_it = axis == "batch" or name in _BY_HEAD or (is_packed and name in _BY_HEAD_IF_PACKED)
+    return 0 if begins_with_it else 1
 
 
-def _is_shared(axis: Axis, of: Signature, arguments: Arguments) -> bool:
+def _is_shared(arguments: Arguments, dims: dict[str, int | None]) -> bool:
     """Whether an argument is sharded along the axis, and all that have more than one there can be."""
     sizes, sharded = [], set()
     for name, x in arguments.items():
-        dim = _dimension(axis, name)
+        dim = dims[name]
         if _is_tensor(x) and dim is not None and dim < x.ndim:
             sizes.append(x.shape[dim])
             sharded |= {i for i, placement in enumerate(x.placements) if placement.is_shard(dim)}
-    first = arguments[of.arguments[0]]
-    shares = math.prod(first.mesh.size(i) for i in sharded)
-    return bool(sharded) and sizes[0] > 1 and all(size == 1 or size % shares == 0 for size in sizes)
+    if not sharded or sizes[0] == 1:
+        return False
+    mesh = next(x.mesh for x in arguments.values() if _is_tensor(x))
+    shares = math.prod(mesh.size(i) for i in sharded)
+    return all(size == 1 or size % shares == 0 for size in sizes)
 
 
-def _of_argument(axis: Axis, name: str, x: Any) -> Placement | None:
+def _of_argument(x: Any, dim: int | None) -> Placement | None:
     if not _is_tensor(x):
         return None
-    dim = _dimension(axis, name)
     return Replicate() if dim is None or dim >= x.ndim or x.shape[dim] == 1 else Shard(dim)
 
 
-def _of_result(axis: Axis, name: str, arguments: Arguments) -> Placement:
+def _of_result(name: str, arguments: Arguments, dims: dict[str, int | None]) -> Placement:
     """A gradient of what processes share is a sum over them."""
-    of, dim = name.removeprefix("grad_"), _dimension(axis, name)
+    of, dim = name.removeprefix("grad_"), dims[name]
     if of != name and of in _ON_REQUEST and not arguments[f"{of}_gradient"]:
         return Replicate()
     if of == name or of == "block_bias":
         return Replicate() if name.startswith("key_") and arguments.get("shared_qk") else _shard(dim)
     if of in _BY_HEAD:
         return _shard(dim)
-    placement = _of_argument(axis, of, arguments[of])
+    placement = _of_argument(arguments[of], dim)
     assert placement is not None
     return Partial() if placement.is_replicate() else placement
 
