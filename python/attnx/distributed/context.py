@@ -41,7 +41,8 @@ def context_parallel(
         buffer_seq_dims: for each, the dimension that counts tokens.
         no_restore_buffers: those that need not be whole again afterwards.
 
-    torch decides on the layout: by default it is ``"zigzag"``, and twice the number of processes divides the length.
+    What depends on the places of tokens, as rotary embeddings do, takes them from a buffer, or from
+    :func:`sequence_positions`. torch decides on the layout: by default it is ``"zigzag"``, and twice the number of processes divides the length.
 
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
