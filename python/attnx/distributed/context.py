@@ -32,7 +32,7 @@ def context_parallel(
     Within it :func:`attnx.softmax_attention` and :func:`attnx.sigmoid_attention`, and the modules over them, are
     :func:`ring_softmax_attention` and :func:`ring_sigmoid_attention` over the processes of the mesh. They refuse the
     arguments that these do not have, and all other functions of attnx refuse the context, this one and torch's. The
-    backward belongs into the context, too, where activations are recomputed in it.
+    backward belongs within the context, too, where it recomputes activations.
 
     Args:
         mesh: of one dimension: the processes that share sequences.
@@ -42,7 +42,8 @@ def context_parallel(
         no_restore_buffers: those that need not be whole again afterwards.
 
     What depends on the places of tokens, as rotary embeddings do, takes them from a buffer, or from
-    :func:`sequence_positions`. torch decides on the layout: by default it is ``"zigzag"``, and twice the number of processes divides the length.
+    :func:`sequence_positions`. torch decides on the layout: by default it is ``"zigzag"``, and twice the number of
+    processes divides the length.
 
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
