@@ -45,12 +45,13 @@ _OPERATORS = (
     "attention_row_weights",
     "attention_max_logits",
 )
+# Packed sequences begin with tokens, and have heads second, too; these begin with heads, and these have none.
+_PACKED_BY_HEAD = ("logsumexp", "key_bias", "key_mask")
+_OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
 # These are for each head, these for each sequence, and these for all. Every other tensor begins with (batch, heads).
 _BY_HEAD = ("alibi_slopes", "sink", "bias", "memory_key", "memory_value", "centroids")
 _BY_SEQUENCE = ("seqused_k", "leftpad_k")
-_FOR_ALL = ("keep", "seed", "offset", "cu_seqlens_q", "cu_seqlens_k")
-# Of packed sequences these begin with heads, and query and its like have heads second, too.
-_BY_HEAD_IF_PACKED = ("logsumexp", "key_bias", "key_mask")
+_FOR_ALL = ("keep", "seed", "offset")
 # These get a gradient on request, which is empty without one.
 _ON_REQUEST = ("attn_mask", "key_bias", "key_mask", "block_bias")
 
@@ -106,9 +107,9 @@ def _is_tensor(x: Any) -> bool:
 def _dimension(axis: Axis, name: str, is_packed: bool) -> int | None:
     """The dimension of a tensor that counts what is apart along the axis."""
     name = name.removeprefix("grad_")
-    if name in _FOR_ALL or name in (_BY_HEAD if axis == "batch" else _BY_SEQUENCE):
+    if name in (*_FOR_ALL, *_OFFSETS) or name in (_BY_HEAD if axis == "batch" else _BY_SEQUENCE):
         return None
-    begins_with_it = axis == "batch" or name in _BY_HEAD or (is_packed and name in _BY_HEAD_IF_PACKED)
+    begins_with_it = axis == "batch" or name in _BY_HEAD or (is_packed and name in _PACKED_BY_HEAD)
     return 0 if begins_with_it else 1
 
 
