@@ -103,6 +103,7 @@ def check(
     inputs: dict[str, Tensor],
     grad_output: Tensor,
     *,
+    attention: Attention | None = None,
     gradient_floor: float | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
@@ -112,10 +113,11 @@ def check(
         operator: its name in ``attnx``.
         inputs: its floating-point tensors by name; each is differentiated.
         grad_output: the gradient to start from.
+        attention: what is to compute the same as the operator, where this is not it.
         gradient_floor: units of rounding allowed to the gradients on top, where the usual ones do not do.
         options: its other arguments.
     """
-    results = forward_backward(getattr(attnx, operator), inputs, grad_output, **options)
+    results = forward_backward(attention or getattr(attnx, operator), inputs, grad_output, **options)
     exact = {name: x.double() for name, x in inputs.items()}, grad_output.double()
     expected = forward_backward(getattr(reference, operator), *exact, **options)
     baseline = forward_backward(EAGER[operator], inputs, grad_output, **options)

@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 import attnx
+import attnx.distributed
 from attnx.nn import RoutingAttention
 
 Pair = tuple[Tensor, Tensor]
@@ -27,6 +28,12 @@ assert_type(attnx.block_sparse_attention(q, k, v, mask, score="sigmoid"), Tensor
 assert_type(attnx.block_sparse_attention(q, k, v, mask, return_logsumexp=True), Pair)
 assert_type(attnx.probabilistic_attention(q, k, v, seed=1, offset=0), Tensor)
 assert_type(attnx.probabilistic_attention(q, k, v, return_logsumexp=True), Pair)
+
+ring = attnx.distributed.ring_softmax_attention
+assert_type(ring(q, k, v, layout="zigzag"), Tensor)
+assert_type(ring(q, k, v, return_logsumexp=True), Pair)
+assert_type(attnx.distributed.ring_sigmoid_attention(q, k, v, bias="row"), Tensor)
+assert_type(attnx.distributed.ulysses_attention(attnx.sparse_linear_attention, q, k, v, critical=0.1), Pair)
 
 cache = attnx.StaircaseCache(1, 2, 32, 100)
 cache.attend(q).sum()

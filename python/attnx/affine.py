@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnx import _arguments
+from attnx import _arguments, _shards
 from attnx.functional import Window, softmax_attention
 
 __all__ = ["affine_attention", "visible_sums"]
@@ -54,6 +54,7 @@ def affine_attention(
 
     Source: "Affine-Scaled Attention", arXiv 2602.23057.
     """
+    _shards.expect_whole("affine_attention")
     _arguments.tensors(query=query, key=key, value=value)
     sums_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     for name, x in (("gate", gate), ("addend", addend)):

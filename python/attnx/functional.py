@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from attnx import _arguments, _nested
+from attnx import _arguments, _nested, _shards
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx._structures import check_lengths
 from attnx._terms import TermOptions, resolve_terms
@@ -168,6 +168,24 @@ def sigmoid_attention(
         _nested.expect_no_lengths(seqused_k=seqused_k, leftpad_k=leftpad_k)
         _refuse_beside_nested(attn_mask=attn_mask, row_bounds=row_bounds, key_bias=key_bias, key_mask=key_mask)
         return _nested.attend(sigmoid_attention_varlen, query, key, value, **options)
+    if (ring := _shards.ring("sigmoid_attention")) is not None:
+        _shards.expect_nothing(seqused_k=seqused_k, leftpad_k=leftpad_k, attn_mask=attn_mask, row_bounds=row_bounds)
+        _shards.expect_nothing(dropout_p=dropout_p)
+        results: Tensor = ring(
+            query,
+            key,
+            value,
+            scale=scale,
+            is_causal=is_causal,
+            window=window,
+            position_offset=position_offset,
+            alibi_slopes=alibi_slopes,
+            bias=bias,
+            softcap=softcap,
+            key_bias=key_bias,
+            key_mask=key_mask,
+        )
+        return results
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(alibi_slopes=alibi_slopes)
     query, scale = _arguments.with_scale(query, scale)
@@ -242,6 +260,7 @@ def sigmoid_attention_varlen(
     Returns:
         (total_q, heads, value_dim) in the dtype of query.
     """
+    _shards.expect_whole("sigmoid_attention_varlen")
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(alibi_slopes=alibi_slopes)
     packing = _arguments.packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -336,6 +355,25 @@ def softmax_attention(
         _nested.expect_no_lengths(seqused_k=seqused_k, leftpad_k=leftpad_k)
         _refuse_beside_nested(attn_mask=attn_mask, row_bounds=row_bounds, key_bias=key_bias, key_mask=key_mask)
         return _nested.attend(softmax_attention_varlen, query, key, value, **options)
+    if (ring := _shards.ring("softmax_attention")) is not None:
+        _shards.expect_nothing(seqused_k=seqused_k, leftpad_k=leftpad_k, attn_mask=attn_mask, row_bounds=row_bounds)
+        _shards.expect_nothing(dropout_p=dropout_p)
+        results: Tensor | tuple[Tensor, Tensor] = ring(
+            query,
+            key,
+            value,
+            scale=scale,
+            is_causal=is_causal,
+            window=window,
+            position_offset=position_offset,
+            alibi_slopes=alibi_slopes,
+            sink=sink,
+            softcap=softcap,
+            key_bias=key_bias,
+            key_mask=key_mask,
+            return_logsumexp=return_logsumexp,
+        )
+        return results
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(alibi_slopes=alibi_slopes, sink=sink)
     query, scale = _arguments.with_scale(query, scale)
@@ -430,6 +468,7 @@ def softmax_attention_varlen(
         (total_q, heads, value_dim) in the dtype of query; with ``return_logsumexp`` also (heads, total_q), which is
         -inf for padding.
     """
+    _shards.expect_whole("softmax_attention_varlen")
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(alibi_slopes=alibi_slopes, sink=sink)
     packing = _arguments.packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -538,6 +577,7 @@ def block_sparse_attention(
         RuntimeError: an argument of the wrong shape, dtype or value, by its name.
         NotImplementedError: no kernel for these arguments on this device; the message names what is missing.
     """
+    _shards.expect_whole("block_sparse_attention")
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(block_bias=block_bias, sink=sink)
     _arguments.flag("is_causal", is_causal)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from attnx import _arguments
+from attnx import _arguments, _shards
 from attnx.functional import Window, softmax_attention
 
 __all__ = ["pointer_log_prob"]
@@ -48,6 +48,7 @@ def pointer_log_prob(
 
     Source: Vinyals et al., "Pointer Networks", arXiv 1506.03134, with the dot product as the score.
     """
+    _shards.expect_whole("pointer_log_prob")
     _arguments.tensors(query=query, key=key, target=target)
     if target.dtype not in (torch.int32, torch.int64) or target.shape != query.shape[:3]:
         raise RuntimeError(

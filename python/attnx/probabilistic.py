@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
-from attnx import _arguments
+from attnx import _arguments, _shards
 from attnx._random import draw_round
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx.block_mask import BlockMask
@@ -417,6 +417,7 @@ def probabilistic_attention(
     generator is Philox4x32-10 (Salmon et al., SC 2011) with the seed as key and (block of keys, block of queries, head
     counted over the batch, offset) as counter.
     """
+    _shards.expect_whole("probabilistic_attention")
     _arguments.tensors(query=query, key=key, value=value)
     for name, x in (("importance", importance), ("is_causal", is_causal), ("training", training)):
         _arguments.flag(name, x)

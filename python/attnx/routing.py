@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnx import _arguments
+from attnx import _arguments, _shards
 from attnx._operators.routing import update
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx._structures import register_named_tuple, same
@@ -146,6 +146,7 @@ def route(
     Source: Roy et al., "Efficient Content-Based Sparse Attention with Routing Transformers", arXiv 2003.05997; the
     arg-max form, under which causal attention does not look ahead, is ours.
     """
+    _shards.expect_whole("route")
     if not isinstance(routing, str) or routing not in ("topk", "argmax"):
         _arguments.refuse("routing", '"topk" or "argmax"', routing)
     _check_rows(query, key, centroids)
@@ -218,6 +219,7 @@ def routing_attention(
 
     Source: Roy et al., arXiv 2003.05997.
     """
+    _shards.expect_whole("routing_attention")
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.flag("is_causal", is_causal)
     if isinstance(routes, Tensor):

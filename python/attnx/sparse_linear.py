@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from attnx import _arguments, _nested
+from attnx import _arguments, _nested, _shards
 from attnx._operators.sparse_linear import longest
 from attnx._structures import Lengths, check_lengths, register, same
 from attnx.block_mask import BlockMask
@@ -147,6 +147,7 @@ def sparse_linear_block_map(
     Source: Zhang et al., "SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention",
     arXiv 2509.24006.
     """
+    _shards.expect_whole("sparse_linear_block_map")
     critical, negligible = _shares(critical, negligible)
     block_q, block_k = _arguments.block_size(block_size)
     _check_heads(query, key, 4)
@@ -189,6 +190,7 @@ def sparse_linear_block_map_varlen(
         Labels (batch, heads, query_blocks, key_blocks) as large as max_seqlen needs, or all rows do, negligible beyond
         a shorter sequence.
     """
+    _shards.expect_whole("sparse_linear_block_map_varlen")
     critical, negligible = _shares(critical, negligible)
     block_q, block_k = _arguments.block_size(block_size)
     _check_heads(query, key, 3)
@@ -286,6 +288,7 @@ def sparse_linear_attention(
 
     Source: Zhang et al., arXiv 2509.24006, whose released kernels have the other two scopes.
     """
+    _shards.expect_whole("sparse_linear_attention")
     if isinstance(query, Tensor) and query.is_nested:
         options: dict[str, Any] = {"critical": critical, "negligible": negligible, "block_size": block_size}
         options |= {"feature_map": feature_map, "linear_scope": linear_scope, "is_causal": is_causal, "scale": scale}
@@ -355,6 +358,7 @@ def sparse_linear_attention_varlen(
     Returns:
         O^s and O^l, each (total_q, heads, value_dim).
     """
+    _shards.expect_whole("sparse_linear_attention_varlen")
     _arguments.tensors(query=query, key=key, value=value)
     packing = _arguments.packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if block_map is None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnx import _arguments
+from attnx import _arguments, _shards
 from attnx._scores import ScoreArguments, ScoreName, SigmoidBias, resolve_score
 from attnx.functional import Window, softmax_attention
 
@@ -69,6 +69,7 @@ def attention_key_weights(
     Sources: Zhang et al., "H2O: Heavy-Hitter Oracle", arXiv 2306.14048, and Sung et al., "RSQ: Learning from Important
     Tokens Leads to Better Quantized LLMs", arXiv 2503.01820, sum weights so.
     """
+    _shards.expect_whole("attention_key_weights")
     _arguments.tensors(query=query, key=key)
     _arguments.optional_tensors(logsumexp=logsumexp, row_weights=row_weights)
     call = _of_rows(query, key, rows, scale, is_causal, window)
@@ -110,6 +111,7 @@ def attention_row_weights(
     Sources: Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469, and Oren et
     al., "Transformers are Multi-State RNNs" (TOVA), arXiv 2401.06104, choose keys by them.
     """
+    _shards.expect_whole("attention_row_weights")
     _arguments.tensors(query=query, key=key)
     _arguments.optional_tensors(logsumexp=logsumexp)
     call = _of_rows(query, key, rows, scale, is_causal, window)
@@ -146,6 +148,7 @@ def attention_max_logits(
 
     Source: Kimi Team, "Kimi K2: Open Agentic Intelligence" (QK-clip), arXiv 2507.20534.
     """
+    _shards.expect_whole("attention_max_logits")
     _arguments.tensors(query=query, key=key)
     call = _of_rows(query, key, rows, scale, is_causal, window)
     return _ops.attention_max_logits(call.query, call.key, call.scale, call.is_causal, *call.window, 0)

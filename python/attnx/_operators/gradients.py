@@ -53,11 +53,17 @@ def _by_operator(name: str, derivative: BackwardOperator) -> None:
         values = (*inputs, *(results[i] for i in kept))
         ctx.save_for_backward(*(x for x in values if isinstance(x, Tensor)))
         ctx.values = tuple(_SAVED if isinstance(x, Tensor) else x for x in values)
+        # Autograd fills in plain zeros for the result that nobody used, also beside a DTensor.
+        ctx.set_materialize_grads(type(inputs[0]) is Tensor)
 
-    def gradient(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
         values = [next(saved) if x is _SAVED else x for x in ctx.values]
-        values += (x if x.stride(-1) == 1 else x.contiguous() for x in grads)
+        of_all = [
+            torch.zeros_like(values[names.index(result)]) if x is None else x
+            for result, x in zip(forward.results, grads, strict=True)
+        ]
+        values += (x if x.stride(-1) == 1 else x.contiguous() for x in of_all)
         values.append(torch.are_deterministic_algorithms_enabled())
         wanted = ctx.needs_input_grad[1:]
         values += (wanted[i] for i in asked)
