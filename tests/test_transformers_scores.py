@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers", minversion="5.20")
 from safetensors.torch import load_file  # noqa: E402
 
 from attnx.integrations.transformers import StaircaseCache, register, switch  # noqa: E402
+from attnx.integrations.transformers.packing import Packing  # noqa: E402
 from transformers_cases import EVERY, decoder, others, tokens  # noqa: E402
 
 register()
@@ -320,6 +321,70 @@ def test_centroids_stay_float32() -> None:
     model = switched("llama", "attnx_routing").bfloat16()
     assert model.model.layers[0].self_attn.attnx.centroids.dtype == torch.float32
     assert model(input_ids=tokens()).logits.dtype == torch.bfloat16
+
+
+Part = tuple[int, slice, slice]  # sequence of the batch, queries and keys
+
+
+def mask_of(shape: tuple[int, int, int], parts: list[Part], is_causal: bool) -> Tensor:
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for b, queries, keys in parts:
+        block = mask[b, queries, keys]
+        block[:] = torch.ones_like(block).tril(block.shape[1] - block.shape[0]) if is_causal else True
+    return mask
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("shape", "parts", "is_cross"),
+    [
+        ((2, 9, 9), [(0, slice(0, 9), slice(0, 9)), (1, slice(4, 9), slice(4, 9))], False),
+        ((2, 9, 9), [(0, slice(0, 9), slice(0, 9)), (1, slice(0, 6), slice(0, 6))], False),
+        (
+            (1, 9, 9),
+            [(0, slice(0, 3), slice(0, 3)), (0, slice(3, 4), slice(3, 4)), (0, slice(4, 9), slice(4, 9))],
+            False,
+        ),
+        ((2, 3, 9), [(0, slice(0, 3), slice(0, 7)), (1, slice(0, 3), slice(2, 7))], False),
+        ((2, 5, 5), [(0, slice(0, 5), slice(0, 5)), (1, slice(0, 5), slice(0, 3))], True),
+        ((2, 3, 3), [], False),
+    ],
+    ids=["left", "right", "packed", "cached", "cross", "nothing"],
+)
+@pytest.mark.parametrize("padding_sees", [False, True], ids=["blind", "seeing"])
+def test_packing(
+    shape: tuple[int, int, int], parts: list[Part], is_cross: bool, is_causal: bool, padding_sees: bool
+) -> None:
+    if is_cross and is_causal:
+        pytest.skip("the first queries see no key")
+    mask = mask_of(shape, parts, is_causal)
+    if padding_sees:  # as it does behind a sequence
+        for b, queries, keys in parts:
+            padding = mask[b, queries.stop :]
+            padding[:, keys] |= ~mask[b, queries.stop :].any(-1, keepdim=True)
+    packing = Packing.of(mask, is_cross)
+    assert packing is not None
+    _, queries, keys = shape
+    assert packing.index_q.tolist() == [b * queries + i for b, q, _ in parts for i in range(*q.indices(queries))]
+    assert packing.index_k.tolist() == [b * keys + i for b, _, k in parts for i in range(*k.indices(keys))]
+    assert packing.lengths_q == packing.cu_seqlens_q.diff().tolist() == [q.stop - q.start for _, q, _ in parts]
+    assert packing.lengths_k == packing.cu_seqlens_k.diff().tolist() == [k.stop - k.start for _, _, k in parts]
+    assert packing.is_causal == (is_causal and bool(parts))
+    x = torch.randn(shape[0], 2, queries, 4)
+    packed = packing.pack(x)[0]
+    kept = torch.zeros(shape[0] * queries, dtype=torch.bool).index_fill(0, packing.index_q, True)
+    assert torch.equal(packing.unpack(packed), x * kept.view(shape[0], 1, queries, 1))
+
+
+def test_what_is_no_packing() -> None:
+    rows = torch.arange(9)
+    window = (rows[:, None] >= rows) & (rows[:, None] < rows + 4)
+    holes = torch.ones(9, 9, dtype=torch.bool).tril()
+    holes[5, 2] = False
+    prefix = torch.ones(9, 9, dtype=torch.bool).tril()
+    prefix[:, :3] = True
+    for mask in (window, holes, prefix):
+        assert Packing.of(mask[None], False) is None
 
 
 def test_a_float_mask_of_a_sequence_is_no_packing() -> None:

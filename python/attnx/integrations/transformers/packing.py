@@ -34,8 +34,7 @@ class Packing:
     def of(cls, seen: Tensor, is_cross: bool) -> Packing | None:
         """From bool (batch, queries, keys); None where a row sees what no sequence gives it, as with a window.
 
-        A query is padding where it sees no key, or, among as many keys as queries and unless ``is_cross``, not itself;
-        or where it sees what the query before it does, while others see more from query to query.
+        A query is padding where it sees no key, or, among as many keys as queries and unless ``is_cross``, not itself.
         """
         batch, queries, keys = seen.shape
         place = torch.arange(keys, device=seen.device)
@@ -49,8 +48,6 @@ class Packing:
         sequel = torch.zeros_like(real)  # of the sequence of the query before
         sequel[:, 1:] = real[:, 1:] & real[:, :-1] & (start[:, 1:] == start[:, :-1])
         is_causal = bool((sequel[:, 1:] & (end[:, 1:] != end[:, :-1])).any())
-        if is_causal:
-            real[:, 1:] &= ~(sequel[:, 1:] & (end[:, 1:] == end[:, :-1]))
 
         at, query = real.nonzero(as_tuple=True)
         start, end = start[at, query], end[at, query]
