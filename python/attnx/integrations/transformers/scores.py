@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import attnx
 from attnx._scores import ScoreName, SigmoidBias
 from attnx.block_mask import BlockMask
+from attnx.integrations.row_sigmoid import row_sigmoid_attention
 from attnx.integrations.sparse_linear import SparseLinear
 from attnx.integrations.transformers.call import Call
 from attnx.nn.buffers import KeepsDtype
@@ -27,23 +28,14 @@ def sigmoid(call: Call, bias: float | Literal["row"] = "row") -> Tensor:
         raise NotImplementedError(
             f"{call.name}: the model has sinks (s_aux), and sigmoid weights have no sum to put them in"
         )
-    terms = call.terms()
-    if terms["attn_mask"] is None or bias != "row":
-        return attnx.sigmoid_attention(call.query, call.key, call.value, bias=bias, **call.options(), **terms)
-    # The operator counts the keys of the band; these are those that the mask shows of them.
-    mask = terms["attn_mask"]
-    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-    of_rows = -shown.sum(-1, keepdim=True, dtype=_sum_dtype(call.query)).clamp(min=1).log()
-    terms["attn_mask"] = of_rows.where(mask, -torch.inf) if mask.dtype == torch.bool else mask + of_rows
-    return attnx.sigmoid_attention(call.query, call.key, call.value, bias=0.0, **call.options(), **terms)
-
-
-def _sum_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
+    terms = call.terms() | call.options()
+    if bias != "row":
+        return attnx.sigmoid_attention(call.query, call.key, call.value, bias=bias, **terms)
+    return row_sigmoid_attention(call.query, call.key, call.value, **terms)
 
 
 def _sink(call: Call) -> Tensor | None:
-    return None if call.sink is None else call.sink.to(_sum_dtype(call.query))
+    return None if call.sink is None else call.sink.to(torch.promote_types(call.query.dtype, torch.float32))
 
 
 def _bias(score: ScoreName, bias: SigmoidBias) -> SigmoidBias:

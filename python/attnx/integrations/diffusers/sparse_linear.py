@@ -1,0 +1,196 @@
+"""Sparse-linear attention in diffusers' transformers, to fine-tune."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar
+
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from attnx.integrations.sparse_linear import SparseLinear
+from attnx.sparse_linear import FeatureMap, LinearScope
+
+__all__ = ["apply_sparse_linear", "load_sparse_linear"]
+
+_Model = TypeVar("_Model", bound=ModelMixin)
+
+
+class SparseLinearProcessor(SparseLinear):
+    """A processor that runs another one with sparse-linear attention in the place of its softmax attention.
+
+    Its ``linear_proj`` is a submodule of the attention, so that it trains, moves and is saved with the model.
+    """
+
+    def __init__(self, original: Any, head_dim: int, **options: Any) -> None:
+        super().__init__(head_dim, **options)
+        self.original = original
+        if hasattr(original, "_attention_backend"):
+            original._attention_backend = AttentionBackendName.NATIVE  # it calls PyTorch, as the others do
+
+    def run(self, *args: Any, **options: Any) -> Any:
+        with _InPlaceOfSoftmax(self) as mode:
+            output = self.original(*args, **options)
+        if mode.calls != 1:
+            raise NotImplementedError(
+                f"{type(self.original).__name__}: expected one call of scaled_dot_product_attention, got {mode.calls}"
+            )
+        return output
+
+
+class _InPlaceOfSoftmax(TorchFunctionMode):
+    """Within this context a processor's call of PyTorch's attention goes to sparse-linear attention."""
+
+    def __init__(self, attention: SparseLinear) -> None:
+        super().__init__()
+        self.attention = attention
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        asked = {"attention_mask": attn_mask is not None, "dropout": dropout_p > 0, "is_causal": is_causal}
+        if refused := [name for name, x in asked.items() if x]:
+            raise NotImplementedError(
+                f"sparse-linear attention: has no {', '.join(refused)}, which the model asks of its self-attention"
+            )
+        return self.attention.forward(query, key, value, scale=scale)  # a call is the processor's
+
+
+def _processor(original: type) -> type[SparseLinearProcessor]:
+    """The class for processors of one class, with its signature, by which diffusers tells what to pass."""
+
+    @functools.wraps(original.__call__)
+    def call(self: SparseLinearProcessor, *args: Any, **options: Any) -> Any:
+        return self.run(*args, **options)
+
+    return type(f"SparseLinear{original.__name__}", (SparseLinearProcessor,), {"__call__": call})
+
+
+_PROCESSORS: dict[type, type[SparseLinearProcessor]] = {
+    original: _processor(original)
+    for original in (WanAttnProcessor, FluxAttnProcessor, JointAttnProcessor2_0, AttnProcessor2_0)
+}
+
+
+def apply_sparse_linear(
+    model: ModelMixin,
+    *,
+    critical: float = 0.05,
+    negligible: float = 0.10,
+    block_size: tuple[int, int] = (64, 64),
+    feature_map: FeatureMap = "softmax",
+    linear_scope: LinearScope = "marginal",
+    smooth_k: bool = False,
+    protect: int = 0,
+) -> None:
+    """Gives the self-attentions of a model sparse-linear attention, to fine-tune from its weights.
+
+    Each gets a processor with a projection of O^l that starts at 0, as in :class:`attnx.nn.SparseLinearAttention`: the
+    model is attention over the critical blocks alone at first, and with ``critical=1, negligible=0`` what it was. The
+    projections are parameters of the model, named ``...processor.linear_proj``. ``save_pretrained`` saves them, and the
+    options in the config; :func:`load_sparse_linear` reads both. Attention to a text of its own stays as it is; where
+    text and image attend together, the text has blocks, too.
+
+    Args:
+        model: a transformer of diffusers with the processors of Wan, Flux, SD3 or PixArt.
+        critical, negligible, block_size, feature_map, linear_scope, smooth_k, protect: as in
+            :func:`attnx.sparse_linear_attention`.
+
+    Raises:
+        ValueError: a self-attention of the model has another processor, or the model has none.
+        RuntimeError: an option does not fit; the message names it, what was expected and what came.
+
+    Source: Zhang et al., "SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention",
+    arXiv 2509.24006.
+    """
+    options = {
+        "critical": critical,
+        "negligible": negligible,
+        "block_size": block_size,
+        "feature_map": feature_map,
+        "linear_scope": linear_scope,
+        "smooth_k": smooth_k,
+        "protect": protect,
+    }
+    attentions = _self_attentions(model)
+    made = [_make(attention, options) for attention in attentions.values()]
+    for attention, processor in zip(attentions.values(), made, strict=True):
+        attention.set_processor(processor)
+    model.register_to_config(attnx_sparse_linear=options)
+
+
+def _self_attentions(model: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "set_processor") and not getattr(module, "is_cross_attention", False)
+    }
+    if not found:
+        raise ValueError(f"model: expected a transformer of diffusers with self-attention, got {type(model).__name__}")
+    for name, module in found.items():
+        if type(module.processor) not in _PROCESSORS:
+            raise ValueError(
+                f"model: expected processors of {', '.join(original.__name__ for original in _PROCESSORS)}, got "
+                f"{type(module.processor).__name__} of {name}"
+            )
+    return found
+
+
+def _make(attention: Any, options: dict[str, Any]) -> SparseLinearProcessor:
+    processor = attention.processor
+    weight = attention.to_q.weight
+    return _PROCESSORS[type(processor)](
+        processor, attention.inner_dim // attention.heads, device=weight.device, dtype=weight.dtype, **options
+    )
+
+
+def load_sparse_linear(model_class: type[_Model], path: str, **options: Any) -> _Model:
+    """A model that :func:`apply_sparse_linear` changed and ``save_pretrained`` saved, with its projections.
+
+    ``model_class.from_pretrained`` would leave the projections out and load the dense model.
+
+    Args:
+        model_class: of the model, such as ``diffusers.WanTransformer3DModel``.
+        path: where it was saved, as ``from_pretrained`` takes it.
+        options: of ``from_pretrained``, such as ``torch_dtype``.
+
+    Raises:
+        ValueError: the model there was saved without sparse-linear attention.
+    """
+    names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+    where = {name: x for name, x in options.items() if name in names}
+    saved = model_class.load_config(path, **where).get("attnx_sparse_linear")
+    if saved is None:
+        raise ValueError(f"path: expected a model with sparse-linear attention, got {path} without")
+
+    @functools.wraps(model_class.__init__)
+    def init(self: _Model, *args: Any, **sizes: Any) -> None:
+        model_class.__init__(self, *args, **sizes)
+        apply_sparse_linear(self, **saved)
+
+    # diffusers makes the model, and then looks for the parameters that it has.
+    applied: Any = type(model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__})
+    model: _Model = applied.from_pretrained(path, **options)
+    model.__class__ = model_class
+    return model
