@@ -268,6 +268,24 @@ def test_copies_and_checkpointing(name: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@EVERY
+def test_compiles_whole(name: str) -> None:
+    model, inputs = tiny(name)
+    apply_sparse_linear(model, critical=0.4)
+    want = output(model, inputs)
+    got = output(torch.compile(model, backend="aot_eager", fullgraph=True), inputs)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["wan", "flux"])
+def test_fused_projections(name: str) -> None:
+    model, inputs = tiny(name)
+    apply_sparse_linear(model, critical=0.4)
+    want = output(model, inputs)
+    model.fuse_qkv_projections()
+    torch.testing.assert_close(output(model, inputs), want, rtol=1e-4, atol=1e-5)
+
+
 def test_a_backend_that_is_set_later_has_no_part_in_it() -> None:
     model, inputs = tiny("wan")
     apply_sparse_linear(model, critical=0.4)
@@ -294,7 +312,15 @@ def test_what_sparse_linear_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^path: expected a model with sparse-linear attention, got "):
         load_sparse_linear(type(model), str(tmp_path))
     apply_sparse_linear(model)
-    with pytest.raises(ValueError, match=r"^model: expected processors of .*, got SparseLinearAttnProcessor2_0 of "):
+    with pytest.raises(ValueError, match=r"^model: expected processors of .*, got JointProcessor of "):
         apply_sparse_linear(model)
     with pytest.raises(NotImplementedError, match=r"^sparse-linear attention: has no attention_mask"):
         model(**inputs, attention_mask=torch.ones(2, 256))
+    for module in model.modules():
+        if hasattr(module, "_parallel_config"):
+            module._parallel_config = object()
+    with pytest.raises(NotImplementedError, match=r"^sparse-linear attention: has no context parallelism"):
+        model(**inputs)
+    autoencoder = diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4)
+    with pytest.raises(ValueError, match=r"^model: expected attention without group_norm, residual_connection"):
+        apply_sparse_linear(autoencoder)

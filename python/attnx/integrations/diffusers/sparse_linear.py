@@ -5,92 +5,15 @@ from __future__ import annotations
 import functools
 from typing import Any, TypeVar
 
-import torch.nn.functional as F
 from diffusers import ModelMixin
-from diffusers.models.attention_dispatch import AttentionBackendName
-from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from attnx.integrations.sparse_linear import SparseLinear
+from attnx.integrations.diffusers.processors import PROCESSORS, SparseLinearProcessor
 from attnx.sparse_linear import FeatureMap, LinearScope
 
 __all__ = ["apply_sparse_linear", "load_sparse_linear"]
 
 _Model = TypeVar("_Model", bound=ModelMixin)
-
-
-class SparseLinearProcessor(SparseLinear):
-    """A processor that runs another one with sparse-linear attention in the place of its softmax attention.
-
-    Its ``linear_proj`` is a submodule of the attention, so that it trains, moves and is saved with the model.
-    """
-
-    def __init__(self, original: Any, head_dim: int, **options: Any) -> None:
-        super().__init__(head_dim, **options)
-        self.original = original
-        if hasattr(original, "_attention_backend"):
-            original._attention_backend = AttentionBackendName.NATIVE  # it calls PyTorch, as the others do
-
-    def run(self, *args: Any, **options: Any) -> Any:
-        with _InPlaceOfSoftmax(self) as mode:
-            output = self.original(*args, **options)
-        if mode.calls != 1:
-            raise NotImplementedError(
-                f"{type(self.original).__name__}: expected one call of scaled_dot_product_attention, got {mode.calls}"
-            )
-        return output
-
-
-class _InPlaceOfSoftmax(TorchFunctionMode):
-    """Within this context a processor's call of PyTorch's attention goes to sparse-linear attention."""
-
-    def __init__(self, attention: SparseLinear) -> None:
-        super().__init__()
-        self.attention = attention
-        self.calls = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        self.calls += 1
-        return self._attend(*args, **(kwargs or {}))
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        asked = {"attention_mask": attn_mask is not None, "dropout": dropout_p > 0, "is_causal": is_causal}
-        if refused := [name for name, x in asked.items() if x]:
-            raise NotImplementedError(
-                f"sparse-linear attention: has no {', '.join(refused)}, which the model asks of its self-attention"
-            )
-        return self.attention.forward(query, key, value, scale=scale)  # a call is the processor's
-
-
-def _processor(original: type) -> type[SparseLinearProcessor]:
-    """The class for processors of one class, with its signature, by which diffusers tells what to pass."""
-
-    @functools.wraps(original.__call__)
-    def call(self: SparseLinearProcessor, *args: Any, **options: Any) -> Any:
-        return self.run(*args, **options)
-
-    return type(f"SparseLinear{original.__name__}", (SparseLinearProcessor,), {"__call__": call})
-
-
-_PROCESSORS: dict[type, type[SparseLinearProcessor]] = {
-    original: _processor(original)
-    for original in (WanAttnProcessor, FluxAttnProcessor, JointAttnProcessor2_0, AttnProcessor2_0)
-}
 
 
 def apply_sparse_linear(
@@ -108,9 +31,9 @@ def apply_sparse_linear(
 
     Each gets a processor with a projection of O^l that starts at 0, as in :class:`attnx.nn.SparseLinearAttention`: the
     model is attention over the critical blocks alone at first, and with ``critical=1, negligible=0`` what it was. The
-    projections are parameters of the model, named ``...processor.linear_proj``. ``save_pretrained`` saves them, and the
-    options in the config; :func:`load_sparse_linear` reads both. Attention to a text of its own stays as it is; where
-    text and image attend together, the text has blocks, too.
+    projections are parameters of the model, named ``...processor.attention.linear_proj``. ``save_pretrained`` saves
+    them, and the options in the config; :func:`load_sparse_linear` reads both. Attention to a text of its own stays as
+    it is; where text and image attend together, the text has blocks, too.
 
     Args:
         model: a transformer of diffusers with the processors of Wan, Flux, SD3 or PixArt.
@@ -149,19 +72,22 @@ def _self_attentions(model: nn.Module) -> dict[str, Any]:
     if not found:
         raise ValueError(f"model: expected a transformer of diffusers with self-attention, got {type(model).__name__}")
     for name, module in found.items():
-        if type(module.processor) not in _PROCESSORS:
+        if type(module.processor) not in PROCESSORS:
             raise ValueError(
-                f"model: expected processors of {', '.join(original.__name__ for original in _PROCESSORS)}, got "
+                f"model: expected processors of {', '.join(original.__name__ for original in PROCESSORS)}, got "
                 f"{type(module.processor).__name__} of {name}"
             )
+        # Attentions of U-Nets have more around them than PixArt's, whose class they share.
+        around = {"spatial_norm": None, "group_norm": None, "residual_connection": False, "rescale_output_factor": 1.0}
+        if others := [name for name, x in around.items() if getattr(module, name, x) != x]:
+            raise ValueError(f"model: expected attention without {', '.join(others)}, got {name} with it")
     return found
 
 
 def _make(attention: Any, options: dict[str, Any]) -> SparseLinearProcessor:
-    processor = attention.processor
     weight = attention.to_q.weight
-    return _PROCESSORS[type(processor)](
-        processor, attention.inner_dim // attention.heads, device=weight.device, dtype=weight.dtype, **options
+    return PROCESSORS[type(attention.processor)](
+        attention.inner_dim // attention.heads, device=weight.device, dtype=weight.dtype, **options
     )
 
 
