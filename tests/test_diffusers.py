@@ -287,6 +287,13 @@ def test_fused_projections(name: str) -> None:
     torch.testing.assert_close(output(model, inputs), want, rtol=1e-4, atol=1e-5)
 
 
+def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parent.parent / "docs/diffusers.md").read_text()
+    example = text.split("```python\n")[1].split("```")[0].replace("range(101)", "range(2)")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "docs/diffusers.md", "exec"), {})
+
+
 def test_a_backend_that_is_set_later_has_no_part_in_it() -> None:
     model, inputs = tiny("wan")
     apply_sparse_linear(model, critical=0.4)

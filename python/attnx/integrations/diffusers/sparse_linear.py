@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 from typing import Any, TypeVar
 
 from diffusers import ModelMixin
@@ -104,16 +104,17 @@ def load_sparse_linear(model_class: type[_Model], path: str, **options: Any) -> 
     Raises:
         ValueError: the model there was saved without sparse-linear attention.
     """
-    names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-    where = {name: x for name, x in options.items() if name in names}
-    saved = model_class.load_config(path, **where).get("attnx_sparse_linear")
-    if saved is None:
-        raise ValueError(f"path: expected a model with sparse-linear attention, got {path} without")
 
-    @functools.wraps(model_class.__init__)
-    def init(self: _Model, *args: Any, **sizes: Any) -> None:
+    def init(self: _Model, *args: Any, attnx_sparse_linear: dict[str, Any] | None = None, **sizes: Any) -> None:
+        if attnx_sparse_linear is None:
+            raise ValueError(f"path: expected a model with sparse-linear attention, got {path} without")
         model_class.__init__(self, *args, **sizes)
-        apply_sparse_linear(self, **saved)
+        apply_sparse_linear(self, **attnx_sparse_linear)
+
+    # diffusers looks there for what to pass of the config.
+    own = inspect.signature(init).parameters["attnx_sparse_linear"]
+    signature = inspect.signature(model_class.__init__)
+    init.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # type: ignore[attr-defined]
 
     # diffusers makes the model, and then looks for the parameters that it has.
     applied: Any = type(model_class.__name__, (model_class,), {"__init__": init, "__module__": model_class.__module__})
