@@ -317,6 +317,22 @@ def test_saves_and_loads(score: str, tmp_path: Path) -> None:
     assert torch.equal(loaded(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
 
 
+@SCORES
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_compiles(score: str, padded: bool) -> None:
+    """In one graph, but where the mask is read."""
+    model = switched("llama", score, num_hidden_layers=1, layer_types=["full_attention"])
+    given, parts = text("left")
+    if not padded:
+        given.pop("attention_mask")
+    torch._dynamo.reset()
+    fullgraph = not padded or score not in ("attnx_sparse_linear", "attnx_routing")
+    got = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)(**given).logits
+    want = model(**given).logits
+    for b, part in parts:
+        torch.testing.assert_close(got[b, part], want[b, part], rtol=1e-4, atol=1e-5)
+
+
 def test_centroids_stay_float32() -> None:
     model = switched("llama", "attnx_routing").bfloat16()
     assert model.model.layers[0].self_attn.attnx.centroids.dtype == torch.float32

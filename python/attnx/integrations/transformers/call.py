@@ -75,22 +75,26 @@ class Call:
             raise NotImplementedError(f"{self.name}: has no {', '.join(refused)}, which the model asks for{hint}")
 
     def packing(self) -> Packing | None:
-        """The sequences that the mask keeps apart; None where there is no mask.
-
-        Layers share a mask, and what it says is worked out once.
-        """
-        mask = self.attention_mask
-        if mask is None:
+        """The sequences that the mask keeps apart; None where there is no mask."""
+        if self.attention_mask is None:
             return None
-        known: dict[tuple[int, bool], Packing | None] = mask.__dict__.setdefault("attnx_packings", {})
-        kind = self.key.shape[2], self.is_cross
-        if kind not in known:
-            same_heads = mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1
-            seen = mask[:, 0, :, : kind[0]].expand(len(self.query), -1, -1) if same_heads else None
-            known[kind] = None if seen is None else Packing.of(seen, self.is_cross)
-        if known[kind] is None:
+        packing = _packing(self.attention_mask, len(self.query), self.key.shape[2], self.is_cross)
+        if packing is None:
             raise NotImplementedError(
                 f"{self.name}: expected a mask that is causal, hides padding or keeps packed sequences apart, got "
-                f"another, {mask.dtype} of shape {tuple(mask.shape)}, such as one with a window"
+                f"another, {self.attention_mask.dtype} of shape {tuple(self.attention_mask.shape)}, such as one with a "
+                "window"
             )
-        return known[kind]
+        return packing
+
+
+@torch.compiler.disable  # how large the parts are is known once the mask is
+def _packing(mask: Tensor, batch: int, keys: int, is_cross: bool) -> Packing | None:
+    """None where the mask is something else. Layers share a mask, and what it says is worked out once."""
+    known: dict[tuple[int, bool], Packing | None] = mask.__dict__.setdefault("attnx_packings", {})
+    kind = keys, is_cross
+    if kind not in known:
+        one_for_all_heads = mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1
+        seen = mask[:, 0, :, :keys].expand(batch, -1, -1) if one_for_all_heads else None
+        known[kind] = None if seen is None else Packing.of(seen, is_cross)
+    return known[kind]

@@ -112,8 +112,10 @@ class RoutingScore(KeepsDtype):
         shape = num_heads, num_clusters, head_dim
         self.register_buffer("centroids", torch.randn(shape, dtype=torch.float32, device=device))
         self.register_buffer("counts", torch.ones(shape[:2], dtype=torch.float32, device=device))
-        one = torch.zeros(1, 1, 1, head_dim)
-        self._within(one, one, one, torch.zeros(1, num_clusters, head_dim))  # the operator checks its options
+        one = torch.zeros(1, 1, 1, head_dim, device="cpu")
+        self._within(
+            one, one, one, torch.zeros(1, num_clusters, head_dim, device="cpu")
+        )  # the operator checks its options
 
     def attend(self, call: Call) -> Tensor:
         call.refuse("dropout", "softcap", "s_aux", "position_bias", "sliding_window")
@@ -175,7 +177,7 @@ class ProbabilisticScore(nn.Module):
         super().__init__()
         self.blocks: dict[str, Any] = {"keep": keep, "density": density, "mode": mode, "block_size": tuple(block_size)}
         self.options: dict[str, Any] = {"importance": importance, "score": score, "bias": _bias(score, bias)}
-        one = torch.zeros(1, 1, 1, 1)
+        one = torch.zeros(1, 1, 1, 1, device="cpu")
         attnx.probabilistic_attention(one, one, one, seed=0, offset=0, **self.blocks, **self.options)
 
     def attend(self, call: Call) -> Tensor:
@@ -225,8 +227,8 @@ class BlockSparseScore(nn.Module):
         self.block_mask = block_mask
         self.score: ScoreName = score
         self.bias = _bias(score, bias)
-        one = torch.zeros(1, 1, 1, 1)
-        attnx.block_sparse_attention(one, one, one, BlockMask.causal(1), score=score, bias=self.bias)
+        one = torch.zeros(1, 1, 1, 1, device="cpu")
+        attnx.block_sparse_attention(one, one, one, BlockMask.causal(1, device="cpu"), score=score, bias=self.bias)
 
     def attend(self, call: Call) -> Tensor:
         call = call.without_unused_keys()

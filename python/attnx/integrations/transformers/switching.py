@@ -43,7 +43,8 @@ def switch(model: PreTrainedModel, implementation: str, **options: Any) -> None:
 
     ``attnx_sparse_linear`` and ``attnx_routing`` take causal and full attention, padding on either side and packed
     sequences, each of which they attend to on its own. They have no windows, sinks, softcaps, position biases and
-    dropout, and a model that asks for one of these is refused at its first call.
+    dropout, and a model that asks for one of these is refused at its first call. They read what a mask holds, at which
+    ``torch.compile`` breaks its graph.
 
     Raises:
         ValueError: the model has no attention of the interface, or the implementation is none of attnx's.
