@@ -211,7 +211,7 @@ def test_probabilistic_draws_blocks_in_training() -> None:
     given, parts = text("left")
     for inputs in ({"input_ids": tokens(1, 300)}, given):
         model = decoder("llama", "sdpa")
-        switch(model, "attnx_probabilistic", density=0.4)
+        switch(model, "attnx_probabilistic", density=0.75)
         model.train()
         a, b = (model(**inputs).logits for _ in range(2))
         assert not torch.equal(a, b)
@@ -219,6 +219,20 @@ def test_probabilistic_draws_blocks_in_training() -> None:
         dense = model(**inputs).logits, decoder("llama", "sdpa")(**inputs).logits
         for b, part in parts[: len(dense[0])]:
             torch.testing.assert_close(*(x[b, part] for x in dense), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_probabilistic_draws_the_same_blocks_under_a_mask(score: str) -> None:
+    model = decoder("llama", "sdpa")
+    switch(
+        model, "attnx_probabilistic", density=0.5, mode="topm", score=score, bias=-4.0 if score == "sigmoid" else None
+    )
+    model.train()
+    ids, results = tokens(2, 300), []
+    for mask in (None, torch.ones(300, 300, dtype=torch.bool).tril().expand(2, 1, -1, -1)):
+        torch.manual_seed(3)
+        results.append(model(input_ids=ids, attention_mask=mask).logits)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("score", ["attnx_probabilistic", "attnx_block_sparse"])
@@ -442,6 +456,17 @@ def test_output_attentions_are_refused() -> None:
     for name in ("llama", "gpt2"):
         with pytest.raises(NotImplementedError, match=r"^attnx_sigmoid: no output_attentions"):
             decoder(name, "attnx_sigmoid")(input_ids=tokens(), output_attentions=True)
+
+
+def test_a_bias_that_counts_keys_has_no_mask() -> None:
+    model = decoder("llama", "sdpa")
+    switch(model, "attnx_block_sparse", block_mask=window, score="sigmoid")
+    model(input_ids=tokens())
+    with pytest.raises(NotImplementedError, match=r"^attnx_block_sparse: expected a float as bias where the model has"):
+        model(**text("left")[0])
+    switch(model, "attnx_probabilistic", importance=True)
+    with pytest.raises(NotImplementedError, match=r"^attnx_probabilistic: importance=True has no mask"):
+        model.train()(**text("left")[0])
 
 
 def test_bad_switches() -> None:

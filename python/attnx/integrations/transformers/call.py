@@ -51,6 +51,12 @@ class Call:
         bias = self.position_bias[..., :keys]
         return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
+    def is_causal_by_mask(self) -> bool:
+        """Whether later keys are hidden, be it by the mask."""
+        if self.attention_mask is None or self.attention_mask.dtype != torch.bool:
+            return self.is_causal
+        return _hides_later_keys(self.attention_mask, self.key.shape[2])
+
     def without_unused_keys(self) -> Call:
         """This call without the last keys of a static cache, which no query sees yet."""
         mask, queries, keys = self.attention_mask, self.query.shape[2], self.key.shape[2]
@@ -91,10 +97,19 @@ class Call:
 @torch.compiler.disable  # how large the parts are is known once the mask is
 def _packing(mask: Tensor, batch: int, keys: int, is_cross: bool) -> Packing | None:
     """None where the mask is something else. Layers share a mask, and what it says is worked out once."""
-    known: dict[tuple[int, bool], Packing | None] = mask.__dict__.setdefault("attnx_packings", {})
+    known: dict[Any, Packing | None] = mask.__dict__.setdefault("attnx_packings", {})
     kind = keys, is_cross
     if kind not in known:
         one_for_all_heads = mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1
         seen = mask[:, 0, :, :keys].expand(batch, -1, -1) if one_for_all_heads else None
         known[kind] = None if seen is None else Packing.of(seen, is_cross)
     return known[kind]
+
+
+@torch.compiler.disable
+def _hides_later_keys(mask: Tensor, keys: int) -> bool:
+    """Whether there are as many queries as keys, and none sees a later one. It is worked out once, likewise."""
+    known: dict[int, bool] = mask.__dict__.setdefault("attnx_causal", {})
+    if keys not in known:
+        known[keys] = mask.shape[-2] == keys and not bool(mask[..., :keys].triu(1).any())
+    return known[keys]

@@ -46,7 +46,7 @@ def _bias(score: ScoreName, bias: SigmoidBias) -> SigmoidBias:
 def _listed(call: Call, mask: BlockMask, score: ScoreName, bias: SigmoidBias) -> Tensor:
     """Attends over the blocks of a mask."""
     terms = call.terms()
-    if score == "sigmoid" and terms["attn_mask"] is not None and not isinstance(bias, float):
+    if score == "sigmoid" and terms["attn_mask"] is not None and not isinstance(bias, (int, float)):
         raise NotImplementedError(
             f"{call.name}: expected a float as bias where the model has a mask, whose keys {bias!r} does not count"
         )
@@ -112,10 +112,9 @@ class RoutingScore(KeepsDtype):
         shape = num_heads, num_clusters, head_dim
         self.register_buffer("centroids", torch.randn(shape, dtype=torch.float32, device=device))
         self.register_buffer("counts", torch.ones(shape[:2], dtype=torch.float32, device=device))
-        one = torch.zeros(1, 1, 1, head_dim, device="cpu")
-        self._within(
-            one, one, one, torch.zeros(1, num_clusters, head_dim, device="cpu")
-        )  # the operator checks its options
+        # The operator checks its options here, before a model is trained with them.
+        one, centroids = (torch.zeros(*n, head_dim, device="cpu") for n in ((1, 1, 1), (1, num_clusters)))
+        self._within(one, one, one, centroids)
 
     def attend(self, call: Call) -> Tensor:
         call.refuse("dropout", "softcap", "s_aux", "position_bias", "sliding_window")
@@ -184,7 +183,7 @@ class ProbabilisticScore(nn.Module):
         score, bias = self.options["score"], self.options["bias"]
         if not call.training:
             return softmax(call) if score == "softmax" else sigmoid(call, bias)
-        blocks = {**self.blocks, "is_causal": call.is_causal}
+        blocks = {**self.blocks, "is_causal": call.is_causal_by_mask()}  # candidates are the same with a mask
         if not call.has_terms():
             return attnx.probabilistic_attention(
                 call.query, call.key, call.value, scale=call.scale, **blocks, **self.options
