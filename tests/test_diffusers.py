@@ -84,9 +84,14 @@ def tiny(name: str) -> tuple[Any, dict[str, Tensor]]:
     """A model of random weights, all of which have an effect, and its inputs."""
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
-    for x in model.parameters():
-        if not x.any():
-            torch.nn.init.normal_(x, std=0.1)
+    with torch.no_grad():
+        for key, x in model.named_parameters():
+            if not x.any():
+                torch.nn.init.normal_(x, std=0.1)
+            if "norm_" in key:
+                torch.nn.init.uniform_(x, 1, 4)
+            elif "to_q" in key:
+                x *= 4
     return model.eval(), inputs
 
 
