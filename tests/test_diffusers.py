@@ -81,7 +81,7 @@ EVERY = pytest.mark.parametrize("name", MODELS)
 
 
 def tiny(name: str) -> tuple[Any, dict[str, Tensor]]:
-    """A model of random weights, all of which have an effect, and its inputs."""
+    """Makes a model of random weights, all of which have an effect, and its inputs."""
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
     with torch.no_grad():

@@ -42,7 +42,7 @@ PLACES = pytest.mark.parametrize("place", ["left", "right", "packed"])
 
 
 def own_function(score: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """The function of attnx, as a user calls it on one sequence."""
+    """Calls the function of attnx, as a user does on one sequence."""
     if score == "attnx_sigmoid":
         return attnx.sigmoid_attention(query, key, value, bias="row", **options)
     if score == "attnx_sparse_linear":
@@ -58,7 +58,7 @@ def own_function(score: str, module: nn.Module, query: Tensor, key: Tensor, valu
 
 
 def each_sequence(score: str, sequences: list[tuple[int, slice]]) -> Callable[..., Any]:
-    """An implementation that calls the function on each of these sequences of self-attention."""
+    """Makes an implementation that calls the function on each of these sequences of self-attention."""
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **asked: Any
@@ -82,7 +82,7 @@ def expect(model: Any, score: str, sequences: list[tuple[int, slice]]) -> None:
 
 
 def text(place: str) -> tuple[dict[str, Tensor], list[tuple[int, slice]]]:
-    """Two sequences in a batch, one of them padded, or end to end; and where they are."""
+    """Returns two sequences in a batch, one of them padded, or end to end, and where they are."""
     length = max(LENGTHS)
     if place == "packed":
         positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
@@ -96,7 +96,7 @@ def text(place: str) -> tuple[dict[str, Tensor], list[tuple[int, slice]]]:
 
 
 def switched(name: str, score: str, **changes: Any) -> Any:
-    """A model with the score, whose parameters are no longer what they are at the start."""
+    """Makes a model with the score, whose parameters are no longer what they are at the start."""
     changes = {"sliding_window": None} | changes if name == "mistral" else changes
     model = decoder(name, "sdpa", **changes)
     switch(model, score, **OPTIONS[score])
@@ -137,7 +137,7 @@ def test_logits_and_gradients(name: str, score: str, place: str) -> None:
 
 
 def positions(given: dict[str, Tensor]) -> Tensor:
-    """What a model makes of the mask, without which it counts padding."""
+    """Positions count padding, too."""
     ids = given["input_ids"]
     return torch.arange(ids.shape[1]).expand(ids.shape)
 
@@ -334,7 +334,7 @@ def test_saves_and_loads(score: str, tmp_path: Path) -> None:
 @SCORES
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_compiles(score: str, padded: bool) -> None:
-    """In one graph, but where the mask is read."""
+    """There is one graph, but where the mask is read."""
     model = switched("llama", score, num_hidden_layers=1, layer_types=["full_attention"])
     given, parts = text("left")
     if not padded:

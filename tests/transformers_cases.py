@@ -1,4 +1,4 @@
-"""Models of transformers with random weights, and texts for them."""
+"""Tests take models of transformers with random weights from here, and texts for them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EVERY = pytest.mark.parametrize("name", DECODERS)
 
 
 def decoder(name: str, implementation: str = "attnx_softmax", **changes: Any) -> Any:
-    """A model of random weights, the same for every implementation."""
+    """Makes a model of random weights, which are the same for every implementation."""
     torch.manual_seed(0)
     config = DECODERS[name]()
     for key, value in changes.items():
@@ -49,7 +49,7 @@ def decoder(name: str, implementation: str = "attnx_softmax", **changes: Any) ->
 
 
 def others(name: str) -> str:
-    """What transformers has for the model that computes all of it."""
+    """Names what transformers has for the model that computes all of it."""
     return "eager" if name in ("gemma2", "gpt_oss") else "sdpa"
 
 
@@ -58,7 +58,7 @@ def tokens(batch: int = 2, length: int = 24) -> Tensor:
 
 
 def padded(side: str, length: int = 24) -> dict[str, Tensor]:
-    """A batch whose second sequence has 5 tokens of padding."""
+    """Makes a batch whose second sequence has 5 tokens of padding."""
     ids, mask = tokens(length=length), torch.ones(2, length, dtype=torch.int64)
     mask[1, slice(0, 5) if side == "left" else slice(length - 5, None)] = 0
     return {"input_ids": ids.where(mask.bool(), 0), "attention_mask": mask}

@@ -1,4 +1,4 @@
-"""Sigmoid attention whose rows count the keys that a mask shows them."""
+"""The rows of this sigmoid attention count the keys that a mask shows them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attnx.functional import sigmoid_attention
 def row_sigmoid_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, **options: Any
 ) -> Tensor:
-    """:func:`attnx.sigmoid_attention` under the bias ``"row"``, which by itself counts the keys of the band alone.
+    """Calls :func:`attnx.sigmoid_attention` under the bias ``"row"``, which by itself counts the keys of the band.
 
     Padding, which a mask hides, then changes nothing for the other tokens.
     """

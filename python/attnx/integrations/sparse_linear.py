@@ -1,4 +1,4 @@
-"""Sparse-linear attention for models of other libraries, which have projections of their own around it."""
+"""Models of other libraries, which have projections of their own, take sparse-linear attention from here."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ class SparseLinear(nn.Module):
         nn.init.zeros_(self.linear_proj.bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """(batch, heads, length, head_dim) each; options are further ones of the operator, such as ``is_causal``."""
+        """Takes (batch, heads, length, head_dim) each, and further options of the operator, such as ``is_causal``."""
         sparse, linear = sparse_linear_attention(query, key, value, **self.options, **options)
         return sparse + self.linear_proj(linear)
 
     def packed(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[Tensor, Tensor, int, int], **options: Any
     ) -> Tensor:
-        """(tokens, heads, head_dim) each; lengths as :func:`attnx.sparse_linear_attention_varlen` takes them."""
+        """Takes (tokens, heads, head_dim) each, and where sequences are, as the packed form of the operator does."""
         options = self.options | options
         sparse, linear = sparse_linear_attention_varlen(query, key, value, *lengths, **options)
         return sparse + self.linear_proj(linear)

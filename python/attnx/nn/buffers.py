@@ -1,4 +1,4 @@
-"""Buffers that keep their dtype, whatever their module is converted to."""
+"""Some buffers keep their dtype, whatever their module is converted to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 
 class KeepsDtype(nn.Module):
-    keeps_dtype: tuple[str, ...] = ()  # buffers that stay float32
+    keeps_dtype: tuple[str, ...] = ()  # these buffers stay float32
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: getattr(self, name) for name in self.keeps_dtype}

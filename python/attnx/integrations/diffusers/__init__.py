@@ -1,4 +1,4 @@
-"""attnx in diffusers: attention backends, and sparse-linear attention that is fine-tuned.
+"""This package has attention backends for diffusers, and sparse-linear attention that is fine-tuned there.
 
 attnx.integrations.diffusers.register()
 model.set_attention_backend("attnx_softmax")

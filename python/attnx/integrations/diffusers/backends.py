@@ -1,4 +1,4 @@
-"""attnx's dense attentions as diffusers' attention backends."""
+"""The dense attentions of attnx become attention backends of diffusers here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def register() -> None:
 
 
 def _new_member(name: str) -> AttentionBackendName:
-    """A member of diffusers' enumeration, which lists every backend that a model may be set to."""
+    """Adds a member to diffusers' enumeration, which lists every backend that a model may be set to."""
     member = str.__new__(AttentionBackendName, name)
     member._name_, member._value_ = name.upper(), name
     AttentionBackendName._member_map_[name.upper()] = member

@@ -1,4 +1,4 @@
-"""Processors with sparse-linear attention for the self-attentions of diffusers' transformers."""
+"""These processors give the self-attentions of diffusers' transformers sparse-linear attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["PROCESSORS", "SparseLinearProcessor"]
 
 
 class SparseLinearProcessor(nn.Module):
-    """What the processors share. Each is a submodule of its attention, and so are its parameters.
+    """This is what the processors share. Each is a submodule of its attention, and so are its parameters.
 
     Tokens are (batch, length, features) here, and heads (batch, heads, length, head_dim).
     """
@@ -28,7 +28,7 @@ class SparseLinearProcessor(nn.Module):
         self.attention = SparseLinear(head_dim, **options)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The tokens that come of heads."""
+        """Returns the tokens that come of heads."""
         asked = {"attention_mask": attention_mask, "context parallelism": self._parallel_config}
         if refused := [name for name, x in asked.items() if x is not None]:
             raise NotImplementedError(
@@ -47,7 +47,7 @@ def _out(attn: Any, tokens: Tensor) -> Tensor:
 
 
 class WanProcessor(SparseLinearProcessor):
-    """Wan's, for attention among the tokens of a video."""
+    """Wan's tokens are those of a video alone."""
 
     def forward(
         self,
@@ -72,7 +72,7 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class FluxProcessor(SparseLinearProcessor):
-    """Flux's, for the tokens of an image behind those of a text."""
+    """Flux puts the tokens of an image behind those of a text."""
 
     def forward(
         self,
@@ -101,7 +101,7 @@ class FluxProcessor(SparseLinearProcessor):
 
 
 class JointProcessor(SparseLinearProcessor):
-    """SD3's, for the tokens of an image before those of a text, and PixArt's, which has no text here."""
+    """SD3 puts the tokens of an image before those of a text, and PixArt has no text here."""
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Sparse-linear attention in diffusers' transformers, to fine-tune."""
+"""Transformers of diffusers get sparse-linear attention here, to fine-tune."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _make(attention: Any, options: dict[str, Any]) -> SparseLinearProcessor:
 
 
 def load_sparse_linear(model_class: type[_Model], path: str, **options: Any) -> _Model:
-    """A model that :func:`apply_sparse_linear` changed and ``save_pretrained`` saved, with its projections.
+    """Loads a model that :func:`apply_sparse_linear` changed and ``save_pretrained`` saved, with its projections.
 
     ``model_class.from_pretrained`` would leave the projections out and load the dense model.
 

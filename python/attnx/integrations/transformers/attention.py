@@ -95,7 +95,7 @@ def _attend(
 
 
 def _of(name: str, module: nn.Module) -> Callable[[Call], Tensor]:
-    """What :func:`switch` gave the module, or else what needs nothing."""
+    """Returns what :func:`switch` gave the module, or else what needs nothing."""
     own = getattr(module, "attnx", None)
     if own is not None and own.implementation == name:
         return own.attend

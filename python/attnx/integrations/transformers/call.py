@@ -1,4 +1,4 @@
-"""What a model asks of an attention implementation in one call."""
+"""A call holds what a model asks of an attention implementation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attnx.integrations.transformers.packing import Packing
 
 @dataclass
 class Call:
-    """One call of an attention implementation; query, key and value are (batch, heads, length, head_dim)."""
+    """Query, key and value are (batch, heads, length, head_dim)."""
 
     name: str
     query: Tensor
@@ -31,11 +31,11 @@ class Call:
     window: int | None
 
     def options(self) -> dict[str, Any]:
-        """What every operator takes."""
+        """Returns what every operator takes."""
         return {"scale": self.scale, "is_causal": self.is_causal}
 
     def terms(self) -> dict[str, Any]:
-        """What operators with terms take besides."""
+        """Returns what operators with terms take besides."""
         return {"softcap": self.softcap, "dropout_p": self.dropout, "attn_mask": self.mask()}
 
     def has_terms(self) -> bool:
@@ -43,7 +43,7 @@ class Call:
         return any(x is not None for x in (*masks, self.softcap, self.sink)) or self.dropout > 0
 
     def mask(self) -> Tensor | None:
-        """The mask of pairs, bool or added to logits, with the position bias."""
+        """Returns the mask of pairs, bool or added to logits, with the position bias."""
         keys = self.key.shape[2]
         mask = None if self.attention_mask is None else self.attention_mask[..., :keys]
         if self.position_bias is None or mask is None:
@@ -52,13 +52,13 @@ class Call:
         return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
     def is_causal_by_mask(self) -> bool:
-        """Whether later keys are hidden, be it by the mask."""
+        """Tells whether later keys are hidden, be it by the mask."""
         if self.attention_mask is None or self.attention_mask.dtype != torch.bool:
             return self.is_causal
         return _hides_later_keys(self.attention_mask, self.key.shape[2])
 
     def without_unused_keys(self) -> Call:
-        """This call without the last keys of a static cache, which no query sees yet."""
+        """Leaves out the last keys of a static cache, which no query sees yet."""
         mask, queries, keys = self.attention_mask, self.query.shape[2], self.key.shape[2]
         if mask is None or mask.dtype != torch.bool or keys <= queries or self.is_cross:
             return self
@@ -81,7 +81,7 @@ class Call:
             raise NotImplementedError(f"{self.name}: has no {', '.join(refused)}, which the model asks for{hint}")
 
     def packing(self) -> Packing | None:
-        """The sequences that the mask keeps apart; None where there is no mask."""
+        """Returns the sequences that the mask keeps apart, or None where there is no mask."""
         if self.attention_mask is None:
             return None
         packing = _packing(self.attention_mask, len(self.query), self.key.shape[2], self.is_cross)
@@ -96,7 +96,7 @@ class Call:
 
 @torch.compiler.disable  # how large the parts are is known once the mask is
 def _packing(mask: Tensor, batch: int, keys: int, is_cross: bool) -> Packing | None:
-    """None where the mask is something else. Layers share a mask, and what it says is worked out once."""
+    """Returns None where the mask is something else. Layers share a mask, and what it says is worked out once."""
     known: dict[Any, Packing | None] = mask.__dict__.setdefault("attnx_packings", {})
     kind = keys, is_cross
     if kind not in known:
@@ -108,7 +108,7 @@ def _packing(mask: Tensor, batch: int, keys: int, is_cross: bool) -> Packing | N
 
 @torch.compiler.disable
 def _hides_later_keys(mask: Tensor, keys: int) -> bool:
-    """Whether there are as many queries as keys, and none sees a later one. It is worked out once, likewise."""
+    """Tells whether there are as many queries as keys, and none sees a later one, which is worked out once, too."""
     known: dict[int, bool] = mask.__dict__.setdefault("attnx_causal", {})
     if keys not in known:
         known[keys] = mask.shape[-2] == keys and not bool(mask[..., :keys].triu(1).any())

@@ -1,4 +1,4 @@
-"""Which tokens of a batch are sequences of their own, read off the mask that transformers makes."""
+"""The mask that transformers makes says which tokens of a batch are sequences of their own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """The sequences of a batch without its padding, laid end to end.
+    """The sequences of a batch lie end to end here, without its padding.
 
     Attributes:
         index_q: int64 (total_q,): the places of queries, counted over the batch.
@@ -32,7 +32,7 @@ class Packing:
 
     @classmethod
     def of(cls, seen: Tensor, is_cross: bool) -> Packing | None:
-        """From bool (batch, queries, keys); None where a row sees what no sequence gives it, as with a window.
+        """Takes bool (batch, queries, keys), and returns None where a row sees what no sequence shows, as with a window.
 
         A query is padding where it sees no key, or, among as many keys as queries and unless ``is_cross``, not itself.
         """
@@ -45,7 +45,7 @@ class Packing:
             return None
         if queries == keys and not is_cross:
             real &= (start <= place) & (place < end)
-        sequel = torch.zeros_like(real)  # of the sequence of the query before
+        sequel = torch.zeros_like(real)  # it continues the sequence of the query before
         sequel[:, 1:] = real[:, 1:] & real[:, :-1] & (start[:, 1:] == start[:, :-1])
         is_causal = bool((sequel[:, 1:] & (end[:, 1:] != end[:, :-1])).any())
 
@@ -80,16 +80,16 @@ class Packing:
 
     @property
     def varlen(self) -> tuple[Tensor, Tensor, int, int]:
-        """What the operators for packed sequences take."""
+        """Returns what the operators for packed sequences take."""
         return self.cu_seqlens_q, self.cu_seqlens_k, max(self.lengths_q, default=0), max(self.lengths_k, default=0)
 
     def pack(self, query: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
-        """(batch, heads, length, head_dim) as (tokens, heads, head_dim): the query, then keys and values."""
+        """Packs (batch, heads, length, head_dim) to (tokens, heads, head_dim): the query, then keys and values."""
         index = (self.index_q, *[self.index_k] * len(keys))
         return tuple(x.transpose(1, 2).flatten(0, 1)[i] for x, i in zip((query, *keys), index, strict=True))
 
     def unpack(self, output: Tensor) -> Tensor:
-        """(tokens, heads, value_dim) as (batch, heads, length, value_dim), 0 where there is padding."""
+        """Returns (tokens, heads, value_dim) as (batch, heads, length, value_dim), which is 0 for padding."""
         batch, queries = self.shape
         rows = output.new_zeros(batch * queries, *output.shape[1:]).index_copy(0, self.index_q, output)
         return rows.unflatten(0, (batch, queries)).transpose(1, 2)

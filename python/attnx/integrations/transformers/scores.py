@@ -1,4 +1,4 @@
-"""attnx's attentions as transformers' models call them."""
+"""Each attention of attnx takes the call of a model here."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _listed(call: Call, mask: BlockMask, score: ScoreName, bias: SigmoidBias) ->
 
 
 class SparseLinearScore(SparseLinear):
-    """:class:`attnx.integrations.sparse_linear.SparseLinear` of each sequence that the model's mask keeps apart."""
+    """Each sequence that the model's mask keeps apart attends to itself, with one projection for all."""
 
     implementation = "attnx_sparse_linear"
 
@@ -70,7 +70,7 @@ class SparseLinearScore(SparseLinear):
 
 
 class RoutingScore(KeepsDtype):
-    """Routing attention of each sequence that the model's mask keeps apart.
+    """Each sequence that the model's mask keeps apart attends to itself within clusters.
 
     Keys are routed for themselves, so that a token is in the same clusters when it comes out of a cache.
 
@@ -152,7 +152,7 @@ class RoutingScore(KeepsDtype):
 
 
 class ProbabilisticScore(nn.Module):
-    """Probabilistic block attention in training, and dense attention otherwise.
+    """Attention is over blocks by chance in training, and dense otherwise.
 
     Args:
         keep, density, mode, importance, score, bias, block_size: as in :func:`attnx.probabilistic_attention`.
@@ -200,7 +200,7 @@ class ProbabilisticScore(nn.Module):
 
 
 class BlockSparseScore(nn.Module):
-    """Attention over listed blocks.
+    """Attention is over listed blocks.
 
     Args:
         block_mask: a function of length_q, length_k and device that returns an :class:`attnx.BlockMask`, or one for

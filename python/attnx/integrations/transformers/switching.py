@@ -1,4 +1,4 @@
-"""Attentions with parameters or options in a model of transformers."""
+"""A model of transformers gets attentions with parameters or options here."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def switch(model: PreTrainedModel, implementation: str, **options: Any) -> None:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Whether its forward looks for an implementation."""
+    """Tells whether its forward looks for an implementation."""
     forward = inspect.unwrap(type(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
 def _make(name: str, module: nn.Module, implementation: str, options: dict[str, Any]) -> nn.Module | None:
-    """A score of the module's sizes, on its device."""
+    """Makes a score of the module's sizes, on its device."""
     weight = next(module.parameters())
     if implementation == "attnx_sparse_linear":
         size = _size(name, module, "v_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim")
