@@ -32,7 +32,7 @@ class Packing:
 
     @classmethod
     def of(cls, seen: Tensor, is_cross: bool) -> Packing | None:
-        """Takes bool (batch, queries, keys), and returns None where a row sees what no sequence shows, as with a window.
+        """Takes bool (batch, queries, keys), and returns None where a row sees what no sequence has, as with a window.
 
         A query is padding where it sees no key, or, among as many keys as queries and unless ``is_cross``, not itself.
         """
