@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from typing_extensions import Self, Unpack
+from typing_extensions import Unpack
 
 from attnx.nn.arguments import ProjectionArguments, complete, shows_projection_arguments
+from attnx.nn.buffers import KeepsDtype
 
 
 @shows_projection_arguments
-class ProjectedAttention(nn.Module):
+class ProjectedAttention(KeepsDtype):
     """Multi-head attention around :meth:`attend`, which is all that a subclass adds.
 
     Queries, keys and values stay in (batch, length, heads, head_dim) storage; the operators read them transposed,
@@ -27,8 +27,6 @@ class ProjectedAttention(nn.Module):
     Raises:
         ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
-
-    keeps_dtype: tuple[str, ...] = ()  # buffers that stay float32, whatever the module is converted to
 
     def __init__(
         self,
@@ -68,15 +66,6 @@ class ProjectedAttention(nn.Module):
         self.k_norm = norm(given["qk_norm"])
         # A row's weights, and with them its output, may be small; a larger eps would swallow what they carry.
         self.output_norm = norm(given["output_norm"], eps=1e-8)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: getattr(self, name) for name in self.keeps_dtype}
-        super()._apply(fn, recurse)
-        for name, x in before.items():
-            moved = getattr(self, name)
-            if moved.dtype != x.dtype:
-                setattr(self, name, x.to(moved.device))
-        return self
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(batch, heads, length, head_dim) each, with num_kv_heads heads of key and value."""

@@ -6,5 +6,6 @@ model.set_attn_implementation("attnx_softmax")
 
 from attnx.integrations.transformers.attention import register
 from attnx.integrations.transformers.cache import StaircaseCache
+from attnx.integrations.transformers.switching import switch
 
-__all__ = ["StaircaseCache", "register"]
+__all__ = ["StaircaseCache", "register", "switch"]

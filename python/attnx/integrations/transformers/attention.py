@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+from transformers.utils.output_capturing import _active_collector
 
-from attnx.functional import sigmoid_attention, softmax_attention
+from attnx.integrations.transformers import scores
 from attnx.integrations.transformers.cache import StaircaseLayer
+from attnx.integrations.transformers.call import Call
 
-__all__ = ["register"]
+__all__ = ["IMPLEMENTATIONS", "register"]
+
+_STATELESS: dict[str, Callable[[Call], Tensor]] = {
+    "attnx_softmax": scores.softmax,
+    "attnx_sigmoid": scores.sigmoid,
+    "attnx_probabilistic": scores.ProbabilisticScore().attend,
+}
+IMPLEMENTATIONS = (*_STATELESS, "attnx_sparse_linear", "attnx_routing", "attnx_block_sparse")
 
 
 def register() -> None:
@@ -22,12 +31,15 @@ def register() -> None:
     - ``attnx_softmax`` is what the model computes with ``sdpa`` or ``eager``, sinks, softcaps and position biases
       included. Keys may come from a :class:`StaircaseCache`, which does without these three.
     - ``attnx_sigmoid`` weighs each key by the sigmoid of its logit, less the logarithm of the number of keys that
-      the row sees in the band. A model has to be trained with it.
+      the row sees. A model has to be trained with it.
+    - ``attnx_probabilistic`` trains with blocks of keys by chance, and is ``attnx_softmax`` in evaluation.
+    - ``attnx_sparse_linear``, ``attnx_routing`` and ``attnx_block_sparse`` need parameters or options that
+      :func:`switch` gives a model.
 
     ``model.set_attn_implementation("attnx_softmax")`` then switches to one of them, as does
     ``attn_implementation="attnx_softmax"`` where a model is made.
     """
-    for name in ("attnx_softmax", "attnx_sigmoid"):
+    for name in IMPLEMENTATIONS:
         AttentionInterface.register(name, functools.partial(_attend, name))
         AttentionMaskInterface.register(name, sdpa_mask)
 
@@ -46,10 +58,11 @@ def _attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
     output_attentions: bool = False,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    if output_attentions:
+    if output_attentions or any("attentions" in kind for kind in _active_collector.get() or ()):
         raise NotImplementedError(f"{name}: no output_attentions, as no kernel keeps the weights; use eager for them")
     layer: StaircaseLayer | None = getattr(key, "attnx_layer", None)
     if layer is not None:
@@ -61,24 +74,42 @@ def _attend(
         if layer.holds_more_than(key):
             return layer.attend(query, key, value, attention_mask, scale=scaling).transpose(1, 2).contiguous(), None
         layer.append(key, value, attention_mask)
-    key, value, options = _band(module, query, key, value, attention_mask, is_causal)
-    options |= {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
-    options["attn_mask"] = _mask(attention_mask, position_bias, key)
-    if name == "attnx_softmax":
-        sink = None if s_aux is None else s_aux.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
-        output: Tensor = softmax_attention(query, key, value, sink=sink, **options)
-    elif s_aux is None:
-        output = sigmoid_attention(query, key, value, bias="row", **options)
-    else:
-        raise NotImplementedError(
-            f"{name}: the model has sinks (s_aux), and sigmoid weights have no sum to put them in"
-        )
-    return output.transpose(1, 2).contiguous(), None
+    key, value, is_causal = _band(module, query, key, value, attention_mask, is_causal)
+    call = Call(
+        name,
+        query,
+        key,
+        value,
+        attention_mask,
+        position_bias,
+        is_causal=is_causal,
+        is_cross=getattr(module, "attnx_is_cross", False),
+        training=module.training,
+        scale=scaling,
+        dropout=dropout,
+        softcap=softcap,
+        sink=s_aux,
+        window=sliding_window,
+    )
+    return _of(name, module)(call).transpose(1, 2).contiguous(), None
+
+
+def _of(name: str, module: nn.Module) -> Callable[[Call], Tensor]:
+    """Returns what :func:`switch` gave the module, or else what needs nothing."""
+    own = getattr(module, "attnx", None)
+    if own is not None and own.implementation == name:
+        return own.attend
+    if name in _STATELESS:
+        return _STATELESS[name]
+    raise ValueError(
+        f"{name}: expected a model that attnx.integrations.transformers.switch has given parameters or options, got "
+        f"one without; call switch(model, {name!r}, ...)"
+    )
 
 
 def _band(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_causal: bool | None
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
+) -> tuple[Tensor, Tensor, bool]:
     """The keys that count and whether they are masked causally, by the rules of transformers' sdpa.
 
     transformers leaves out the mask of one query, of as many queries as keys, and of a prompt whose keys are the first
@@ -89,17 +120,4 @@ def _band(
     causal = bool(is_causal) and attention_mask is None and length > 1
     if causal and key.shape[2] > length:
         key, value = key[:, :, :length], value[:, :, :length]
-    return key, value, {"is_causal": causal}
-
-
-def _mask(attention_mask: Tensor | None, position_bias: Tensor | None, key: Tensor) -> Tensor | None:
-    if attention_mask is not None:
-        attention_mask = attention_mask[..., : key.shape[2]]
-    if position_bias is None:
-        return attention_mask
-    position_bias = position_bias[..., : key.shape[2]]
-    if attention_mask is None:
-        return position_bias
-    if attention_mask.dtype == torch.bool:
-        return position_bias.masked_fill(~attention_mask, -torch.inf)
-    return position_bias + attention_mask
+    return key, value, causal
