@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
+import pytest
 import torch
 from torch import Tensor
 
 import attnx
+from attnx import _capability
 from attnx.routing import move_centroids_in_backward
 from cases import Shape, pack, random_inputs, random_parameter
 from routing_cases import random_centroids, random_memory, with_memory
 
+T = TypeVar("T")
 SHAPE = Shape(batch=2, heads=4, kv_heads=2, length_q=70, length_k=70, head_dim=32)
 
 
@@ -56,7 +59,11 @@ def differentiable_calls(dtype: torch.dtype, device: torch.device) -> dict[str, 
     operands = {"query": inputs["query"], "key": inputs["key"]}
     row_weights = {"row_weights": torch.rand(2, 4, 70, device=device).to(random_parameter((1,), dtype, device).dtype)}
 
-    return {
+    def disentangled(**inputs: Tensor) -> Tensor:
+        index = attnx.log_distance_buckets(70, 70, span=4, max_distance=32, device=device)
+        return attnx.disentangled_attention(**inputs, index=index, is_causal=True)
+
+    calls = {
         "attention_key_weights": call("attention_key_weights", operands, row_weights, is_causal=True),
         "attention_row_weights": call("attention_row_weights", operands, rows=range(60, 70)),
         "sigmoid_attention": call("sigmoid_attention", inputs, slopes, bias, is_causal=True),
@@ -71,6 +78,26 @@ def differentiable_calls(dtype: torch.dtype, device: torch.device) -> dict[str, 
         "move_centroids_in_backward": Call(moving, {"query": inputs["query"]}),
         "move_average_in_backward": Call(averaging, {"x": inputs["query"]}),
     }
+    if has_kernel("disentangled_attention", device):
+        positions = {name: random_positions((4, 8, 32), dtype, device) for name in ("pos_key", "pos_query")}
+        calls["disentangled_attention"] = Call(disentangled, inputs | positions)
+    return calls
+
+
+def has_kernel(operator: str, device: torch.device) -> bool:
+    backend = _capability.backend_of(device)
+    return any((row.operator, row.backend) == (operator, backend) for row in _capability.table())
+
+
+def of_operator(name: str, of_all: Mapping[str, T]) -> T:
+    """What is said of an operator, or of its backward; a test is skipped whose operator has no kernel on the device."""
+    if name not in of_all:
+        pytest.skip(f"no kernel for {name} on this device")
+    return of_all[name]
+
+
+def random_positions(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(device, dtype)
 
 
 def run_the_others(dtype: torch.dtype, device: torch.device) -> None:

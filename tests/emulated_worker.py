@@ -107,7 +107,7 @@ def calls() -> Iterator[tuple[str, Results]]:
     for score, dtype, head_dim in product(SCORES, DTYPES, [64, 128, 256]):
         yield f"{score} {dtype} {head_dim} weights", _weights(score, dtype, head_dim)
         yield f"{score} {dtype} {head_dim} unaligned weights", _weights(score, dtype, head_dim - 3)
-        for kind in (_terms, _shared_terms) if dtype == torch.bfloat16 else (_terms,):
+        for kind in (_terms, _shared_terms, _distances) if dtype == torch.bfloat16 else (_terms,):
             yield f"{score} {dtype} {head_dim} {kind.__name__[1:]}", kind(score, dtype, head_dim)
     for score, kind in product(SCORES, (_packed_terms, _listed_terms)):
         yield f"{score} {kind.__name__[1:]}", kind(score)
@@ -269,6 +269,17 @@ def _shared_terms(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     inputs, grad_output = random_inputs(shape, dtype, CPU)
     terms = terms_of(("input_mask", "key_bias", "key_mask", "row_bounds"), shape, dtype, CPU, "all")
     return _run(f"{score}_attention", inputs, grad_output, is_causal=True, **terms)
+
+
+def _distances(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Numbers by distance that heads share, in bands that a window cuts, and in lists."""
+    shape = Shape(length_q=150, length_k=200, head_dim=head_dim, batch=2, heads=2, kv_heads=1)
+    inputs, grad_output = random_inputs(shape, dtype, CPU)
+    inputs |= terms_of(("distance_bias",), shape, dtype, CPU, "heads")
+    mask = attnx.BlockMask.from_dense(_visited().bool(), (64, 64))
+    listed = _run("block_sparse_attention", inputs, grad_output, block_mask=mask, score=score)
+    dense = _run(f"{score}_attention", inputs, grad_output, window=(70, 20))
+    return dense | {f"listed_{name}": x for name, x in listed.items()}
 
 
 def _packed_terms(score: str) -> Results:

@@ -17,7 +17,7 @@ from backends import Backend
 from cases import Shape, parameter_dtype
 from compare import forward_backward
 
-GRADIENTS = ("attn_mask", "key_bias", "key_mask")
+GRADIENTS = ("attn_mask", "key_bias", "key_mask")  # these may be together
 
 
 def generator(seed: int = 5) -> torch.Generator:
@@ -42,6 +42,9 @@ def draw_term(
     if name == "attn_mask":
         mask = torch.randn(pairs, generator=generator())
         return mask.where(torch.rand(pairs, generator=generator(6)) < 0.8, -math.inf).to(device, kind)
+    if name == "distance_bias":
+        distances = shape.length_q + shape.length_k - 1
+        return torch.randn(batch, heads, distances, generator=generator()).to(device, kind)
     if name == "row_bounds":
         ends = torch.randint(-9, shape.length_k + 9, (batch, heads, length_q, 2), generator=generator(seed))
         return ends.sort(-1).values.to(device, torch.int32)
@@ -73,7 +76,8 @@ def needs(backend: Backend, names: tuple[str, ...], gradients: bool = True) -> N
     """Skips what the capability table does not have on the backend."""
     for name in names:
         feature = {"bool_mask": "attn_mask", "input_mask": "attn_mask"}.get(name, name)
-        wanted = [feature, f"{feature}_gradient"] if gradients and feature in GRADIENTS else [feature]
+        has_gradient = gradients and feature in (*GRADIENTS, "distance_bias")
+        wanted = [feature, f"{feature}_gradient"] if has_gradient else [feature]
         for need in wanted:
             if (reason := backend.missing(need)) and not (name == "bool_mask" and need.endswith("_gradient")):
                 pytest.skip(reason)
@@ -88,10 +92,12 @@ def eager(
     scale: float | None = None,
     is_causal: bool = False,
     window: tuple[int, int] = (-1, -1),
+    position_offset: int = 0,
     sink: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
     attn_mask: Tensor | None = None,
+    distance_bias: Tensor | None = None,
     row_bounds: Tensor | None = None,
     key_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -103,7 +109,8 @@ def eager(
     With ``constant_sums`` the gradient leaves the sums of weights out: it shows how large the terms are that cancel.
     """
     dtype, groups = query.dtype, query.shape[1] // key.shape[1]
-    distance = torch.arange(query.shape[2])[:, None] + key.shape[2] - query.shape[2] - torch.arange(key.shape[2])
+    places = torch.arange(query.shape[2]) + key.shape[2] - query.shape[2] + position_offset
+    distance = places[:, None] - torch.arange(key.shape[2])
     visible = reference._visible(distance, is_causal, window).to(query.device)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     logits = query.flip(-1) @ (key.flip(-1) * scale).repeat_interleave(groups, 1).mT
@@ -118,6 +125,9 @@ def eager(
         visible = visible & attn_mask
     elif attn_mask is not None:
         logits = logits + attn_mask.to(dtype)
+    if distance_bias is not None:
+        i, j = torch.arange(query.shape[2])[:, None], torch.arange(key.shape[2])
+        logits = logits + distance_bias.to(dtype)[..., i - j + key.shape[2] - 1]
     if key_bias is not None:
         logits = logits + key_bias[:, :, None].to(dtype)
     share = 1.0 if key_mask is None else key_mask[:, :, None].to(dtype)

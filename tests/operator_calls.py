@@ -40,6 +40,12 @@ def _pointwise(dtype: torch.dtype) -> None:
     _differentiate(attnx.sigmoid_attention, dense, **used, is_causal=True, position_offset=3)
     bounds = torch.randint(0, 30, (1, 4, 20, 2), dtype=torch.int32)
     _differentiate(attnx.softmax_attention, dense, **used, window=(9, None), row_bounds=bounds)
+    index = attnx.log_distance_buckets(20, 30, span=4, max_distance=16)
+    _differentiate(
+        lambda q, k, v, c2p, p2c: attnx.disentangled_attention(q, k, v, index, pos_key=c2p, pos_query=p2c),
+        [*dense, _draw(4, 8, 16, dtype=dtype), _draw(4, 8, 16, dtype=dtype)],
+    )
+    _differentiate(lambda q, k, v, table: attnx.relative_bias_attention(q, k, v, table), [*dense, torch.randn(4, 16)])
     fewer = torch.tensor([0, 20, 20, 45], dtype=torch.int32)
     _differentiate(attnx.softmax_attention_varlen, packed, fewer, offsets[1], 30, 30, has_padding=True)
 

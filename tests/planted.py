@@ -43,6 +43,8 @@ FORWARD, BACKWARD = K + "forward.h", K + "backward.h"
 TILE, SPLITS = K + "backward/tile.h", K + "backward/sums.h"
 GATHERED, ROUTED, PLACES = K + "storage/gathered.h", K + "routing/attention.h", K + "routing/places.h"
 TERMS, TERM_TILE, TERM_SUMS = "csrc/torch/terms.cpp", K + "logits/tile.h", K + "logits/sums.h"
+TERM_LOOPS, TABLES = K + "logits/terms.h", K + "logits/distance_tables.h"
+DISENTANGLED = "csrc/torch/disentangled.cpp"
 MAP, DROPOUT = K + "block_products.h", K + "random.h"
 SELECT, NEAREST, PRODUCTS = K + "routing/select.h", K + "routing/nearest.h", K + "routing/products.h"
 FEATURES, OPERANDS, BLOCK_SUMS = K + "linear/features.h", K + "linear/operands.h", K + "linear/block_sums.h"
@@ -317,6 +319,13 @@ _TERMS = (
     Mutant(TERM_TILE, "ds * (1 - t * t)", "ds", "test_logit_terms.py -k definition"),
     Mutant(TERM_TILE, "«(!shares || shares[at] != 0)»;", "true", "test_logit_terms.py -k leak"),
     Mutant(TERM_SUMS, "grad.head_stride == 0 && p.heads_q > 1", "false", "test_logit_terms.py -k threads"),
+    Mutant(TERM_SUMS, "«last[-i]» = Sum(sum)", "last[i + 1 - count]", "test_distance_bias.py -k block"),
+    Mutant(TERM_LOOPS, "panel.head[lane + i] % group * distances(p_)", "0", "test_distance_bias.py -k beside"),
+    Mutant(TABLES, "«tables_.index[place + i] == tables_.index[place]»;", "true", "test_disentangled.py -k definition"),
+    Mutant(
+        TABLES, "«tables_.index[place + i] == tables_.index[place] + i»;", "true", "test_disentangled.py -k definition"
+    ),
+    Mutant(DISENTANGLED, "number >= 0 && number < numbers", "true", "test_disentangled.py -k operator"),
     Mutant(PANEL, "larger<std::int64_t>(«row[0]», seen.first)", "std::int32_t(0)", "test_row_bounds.py -k beside"),
     Mutant(PANEL, "smaller<std::int64_t>(«row[1]», seen.end)", "row[1] + 1", "test_row_bounds.py -k window"),
     Mutant(PANEL, "«head[lane]» * bounds.head_stride", "first_head", "test_row_bounds.py -k beside"),

@@ -236,7 +236,7 @@ def test_integers_of_numpy_are_integers(backend: object) -> None:
 def test_operators_refuse_a_bias_of_softmax(rule: str, value: float, backend: object) -> None:
     """Every operator that has a choice of scores refuses what the functions refuse."""
     lists = None, None, MASK.kv_num_blocks, MASK.kv_indices
-    terms = None, None, None, None, None, 0.0, None, None
+    terms = None, None, None, None, None, None, 0.0, None, None
     with pytest.raises(
         RuntimeError, match=f"^bias: expected none with score softmax, got bias_rule {rule} and bias_val"
     ):

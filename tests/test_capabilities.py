@@ -76,6 +76,8 @@ def calls(draw: st.DrawFn, backend: Backend) -> Call:
     terms = tuple(sorted(draw(st.sets(st.sampled_from(known))))) if known and draw(st.booleans()) else ()
     if not terms:
         return Call(row.operator, dtype, shape, options, bias, slopes)
+    if "distance_bias" in terms:  # it stands in the place of a mask
+        terms = tuple(x for x in terms if not x.endswith("_mask") or x == "key_mask")
     served = draw(st.sampled_from(["each", "sequences", "heads", "all", "rows"]))
     options.pop("bias", None)
     if set(terms) != {"softcap"}:  # the others are refused beside lengths
@@ -90,6 +92,7 @@ def _terms_of(features: set[str]) -> list[str]:
     terms = [x for x in terms if not x.startswith("key") or f"{x}_gradient" in features]
     terms += ["bool_mask"] if "attn_mask" in features else []
     terms += ["row_bounds"] if "row_bounds" in features else []
+    terms += ["distance_bias"] if "distance_bias_gradient" in features else []
     return terms + (["attn_mask"] if "attn_mask_gradient" in features else [])
 
 

@@ -16,6 +16,7 @@ import attnx
 from attnx import reference
 from attnx._capability import Capability, table
 from backends import Backend
+from calls import has_kernel, random_positions
 from cases import Shape, pack, random_inputs, random_parameter
 from compare import forward_backward
 from routing_cases import random_centroids, random_memory, with_memory
@@ -83,6 +84,22 @@ def block_sparse(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: t
         (inputs if "block_bias_gradient" in row.features else options)["block_bias"] = bias
     function, own = attnx.block_sparse_attention, reference.block_sparse_attention
     return Call(one(function, **options), one(own, **options), inputs, grad_output)
+
+
+def disentangled(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
+    shape = shapes(draw, row)
+    inputs, grad_output = random_inputs(shape, dtype, device)
+    span = draw(st.integers(2, 9))
+    index = attnx.log_distance_buckets(shape.length_q, shape.length_k, span=span, max_distance=40, device=device)
+    names = draw(st.sampled_from([["pos_key"], ["pos_query"], ["pos_key", "pos_query"]]))
+    inputs |= {name: random_positions((shape.heads, 2 * span, shape.head_dim), dtype, device) for name in names}
+    # tests/test_disentangled.py tries the other features.
+    options: dict[str, Any] = {"index": index, "is_causal": draw(st.booleans())}
+    if draw(st.booleans()):
+        options["window"] = draw(st.tuples(st.integers(-1, 99), st.integers(-1, 99)))
+    functions = attnx.disentangled_attention, reference.disentangled_attention
+    own, definition = (one(function, **options) for function in functions)
+    return Call(own, definition, inputs, grad_output)
 
 
 def weights(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
@@ -156,7 +173,13 @@ DRAWN: dict[str, tuple[Callable[..., Call], set[str]]] = {
         | {"sink_gradient"}
         # tests/test_key_lengths.py, tests/test_logit_terms.py and tests/test_element_masks.py try these
         | {"key_lengths", "softcap", "attn_mask", "attn_mask_gradient", "key_bias", "key_bias_gradient", "key_mask"}
-        | {"key_mask_gradient", "dropout", "row_bounds"},
+        # tests/test_distance_bias.py tries these
+        | {"key_mask_gradient", "dropout", "row_bounds", "distance_bias", "distance_bias_gradient"},
+    ),
+    "disentangled_attention": (
+        disentangled,
+        {"grouped_queries", "value_dim", "causal", "window", "logsumexp", "softcap", "dropout"}
+        | {"key_bias", "key_bias_gradient", "key_mask", "key_mask_gradient"},
     ),
     "probabilistic_attention": (
         probabilistic,
@@ -184,6 +207,8 @@ def assert_near(actual: Tensor, expected: Tensor, name: str) -> None:
 @settings(max_examples=15)
 @given(data=st.data())
 def test_calls_from_the_table(data: st.DataObject, operator: str, backend: Backend) -> None:
+    if not has_kernel(operator, backend.device):
+        pytest.skip("no kernel on this device")
     row = row_of(operator, backend)
     make, features = DRAWN[operator]
     assert set(row.features) <= features | ELSEWHERE

@@ -27,7 +27,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, st
         command = [sys.executable, str(WORKER)]
         workers = [subprocess.Popen([*command, str(rank), str(size), str(folder)]) for rank in range(size)]
         try:
-            codes = [worker.wait(timeout=240) for worker in workers]
+            codes = [worker.wait(timeout=600) for worker in workers]
         finally:
             for worker in workers:
                 worker.kill()

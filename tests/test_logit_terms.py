@@ -23,7 +23,8 @@ SHAPES = [
     Shape(length_q=130, length_k=37, head_dim=3, heads=4, kv_heads=1),
     Shape(length_q=2, length_k=150, head_dim=64, heads=4, kv_heads=2),
 ]
-ALONE = ["softcap", "bool_mask", "input_mask", "attn_mask", "row_bounds", "key_bias", "key_mask", "dropout"]
+ALONE = ["softcap", "bool_mask", "input_mask", "attn_mask", "distance_bias", "row_bounds", "key_bias", "key_mask"]
+ALONE += ["dropout"]
 TOGETHER = [("softcap", "attn_mask"), ("softcap", "bool_mask", "key_bias", "key_mask", "dropout")]
 COMBINATIONS = [(name,) for name in ALONE] + TOGETHER + [("row_bounds", *TOGETHER[1])]
 
@@ -61,7 +62,7 @@ def test_with_a_sink(names: tuple[str, ...], dtype: torch.dtype, backend: Backen
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("name", ["attn_mask", "key_bias", "key_mask"])
+@pytest.mark.parametrize("name", ["attn_mask", "distance_bias", "key_bias", "key_mask"])
 @pytest.mark.parametrize("served", ["sequences", "heads", "all", "rows"])
 def test_one_number_for_several(
     served: str, name: str, operator: str, dtype: torch.dtype, backend: Backend, deterministic: None
@@ -82,6 +83,10 @@ def test_threads_share_the_work(served: str, threads: int, device: torch.device,
     dtype = backend.dtypes()[0]
     inputs, grad_output = random_inputs(shape, dtype, device)
     terms = {name: draw_term(name, shape, dtype, device, served) for name in GRADIENTS}
+    check("softmax_attention", inputs, grad_output, **terms)
+    needs(backend, ("distance_bias",))
+    terms["distance_bias"] = draw_term("distance_bias", shape, dtype, device, served)
+    del terms["attn_mask"]
     check("softmax_attention", inputs, grad_output, **terms)
 
 
@@ -130,6 +135,9 @@ NEUTRAL = {
     "softcap": {"softcap": math.inf},
     "bool_mask": {"attn_mask": lambda pairs, keys, kind: torch.ones(pairs, dtype=torch.bool)},
     "attn_mask": {"attn_mask": lambda pairs, keys, kind: torch.zeros(pairs, dtype=kind)},
+    "distance_bias": {
+        "distance_bias": lambda pairs, keys, kind: torch.zeros(1, keys[1], pairs[2] + pairs[3] - 1, dtype=kind)
+    },
     "row_bounds": {"row_bounds": lambda pairs, keys, kind: torch.tensor([[[[0, 130]]]], dtype=torch.int32)},
     "key_bias": {"key_bias": lambda pairs, keys, kind: torch.zeros(keys, dtype=kind)},
     "key_mask": {"key_mask": lambda pairs, keys, kind: torch.ones(keys, dtype=kind)},

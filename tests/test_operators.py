@@ -13,7 +13,7 @@ import attnx
 from attnx._operators.description import BackwardOperator, NoDerivative, Operator
 from attnx._operators.schema import signature
 from attnx._operators.table import OPERATORS
-from calls import every_operator
+from calls import every_operator, of_operator
 from cases import Shape, random_inputs
 from test_package import run_python
 
@@ -151,7 +151,7 @@ def test_kernels_ask_for_one_device_too(
     name: str, argument: str, arguments_of_all: dict[str, tuple[Any, ...]], device: torch.device
 ) -> None:
     """A call that reaches a kernel with one tensor elsewhere is refused by the same rule, before it reads any."""
-    arguments = signature(name).bind(arguments_of_all[name])
+    arguments = signature(name).bind(of_operator(name, arguments_of_all))
     if not isinstance(arguments[argument], Tensor):
         arguments[argument] = torch.zeros(1, 1, 4, 8)
     arguments[argument] = arguments[argument].to("meta")

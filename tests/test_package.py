@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 import attnx
 from attnx import _capability
 from backends import Backend
-from calls import differentiable_calls, run_the_others
+from calls import differentiable_calls, of_operator, run_the_others
 from cases import OPERATORS, Shape, random_inputs
 from compare import forward_backward
 
@@ -146,7 +146,7 @@ def test_no_leak_of_any(name: str, dtype: torch.dtype, device: torch.device) -> 
     if name == "others":
         assert growth_of_memory(lambda: run_the_others(dtype, device)) < 8 * 2**20
         return
-    function, inputs = differentiable_calls(dtype, device)[name]
+    function, inputs = of_operator(name, differentiable_calls(dtype, device))
     grad_output = torch.ones_like(function(**inputs))
     assert growth_of_memory(lambda: forward_backward(function, inputs, grad_output)) < 8 * 2**20
 

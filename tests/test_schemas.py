@@ -15,14 +15,14 @@ PADDED = f"{PACKING}, bool has_padding"
 BIAS = "Tensor? bias, Tensor? alibi_slopes, str bias_rule, float bias_value"
 MASK = "float? scale, bool is_causal, int window_left, int window_right, SymInt position_offset"
 KEY_TERMS = "float? softcap, Tensor? key_bias, Tensor? key_mask, float dropout_p, Tensor? seed, Tensor? offset"
-TERMS = f"Tensor? attn_mask, Tensor? row_bounds, {KEY_TERMS}"
+TERMS = f"Tensor? attn_mask, Tensor? distance_bias, Tensor? row_bounds, {KEY_TERMS}"
 WANTED_OF_KEYS = "bool key_bias_gradient, bool key_mask_gradient, bool deterministic"
-WANTED = f"bool attn_mask_gradient, {WANTED_OF_KEYS}"
+WANTED = f"bool attn_mask_gradient, bool distance_bias_gradient, {WANTED_OF_KEYS}"
 WANTED_OF_BLOCKS = WANTED.replace("bool deterministic", "bool block_bias_gradient, bool deterministic")
 GRADS = "Tensor grad_query, Tensor grad_key, Tensor grad_value"
 
 KEY_TERM_GRADS = "Tensor grad_key_bias, Tensor grad_key_mask"
-TERM_GRADS = f"Tensor grad_attn_mask, {KEY_TERM_GRADS}"
+TERM_GRADS = f"Tensor grad_attn_mask, Tensor grad_distance_bias, {KEY_TERM_GRADS}"
 SIGMOID = f"{GRADS}, Tensor grad_bias, Tensor grad_alibi_slopes"
 SOFTMAX = f"{GRADS}, Tensor grad_alibi_slopes, Tensor grad_sink"
 SOFTMAX_RESULTS = "Tensor output, Tensor logsumexp"
@@ -41,6 +41,8 @@ LISTED = f"{LISTS}, Tensor? block_bias, Tensor? sink"
 QUERY_LISTS = "Tensor? q_num_blocks, Tensor? q_indices, Tensor? q_block_bias"
 BLOCKS = "int block_q, int block_k"
 DRAWN = f"Tensor keep, Tensor seed, Tensor offset, int blocks_per_row, bool importance, {BLOCKS}"
+
+TABLES = "Tensor? query_table, Tensor? key_table, Tensor table_index"
 
 MAP = f"Tensor block_map, {BLOCKS}, str feature_map, str linear_scope, float? scale, bool is_causal"
 MAPPED = f"{BLOCKS}, float critical, float negligible, bool smooth_k, SymInt protect, float? scale, bool is_causal"
@@ -67,6 +69,10 @@ SCHEMAS = [
     f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LENGTHS}, {LISTED}, {TERMS}, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
     f"{WANTED_OF_BLOCKS}) "
     f"-> ({GRADS}, Tensor grad_sink, {TERM_GRADS}, Tensor grad_block_bias)",
+    f"disentangled_attention({QKV}, {TABLES}, {KEY_TERMS}, {MASK}) -> ({SOFTMAX_RESULTS})",
+    f"disentangled_attention_backward({SOFTMAX_SAVED}, {TABLES}, {KEY_TERMS}, {MASK}, bool query_table_gradient, "
+    f"bool key_table_gradient, {WANTED_OF_KEYS}) -> ({GRADS}, Tensor grad_query_table, Tensor grad_key_table, "
+    f"{KEY_TERM_GRADS})",
     f"attention_key_weights({QK}, Tensor? logsumexp, Tensor? row_weights, {RULE}, {MASK}) -> Tensor",
     f"attention_row_weights({QK}, Tensor? logsumexp, {RULE}, {MASK}) -> Tensor",
     f"attention_max_logits({QK}, {MASK}) -> Tensor",

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 import attnx
 from attnx import reference
 from attnx._operators.schema import signature
-from calls import Call, differentiable_calls, every_operator
+from calls import Call, differentiable_calls, every_operator, has_kernel, of_operator
 from cases import Shape, random_inputs
 from test_operators import NAMES
 
@@ -21,7 +21,7 @@ FUNCTIONS = list(differentiable_calls(torch.float32, torch.device("cpu")))
 
 @pytest.fixture
 def call(request: pytest.FixtureRequest, dtype: torch.dtype, device: torch.device) -> Call:
-    return differentiable_calls(dtype, device)[request.param]
+    return of_operator(request.param, differentiable_calls(dtype, device))
 
 
 def loss_of(call: Call) -> Callable[..., Tensor]:
@@ -90,15 +90,17 @@ def arguments_of_all(dtype: torch.dtype, device: torch.device) -> dict[str, tupl
     return every_operator(dtype, device)
 
 
-def test_all_operators_are_called(arguments_of_all: dict[str, tuple[object, ...]]) -> None:
-    assert sorted(arguments_of_all) == NAMES
+def test_all_operators_are_called(arguments_of_all: dict[str, tuple[object, ...]], device: torch.device) -> None:
+    lacking = {name for name in NAMES if name.startswith("disentangled")}
+    lacking = set() if has_kernel("disentangled_attention", device) else lacking
+    assert sorted(arguments_of_all) == sorted({*NAMES} - lacking)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tangents_are_refused(name: str, arguments_of_all: dict[str, tuple[object, ...]]) -> None:
     """Each operator says of each of its arguments that a tangent does not pass."""
     for i, argument in enumerate(signature(name).arguments):
-        arguments = list(arguments_of_all[name])
+        arguments = list(of_operator(name, arguments_of_all))
         x = arguments[i]
         if not isinstance(x, Tensor) or not x.is_floating_point():
             continue

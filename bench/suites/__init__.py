@@ -1,12 +1,13 @@
 """One file per system; a new suite is one more entry here."""
 
 from suite import Suite
-from suites import dense, flash, probabilistic, routing, routing_gpu, sparse_linear, staircase, varlen
+from suites import dense, distances, flash, probabilistic, routing, routing_gpu, sparse_linear, staircase, varlen
 
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
         dense.SUITE,
+        distances.SUITE,
         flash.SUITE,
         flash.FLEX_SUITE,
         flash.DETERMINISTIC_SUITE,

@@ -80,6 +80,10 @@ struct PairMask {
   MaskKind kind = MaskKind::kNone;
   const void* data = nullptr;
   std::int64_t batch_stride = 0, head_stride = 0, row_stride = 0, key_stride = 0;
+
+  // Numbers by distance, [batch, heads_q, length_q + length_k - 1], are a mask whose rows overlap: pair (i, j) has
+  // number i - j + length_k - 1, and data is that of pair (0, 0).
+  bool by_distance() const { return key_stride == -1; }
 };
 
 // This is a number for each key, [batch, heads_q, length_k], whose keys are contiguous, in the accumulator's type. It
@@ -97,12 +101,23 @@ struct RowBounds {
   std::int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
 };
 
+// These are rows of numbers of which a pair takes one by its distance: query i and key j take number
+// index[i - j + length_k - 1] of the query's row and of the key's row. Rows are contiguous, in the accumulator's type.
+// A table is null where absent.
+struct DistanceTables {
+  const std::int32_t* index = nullptr;  // [length_q + length_k - 1]; null without tables
+  Tensor query;                         // [batch, heads_q, length_q, numbers]
+  Tensor key;                           // [batch, heads_q, length_k, numbers]
+};
+
 // A logit is softcap * tanh(x / softcap) of x = scale * query . key, plus the row's and the tile's bias, less the slope
-// times the distance, plus key_bias and attn_mask. exp(logit), or its sigmoid, is multiplied by key_mask. A weight that
-// is kept counts 1 / (1 - dropout) times, after the row's sum is taken; attnx/dropout.h says which ones are.
+// times the distance, plus key_bias, attn_mask and the numbers of the tables. exp(logit), or its sigmoid, is multiplied
+// by key_mask. A weight that is kept counts 1 / (1 - dropout) times, after the row's sum is taken; attnx/dropout.h says
+// which ones are.
 struct LogitTerms {
   double softcap = 0;  // 0: none
   PairMask attn_mask;
+  DistanceTables tables;  // there is no attn_mask beside them
   PerKey key_bias;
   PerKey key_mask;  // in [0, 1]
   double dropout = 0;
@@ -111,7 +126,8 @@ struct LogitTerms {
   const std::int64_t *seed = nullptr, *offset = nullptr;
 
   bool any() const {
-    return softcap != 0 || attn_mask.kind != MaskKind::kNone || key_bias.data || key_mask.data || dropout != 0;
+    return softcap != 0 || attn_mask.kind != MaskKind::kNone || tables.index || key_bias.data || key_mask.data ||
+           dropout != 0;
   }
 };
 
@@ -208,6 +224,8 @@ struct BackwardParams : AttentionParams {
   // written.
   PerKey grad_key_bias, grad_key_mask;
   PairMask grad_attn_mask;
+  // These are like terms.tables, and come zeroed. They are null where they are not wanted.
+  Tensor grad_query_table, grad_key_table;
   Tensor grad_memory_key, grad_memory_value;  // like gather.memory_key and memory_value
 
   // A run of the loop leaves here what each cluster adds to the gradients of its keys: rows of sums, as long as vectors

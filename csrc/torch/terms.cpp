@@ -1,5 +1,6 @@
 #include "terms.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "attnx/capability.h"
@@ -90,6 +91,36 @@ PairMask view_pairs(MaskKind kind, const StableTensor& x) {
   return {kind, x.data_ptr(), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2), stride_of(x, 3)};
 }
 
+void read_mask(const Target& target, const StableTensor& mask, AttentionParams& p) {
+  check_feature(target, "attn_mask", "attn_mask");
+  const MaskKind kind = kind_of(mask, target.tensor);
+  const auto fits = [&](std::int64_t dim, std::int64_t size) { return mask.size(dim) == 1 || mask.size(dim) == size; };
+  check(mask.dim() == 4 && fits(0, p.batch) && fits(1, p.heads_q) && fits(2, p.length_q) && mask.size(3) == p.length_k,
+        "attn_mask: expected shape (", p.batch, " or 1, ", p.heads_q, " or 1, ", p.length_q, " or 1, ", p.length_k,
+        "), sequences, query heads, queries and keys, got ", shape_of(mask));
+  p.terms.attn_mask = view_pairs(kind, mask);
+}
+
+// Numbers by distance are read as a mask whose rows overlap.
+PairMask view_distances(const StableTensor& x, const AttentionParams& p) {
+  const std::int64_t bytes = x.scalar_type() == ScalarType::Double ? 8 : 4;
+  char* const first = static_cast<char*>(x.data_ptr()) + bytes * (p.length_k - 1);
+  return {MaskKind::kSum, first, stride_of(x, 0), stride_of(x, 1), 1, -1};
+}
+
+void read_distance_bias(const Target& target, const StableTensor& x, AttentionParams& p) {
+  check_feature(target, "distance_bias", "distance_bias");
+  check(p.terms.attn_mask.kind == MaskKind::kNone, "distance_bias: expected none beside attn_mask, got one");
+  check_dtype("distance_bias", x, sum_type(target.tensor), " (the type of the sums)");
+  const std::int64_t distances = std::max<std::int64_t>(p.length_q + p.length_k - 1, 0);
+  const auto fits = [&](std::int64_t dim, std::int64_t size) { return x.size(dim) == 1 || x.size(dim) == size; };
+  check(x.dim() == 3 && fits(0, p.batch) && fits(1, p.heads_q) && x.size(2) == distances,
+        "distance_bias: expected shape (", p.batch, " or 1, ", p.heads_q, " or 1, ", distances,
+        "), sequences, query heads and distances, got ", shape_of(x));
+  check_layout("distance_bias", x);
+  if (p.length_q > 0 && p.length_k > 0) p.terms.attn_mask = view_distances(x, p);
+}
+
 // Bounds may hold any numbers, so that nothing has to look at them.
 RowBounds read_row_bounds(const Target& target, const StableTensor& x, const AttentionParams& p) {
   check_feature(target, "row_bounds", "row_bounds");
@@ -136,15 +167,9 @@ void read_terms(const Target& target, const Terms& x, AttentionParams& p) {
 void read_terms(const Target& target, const PairTerms& x, AttentionParams& p) {
   if (x.row_bounds) p.row_bounds = read_row_bounds(target, *x.row_bounds, p);
   check_no_lengths(x.attn_mask.has_value(), "attn_mask", p);
-  if (!x.attn_mask) return;
-  const StableTensor& mask = *x.attn_mask;
-  check_feature(target, "attn_mask", "attn_mask");
-  const MaskKind kind = kind_of(mask, target.tensor);
-  const auto fits = [&](std::int64_t dim, std::int64_t size) { return mask.size(dim) == 1 || mask.size(dim) == size; };
-  check(mask.dim() == 4 && fits(0, p.batch) && fits(1, p.heads_q) && fits(2, p.length_q) && mask.size(3) == p.length_k,
-        "attn_mask: expected shape (", p.batch, " or 1, ", p.heads_q, " or 1, ", p.length_q, " or 1, ", p.length_k,
-        "), sequences, query heads, queries and keys, got ", shape_of(mask));
-  p.terms.attn_mask = view_pairs(kind, mask);
+  check_no_lengths(x.distance_bias.has_value(), "distance_bias", p);
+  if (x.attn_mask) read_mask(target, *x.attn_mask, p);
+  if (x.distance_bias) read_distance_bias(target, *x.distance_bias, p);
 }
 
 TermGradients empty_gradients(const Target& target, const WantedTerms& wanted, const Terms& x, BackwardParams& p) {
@@ -154,16 +179,25 @@ TermGradients empty_gradients(const Target& target, const WantedTerms& wanted, c
 
 PairTermGradients empty_gradients(const Target& target, const WantedPairTerms& wanted, const PairTerms& x,
                                   BackwardParams& p) {
-  if (!wanted.attn_mask_gradient || !x.attn_mask)
-    return {make_empty(target.tensor, std::vector<std::int64_t>{0}, sum_type(target.tensor))};
-  check(x.attn_mask->scalar_type() != ScalarType::Bool,
-        "attn_mask_gradient: expected False for a mask of bool, got True");
-  check_feature(target, "attn_mask_gradient", "attn_mask");
-  const auto sizes = x.attn_mask->sizes();
-  StableTensor gradient =
-      make_zeros(target.tensor, std::vector<std::int64_t>(sizes.begin(), sizes.end()), sum_type(target.tensor));
-  p.grad_attn_mask = view_pairs(MaskKind::kSum, gradient);
-  return {gradient};
+  const StableTensor none = make_empty(target.tensor, std::vector<std::int64_t>{0}, sum_type(target.tensor));
+  PairTermGradients gradients{none, none};
+  const auto zeros_like = [&](const StableTensor& argument) {
+    const auto sizes = argument.sizes();
+    return make_zeros(target.tensor, std::vector<std::int64_t>(sizes.begin(), sizes.end()), sum_type(target.tensor));
+  };
+  if (wanted.attn_mask_gradient && x.attn_mask) {
+    check(x.attn_mask->scalar_type() != ScalarType::Bool,
+          "attn_mask_gradient: expected False for a mask of bool, got True");
+    check_feature(target, "attn_mask_gradient", "attn_mask");
+    gradients.grad_attn_mask = zeros_like(*x.attn_mask);
+    p.grad_attn_mask = view_pairs(MaskKind::kSum, gradients.grad_attn_mask);
+  }
+  if (wanted.distance_bias_gradient && x.distance_bias) {
+    check_feature(target, "distance_bias_gradient", "distance_bias");
+    gradients.grad_distance_bias = zeros_like(*x.distance_bias);
+    if (p.length_q > 0 && p.length_k > 0) p.grad_attn_mask = view_distances(gradients.grad_distance_bias, p);
+  }
+  return gradients;
 }
 
 }  // namespace attnx::ops

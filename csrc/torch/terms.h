@@ -24,19 +24,19 @@ struct TermGradients {
   ATTNX_FIELDS(grad_key_bias, grad_key_mask)
 };
 
-// Sequences that are packed have neither a mask of pairs nor bounds of rows.
+// Sequences that are packed have no numbers of pairs, and no bounds of rows.
 struct PairTerms {
-  std::optional<StableTensor> attn_mask, row_bounds;
-  ATTNX_FIELDS(attn_mask, row_bounds)
+  std::optional<StableTensor> attn_mask, distance_bias, row_bounds;
+  ATTNX_FIELDS(attn_mask, distance_bias, row_bounds)
 };
 struct WantedPairTerms {
-  bool attn_mask_gradient;
-  ATTNX_FIELDS(attn_mask_gradient)
+  bool attn_mask_gradient, distance_bias_gradient;
+  ATTNX_FIELDS(attn_mask_gradient, distance_bias_gradient)
 };
-// It is empty where it is not wanted, and else like attn_mask, in the type of sums.
+// They are empty where they are not wanted, and else like attn_mask and distance_bias, in the type of sums.
 struct PairTermGradients {
-  StableTensor grad_attn_mask;
-  ATTNX_FIELDS(grad_attn_mask)
+  StableTensor grad_attn_mask, grad_distance_bias;
+  ATTNX_FIELDS(grad_attn_mask, grad_distance_bias)
 };
 struct NoPairTerms {
   ATTNX_FIELDS()

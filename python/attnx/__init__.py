@@ -10,6 +10,7 @@ from attnx import importance, nn, reference  # noqa: E402  (they use the registe
 from attnx.affine import affine_attention  # noqa: E402
 from attnx.block_mask import BlockMask  # noqa: E402
 from attnx.compaction import PackedTokens, compact_tokens  # noqa: E402
+from attnx.disentangled import disentangled_attention, log_distance_buckets  # noqa: E402
 from attnx.explain import explain  # noqa: E402
 from attnx.functional import (  # noqa: E402
     block_sparse_attention,
@@ -26,6 +27,7 @@ from attnx.probabilistic import (  # noqa: E402
     probabilistic_attention,
     probabilistic_block_mask,
 )
+from attnx.relative import relative_bias_attention, relative_position_buckets  # noqa: E402
 from attnx.routing import (  # noqa: E402
     Routes,
     commitment_loss,
@@ -60,9 +62,11 @@ __all__ = [
     "commitment_loss",
     "compact_tokens",
     "cuda_mainloop",
+    "disentangled_attention",
     "explain",
     "importance",
     "keep_probabilities",
+    "log_distance_buckets",
     "merge_attention",
     "nearest_centroids",
     "nn",
@@ -71,6 +75,8 @@ __all__ = [
     "probabilistic_block_mask",
     "redistribute_attention",
     "reference",
+    "relative_bias_attention",
+    "relative_position_buckets",
     "route",
     "routing_attention",
     "sigmoid_attention",

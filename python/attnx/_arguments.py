@@ -44,6 +44,12 @@ def optional_tensors(**given: object) -> None:
     tensors(**{name: x for name, x in given.items() if x is not None})
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether looking at the values waits for no device, and whether there are some: tracing has none."""
+    untraced = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    return x.device.type == "cpu" and x.numel() > 0 and untraced
+
+
 def needs_no_gradient(name: str, x: Tensor, why: str) -> None:
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name}: expected a tensor that needs no gradient, as {why}, got one that does")

@@ -54,7 +54,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 # These arguments each are a feature, and so is the gradient of each: the distances' slopes, the parameters of scores,
 # and what is added to or multiplies single pairs and keys.
 _TENSORS = {"alibi_slopes": "alibi"} | {name: name for score in SCORES.values() for name in score.parameters}
-_TENSORS |= {name: name for name in ("attn_mask", "key_bias", "key_mask")}
+_TENSORS |= {name: name for name in ("attn_mask", "distance_bias", "key_bias", "key_mask")}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def resolve_terms(
     *,
     softcap: float | None = None,
     attn_mask: Tensor | None = None,
+    distance_bias: Tensor | None = None,
     row_bounds: Tensor | None = None,
     key_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -39,14 +40,20 @@ def resolve_terms(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
-) -> tuple[Any, ...]:
-    """The operator's arguments attn_mask, row_bounds, softcap, key_bias, key_mask, dropout_p, seed and offset.
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What the operator takes of pairs (attn_mask, distance_bias and row_bounds), and the rest of its terms.
 
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
         NotImplementedError: no kernel on this device has one of them, or its gradient.
     """
-    _arguments.optional_tensors(attn_mask=attn_mask, row_bounds=row_bounds, key_bias=key_bias, key_mask=key_mask)
+    _arguments.optional_tensors(
+        attn_mask=attn_mask,
+        distance_bias=distance_bias,
+        row_bounds=row_bounds,
+        key_bias=key_bias,
+        key_mask=key_mask,
+    )
     if softcap is not None:
         softcap = _arguments.number("softcap", softcap, "None or a number above 0")
     dropout_p = _arguments.number("dropout_p", dropout_p, "a probability from 0 to below 1")
@@ -62,13 +69,14 @@ def resolve_terms(
     given = {
         "softcap": softcap,
         "attn_mask": attn_mask,
+        "distance_bias": distance_bias,
         "row_bounds": row_bounds,
         "key_bias": key_bias,
         "key_mask": key_mask,
     }
     if dropout_p > 0 or any(x is not None for x in given.values()):
         _capability.require(operator, {"query": query, "key": key, "value": value, "dropout_p": dropout_p} | given)
-    return attn_mask, row_bounds, softcap, key_bias, key_mask, dropout_p, *drawn
+    return (attn_mask, distance_bias, row_bounds), (softcap, key_bias, key_mask, dropout_p, *drawn)
 
 
 def _four_dimensions(attn_mask: Tensor) -> Tensor:

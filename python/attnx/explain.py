@@ -103,7 +103,7 @@ def _cpu_kernel(requirement: _capability.Requirement) -> tuple[str, list[str]]:
 
 
 # These features take a loop of their own on CUDA.
-_TERMS = {"attn_mask", "key_bias", "key_mask", "row_bounds", "softcap", "dropout"}
+_TERMS = {"attn_mask", "distance_bias", "key_bias", "key_mask", "row_bounds", "softcap", "dropout"}
 
 
 def _cuda_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]) -> tuple[str, list[str]]:

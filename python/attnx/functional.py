@@ -35,6 +35,7 @@ class SoftmaxOptions(TermOptions, total=False):
 
 class DenseOptions(SoftmaxOptions, total=False):
     attn_mask: Tensor | None
+    distance_bias: Tensor | None
     row_bounds: Tensor | None
     seqused_k: Tensor | None
     leftpad_k: Tensor | None
@@ -46,6 +47,7 @@ class PackedOptions(SoftmaxOptions, total=False):
 
 class BlockSparseOptions(TermOptions, total=False):
     attn_mask: Tensor | None
+    distance_bias: Tensor | None
     score: ScoreName
     bias: SigmoidBias
     block_bias: Tensor | None
@@ -82,6 +84,7 @@ def sigmoid_attention(
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
     attn_mask: Tensor | None = None,
+    distance_bias: Tensor | None = None,
     row_bounds: Tensor | None = None,
     key_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -117,7 +120,7 @@ def sigmoid_attention(
             sees none under ``is_causal``.
         seqused_k: (batch,) int32: sequence b has the keys ``leftpad_k[b]`` up to ``seqused_k[b]`` alone, as a cache
             has that is filled in part. The others have no effect, and their gradients are 0. None: all up to the last.
-            There is no attn_mask, key_bias, key_mask or dropout beside it.
+            There is no attn_mask, distance_bias, key_bias, key_mask or dropout beside it.
         leftpad_k: (batch,) int32, from 0 to ``seqused_k``. None: from the first. On the GPU, where it would wait for
             the device, nothing checks what the two hold: with wrong ones the kernels read and write out of bounds.
             ``ATTNX_DEBUG=1`` in the environment has them checked there as on the CPU.
@@ -127,6 +130,10 @@ def sigmoid_attention(
         attn_mask: (batch, heads, length_q, length_k), where each size but length_k may be 1, or the last 2 or 3 of
             these, of any strides. bool, where True takes part; or in the dtype of query, or as for bias, what is added
             to the logit, where -inf hides the key. It may require a gradient, which it gets in its own shape.
+        distance_bias: (batch or 1, heads or 1, length_q + length_k - 1), dtype as for bias: number
+            i - j + length_k - 1 is added to the logit of query i and key j, both counted from 0 in their tensors. It is
+            a mask of pairs without its size, and stands in the place of ``attn_mask``. It may require a
+            gradient. :func:`attnx.relative_bias_attention` makes it from a table of buckets.
         row_bounds: (batch or 1, heads or 1, length_q or 1, 2) int32: row i sees of its keys only those from
             ``row_bounds[..., i, 0]`` up to but not with ``row_bounds[..., i, 1]``, counted from the first one that
             ``leftpad_k`` leaves. A pair may reach beyond the keys on either side; an empty one hides them all. It
@@ -166,11 +173,17 @@ def sigmoid_attention(
         options |= {"position_offset": position_offset, "alibi_slopes": alibi_slopes}
         options |= {"softcap": softcap, "dropout_p": dropout_p, "generator": generator, "seed": seed, "offset": offset}
         _nested.expect_no_lengths(seqused_k=seqused_k, leftpad_k=leftpad_k)
-        _refuse_beside_nested(attn_mask=attn_mask, row_bounds=row_bounds, key_bias=key_bias, key_mask=key_mask)
+        _refuse_beside_nested(
+            attn_mask=attn_mask,
+            distance_bias=distance_bias,
+            row_bounds=row_bounds,
+            key_bias=key_bias,
+            key_mask=key_mask,
+        )
         return _nested.attend(sigmoid_attention_varlen, query, key, value, **options)
     if (ring := _shards.ring("sigmoid_attention")) is not None:
         _shards.expect_nothing(seqused_k=seqused_k, leftpad_k=leftpad_k, attn_mask=attn_mask, row_bounds=row_bounds)
-        _shards.expect_nothing(dropout_p=dropout_p)
+        _shards.expect_nothing(distance_bias=distance_bias, dropout_p=dropout_p)
         results: Tensor = ring(
             query,
             key,
@@ -191,13 +204,14 @@ def sigmoid_attention(
     query, scale = _arguments.with_scale(query, scale)
     mask = _mask(is_causal, window, position_offset)
     s = resolve_score("sigmoid", bias, tensor_bias=True)
-    terms = resolve_terms(
+    pairs, terms = resolve_terms(
         "sigmoid_attention",
         query,
         key,
         value,
         softcap=softcap,
         attn_mask=attn_mask,
+        distance_bias=distance_bias,
         row_bounds=row_bounds,
         key_bias=key_bias,
         key_mask=key_mask,
@@ -208,7 +222,7 @@ def sigmoid_attention(
     )
     lengths = _arguments.key_lengths(seqused_k, leftpad_k, query, key)
     return _ops.sigmoid_attention(
-        query, key, value, *lengths, s.bias, alibi_slopes, s.bias_rule, s.bias_value, *terms, scale, *mask
+        query, key, value, *lengths, s.bias, alibi_slopes, s.bias_rule, s.bias_value, *pairs, *terms, scale, *mask
     )
 
 
@@ -268,7 +282,7 @@ def sigmoid_attention_varlen(
     query, scale = _arguments.with_scale(query, scale)
     mask = _mask(is_causal, window, position_offset)
     s = resolve_score("sigmoid", bias, tensor_bias=True)
-    terms = resolve_terms(
+    _, terms = resolve_terms(
         "sigmoid_attention_varlen",
         query,
         key,
@@ -282,7 +296,7 @@ def sigmoid_attention_varlen(
         offset=offset,
     )
     return _ops.sigmoid_attention_varlen(
-        query, key, value, *packing, padding, s.bias, alibi_slopes, s.bias_rule, s.bias_value, *terms[2:], scale, *mask
+        query, key, value, *packing, padding, s.bias, alibi_slopes, s.bias_rule, s.bias_value, *terms, scale, *mask
     )
 
 
@@ -318,6 +332,7 @@ def softmax_attention(
     sink: Tensor | None = None,
     softcap: float | None = None,
     attn_mask: Tensor | None = None,
+    distance_bias: Tensor | None = None,
     row_bounds: Tensor | None = None,
     key_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -353,11 +368,17 @@ def softmax_attention(
         }
         options |= {"softcap": softcap, "dropout_p": dropout_p, "generator": generator, "seed": seed, "offset": offset}
         _nested.expect_no_lengths(seqused_k=seqused_k, leftpad_k=leftpad_k)
-        _refuse_beside_nested(attn_mask=attn_mask, row_bounds=row_bounds, key_bias=key_bias, key_mask=key_mask)
+        _refuse_beside_nested(
+            attn_mask=attn_mask,
+            distance_bias=distance_bias,
+            row_bounds=row_bounds,
+            key_bias=key_bias,
+            key_mask=key_mask,
+        )
         return _nested.attend(softmax_attention_varlen, query, key, value, **options)
     if (ring := _shards.ring("softmax_attention")) is not None:
         _shards.expect_nothing(seqused_k=seqused_k, leftpad_k=leftpad_k, attn_mask=attn_mask, row_bounds=row_bounds)
-        _shards.expect_nothing(dropout_p=dropout_p)
+        _shards.expect_nothing(distance_bias=distance_bias, dropout_p=dropout_p)
         results: Tensor | tuple[Tensor, Tensor] = ring(
             query,
             key,
@@ -378,13 +399,14 @@ def softmax_attention(
     _arguments.optional_tensors(alibi_slopes=alibi_slopes, sink=sink)
     query, scale = _arguments.with_scale(query, scale)
     mask = _mask(is_causal, window, position_offset)
-    terms = resolve_terms(
+    pairs, terms = resolve_terms(
         "softmax_attention",
         query,
         key,
         value,
         softcap=softcap,
         attn_mask=attn_mask,
+        distance_bias=distance_bias,
         row_bounds=row_bounds,
         key_bias=key_bias,
         key_mask=key_mask,
@@ -394,7 +416,9 @@ def softmax_attention(
         offset=offset,
     )
     lengths = _arguments.key_lengths(seqused_k, leftpad_k, query, key)
-    output, logsumexp = _ops.softmax_attention(query, key, value, *lengths, alibi_slopes, sink, *terms, scale, *mask)
+    output, logsumexp = _ops.softmax_attention(
+        query, key, value, *lengths, alibi_slopes, sink, *pairs, *terms, scale, *mask
+    )
     return (output, logsumexp) if return_logsumexp else output
 
 
@@ -475,7 +499,7 @@ def softmax_attention_varlen(
     padding = _arguments.flag("has_padding", has_padding)
     query, scale = _arguments.with_scale(query, scale)
     mask = _mask(is_causal, window, position_offset)
-    terms = resolve_terms(
+    _, terms = resolve_terms(
         "softmax_attention_varlen",
         query,
         key,
@@ -489,7 +513,7 @@ def softmax_attention_varlen(
         offset=offset,
     )
     output, logsumexp = _ops.softmax_attention_varlen(
-        query, key, value, *packing, padding, alibi_slopes, sink, *terms[2:], scale, *mask
+        query, key, value, *packing, padding, alibi_slopes, sink, *terms, scale, *mask
     )
     return (output, logsumexp) if return_logsumexp else output
 
@@ -540,6 +564,7 @@ def block_sparse_attention(
     leftpad_k: Tensor | None = None,
     softcap: float | None = None,
     attn_mask: Tensor | None = None,
+    distance_bias: Tensor | None = None,
     key_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -562,7 +587,7 @@ def block_sparse_attention(
         block_bias: float32 like ``block_mask.kv_indices``, or 1 in the place of batch or heads, added to every logit of
             the block. It may require a gradient.
         sink: with the softmax score, as in :func:`attnx.softmax_attention`.
-        softcap, attn_mask, key_bias, key_mask, dropout_p, generator, seed, offset: as in
+        softcap, attn_mask, distance_bias, key_bias, key_mask, dropout_p, generator, seed, offset: as in
             :func:`attnx.sigmoid_attention`.
         scale: of the logits; 1/sqrt(head_dim) by default; or a tensor as in :func:`attnx.sigmoid_attention`.
         is_causal: also hide later keys, aligned bottom-right.
@@ -594,13 +619,14 @@ def block_sparse_attention(
     check_lengths("block_mask", block_mask.lengths, query, key)
     query, scale = _arguments.with_scale(query, scale)
     s = resolve_score(score, bias, sink=sink, return_logsumexp=return_logsumexp)
-    terms = resolve_terms(
+    pairs, terms = resolve_terms(
         "block_sparse_attention",
         query,
         key,
         value,
         softcap=softcap,
         attn_mask=block_mask.with_elements(attn_mask),
+        distance_bias=distance_bias,
         row_bounds=block_mask.row_bounds,
         key_bias=key_bias,
         key_mask=key_mask,
@@ -618,6 +644,7 @@ def block_sparse_attention(
         block_mask.kv_indices,
         block_bias,
         sink,
+        *pairs,
         *terms,
         *block_mask.block_size,
         s.score,

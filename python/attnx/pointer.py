@@ -58,7 +58,7 @@ def pointer_log_prob(
     if target.device != query.device:
         raise RuntimeError(f"target: expected a tensor on {query.device} like query, got one on {target.device}")
     length_q, length_k = query.shape[2], key.shape[2]
-    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+    if _arguments.has_values(target):
         low, high = int(target.min()), int(target.max())
         if not 0 <= low <= high < length_k:
             raise RuntimeError(f"target: expected keys from 0 to {length_k - 1}, got some from {low} to {high}")

@@ -100,6 +100,7 @@ class _Terms(NamedTuple):
 
     softcap: float | None = None
     attn_mask: Tensor | None = None
+    distance_bias: Tensor | None = None
     row_bounds: Tensor | None = None
     key_bias: Tensor | None = None
     key_mask: Tensor | None = None
@@ -126,12 +127,19 @@ class _Terms(NamedTuple):
         if self.row_bounds is not None:
             j = torch.arange(logits.shape[-1], device=logits.device)
             visible = visible & (j >= self.row_bounds[..., :1]) & (j < self.row_bounds[..., 1:])
-        for x in (self.attn_mask, None if self.key_bias is None else self.key_bias[:, :, None]):
+        of_keys = None if self.key_bias is None else self.key_bias[:, :, None]
+        for x in (self.attn_mask, self.of_distances(*logits.shape[-2:]), of_keys):
             if x is not None and x.dtype == torch.bool:
                 visible = visible & x
             elif x is not None:
                 logits, visible = logits + x.double(), visible & (x != -math.inf)
         return logits, visible.expand(logits.shape)
+
+    def of_distances(self, length_q: int, length_k: int) -> Tensor | None:
+        if self.distance_bias is None:
+            return None
+        i, j = torch.arange(length_q)[:, None], torch.arange(length_k)
+        return self.distance_bias[..., i - j + length_k - 1]
 
     def share(self) -> Tensor | None:
         return None if self.key_mask is None else self.key_mask.double()[:, :, None]
@@ -294,6 +302,37 @@ def softmax_attention(
     distance, visible, _ = _band(query, key, is_causal, window, position_offset, seqused_k, leftpad_k)
     logits, visible = terms.add(_logits(query, key, scale, alibi_slopes, distance, terms), visible)
     output, logsumexp = _softmax(logits.where(visible, -math.inf), visible, value, sink, terms)
+    return (output, logsumexp) if return_logsumexp else output
+
+
+def disentangled_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    *,
+    pos_key: Tensor | None = None,
+    pos_query: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: Window = None,
+    return_logsumexp: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    terms = _Terms.of(options, None)
+    length_q, length_k, head_dim = query.shape[2], key.shape[2], query.shape[3]
+    distance, visible, _ = _band(query, key, is_causal, window, 0, None, None)
+    if scale is None:
+        scale = 1 / math.sqrt(head_dim * (1 + sum(x is not None for x in (pos_key, pos_query))))
+    logits = _logits(query, key, scale, None, distance, terms)
+    at = index.long()[torch.arange(length_q)[:, None] - torch.arange(length_k) + length_k - 1].expand(logits.shape)
+    if pos_key is not None:
+        logits = logits + (scale * query.double() @ pos_key.double().mT).gather(3, at)
+    if pos_query is not None:
+        keys = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        logits = logits + (scale * keys @ pos_query.double().mT).gather(3, at.mT).mT
+    logits, visible = terms.add(logits, visible)
+    output, logsumexp = _softmax(logits.where(visible, -math.inf), visible, value, None, terms)
     return (output, logsumexp) if return_logsumexp else output
 
 

@@ -47,6 +47,9 @@ class Backward {
     if constexpr (Logits::kHasTerms) {
       sizes_.sums_added = sums_added(p);
       sizes_.sums_shares = sums_shares(p);
+      if (sums_distances(p)) sizes_.distances = distances(p);
+      // The rows of a key's table belong to one unit, which adds to them directly.
+      if (p.grad_key_table.data) return;
       if (heads_share_rows(p)) {
         splits_ = executor.threads;
         return;
@@ -132,8 +135,7 @@ class Backward {
     if constexpr (Logits::kHasTerms) {
       const Sequence s(p_, head / p_.heads_k);
       const auto of_split = [&](std::int64_t split) { return Sums(sizes_, sums + split * sums_bytes()).terms; };
-      add_up_terms(p_, s.batch, head % p_.heads_k, splits, s.length_k * part / splits, s.length_k * (part + 1) / splits,
-                   of_split, all_term_sums(workspace));
+      add_up_terms(p_, s.batch, head % p_.heads_k, s.length_k, splits, part, of_split, all_term_sums(workspace));
     }
   }
   auto all_term_sums(char* workspace) const {

@@ -180,6 +180,14 @@ ATTNX_INLINE Vec<T> sums_of_lanes(Vec<T> (&x)[kLanes<T>]) {
       x[i] = __builtin_shuffle(x[i], x[i + half], low) + __builtin_shuffle(x[i], x[i + half], high);
   return x[0];
 }
+// The last lane comes first.
+template <class T>
+ATTNX_INLINE Vec<T> reversed(Vec<T> x) {
+  Mask<T> lanes{};
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = MaskInt<T>(kLanes<T> - 1 - i);
+  return __builtin_shuffle(x, lanes);
+}
 // Lane i of vector j and lane j of vector i change places: in log2(lanes) rounds, each of which swaps the two blocks
 // off the diagonal within every block of the round before.
 template <class T>

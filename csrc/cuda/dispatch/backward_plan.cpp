@@ -10,6 +10,7 @@
 #include "cuda/mainloop/sm80/tile_sizes.h"
 #include "cuda/mainloop/sm90/backward_tile_sizes.h"
 #include "cuda/storage/tma_views.h"
+#include "cuda/units/sums_call.h"
 
 namespace attnx::cuda {
 
@@ -100,6 +101,10 @@ BackwardPlan make_plan(const BackwardParams& p, std::optional<Mainloop> asked, b
   const auto place_by_key = [&] { return layout.place<float>(workspace, p.batch * p.heads_q * p.length_k); };
   if (adds_by_key) plan.added_sums = place_by_key();
   if (p.grad_key_mask.data) plan.factor_sums = adds_by_key && is_normalised(p.score) ? plan.added_sums : place_by_key();
+  if (has_gradient_of_distances(p)) {
+    plan.bands = {p.length_q, p.length_k, grad_terms_rows(plan.head_dim), kGradTermsKeys};
+    plan.distance_sums = layout.place<float>(workspace, p.batch * p.heads_q * plan.bands.count * plan.bands.sums());
+  }
   const std::size_t zeros_begin = layout.bytes();
   plan.sums = scratch.grad_query_sum = layout.place<float>(workspace, rows * plan.head_dim);
   if (p.grad_bias) scratch.bias_sum = layout.place<float>(workspace, rows * plan.tile.score_warps);

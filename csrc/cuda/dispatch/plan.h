@@ -8,6 +8,7 @@
 
 #include "cuda/common/device.h"
 #include "cuda/common/mainloop_choice.h"
+#include "cuda/reduction/distance_bands.h"
 #include "cuda/units/call.h"
 
 namespace attnx::cuda {
@@ -43,7 +44,9 @@ struct BackwardPlan : Plan {
   // without key_mask, and of key_mask. They are null where they are not wanted, and the same where weights are
   // normalised.
   float *added_sums = nullptr, *factor_sums = nullptr;
-  void* sums = nullptr;  // the part of the workspace that starts at zero
+  DistanceBands bands = {};
+  float* distance_sums = nullptr;  // [batch, heads_q, band, sum of the band], likewise
+  void* sums = nullptr;            // the part of the workspace that starts at zero
   std::size_t sums_bytes = 0;
 };
 

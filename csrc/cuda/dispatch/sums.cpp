@@ -4,6 +4,7 @@
 #include "cuda/dispatch/range.h"
 #include "cuda/dispatch/tiling.h"
 #include "cuda/head_dims.h"
+#include "cuda/passes/distance_sums.h"
 #include "cuda/passes/term_sums.h"
 #include "cuda/units/sums_call.h"
 
@@ -51,13 +52,14 @@ void max_logits(const MaxLogitsParams& p, const Launch& where) {
 }
 
 void launch_grad_sums(const BackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
-  if (!p.grad_block_bias && !has_gradient_of_pairs(p) && !plan.added_sums && !plan.factor_sums) return;
+  if (!p.grad_block_bias && !p.grad_attn_mask.data && !plan.added_sums && !plan.factor_sums) return;
   const GradSumsCall call{p,
                           geometry_of(p, 1, 1),
                           scaling_of(p),
                           {plan.geometry, plan.tile.rows, plan.scratch.offset, plan.scratch.delta},
                           plan.added_sums,
                           plan.factor_sums,
+                          plan.distance_sums,
                           plan.variant.aligned,
                           stream};
   with_unit(p,
@@ -73,7 +75,10 @@ void launch_grad_sums(const BackwardParams& p, const BackwardPlan& plan, cudaStr
   const PairMask& mask = p.grad_attn_mask;
   add_up(plan.added_sums, p.terms.key_mask, bias.data, bias.batch_stride, bias.head_stride, 1);
   add_up(plan.factor_sums, {}, factor.data, factor.batch_stride, factor.head_stride, 1);
-  if (!has_gradient_of_pairs(p))
+  if (plan.distance_sums)
+    launch_distance_sums(
+        {plan.distance_sums, plan.bands, int(p.batch), int(p.heads_q), int(p.length_q), int(p.length_k), mask}, stream);
+  else if (!has_gradient_of_pairs(p))
     add_up(plan.added_sums, p.terms.key_mask, const_cast<void*>(mask.data), mask.batch_stride, mask.head_stride,
            mask.key_stride);
 }

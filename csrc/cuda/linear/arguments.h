@@ -71,6 +71,7 @@ struct LinearGradArguments : LinearArguments {
   Tensor grad_query, grad_key, grad_value;  // float32
 };
 void launch_linear_grad_query(const LinearGradArguments& args, DType dtype, cudaStream_t stream);
-void launch_linear_grad_keys(const LinearGradArguments& args, DType dtype, cudaStream_t stream);
+template <DType kDType>
+void launch_linear_grad_keys(const LinearGradArguments& args, cudaStream_t stream);
 
 }  // namespace attnx::cuda

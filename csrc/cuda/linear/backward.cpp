@@ -36,7 +36,10 @@ void linear_backward(const LinearBackwardParams& p, const Launch& launch) {
     launch_linear_grad_query(gradients, p.dtype, stream);
     launch_linear_states({section, p.query, p.grad_output, true}, p.dtype, stream);
     launch_linear_product(section, true, p.dtype, stream);
-    launch_linear_grad_keys(gradients, p.dtype, stream);
+    if (p.dtype == DType::kBFloat16)
+      launch_linear_grad_keys<DType::kBFloat16>(gradients, stream);
+    else
+      launch_linear_grad_keys<DType::kFloat16>(gradients, stream);
   });
 }
 

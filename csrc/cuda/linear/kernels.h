@@ -14,17 +14,22 @@ inline std::int64_t query_tiles(const LinearArguments& args) {
   return args.length_q == 0 ? 0 : args.units * args.heads_of_unit * args.query_blocks.divisor();
 }
 
-// This calls action.template operator()<Input, kDim>() with what features and values are padded to.
+// This calls action.template operator()<kDim>() with what features and values are padded to.
+template <class Action>
+void with_linear_dim(const LinearArguments& args, const Action& action) {
+  const std::int64_t dim = std::max(args.head_dim, args.value_dim);
+  if (dim <= 64) return action.template operator()<64>();
+  if (dim <= 128) return action.template operator()<128>();
+  action.template operator()<256>();
+}
+
+// This calls action.template operator()<Input, kDim>().
 template <class Action>
 void with_linear_kernel(const LinearArguments& args, DType dtype, const Action& action) {
-  const std::int64_t dim = std::max(args.head_dim, args.value_dim);
-  const auto with_dim = [&]<class Input>(Input) {
-    if (dim <= 64) return action.template operator()<Input, 64>();
-    if (dim <= 128) return action.template operator()<Input, 128>();
-    return action.template operator()<Input, 256>();
+  const auto with_dtype = [&]<class Input>(Input) {
+    with_linear_dim(args, [&]<int kDim>() { action.template operator()<Input, kDim>(); });
   };
-  if (dtype == DType::kBFloat16) return with_dim(__nv_bfloat16());
-  with_dim(__half());
+  dtype == DType::kBFloat16 ? with_dtype(__nv_bfloat16()) : with_dtype(__half());
 }
 
 }  // namespace attnx::cuda

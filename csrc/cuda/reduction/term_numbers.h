@@ -1,10 +1,11 @@
 // This sums over the pairs of a query and a key that share a number of what logits get: it makes the gradients of
-// attn_mask and block_bias, and the sums of those of numbers by key.
+// attn_mask and block_bias, and the sums of those of numbers by key and by distance.
 #pragma once
 
 #include <algorithm>
 
 #include "cuda/common/reduce.h"
+#include "cuda/reduction/distance_bands.h"
 #include "cuda/reduction/pair_sums.h"
 #include "cuda/tiles/listed.h"
 
@@ -14,6 +15,7 @@ namespace attnx::cuda {
 // dense or with lists, and one kernel serves them all:
 //   a tile of keys of a query head; the tiles of rows that see it
 //   a tile of attn_mask; the sequences and heads that share it
+//   a band of distances of a query head; the tiles along its diagonal
 //   an entry of a list of keys; the tiles of its block
 class TermNumbers {
   static std::int64_t tiles(std::int64_t rows, std::int64_t size) { return (rows + size - 1) / size; }
@@ -24,13 +26,16 @@ class TermNumbers {
   static constexpr bool kKeysStay = false, kRowsStay = false, kCopiesLate = true;
 
   struct Parameters {
-    // The numbers are those of one of these: [batch, heads_q, key]; the mask; [batch, heads_q, query block, entry].
+    // The numbers are those of one of these: [batch, heads_q, key]; the mask; [batch, heads_q, band, sum of the band];
+    // [batch, heads_q, query block, entry].
     float* by_key = nullptr;
     PairMask mask = {};
+    float* by_distance = nullptr;
     double* by_block = nullptr;
     int heads_sharing = 1, places_sharing = 1;    // heads, and (sequence, head), that share a number
     Divisor row_blocks, key_blocks, heads_apart;  // owners along the rows, the keys and the heads
-    BlockList lists, transposed;                  // of each block of queries, of keys; null where the call has none
+    DistanceBands bands = {};
+    BlockList lists, transposed;  // of each block of queries, of keys; null where the call has none
     int block_q, block_k;
     std::int64_t owners;
   };
@@ -68,6 +73,14 @@ class TermNumbers {
     x.mask = mask;
     return x;
   }
+  template <class Tile>
+  static Parameters by_distance(const BackwardParams& p, float* sums) {
+    const DistanceBands bands(p.length_q, p.length_k, Tile::kM, Tile::kN);
+    Parameters x = owned(p, bands.count, 1);
+    x.by_distance = sums;
+    x.bands = bands;
+    return x;
+  }
   static Parameters by_block(const BackwardParams& p) {
     Parameters x = owned(p, tiles(p.length_q, p.block_q), p.key_blocks.width);
     x.by_block = p.grad_block_bias;
@@ -97,8 +110,14 @@ class TermNumbers {
       const int blocks = (sequence_.length_q + p_.block_q - 1) / p_.block_q;
       return {List(p_.transposed, batch_, head_, key_ / p_.block_k), p_.block_q, unsigned(max(blocks - 1, 0))};
     }
-    // This goes on to the next head that shares the numbers, or the first one of the next sequence.
+    // This goes on to the next tile of the diagonal, or to the next head that shares the numbers, or the first one of
+    // the next sequence.
     __device__ __forceinline__ void to_next_place() {
+      if (p_.by_distance) {
+        row_ += Tile::kN;
+        key_ += Tile::kN;
+        return;
+      }
       if (++head_ < own_head_ + p_.heads_sharing) return;
       head_ = own_head_;
       ++batch_;
@@ -132,7 +151,15 @@ class TermNumbers {
       sequence_ = sequence_of(args, batch_);
       const auto tiles = [](int rows, int size) { return max((rows + size - 1) / size, 0); };
       const int length_q = sequence_.length_q, length_k = sequence_.band.length_k;
-      if (p_.by_block) {
+      if (p_.by_distance) {
+        const int offset = p_.bands.offset(row_ / Tile::kM);
+        row_ = offset < 0 ? -offset : (Tile::kN - offset % Tile::kN) % Tile::kN;
+        key_ = row_ + offset;
+        // Whether a row sees a key depends on their distance, so that the first tile tells about all of them.
+        const Visible queries = sequence_.band.seen_by(key_, key_ + Tile::kN, length_q);
+        const bool seen = queries.first < row_ + Tile::kM && queries.end > row_;
+        end_ = seen ? min(tiles(length_q - row_, Tile::kN), tiles(length_k - key_, Tile::kN)) : 0;
+      } else if (p_.by_block) {
         const int query_block = row_ / Tile::kM, entry = key_ / Tile::kN;
         const List list(p_.lists, batch_, head_, query_block);
         const bool listed = entry < list.count();
@@ -192,6 +219,30 @@ class TermNumbers {
       return sum;
     }
 
+    // The sums of a diagonal of the tile belong to one distance.
+    __device__ __forceinline__ void store_distances(float* to) const {
+      constexpr int kM = Tile::kM, kN = Tile::kN;
+      static_assert(kM + kN <= Tile::kThreads + 1 && kM * kN * int(sizeof(float)) <= Tile::kSharedBytes);
+      extern __shared__ uint4 shared[];
+      float* const tile = reinterpret_cast<float*>(shared);
+      const int lane = threadIdx.x % 32, own_key = threadIdx.x / 32 * Tile::kWarpKeys + lane % 4 * 2;
+      __syncthreads();  // all have read the tiles of the last step
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+#pragma unroll
+        for (int n = 0; n < kKeys; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            tile[(lane / 4 + row_of(r)) * kN + own_key + n * 8 + e] = this->sums_[r / 2][n][r % 2 * 2 + e];
+      __syncthreads();
+      const int own = threadIdx.x;  // the key less the row, plus kM - 1
+      if (own >= kM + kN - 1) return;
+      const int first = max(kM - 1 - own, 0), end = min(kM - 1 - own + kN, kM);
+      float sum = 0;
+      for (int row = first; row < end; ++row) sum += tile[row * kN + row + own - (kM - 1)];
+      to[own] = sum;
+    }
+
    public:
     template <class Args>
     __device__ __forceinline__ void store(const Args& args, const Walk<Tile>& walk) const {
@@ -205,6 +256,8 @@ class TermNumbers {
         for (int n = 0; n < kKeys; ++n) sum += of_key(n, 0) + of_key(n, 1);
         const double of_block = sum_of_block<Tile::kThreads>(sum);
         if (threadIdx.x == 0) p.by_block[blockIdx.x] = of_block;
+      } else if (p.by_distance) {
+        store_distances(p.by_distance + std::int64_t(blockIdx.x) * p.bands.sums());
       } else if (p.by_key) {
         float* const to = p.by_key + (walk.own_batch() * args.heads_q + walk.own_head()) * args.length_k;
 #pragma unroll

@@ -17,6 +17,7 @@ namespace attnx::cuda {
 template <class Score, class Input, int kHeadDim>
 class GradSumsSm80 {
   using Sizes = SumsTiles<kHeadDim>;
+  static_assert(Sizes::GradTerms::kM == grad_terms_rows(kHeadDim) && Sizes::GradTerms::kN == kGradTermsKeys);
 
   template <class Summand, class Reduction, class Storage, class Tile, class Logits>
   static void launch(const GradSumsCall& call, const typename Logits::Arguments& logits,
@@ -53,6 +54,7 @@ class GradSumsSm80 {
     LogitTermsArguments logits = WithTerms::arguments(call.scaling, p);
     if (p.grad_block_bias) launch_terms(call, logits, false, TermNumbers::by_block(p));
     if (has_gradient_of_pairs(p)) launch_terms(call, logits, false, TermNumbers::of_mask<Tile>(p));
+    if (call.distance_sums) launch_terms(call, logits, false, TermNumbers::by_distance<Tile>(p, call.distance_sums));
     // The pass that adds up sums by key multiplies with key_mask what is not the gradient of key_mask.
     logits.terms.key_mask = {};
     const auto by_key = [&](float* sums, bool of_factors) {

@@ -19,9 +19,13 @@ struct SumsCall {
   cudaStream_t stream;
 };
 
-// This tells whether each row has numbers of attn_mask of its own, so that they are not numbers by key.
+// These tell whether each row has numbers of attn_mask of its own, so that they are not numbers by key, and whether
+// they are numbers by distance.
 inline bool has_gradient_of_pairs(const BackwardParams& p) {
-  return p.grad_attn_mask.data && p.grad_attn_mask.row_stride != 0;
+  return p.grad_attn_mask.data && p.grad_attn_mask.row_stride != 0 && !p.grad_attn_mask.by_distance();
+}
+inline bool has_gradient_of_distances(const BackwardParams& p) {
+  return p.grad_attn_mask.data && p.grad_attn_mask.by_distance();
 }
 
 // This makes the gradients of what logits get, and sums of those that are by key, as BackwardPlan says.
@@ -30,7 +34,7 @@ struct GradSumsCall {
   Geometry geometry;
   LogitScaling scaling;
   RowsOfBackward rows;
-  float *added_sums, *factor_sums;
+  float *added_sums, *factor_sums, *distance_sums;
   bool aligned;
   cudaStream_t stream;
 };

@@ -30,6 +30,7 @@ OPERATORS = (
         autocast=_QKV,
         flops=flops.listed,
     ),
+    Operator("disentangled_attention", shapes=terms.TABLE_GRADIENTS, autocast=_QKV, flops=flops.band),
     Operator(
         "attention_key_weights",
         weights.OF_KEYS,

@@ -16,6 +16,9 @@ def _like(argument: str, arguments: Arguments) -> Tensor:
     return query.new_empty(shape, dtype=sum_dtype(query))
 
 
-BY_HEAD = ("attn_mask", "row_bounds", "key_bias", "key_mask")  # these count heads in the dimension that query does
-TENSORS = ("attn_mask", "key_bias", "key_mask")
+# These count heads in the dimension that query does.
+BY_HEAD = ("attn_mask", "distance_bias", "row_bounds", "key_bias", "key_mask")
+TENSORS = ("attn_mask", "distance_bias", "key_bias", "key_mask")
 GRADIENTS = {f"grad_{name}": partial(_like, name) for name in TENSORS}
+TABLES = ("query_table", "key_table", "key_bias", "key_mask")
+TABLE_GRADIENTS = {f"grad_{name}": partial(_like, name) for name in TABLES}

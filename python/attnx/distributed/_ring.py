@@ -105,7 +105,8 @@ class RingAttention(torch.autograd.Function):
             rows |= {"grad_logsumexp": grad_logsumexp, "logsumexp": logsumexp}
         of = signature(f"{plan.operator}_backward")
         options = {f"{name}_gradient": wanted[name] for name in ("key_bias", "key_mask")}
-        options |= {"attn_mask_gradient": False, "deterministic": torch.are_deterministic_algorithms_enabled()}
+        options |= {"attn_mask_gradient": False, "distance_bias_gradient": False}
+        options |= {"deterministic": torch.are_deterministic_algorithms_enabled()}
 
         grad_query = _zeros(query)
         of_parameters = {name: _zeros(x) for name, x in parameters.items()}

@@ -191,7 +191,7 @@ def ring_sigmoid_attention(
 
 
 # These are the operators' arguments for what resolve_terms returns.
-_TERMS = ("attn_mask", "row_bounds", "softcap", "key_bias", "key_mask", "dropout_p", "seed", "offset")
+_TERMS = ("attn_mask", "distance_bias", "row_bounds", "softcap", "key_bias", "key_mask", "dropout_p", "seed", "offset")
 
 
 @torch.compiler.disable(reason="what is sent to single processes belongs in no graph")
@@ -228,7 +228,7 @@ def _attend(
         _check_sink(parameters["sink"], query)
     query, key, value = _autocast(query, key, value)
     query, scale = _arguments.with_scale(query, scale)
-    terms = resolve_terms(
+    pairs, terms = resolve_terms(
         operator,
         query,
         key,
@@ -237,7 +237,7 @@ def _attend(
         key_bias=of_keys["key_bias"],
         key_mask=of_keys["key_mask"],
     )
-    named_terms = dict(zip(_TERMS, terms, strict=True))
+    named_terms = dict(zip(_TERMS, (*pairs, *terms), strict=True))
 
     lengths = [x.shape[2] * processes.size for x in (query, key)]
     position_offset = _arguments.integer("position_offset", position_offset)

@@ -28,6 +28,8 @@ _OPERATORS = (
     "softmax_attention_varlen_backward",
     "block_sparse_attention",
     "block_sparse_attention_backward",
+    "disentangled_attention",
+    "disentangled_attention_backward",
     "probabilistic_attention",
     "probabilistic_attention_backward",
     "sparse_linear_attention",
@@ -51,9 +53,9 @@ _OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
 # These are for each head, these for each sequence, and these for all. Every other tensor begins with (batch, heads).
 _BY_HEAD = ("alibi_slopes", "sink", "bias", "memory_key", "memory_value", "centroids")
 _BY_SEQUENCE = ("seqused_k", "leftpad_k")
-_FOR_ALL = ("keep", "seed", "offset")
+_FOR_ALL = ("keep", "seed", "offset", "table_index")
 # These get a gradient on request, which is empty without one.
-_ON_REQUEST = ("attn_mask", "key_bias", "key_mask", "block_bias")
+_ON_REQUEST = ("attn_mask", "distance_bias", "key_bias", "key_mask", "block_bias", "query_table", "key_table")
 
 
 def register_sharding() -> None:

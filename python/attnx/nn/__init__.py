@@ -1,6 +1,7 @@
 """The attention operators as modules."""
 
 from attnx.nn.affine import AffineScaledAttention
+from attnx.nn.disentangled import DisentangledSelfAttention
 from attnx.nn.probabilistic import ProbabilisticAttention
 from attnx.nn.routing import RoutingAttention
 from attnx.nn.sigmoid import SigmoidAttention
@@ -8,6 +9,7 @@ from attnx.nn.sparse_linear import SparseLinearAttention
 
 __all__ = [
     "AffineScaledAttention",
+    "DisentangledSelfAttention",
     "ProbabilisticAttention",
     "RoutingAttention",
     "SigmoidAttention",

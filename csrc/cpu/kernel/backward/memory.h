@@ -17,6 +17,7 @@ struct BackwardSizes {
   std::int64_t keys;                             // whose gradients a unit sums; 0 where these sums lie elsewhere
   std::int64_t group;                            // query heads of a key head
   bool sums_added = false, sums_shares = false;  // of terms of logits
+  std::int64_t distances = 0;                    // of numbers by distance whose gradients a unit sums
 
   BackwardSizes(const AttentionParams& p, std::int64_t most_tile_keys, std::int64_t most_panels, std::int64_t most_keys)
       : head_stride(row_stride(p.head_dim)),

@@ -6,6 +6,7 @@
 #include "../dtype.h"
 #include "../random.h"
 #include "../rows.h"
+#include "distance_tables.h"
 #include "tile.h"
 
 namespace attnx::cpu::ATTNX_ISA {
@@ -36,6 +37,7 @@ class TermBuilder {
         group_(p.heads_q / p.heads_k),
         tile_keys_(tile_keys),
         dropout_(p.terms),
+        tables_(p, arena),
         kept_number_(kept_count_one ? 1 : Sum(dropout_.factor())) {
     added_ = arena.take<Sum>(tile_keys * kWidth);
     if (terms_.dropout != 0) kept_ = arena.take<Sum>(tile_keys * kWidth);
@@ -51,7 +53,7 @@ class TermBuilder {
     batch_ = s.batch, first_k_ = s.first_k;
     const PairMask& mask = terms_.attn_mask;
     rows.one_head = group_ == 1;
-    rows.one_mask = mask.row_stride == 0 && (mask.head_stride == 0 || rows.one_head);
+    rows.one_mask = !terms_.tables.index && mask.row_stride == 0 && (mask.head_stride == 0 || rows.one_head);
     rows.first_head = s.batch * p_.heads_q;
     for (int lane = 0; lane < kWidth; ++lane)
       rows.mask[lane] = static_cast<const char*>(mask.data) +
@@ -68,7 +70,11 @@ class TermBuilder {
   // It fills all arrays, and tells whether the panel sees none of the keys.
   bool fill(int i, const Panel<Sum>& panel, const KeyTile& tile, std::int64_t keys) {
     switch (terms_.attn_mask.kind) {
-      case MaskKind::kNone: fill_added<None>(rows_[i], panel, tile, keys); break;
+      case MaskKind::kNone:
+        tables_.prepare();
+        tables_.any() ? fill_added<ByTable>(rows_[i], panel, tile, keys)
+                      : fill_added<None>(rows_[i], panel, tile, keys);
+        break;
       case MaskKind::kBool: fill_added<bool>(rows_[i], panel, tile, keys); break;
       case MaskKind::kInput: fill_added<Input>(rows_[i], panel, tile, keys); break;
       case MaskKind::kSum: fill_added<Sum>(rows_[i], panel, tile, keys); break;
@@ -88,11 +94,13 @@ class TermBuilder {
   }
 
   const Dropout& dropout() const { return dropout_; }
+  const DistanceTables<Sum>& tables() const { return tables_; }
   Sum* kept() const { return kept_; }
   Sum* shares() const { return shares_; }
 
  private:
   struct None {};
+  struct ByTable {};
 
   std::int64_t number_bytes() const {
     switch (terms_.attn_mask.kind) {
@@ -155,9 +163,28 @@ class TermBuilder {
     } else {
       const auto* const from = reinterpret_cast<const Number*>(row) + (tile_.first + key) * stride;
       if (stride == 1 && left >= kLanes<Sum>) return load_as<Sum>(from);
+      if (stride == -1 && left >= kLanes<Sum>) return reversed<Sum>(load_as<Sum>(from - (kLanes<Sum> - 1)));
       return by_number(left, [&](std::int64_t i) { return Sum(to_float(from[i * stride])); });
     }
     return by_number(left, [](std::int64_t) { return Sum(0); });
+  }
+  // The numbers of the query's row, for the row of a lane.
+  ATTNX_INLINE Vec<Sum> of_query_table(const Panel<Sum>& panel, int lane, std::int64_t key) const {
+    const std::int64_t query = panel.query[lane], left = tile_.count - key, first = tile_.first + key;
+    const auto* const row = tables_.template row_of<const Sum>(terms_.tables.query, batch_, panel.head[lane], query);
+    if (row && left >= kLanes<Sum>) return tables_.of_keys(row, query, first);
+    return by_number(left, [&](std::int64_t i) { return row ? row[tables_.number(query, first + i)] : Sum(0); });
+  }
+  // The numbers of the key's row, for a vector of lanes. All of them are rows of a head where they are `consecutive`.
+  ATTNX_INLINE Vec<Sum> of_key_table(const Panel<Sum>& panel, int lane, bool consecutive, std::int64_t key) const {
+    const std::int64_t at = tile_.first + key;
+    const auto row = [&](int i) {
+      return tables_.template row_of<const Sum>(terms_.tables.key, batch_, panel.head[lane + i], at);
+    };
+    if (consecutive) return tables_.of_queries(row(0), panel.query[lane], at);
+    Vec<Sum> x{};
+    for (int i = 0; i < kLanes<Sum>; ++i) x[i] = row(i)[tables_.number(panel.query[lane + i], at)];
+    return x;
   }
   template <class Read>
   static Vec<Sum> by_number(std::int64_t left, const Read& read) {
@@ -170,7 +197,12 @@ class TermBuilder {
   void fill_added(const TermRows<Sum>& rows, const Panel<Sum>& panel, const KeyTile& tile, std::int64_t keys) {
     const bool one_row = rows.one_mask && (rows.one_head || !has_key_terms());
     const auto along_keys = [&](int lane, std::int64_t key) __attribute__((always_inline)) {
-      Vec<Sum> x = mask_of<Number>(rows.mask[lane], key);
+      Vec<Sum> x;
+      if constexpr (__is_same(Number, ByTable)) {
+        x = of_query_table(panel, lane, key);
+      } else {
+        x = mask_of<Number>(rows.mask[lane], key);
+      }
       if (has_key_terms()) x += load(key_terms(panel.head[lane]) + key);
       return x;
     };
@@ -180,8 +212,11 @@ class TermBuilder {
     for (int v = 0; v < panel.vectors; ++v) {
       const int lane = v * kLanes<Sum>;
       const Vec<Sum> bias = load(panel.bias + lane) + tile.bias, slope = load(panel.slope + lane);
+      const bool consecutive = rows.one_head && lane + kLanes<Sum> <= panel.rows;
       const auto put = [&](std::int64_t key, Vec<Sum> x) __attribute__((always_inline)) {
         x += bias;
+        if constexpr (__is_same(Number, ByTable))
+          if (terms_.tables.key.data && key < tile_.count) x += of_key_table(panel, lane, consecutive, key);
         if (panel.alibi) x -= slope * absolute(load(bounds.position + lane) - Sum(key));
         if (bounds.masked) {
           const auto n = MaskInt<Sum>(key);
@@ -228,6 +263,7 @@ class TermBuilder {
   bool share_hides_;
   std::int64_t group_, tile_keys_;
   Dropout dropout_;
+  DistanceTables<Sum> tables_;
   Sum kept_number_;
   Sum *added_, *kept_ = nullptr, *shares_ = nullptr;  // [keys][lanes]
   Sum* key_terms_;                                    // [group][keys]

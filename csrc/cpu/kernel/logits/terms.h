@@ -53,7 +53,8 @@ struct LogitsWithTerms {
    public:
     Backward(const BackwardParams& p, std::int64_t tile_keys, std::int64_t panels, Arena& arena)
         : p_(p), build_(p, !p.grad_key_mask.data, false, tile_keys, panels, arena) {
-      const bool of_added = p.grad_key_bias.data || p.grad_attn_mask.data;
+      const bool of_added =
+          p.grad_key_bias.data || p.grad_attn_mask.data || p.grad_query_table.data || p.grad_key_table.data;
       if (of_added) grad_added_ = arena.take<Sum>(tile_keys * kWidth);
       if (p.grad_key_mask.data) grad_shares_ = arena.take<Sum>(tile_keys * kWidth);
     }
@@ -78,17 +79,21 @@ struct LogitsWithTerms {
       return x;
     }
 
-    // The gradients of the terms of a tile, of so many keys, are added to those of the mask, and to the sums over rows.
+    // The gradients of the terms of a tile, of so many keys, are added to those of the mask and of the tables, and to
+    // the sums over rows.
     void add_gradients(const Panel<Sum>& panel, const KeyTile& tile, std::int64_t keys, const Sums& sums) const {
-      const PairMask& mask = p_.grad_attn_mask;
-      if (grad_added_) add(grad_added_, panel, tile, keys, sums.added, sums.keys, mask.data && mask.row_stride != 0);
-      if (grad_shares_) add(grad_shares_, panel, tile, keys, sums.shares, sums.keys, false);
+      if (grad_added_) add(grad_added_, panel, tile, keys, sums.added, sums.keys, sums.distances, true);
+      if (p_.grad_key_table.data) add_to_key_table(grad_added_, panel, tile, keys);
+      if (grad_shares_) add(grad_shares_, panel, tile, keys, sums.shares, sums.keys, nullptr, false);
     }
 
    private:
     void add(const Sum* grad, const Panel<Sum>& panel, const KeyTile& tile, std::int64_t count, double* sums,
-             std::int64_t sum_keys, bool to_mask) const {
+             std::int64_t sum_keys, double* by_distance, bool of_added) const {
       const std::int64_t group = p_.heads_q / p_.heads_k;
+      const PairMask& mask = p_.grad_attn_mask;
+      const bool to_mask = of_added && mask.data && mask.row_stride != 0 && !mask.by_distance();
+      const bool to_table = of_added && p_.grad_query_table.data;
       for (int lane = 0; lane < panel.rows; lane += kLanes<Sum>)
         for (std::int64_t key = 0; key < count; key += kLanes<Sum>) {
           const std::int64_t keys = smaller<std::int64_t>(kLanes<Sum>, count - key);
@@ -98,12 +103,39 @@ struct LogitsWithTerms {
           Vec<Sum> sum = {};
           for (int i = 0; i < kLanes<Sum> && lane + i < panel.rows; ++i) {
             if (to_mask) add_to(mask_row(panel, lane + i, tile.first + key), x[i], keys);
+            if (by_distance)
+              add_to(by_distance + panel.head[lane + i] % group * distances(p_) + tile.first + key -
+                         panel.query[lane + i] + p_.length_q - 1,
+                     x[i], keys);
+            if (to_table) add_to_query_table(panel, lane + i, tile.first + key, x[i], keys);
             sum += x[i];
             if (!sums || (group == 1 && i + 1 < kLanes<Sum> && lane + i + 1 < panel.rows)) continue;
             // Rows of one head are summed up first.
             add_to(sums + panel.head[lane + i] % group * sum_keys + tile.first + key, sum, keys);
             sum = Vec<Sum>{};
           }
+        }
+    }
+    // The gradients of a query's row, from so many keys from the first on.
+    void add_to_query_table(const Panel<Sum>& panel, int lane, std::int64_t first, Vec<Sum> x,
+                            std::int64_t keys) const {
+      const std::int64_t query = panel.query[lane];
+      Sum* const row = row_of<Sum>(p_.grad_query_table, batch_, panel.head[lane], query);
+      if (keys == kLanes<Sum>) return build_.tables().add_of_keys(row, query, first, x);
+      for (std::int64_t i = 0; i < keys; ++i) row[build_.tables().number(query, first + i)] += x[i];
+    }
+    // The gradients of the keys' rows.
+    void add_to_key_table(const Sum* grad, const Panel<Sum>& panel, const KeyTile& tile, std::int64_t count) const {
+      const bool one_head = p_.heads_q == p_.heads_k;
+      for (std::int64_t key = tile.first; key < tile.first + count; ++key, grad += kWidth)
+        for (int lane = 0; lane < panel.rows; lane += kLanes<Sum>) {
+          const auto row = [&](int i) { return row_of<Sum>(p_.grad_key_table, batch_, panel.head[lane + i], key); };
+          if (one_head && lane + kLanes<Sum> <= panel.rows) {
+            build_.tables().add_of_queries(row(0), panel.query[lane], key, load(grad + lane));
+            continue;
+          }
+          for (int i = 0; i < kLanes<Sum> && lane + i < panel.rows; ++i)
+            row(i)[build_.tables().number(panel.query[lane + i], key)] += grad[lane + i];
         }
     }
     Sum* mask_row(const Panel<Sum>& panel, int lane, std::int64_t key) const {

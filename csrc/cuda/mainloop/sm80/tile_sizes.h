@@ -148,6 +148,10 @@ struct SumsTile {
   static_assert(kWarpRows % 16 == 0 && kWarpKeys % 16 == 0 && kSharedBytes <= kLeastSharedBytes);
 };
 
+// These are the sizes of GradTerms below.
+inline constexpr int kGradTermsKeys = 64;
+inline constexpr int grad_terms_rows(int head_dim) { return head_dim <= 128 ? 64 : 32; }
+
 // Grad... are for gradients of logits, which have dO beside Q and V beside K.
 template <int kHeadDim>
 struct SumsTiles;

@@ -1,5 +1,4 @@
-// This launches the decoding kernel of a first plane of so many bits and of so many tiles of rows. Those of a plane
-// share a file.
+// This launches the decoding kernel of a first plane of so many bits and of so many tiles of rows.
 #pragma once
 
 #include <cuda_runtime_api.h>

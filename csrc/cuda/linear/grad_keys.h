@@ -1,19 +1,21 @@
+// This is the kernel that makes dK and dV of linear attention.
+#pragma once
+
 #include "cuda/linear/gradients.h"
 #include "cuda/linear/kernels.h"
 
 namespace attnx::cuda {
 
-namespace {
-
-constexpr int kThreads = 256, kParts = kThreads / kLinearRows;
+inline constexpr int kGradKeysThreads = 256;
 
 // A block makes a tile of rows of dK and dV: four warps, of 16 rows each, make dK, and four make dV. Each of them takes
 // the sum over the blocks of queries whose scope holds the block of keys, and then, pair by pair, those of which only
 // some queries see it.
 template <class Input, int kDim>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kGradKeysThreads, 1)
     attnx_linear_grad_keys(const __grid_constant__ LinearGradArguments args) {
   using Tile = LinearTile<kDim>;
+  constexpr int kThreads = kGradKeysThreads, kParts = kThreads / kLinearRows;
   extern __shared__ uint4 shared[];
   const std::uint32_t key = shared_address(shared), value = key + Tile::kBytes, buffer = value + Tile::kBytes;
   float* const last = reinterpret_cast<float*>(shared + 3 * Tile::kBytes / sizeof(uint4));
@@ -118,16 +120,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     store(args.grad_value, args.value_dim);
   }
-}
-
-}  // namespace
-
-void launch_linear_grad_keys(const LinearGradArguments& args, DType dtype, cudaStream_t stream) {
-  const std::int64_t tiles = (args.length_k + kLinearRows - 1) / kLinearRows;
-  with_linear_kernel(args, dtype, [&]<class Input, int kDim>() {
-    launch_kernel("attnx_linear_grad_keys", attnx_linear_grad_keys<Input, kDim>, args.units * tiles, kThreads,
-                  kGradientBytes<kDim>, stream, args);
-  });
 }
 
 }  // namespace attnx::cuda
