@@ -232,7 +232,7 @@ def redispatch(operator: str, key: str, query: Tensor, other: Tensor) -> Any:
     options = (None, None, "length", 0.0) if operator == "sigmoid_attention" else (None, None)
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     kernel = getattr(torch.ops.attnx, operator).default
-    terms = (None, None, None, None, None, 0.0, None, None)
+    terms = (None, None, None, None, None, None, 0.0, None, None)
     return kernel.redispatch(keys, query, other, other, None, None, *options, *terms, None, False, -1, -1, 0)
 
 

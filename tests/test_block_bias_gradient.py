@@ -190,5 +190,5 @@ def test_opcheck(dtype: torch.dtype, device: torch.device) -> None:
     for given in (bias, bias[:, :1], None):
         arguments = [*(x.requires_grad_() for x in inputs.values()), None, None, mask.kv_num_blocks, mask.kv_indices]
         arguments += [None if given is None else given.clone().requires_grad_(), None]
-        arguments += [None, None, None, None, None, 0.0, None, None, 64, 64, "softmax", "none", 0.0, None, False]
+        arguments += [None, None, None, None, None, None, 0.0, None, None, 64, 64, "softmax", "none", 0.0, None, False]
         torch.library.opcheck(torch.ops.attnx.block_sparse_attention.default, tuple(arguments))

@@ -151,7 +151,7 @@ macro(attnx_unit_variables name)
 endmacro()
 
 # This writes units from units/mainloop.cu.in: attnx_write_units(files unit...). What a file includes takes longer to
-# compile than a small kernel, so that head dimensions share a file, three at most, or two if there are terms.
+# compile than a small kernel, so that head dimensions share a file, three at most, but for those with terms, which take longer.
 function(attnx_write_units files)
   set(written "")
   set(units ${ARGN})
@@ -163,7 +163,7 @@ function(attnx_write_units files)
     set(head_dims "")
     set(most 3)
     if(name MATCHES "^terms_")
-      set(most 2)
+      set(most 1)
     endif()
     foreach(i RANGE 1 ${most})
       if(units)

@@ -10,10 +10,8 @@
 
 namespace attnx::cpu::ATTNX_ISA::ATTNX_DTYPE {
 
-using Terms = LogitsWithTerms<Input>;
-
 template <class A, class Score>
-using QueriesWithTerms = QueriesOnLanes<A, Score, Terms>;
+using QueriesWithTerms = QueriesOnLanes<A, Score, LogitsWithTerms>;
 
 template <class Action>
 static auto with_tiles(const AttentionParams& p, const Action& action) {
@@ -32,8 +30,9 @@ static auto with_forward(const ForwardParams& p, const Executor& executor, Use u
 template <class Use>
 static auto with_backward(const BackwardParams& p, const Executor& executor, Use use) {
   return with_tiles(p, [&]<class Tiles>() {
-    return with_backward_score(
-        p.score, [&]<class Score>() { return use(Backward<Input, Score, Tiles, StridedStorage, Terms>(p, executor)); });
+    return with_backward_score(p.score, [&]<class Score>() {
+      return use(Backward<Input, Score, Tiles, StridedStorage, LogitsWithTerms>(p, executor));
+    });
   });
 }
 

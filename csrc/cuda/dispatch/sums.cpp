@@ -60,7 +60,6 @@ void launch_grad_sums(const BackwardParams& p, const BackwardPlan& plan, cudaStr
                           plan.added_sums,
                           plan.factor_sums,
                           plan.distance_sums,
-                          plan.variant.aligned,
                           stream};
   with_unit(p,
             [&]<Score kScore, DType kDType, int kHeadDim>() { launch_grad_sums_sm80<kScore, kDType, kHeadDim>(call); });

@@ -30,9 +30,8 @@ class GradSumsSm80 {
                   Tile::kThreads, Tile::kSharedBytes, call.stream, args);
   }
 
-  template <bool kAligned>
   static void launch_blocks(const GradSumsCall& call) {
-    launch<GradLogits, Blocks, Strided<Input, kAligned>, typename Sizes::GradBlocks, Plain>(
+    launch<GradLogits, Blocks, StridedEither<Input>, typename Sizes::GradBlocks, Plain>(
         call, call.scaling, call.rows, Blocks::parameters(call.params), Blocks::blocks(call.params));
   }
 
@@ -48,7 +47,7 @@ class GradSumsSm80 {
     using Tile = typename Sizes::GradTerms;
     const auto& p = call.params;
     if (!has_terms(p)) {
-      if (p.grad_block_bias) call.aligned ? launch_blocks<true>(call) : launch_blocks<false>(call);
+      if (p.grad_block_bias) launch_blocks(call);
       return;
     }
     LogitTermsArguments logits = WithTerms::arguments(call.scaling, p);

@@ -35,7 +35,6 @@ struct GradSumsCall {
   LogitScaling scaling;
   RowsOfBackward rows;
   float *added_sums, *factor_sums, *distance_sums;
-  bool aligned;
   cudaStream_t stream;
 };
 

@@ -22,9 +22,8 @@ struct TermRows {
 
 // kShareInLogit: a key's share of its weights is a term of the logit, its logarithm, as normalised scores in the
 // forward have it. kShareHides: a share of 0 hides the key.
-template <class Input, class A, bool kShareInLogit>
+template <class Sum, bool kShareInLogit>
 class TermBuilder {
-  using Sum = typename A::Sum;
   static constexpr int kWidth = kPanelLanes<Sum>, kMostPanels = 4;
   static constexpr Sum kHidden = -__builtin_huge_valf();
 
@@ -76,7 +75,7 @@ class TermBuilder {
                       : fill_added<None>(rows_[i], panel, tile, keys);
         break;
       case MaskKind::kBool: fill_added<bool>(rows_[i], panel, tile, keys); break;
-      case MaskKind::kInput: fill_added<Input>(rows_[i], panel, tile, keys); break;
+      case MaskKind::kInput: fill_from_input(rows_[i], panel, tile, keys); break;
       case MaskKind::kSum: fill_added<Sum>(rows_[i], panel, tile, keys); break;
     }
     prefetch(rows_[i], panel, tile);
@@ -105,7 +104,7 @@ class TermBuilder {
   std::int64_t number_bytes() const {
     switch (terms_.attn_mask.kind) {
       case MaskKind::kBool: return 1;
-      case MaskKind::kInput: return sizeof(Input);
+      case MaskKind::kInput: return is_narrow(p_.dtype) ? 2 : sizeof(Sum);
       default: return sizeof(Sum);
     }
   }
@@ -191,6 +190,16 @@ class TermBuilder {
     Vec<Sum> x = splat(kHidden);
     for (int i = 0; i < kLanes<Sum> && i < left; ++i) x[i] = read(i);
     return x;
+  }
+
+  static bool is_narrow(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
+
+  void fill_from_input(const TermRows<Sum>& rows, const Panel<Sum>& panel, const KeyTile& tile, std::int64_t keys) {
+    if constexpr (sizeof(Sum) == sizeof(float)) {
+      if (p_.dtype == DType::kBFloat16) return fill_added<BFloat16>(rows, panel, tile, keys);
+      if (p_.dtype == DType::kFloat16) return fill_added<Float16>(rows, panel, tile, keys);
+    }
+    fill_added<Sum>(rows, panel, tile, keys);
   }
 
   template <class Number>

@@ -65,12 +65,16 @@ class DistanceTables {
     const Run run = runs_[place];
     if (run == Run::kAscending) return load(row + index[0]);
     if (run == Run::kConstant) return splat(row[index[0]]);
+    return gathered(row, index);
+  }
+  // This has code of its own, as do the sums below, because each vector of a tile would have a copy.
+  __attribute__((noinline)) static Vec<Sum> gathered(const Sum* row, const std::int32_t* index) {
     Vec<Sum> x{};
 #pragma GCC unroll 16
     for (int i = 0; i < kCount; ++i) x[i] = row[index[i]];
     return x;
   }
-  ATTNX_INLINE void add(Sum* row, std::int64_t place, Vec<Sum> x) const {
+  __attribute__((noinline)) void add(Sum* row, std::int64_t place, Vec<Sum> x) const {
     const std::int32_t* const index = tables_.index + place;
     const Run run = runs_[place];
     if (run == Run::kAscending) return store(row + index[0], load(row + index[0]) + x);

@@ -8,7 +8,6 @@
 
 namespace attnx::cpu::ATTNX_ISA {
 
-template <class Input>
 struct LogitsWithTerms {
   static constexpr bool kHasTerms = true;
   using Sums = TermSums;
@@ -42,7 +41,7 @@ struct LogitsWithTerms {
     Sum output_factor(Sum of_score) const { return of_score * Sum(build_.dropout().factor()); }
 
    private:
-    TermBuilder<Input, A, Score::kNormalised> build_;
+    TermBuilder<Sum, Score::kNormalised> build_;
   };
 
   template <class A, class Score>
@@ -154,7 +153,7 @@ struct LogitsWithTerms {
     }
 
     const BackwardParams& p_;
-    TermBuilder<Input, A, false> build_;
+    TermBuilder<Sum, false> build_;
     Sum *grad_added_ = nullptr, *grad_shares_ = nullptr;  // [keys][lanes]
     std::int64_t batch_ = 0;
   };
