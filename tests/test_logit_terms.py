@@ -335,8 +335,9 @@ def test_opcheck(operator: str, dtype: torch.dtype, backend: Backend) -> None:
     parameters = (None, None, "none", 0.0) if operator.startswith("sigmoid") else (None, None)
     leaves = [x.requires_grad_() for x in inputs.values()]
     bounds = draw_term("row_bounds", shape, dtype, backend.device, "all")
-    full = (mask, bounds, 2.0, bias, share, 0.3, seed, offset)
-    for terms in (full, (mask > 0, None, None, None, None, None, 0.0, None, None)):
+    distances = draw_term("distance_bias", shape, dtype, backend.device, "all").requires_grad_()
+    full = (mask, None, bounds, 2.0, bias, share, 0.3, seed, offset)
+    for terms in (full, (None, distances, *full[2:]), (mask > 0, None, None, None, None, None, 0.0, None, None)):
         arguments = (*leaves, None, None, *parameters, *terms, None, True, -1, -1, 0)
         torch.library.opcheck(getattr(torch.ops.attnx, operator).default, arguments)
 
