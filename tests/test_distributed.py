@@ -14,6 +14,7 @@ import attnx.distributed
 from backends import Backend
 from distributed_worker import checks_for
 
+pytestmark = pytest.mark.xdist_group("distributed")  # the processes are started once
 WORKER = Path(__file__).parent / "distributed_worker.py"
 SIZES = (2, 4)
 
