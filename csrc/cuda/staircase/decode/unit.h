@@ -1,4 +1,5 @@
-// This launches the decoding kernel of a first plane of so many bits and of so many tiles of rows.
+// This launches the decoding kernel of a first plane of so many bits and of so many tiles of rows. Those of a plane
+// share a file.
 #pragma once
 
 #include <cuda_runtime_api.h>
