@@ -179,8 +179,8 @@ TermGradients empty_gradients(const Target& target, const WantedTerms& wanted, c
 
 PairTermGradients empty_gradients(const Target& target, const WantedPairTerms& wanted, const PairTerms& x,
                                   BackwardParams& p) {
-  const StableTensor none = make_empty(target.tensor, std::vector<std::int64_t>{0}, sum_type(target.tensor));
-  PairTermGradients gradients{none, none};
+  const auto none = [&] { return make_empty(target.tensor, std::vector<std::int64_t>{0}, sum_type(target.tensor)); };
+  PairTermGradients gradients{none(), none()};
   const auto zeros_like = [&](const StableTensor& argument) {
     const auto sizes = argument.sizes();
     return make_zeros(target.tensor, std::vector<std::int64_t>(sizes.begin(), sizes.end()), sum_type(target.tensor));
