@@ -279,7 +279,7 @@ def _distances(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     mask = attnx.BlockMask.from_dense(_visited().bool(), (64, 64))
     listed = _run("block_sparse_attention", inputs, grad_output, block_mask=mask, score=score)
     dense = _run(f"{score}_attention", inputs, grad_output, window=(70, 20))
-    return dense | {f"listed_{name}": x for name, x in listed.items()}
+    return dense | {f"{name}_listed": x for name, x in listed.items()}
 
 
 def _packed_terms(score: str) -> Results:
