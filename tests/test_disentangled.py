@@ -17,6 +17,7 @@ from attnx.testing import assert_close
 from backends import Backend
 from cases import DTYPES, Shape, random_inputs, random_parameter
 from compare import forward_backward
+from logit_terms import eager
 
 SHAPES = [
     Shape(length_q=65, length_k=65, batch=2, heads=4, kv_heads=2),
@@ -38,7 +39,7 @@ def draw_positions(shape: Shape, dtype: torch.dtype, device: torch.device, seed:
     return torch.randn(shape.heads, 2 * SPAN, shape.head_dim, generator=generator).to(device, dtype)
 
 
-def eager(
+def plain(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -46,22 +47,31 @@ def eager(
     *,
     pos_key: Tensor | None = None,
     pos_query: Tensor | None = None,
-    is_causal: bool = False,
+    **options: Any,
 ) -> Tensor:
-    """Plain PyTorch in the dtype of ``query``."""
+    """Plain PyTorch in the dtype of ``query``: what is gathered from the tables is added as a mask of pairs."""
     groups, length_q, length_k = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     scale = 1 / math.sqrt(query.shape[3] * (1 + (pos_key is not None) + (pos_query is not None)))
-    keys = (key * scale).repeat_interleave(groups, 1)
-    logits = query @ keys.mT
-    at = index[torch.arange(length_q)[:, None] - torch.arange(length_k) + length_k - 1].expand(logits.shape)
+    at = index[torch.arange(length_q)[:, None] - torch.arange(length_k) + length_k - 1]
+    at = at.expand(*query.shape[:2], -1, -1)
+    added = torch.zeros((), dtype=query.dtype)
     if pos_key is not None:
-        logits = logits + (query @ (pos_key * scale).mT).gather(3, at)
+        added = added + (query @ (pos_key * scale).mT).gather(3, at)
     if pos_query is not None:
-        logits = logits + (keys @ pos_query.mT).gather(3, at.mT).mT
-    if is_causal:
-        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1 + length_k - length_q), -math.inf)
-        logits = logits.masked_fill((logits == -math.inf).all(-1, keepdim=True), -1e4)
-    return logits.softmax(-1) @ value.repeat_interleave(groups, 1)
+        added = added + ((key * scale).repeat_interleave(groups, 1) @ pos_query.mT).gather(3, at.mT).mT
+    return eager(query, key, value, score="softmax", scale=scale, attn_mask=added, **options)
+
+
+def check(inputs: dict[str, Tensor], grad_output: Tensor, **options: Any) -> dict[str, Tensor]:
+    exact = {name: x.double() for name, x in inputs.items()}, grad_output.double()
+    actual = forward_backward(attnx.disentangled_attention, inputs, grad_output, **options)
+    expected = forward_backward(reference.disentangled_attention, *exact, **options)
+    baseline = forward_backward(plain, inputs, grad_output, **options)
+    terms = forward_backward(plain, *exact, **options, constant_sums=True)
+    for name, x in actual.items():
+        sizes = terms[name] if name.startswith("grad_") else None
+        assert_close(x, expected[name], baseline[name], terms=sizes, name=name, dtype=grad_output.dtype)
+    return actual
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,16 +85,11 @@ def test_definition(given: str, shape: Shape, dtype: torch.dtype, backend: Backe
         if given in ("both", name)
     }
     index = attnx.log_distance_buckets(shape.length_q, shape.length_k, span=SPAN, max_distance=64)
-    exact = {name: x.double() for name, x in inputs.items()}
-    actual = forward_backward(attnx.disentangled_attention, inputs, grad_output, index=index)
-    expected = forward_backward(reference.disentangled_attention, exact, grad_output.double(), index=index)
-    baseline = forward_backward(eager, inputs, grad_output, index=index)
-    for name, x in actual.items():
-        assert_close(x, expected[name], baseline[name], name=name, dtype=dtype)
+    check(inputs, grad_output, index=index)
 
 
 def test_threads_and_terms(threads: int, backend: Backend) -> None:
-    """A causal window beside shares of keys and dropout; the gradients are the same bits for any number of threads."""
+    """A causal window beside shares of keys and dropout, the same bits every time."""
     shape, dtype = Shape(length_q=150, length_k=200, batch=2, heads=4), backend.dtypes()[0]
     inputs, grad_output = random_inputs(shape, dtype, backend.device)
     inputs |= {name: draw_positions(shape, dtype, backend.device) for name in ("pos_key", "pos_query")}
@@ -92,13 +97,8 @@ def test_threads_and_terms(threads: int, backend: Backend) -> None:
     index = attnx.log_distance_buckets(150, 200, span=SPAN, max_distance=64)
     options: dict[str, Any] = {"index": index, "is_causal": True, "window": (90, 0), "softcap": 2.0}
     options |= {"dropout_p": 0.3, "seed": 3, "offset": 1}
-    first, second = (forward_backward(attnx.disentangled_attention, inputs, grad_output, **options) for _ in range(2))
-    exact = {name: x.double() for name, x in inputs.items()}
-    expected = forward_backward(reference.disentangled_attention, exact, grad_output.double(), **options)
-    for name, x in first.items():
-        assert torch.equal(x, second[name]), name
-        atol = 2e-5 * float(expected[name].abs().max())
-        torch.testing.assert_close(x.double(), expected[name], rtol=2e-5, atol=atol, msg=name)
+    first, second = (check(inputs, grad_output, **options) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_gradient(backend: Backend) -> None:
@@ -169,6 +169,15 @@ def test_bad_index_of_the_operator(backend: Backend) -> None:
         index = torch.full((6,), number, dtype=torch.int32)
         with pytest.raises(RuntimeError, match="table_index: expected numbers from 0 to below 5"):
             torch.ops.attnx.disentangled_attention(*inputs.values(), rows, None, index, *rest)
+
+
+def test_explained(backend: Backend) -> None:
+    inputs, _ = random_inputs(SHAPES[0], torch.float32, backend.device)
+    index, given = attnx.log_distance_buckets(65, 65, span=8), {"pos_key": torch.zeros(4, 16, 16), "softcap": 2.0}
+    explanation = attnx.explain(attnx.disentangled_attention, *inputs.values(), index, **given)
+    assert explanation.supported
+    assert explanation.kernel is not None
+    assert explanation.kernel.startswith("disentangled_attention [")
 
 
 def module(**options: Any) -> DisentangledSelfAttention:

@@ -28,7 +28,7 @@ def losses(name: str, *, on_cpu: bool) -> list[float]:
 def test_losses_are_the_cpu_s(name: str) -> None:
     emulated, cpu = (losses(name, on_cpu=on_cpu) for on_cpu in (False, True))
     assert cpu[-1] < 0.8 * cpu[0], "it learns"
-    # Rounding differs, with the CPU's instruction set too, and what it changes grows with the steps. The last losses
-    # are small beside the first ones.
+    # Rounding differs, and what it changes grows with the steps: after some ten of them it decides which blocks are
+    # chosen, and no bound holds.
     assert emulated[:5] == pytest.approx(cpu[:5], rel=5e-3)
-    assert emulated == pytest.approx(cpu, rel=0.05, abs=0.02 * cpu[0])
+    assert emulated == pytest.approx(cpu, rel=0.02)

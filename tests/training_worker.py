@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnx.nn import ProbabilisticAttention, RoutingAttention, SparseLinearAttention
 
-EMBED_DIM, HEADS, LENGTH, STEPS = 64, 2, 300, 20
+EMBED_DIM, HEADS, LENGTH, STEPS = 64, 2, 300, 10
 
 
 class Routed(nn.Module):

@@ -151,7 +151,8 @@ macro(attnx_unit_variables name)
 endmacro()
 
 # This writes units from units/mainloop.cu.in: attnx_write_units(files unit...). What a file includes takes longer to
-# compile than a small kernel, so that head dimensions share a file, three at most. Their machine code is also compressed together then, which saves 7 % of it.
+# compile than a small kernel, so that head dimensions share a file, three at most. Their machine code is compressed
+# together, too.
 function(attnx_write_units files)
   set(written "")
   set(units ${ARGN})

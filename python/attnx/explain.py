@@ -11,7 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnx import _C, _arguments, _capability, functional, probabilistic, routing, sparse_linear, staircase, weights
+from attnx import (
+    _C,
+    _arguments,
+    _capability,
+    disentangled,
+    functional,
+    probabilistic,
+    routing,
+    sparse_linear,
+    staircase,
+    weights,
+)
 from attnx.block_mask import BlockMask
 
 # What a call does whatever kernel serves it, and may surprise.
@@ -54,13 +65,14 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         TypeError: the arguments do not fit its signature.
     """
     name = getattr(function, "__name__", str(function))
-    modules = (functional, probabilistic, routing, sparse_linear, staircase, weights)
+    modules = (disentangled, functional, probabilistic, routing, sparse_linear, staircase, weights)
     operators = {row.operator for row in _capability.table()}
     if name.removesuffix("_varlen") not in operators or all(getattr(m, name, None) is not function for m in modules):
         raise ValueError(f"function: expected an operator of attnx, such as attnx.sigmoid_attention, got {function!r}")
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     arguments = dict(bound.arguments)
+    arguments |= arguments.pop("terms", {})  # disentangled attention takes them as they are named
     if "cache" in arguments:
         arguments["key"] = arguments["value"] = arguments["cache"]._memory.tail[:, :, 0, 0]
     if isinstance(mask := arguments.get("block_mask"), BlockMask):  # what it hides within blocks are terms, too

@@ -6,7 +6,7 @@
 #include "../dtype.h"
 #include "../random.h"
 #include "../rows.h"
-#include "distance_tables.h"
+#include "table_rows.h"
 #include "tile.h"
 
 namespace attnx::cpu::ATTNX_ISA {
@@ -93,7 +93,7 @@ class TermBuilder {
   }
 
   const Dropout& dropout() const { return dropout_; }
-  const DistanceTables<Sum>& tables() const { return tables_; }
+  const TableRows<Sum>& tables() const { return tables_; }
   Sum* kept() const { return kept_; }
   Sum* shares() const { return shares_; }
 
@@ -170,16 +170,16 @@ class TermBuilder {
   // The numbers of the query's row, for the row of a lane.
   ATTNX_INLINE Vec<Sum> of_query_table(const Panel<Sum>& panel, int lane, std::int64_t key) const {
     const std::int64_t query = panel.query[lane], left = tile_.count - key, first = tile_.first + key;
-    const auto* const row = tables_.template row_of<const Sum>(terms_.tables.query, batch_, panel.head[lane], query);
-    if (row && left >= kLanes<Sum>) return tables_.of_keys(row, query, first);
-    return by_number(left, [&](std::int64_t i) { return row ? row[tables_.number(query, first + i)] : Sum(0); });
+    const Tensor& table = terms_.tables.query;
+    if (!table.data) return by_number(left, [](std::int64_t) { return Sum(0); });
+    const auto* const row = row_of<const Sum>(table, batch_, panel.head[lane], query);
+    if (left >= kLanes<Sum>) return tables_.of_keys(row, query, first);
+    return by_number(left, [&](std::int64_t i) { return row[tables_.number(query, first + i)]; });
   }
   // The numbers of the key's row, for a vector of lanes. All of them are rows of a head where they are `consecutive`.
   ATTNX_INLINE Vec<Sum> of_key_table(const Panel<Sum>& panel, int lane, bool consecutive, std::int64_t key) const {
     const std::int64_t at = tile_.first + key;
-    const auto row = [&](int i) {
-      return tables_.template row_of<const Sum>(terms_.tables.key, batch_, panel.head[lane + i], at);
-    };
+    const auto row = [&](int i) { return row_of<const Sum>(terms_.tables.key, batch_, panel.head[lane + i], at); };
     if (consecutive) return tables_.of_queries(row(0), panel.query[lane], at);
     Vec<Sum> x{};
     for (int i = 0; i < kLanes<Sum>; ++i) x[i] = row(i)[tables_.number(panel.query[lane + i], at)];
@@ -272,7 +272,7 @@ class TermBuilder {
   bool share_hides_;
   std::int64_t group_, tile_keys_;
   Dropout dropout_;
-  DistanceTables<Sum> tables_;
+  TableRows<Sum> tables_;
   Sum kept_number_;
   Sum *added_, *kept_ = nullptr, *shares_ = nullptr;  // [keys][lanes]
   Sum* key_terms_;                                    // [group][keys]

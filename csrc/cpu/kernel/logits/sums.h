@@ -28,15 +28,14 @@ inline bool heads_share_rows(const BackwardParams& p) {
 // numbered by j - i + length_q - 1, so that they ascend with the keys.
 struct TermSums {
   double *added, *shares, *distances;
-  std::int64_t keys, distance_count;
+  std::int64_t keys;
 
   template <class Sizes>
   TermSums(const Sizes& sizes, Arena& arena)
       : added(sizes.sums_added ? arena.take<double>(sizes.group * sizes.keys) : nullptr),
         shares(sizes.sums_shares ? arena.take<double>(sizes.group * sizes.keys) : nullptr),
         distances(sizes.distances > 0 ? arena.take<double>(sizes.group * sizes.distances) : nullptr),
-        keys(sizes.keys),
-        distance_count(sizes.distances) {}
+        keys(sizes.keys) {}
 };
 
 // The sums of all heads, [batch][heads_q][keys or distances].

@@ -9,13 +9,13 @@
 namespace attnx::cpu::ATTNX_ISA {
 
 template <class Sum>
-class DistanceTables {
+class TableRows {
   // What a vector of numbers is whose places in the index ascend from one on.
   enum class Run : std::uint8_t { kNone, kAscending, kConstant };
   static constexpr int kCount = kLanes<Sum>;
 
  public:
-  DistanceTables(const AttentionParams& p, Arena& arena)
+  TableRows(const AttentionParams& p, Arena& arena)
       : tables_(p.terms.tables), zero_(p.length_k - 1), count_(tables_.index ? p.length_q + p.length_k - 1 : 0) {
     runs_ = arena.take<Run>(count_);
   }
@@ -34,12 +34,6 @@ class DistanceTables {
       }
       runs_[place] = ascending ? Run::kAscending : constant ? Run::kConstant : Run::kNone;
     }
-  }
-
-  // Rows of a query and of a key of a query head; null where there is no such table.
-  template <class T>
-  static T* row_of(const Tensor& table, std::int64_t batch, std::int64_t head, std::int64_t row) {
-    return table.data ? ATTNX_ISA::row_of<T>(table, batch, head, row) : nullptr;
   }
 
   std::int64_t number(std::int64_t query, std::int64_t key) const { return tables_.index[query - key + zero_]; }
@@ -86,7 +80,7 @@ class DistanceTables {
     for (int i = 0; i < kCount; ++i) row[index[i]] += x[i];
   }
 
-  const attnx::DistanceTables& tables_;
+  const DistanceTables& tables_;
   std::int64_t zero_, count_;  // the place of distance 0, and how many there are
   Run* runs_;
   bool prepared_ = false;
