@@ -45,8 +45,8 @@ def use_disentangled_attention(model: nn.Module) -> int:
     """Has the ``DebertaV2`` layers of a model attend by :func:`attnx.disentangled_attention`.
 
     Each ``DisentangledSelfAttention`` of transformers in the model is replaced by one of attnx that has the same
-    parameters, under the same names: states load and save as before. Padding tokens, whose outputs nobody uses, get
-    other outputs than in transformers.
+    parameters, under the same names: states load and save as before. Relative positions are those of the model's
+    configuration. Padding tokens, whose outputs nobody uses, get other outputs than in transformers.
 
     Args:
         model: any model of transformers' with DeBERTa-v2 or -v3 layers, on the CPU.
@@ -63,9 +63,10 @@ def use_disentangled_attention(model: nn.Module) -> int:
     found = [(parent, name, x) for parent, name, x in children if type(x) is Theirs]
     if not found:
         raise ValueError(f"model: expected one with DebertaV2 layers, got {type(model).__name__} without")
-    for parent, name, theirs in found:
-        setattr(parent, name, _converted(theirs))
-    return len(found)
+    converted = [(parent, name, _converted(theirs)) for parent, name, theirs in found]
+    for parent, name, ours in converted:
+        setattr(parent, name, ours)
+    return len(converted)
 
 
 def _converted(theirs: Any) -> _SelfAttention:
