@@ -320,7 +320,7 @@ _TERMS = (
     Mutant(TERM_TILE, "«(!shares || shares[at] != 0)»;", "true", "test_logit_terms.py -k leak"),
     Mutant(TERM_SUMS, "grad.head_stride == 0 && p.heads_q > 1", "false", "test_logit_terms.py -k threads"),
     Mutant(TERM_SUMS, "«last[-i]» = Sum(sum)", "last[i + 1 - count]", "test_distance_bias.py -k block"),
-    Mutant(TERM_LOOPS, "panel.head[lane + i] % group * distances(p_)", "0", "test_distance_bias.py -k beside"),
+    Mutant(TERM_LOOPS, "panel.head[lane + i] % group * distances(p_)", "0", "test_logit_terms.py -k distance_bias"),
     Mutant(TABLES, "«tables_.index[place + i] == tables_.index[place]»;", "true", "test_disentangled.py -k definition"),
     Mutant(
         TABLES, "«tables_.index[place + i] == tables_.index[place] + i»;", "true", "test_disentangled.py -k definition"
