@@ -19,17 +19,18 @@ from backends import Backend
 from calls import has_kernel, random_positions
 from cases import Shape, pack, random_inputs, random_parameter
 from compare import forward_backward
-from routing_cases import random_centroids, random_memory, with_memory
+from routing_cases import eager_routing_attention, random_centroids, random_memory, with_memory
 
-# The largest error over the largest number, a few times what rounding of weights and results makes of it.
+# The largest error over the largest number, or the largest of the terms whose difference it is: a few times what
+# rounding of weights and results makes of it.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
 class Call(NamedTuple):
     own: Callable[..., Tensor]
     reference: Callable[..., Tensor]
+    terms: Callable[..., Tensor]  # its gradients are the terms whose sums and differences the reference's are
     inputs: dict[str, Tensor]
-    grad_output: Tensor
 
 
 def one(function: Callable[..., Any], **options: Any) -> Callable[..., Tensor]:
@@ -41,10 +42,36 @@ def one(function: Callable[..., Any], **options: Any) -> Callable[..., Tensor]:
             return results
         return torch.cat([finite(x).to(results[0]) if x.dim() < results[0].dim() else x for x in results], -1)
 
-    def finite(logsumexp: Tensor) -> Tensor:  # that of a row which sees no key is -inf
-        return logsumexp.where(logsumexp.isfinite(), 0.0)[..., None]
+    return call
+
+
+def finite(logsumexp: Tensor) -> Tensor:
+    """The logsumexp as a column; that of a row which sees no key is -inf, and 0 stands for it."""
+    return logsumexp.where(logsumexp.isfinite(), 0.0)[..., None]
+
+
+def with_constant_sums(reference: Callable[..., Any], **options: Any) -> Callable[..., Tensor]:
+    """The definition whose softmax divides by a sum that is not differentiated.
+
+    The gradient of a softmax's logit is P (dP - delta), which cancels where few keys take the whole weight; this one's
+    is P dP. The factor is exp(logsumexp - logsumexp), whose value is 1.
+    """
+    if options.get("score") == "sigmoid":
+        return one(reference, **options)
+
+    def call(**inputs: Tensor) -> Tensor:
+        output, logsumexp = reference(**inputs, **options | {"return_logsumexp": True})
+        column = finite(logsumexp)
+        output = output * (column - column.detach()).exp()
+        return torch.cat([output, column], -1) if options.get("return_logsumexp") else output
 
     return call
+
+
+def call_of(name: str, inputs: dict[str, Tensor], **options: Any) -> Call:
+    """A call of the function of that name, which can return its logsumexp."""
+    own, definition = getattr(attnx, name), getattr(reference, name)
+    return Call(one(own, **options), one(definition, **options), with_constant_sums(definition, **options), inputs)
 
 
 def shapes(draw: st.DrawFn, row: Capability) -> Shape:
@@ -76,19 +103,18 @@ def block_sparse(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: t
     blocks = -(-shape.length_q // block_size[0]), -(-shape.length_k // block_size[1])
     visited = torch.rand(shape.batch, shape.heads, *blocks, generator=torch.Generator().manual_seed(0)) < 0.7
     options["block_mask"] = mask = attnx.BlockMask.from_dense(visited.to(device), block_size)
-    inputs, grad_output = random_inputs(shape, dtype, device)
+    inputs, _ = random_inputs(shape, dtype, device)
     if options["score"] == "softmax" and draw(st.booleans()):
         inputs["sink"] = random_parameter((shape.heads,), dtype, device)
     if draw(st.booleans()):
         bias = random_parameter(tuple(mask.kv_indices.shape), torch.float32, device)
         (inputs if "block_bias_gradient" in row.features else options)["block_bias"] = bias
-    function, own = attnx.block_sparse_attention, reference.block_sparse_attention
-    return Call(one(function, **options), one(own, **options), inputs, grad_output)
+    return call_of("block_sparse_attention", inputs, **options)
 
 
 def disentangled(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
     shape = shapes(draw, row)
-    inputs, grad_output = random_inputs(shape, dtype, device)
+    inputs, _ = random_inputs(shape, dtype, device)
     span = draw(st.integers(2, 9))
     index = attnx.log_distance_buckets(shape.length_q, shape.length_k, span=span, max_distance=40, device=device)
     names = draw(st.sampled_from([["pos_key"], ["pos_query"], ["pos_key", "pos_query"]]))
@@ -97,9 +123,7 @@ def disentangled(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: t
     options: dict[str, Any] = {"index": index, "is_causal": draw(st.booleans())}
     if draw(st.booleans()):
         options["window"] = draw(st.tuples(st.integers(-1, 99), st.integers(-1, 99)))
-    functions = attnx.disentangled_attention, reference.disentangled_attention
-    own, definition = (one(function, **options) for function in functions)
-    return Call(own, definition, inputs, grad_output)
+    return call_of("disentangled_attention", inputs, **options)
 
 
 def weights(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
@@ -111,8 +135,7 @@ def weights(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.
     if draw(st.booleans()):
         options |= {"is_causal": False, "window": draw(st.tuples(st.integers(-1, 99), st.integers(-1, 99)))}
     own, definition = (one(getattr(module, row.operator), **options) for module in (attnx, reference))
-    grad_output = torch.randn(definition(**inputs).shape, generator=torch.Generator().manual_seed(1))
-    return Call(own, definition, inputs, grad_output.to(device))
+    return Call(own, definition, definition, inputs)
 
 
 def probabilistic(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
@@ -121,9 +144,7 @@ def probabilistic(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: 
     options["mode"] = draw(st.sampled_from(["bernoulli", "topm"]))
     options["importance"] = options["mode"] == "bernoulli" and draw(st.booleans())
     options["density"] = draw(st.sampled_from([None, 0.3, 0.8]))
-    functions = attnx.probabilistic_attention, reference.probabilistic_attention
-    own, definition = (one(function, **options) for function in functions)
-    return Call(own, definition, *random_inputs(shape, dtype, device))
+    return call_of("probabilistic_attention", random_inputs(shape, dtype, device)[0], **options)
 
 
 def sparse_linear(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
@@ -135,20 +156,21 @@ def sparse_linear(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: 
     choice = {"critical": draw(st.sampled_from([0.05, 0.5])), "negligible": 0.3, "is_causal": options["is_causal"]}
     if draw(st.booleans()):
         lengths = [draw(st.lists(st.integers(0, 100), min_size=2, max_size=2)) for _ in range(2)]
-        inputs, grad_output, sizes = pack((lengths[0], lengths[1]), dtype, device)
+        inputs, _, sizes = pack((lengths[0], lengths[1]), dtype, device)
         of_map = {name: x for name, x in inputs.items() if name != "value"}
         options |= sizes | {"block_map": attnx.sparse_linear_block_map_varlen(**of_map, **sizes, **choice)}
         functions: Any = attnx.sparse_linear_attention_varlen, reference.sparse_linear_attention_varlen
     else:
-        inputs, grad_output = random_inputs(shapes(draw, row), dtype, device)
+        inputs, _ = random_inputs(shapes(draw, row), dtype, device)
         options["block_map"] = attnx.sparse_linear_block_map(inputs["query"], inputs["key"], **choice)
         functions = attnx.sparse_linear_attention, reference.sparse_linear_attention
-    return Call(one(functions[0], **options), one(functions[1], **options), inputs, grad_output)
+    own, definition = (one(function, **options) for function in functions)
+    return Call(own, definition, definition, inputs)
 
 
 def routing(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
     shape, options = shapes(draw, row), of_score(draw, row)
-    inputs, grad_output = random_inputs(shape, dtype, device)
+    inputs, _ = random_inputs(shape, dtype, device)
     centroids = random_centroids(shape.heads, draw(st.integers(1, 4)), shape.head_dim).to(device)
     by_size = draw(st.booleans())
     how: dict[str, Any] = {"cluster_size": draw(st.integers(1, 60))} if by_size else {"routing": "argmax"}
@@ -158,9 +180,9 @@ def routing(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.
         value_dim = shape.value_dim or shape.head_dim
         memory = random_memory(shape.kv_heads, 3, shape.head_dim, value_dim, dtype)
         inputs |= {name: x.to(device) for name, x in memory.items()}
-    functions = with_memory(attnx.routing_attention), with_memory(reference.routing_attention)
-    own, definition = (one(function, **options) for function in functions)
-    return Call(own, definition, inputs, grad_output)
+    own, definition = (with_memory(module.routing_attention) for module in (attnx, reference))
+    terms = one(with_memory(eager_routing_attention), constant_sums=True, **options)
+    return Call(one(own, **options), one(definition, **options), terms, inputs)
 
 
 # The features that the calls above make use of: a row that promises another is not tried.
@@ -198,9 +220,12 @@ def row_of(operator: str, backend: Backend) -> Capability:
     return row
 
 
-def assert_near(actual: Tensor, expected: Tensor, name: str) -> None:
-    error = (actual.double() - expected).abs().max() if actual.numel() else 0.0
-    assert error <= BOUNDS[actual.dtype] * max(float(expected.abs().max()) if expected.numel() else 0.0, 1.0), name
+def assert_near(actual: Tensor, expected: Tensor, name: str, terms: Tensor | None = None) -> None:
+    if not actual.numel():
+        return
+    error = (actual.double() - expected).abs().max()
+    size = max(float(x.abs().max()) for x in (expected, terms) if x is not None)
+    assert error <= BOUNDS[actual.dtype] * max(size, 1.0), name
 
 
 @pytest.mark.parametrize("operator", DRAWN)
@@ -219,10 +244,10 @@ def test_calls_from_the_table(data: st.DataObject, operator: str, backend: Backe
     generator = torch.Generator().manual_seed(5)
     grad_output = torch.randn(output.shape, generator=generator).to(backend.device, dtype)
     results = forward_backward(call.own, call.inputs, grad_output)
-    expected = forward_backward(call.reference, exact, grad_output.double())
+    expected, terms = (forward_backward(f, exact, grad_output.double()) for f in (call.reference, call.terms))
     for name, x in results.items():
         rounded = x.to(dtype) if dtype in (torch.bfloat16, torch.float16) else x
-        assert_near(rounded, expected[name], name)
+        assert_near(rounded, expected[name], name, terms[name])
 
 
 @settings(max_examples=15)
