@@ -50,6 +50,11 @@ def _pointwise(dtype: torch.dtype) -> None:
     _differentiate(attnx.softmax_attention_varlen, packed, fewer, offsets[1], 30, 30, has_padding=True)
 
 
+def _packed(dtype: torch.dtype) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    inputs = [_draw(150, 4, 16, dtype=dtype), _draw(200, 2, 16, dtype=dtype), _draw(200, 2, 8, dtype=dtype)]
+    return inputs, (torch.tensor([0, 20, 150], dtype=torch.int32), torch.tensor([0, 70, 200], dtype=torch.int32))
+
+
 def _blocks(dtype: torch.dtype) -> None:
     inputs = [_draw(2, 4, 130, 16, dtype=dtype), _draw(2, 2, 200, 16, dtype=dtype), _draw(2, 2, 200, 8, dtype=dtype)]
     mask = attnx.BlockMask.from_dense(torch.rand(1, 4, 3, 4) < 0.6)
@@ -59,6 +64,11 @@ def _blocks(dtype: torch.dtype) -> None:
     _differentiate(attnx.block_sparse_attention, inputs, mask, score="sigmoid", is_causal=True, seqused_k=used)
     for options in ({"mode": "bernoulli", "importance": True}, {"mode": "topm"}):
         _differentiate(attnx.probabilistic_attention, inputs, density=0.6, seed=3, offset=1, **options)
+    _differentiate(attnx.probabilistic_attention, inputs, density=0.6, seed=3, offset=1, seqused_k=used)
+    packed, offsets = _packed(dtype)
+    wide = attnx.BlockMask(mask.kv_num_blocks, mask.kv_indices, lengths=(130, 200))
+    _differentiate(attnx.block_sparse_attention_varlen, packed, *offsets, 130, 200, wide, block_bias=block_bias)
+    _differentiate(attnx.probabilistic_attention_varlen, packed, *offsets, 130, 130, seed=3, offset=1)
     attnx.probabilistic_block_mask(2, 4, 130, 200, density=0.6, seed=3, offset=1)
 
 
@@ -72,8 +82,7 @@ def _weights(dtype: torch.dtype) -> None:
 
 def _maps(dtype: torch.dtype) -> None:
     inputs = [_draw(2, 4, 130, 16, dtype=dtype), _draw(2, 2, 200, 16, dtype=dtype), _draw(2, 2, 200, 8, dtype=dtype)]
-    packed = [_draw(150, 4, 16, dtype=dtype), _draw(200, 2, 16, dtype=dtype), _draw(200, 2, 8, dtype=dtype)]
-    offsets = torch.tensor([0, 20, 150], dtype=torch.int32), torch.tensor([0, 70, 200], dtype=torch.int32)
+    packed, offsets = _packed(dtype)
     shares = {"critical": 0.3, "negligible": 0.3}
     _differentiate(attnx.sparse_linear_attention, inputs, **shares, is_causal=True, smooth_k=True)
     _differentiate(attnx.sparse_linear_attention_varlen, packed, *offsets, 130, 130, **shares, linear_scope="all")

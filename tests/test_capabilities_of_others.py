@@ -195,6 +195,8 @@ DRAWN: dict[str, tuple[Callable[..., Call], set[str]]] = {
         | {"sink_gradient"}
         # tests/test_key_lengths.py, tests/test_logit_terms.py and tests/test_element_masks.py try these
         | {"key_lengths", "softcap", "attn_mask", "attn_mask_gradient", "key_bias", "key_bias_gradient", "key_mask"}
+        # tests/test_packed_lists.py tries these
+        | {"varlen", "padding"}
         # tests/test_distance_bias.py tries these
         | {"key_mask_gradient", "dropout", "row_bounds", "distance_bias", "distance_bias_gradient"},
     ),
@@ -205,7 +207,8 @@ DRAWN: dict[str, tuple[Callable[..., Call], set[str]]] = {
     ),
     "probabilistic_attention": (
         probabilistic,
-        {"grouped_queries", "value_dim", "causal", "logsumexp", "importance"},
+        # tests/test_packed_lists.py tries the last three
+        {"grouped_queries", "value_dim", "causal", "logsumexp", "importance", "varlen", "padding", "key_lengths"},
     ),
     "sparse_linear_attention": (sparse_linear, {"grouped_queries", "value_dim", "causal", "varlen", "logsumexp"}),
     "routing_attention": (routing, {"grouped_queries", "value_dim", "causal", "memory_kv"}),

@@ -275,7 +275,7 @@ def test_fits_torch(device: torch.device, dtype: torch.dtype) -> None:
     leaves = [x.requires_grad_() for x in inputs.values()]
     keep = attnx.keep_probabilities("harmonic", 5, device=device)
     numbers = [torch.tensor(x, device=device) for x in ROUND.values()]
-    arguments = (*leaves, keep, *numbers, 0, True, 64, 64, "softmax", "none", 0.0, None, True)
+    arguments = (*leaves, None, None, keep, *numbers, 0, True, 64, 64, "softmax", "none", 0.0, None, True)
     torch.library.opcheck(torch.ops.attnx.probabilistic_attention, arguments)
     results = [x.detach() for x in torch.ops.attnx.probabilistic_attention(*arguments)]
     saved = [torch.ones_like(x) for x in results] + [x.detach() for x in leaves] + results

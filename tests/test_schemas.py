@@ -19,6 +19,7 @@ TERMS = f"Tensor? attn_mask, Tensor? distance_bias, Tensor? row_bounds, {KEY_TER
 WANTED_OF_KEYS = "bool key_bias_gradient, bool key_mask_gradient, bool deterministic"
 WANTED = f"bool attn_mask_gradient, bool distance_bias_gradient, {WANTED_OF_KEYS}"
 WANTED_OF_BLOCKS = WANTED.replace("bool deterministic", "bool block_bias_gradient, bool deterministic")
+WANTED_OF_PACKED_BLOCKS = WANTED_OF_KEYS.replace("bool deterministic", "bool block_bias_gradient, bool deterministic")
 GRADS = "Tensor grad_query, Tensor grad_key, Tensor grad_value"
 
 KEY_TERM_GRADS = "Tensor grad_key_bias, Tensor grad_key_mask"
@@ -69,6 +70,10 @@ SCHEMAS = [
     f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LENGTHS}, {LISTED}, {TERMS}, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
     f"{WANTED_OF_BLOCKS}) "
     f"-> ({GRADS}, Tensor grad_sink, {TERM_GRADS}, Tensor grad_block_bias)",
+    f"block_sparse_attention_varlen({QKV}, {PADDED}, {LISTED}, {KEY_TERMS}, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",
+    f"block_sparse_attention_varlen_backward({SOFTMAX_SAVED}, {PADDED}, {LISTED}, {KEY_TERMS}, {QUERY_LISTS}, "
+    f"{BLOCKS}, {SCORE}, {WANTED_OF_PACKED_BLOCKS}) -> ({GRADS}, Tensor grad_sink, {KEY_TERM_GRADS}, "
+    "Tensor grad_block_bias)",
     f"disentangled_attention({QKV}, {TABLES}, {KEY_TERMS}, {MASK}) -> ({SOFTMAX_RESULTS})",
     f"disentangled_attention_backward({SOFTMAX_SAVED}, {TABLES}, {KEY_TERMS}, {MASK}, bool query_table_gradient, "
     f"bool key_table_gradient, {WANTED_OF_KEYS}) -> ({GRADS}, Tensor grad_query_table, Tensor grad_key_table, "
@@ -76,8 +81,11 @@ SCHEMAS = [
     f"attention_key_weights({QK}, Tensor? logsumexp, Tensor? row_weights, {RULE}, {MASK}) -> Tensor",
     f"attention_row_weights({QK}, Tensor? logsumexp, {RULE}, {MASK}) -> Tensor",
     f"attention_max_logits({QK}, {MASK}) -> Tensor",
-    f"probabilistic_attention({QKV}, {DRAWN}, {SCORE}) -> ({SOFTMAX_RESULTS})",
-    f"probabilistic_attention_backward({SOFTMAX_SAVED}, {DRAWN}, {SCORE}, bool deterministic) -> ({GRADS})",
+    f"probabilistic_attention({QKV}, {LENGTHS}, {DRAWN}, {SCORE}) -> ({SOFTMAX_RESULTS})",
+    f"probabilistic_attention_varlen({QKV}, {PADDED}, {DRAWN}, {SCORE}) -> ({SOFTMAX_RESULTS})",
+    f"probabilistic_attention_backward({SOFTMAX_SAVED}, {LENGTHS}, {DRAWN}, {SCORE}, bool deterministic) -> ({GRADS})",
+    f"probabilistic_attention_varlen_backward({SOFTMAX_SAVED}, {PADDED}, {DRAWN}, {SCORE}, bool deterministic) -> "
+    f"({GRADS})",
     "probabilistic_block_lists(Tensor keep, Tensor seed, Tensor offset, SymInt batch, SymInt heads, SymInt length_q, "
     f"SymInt length_k, {BLOCKS}, int blocks_per_row, bool is_causal) -> ({LISTS})",
     f"sparse_linear_attention({QKV}, {MAP}) -> ({PARTS})",

@@ -10,8 +10,10 @@ namespace attnx {
 // The kernel lists the blocks of keys that one round keeps for each block of queries, ascending. Entries of a row that
 // are not in use hold 0.
 struct SampleBlocksParams {
-  BlockGrid grid;
+  BlockGrid grid;                      // of the longest sequence
+  SequenceLengths lengths;             // of all
   std::int64_t heads = 0;              // of the whole batch
+  std::int64_t sequence_heads = 1;     // of one sequence
   const float* keep = nullptr;         // [key blocks, or more], the probability at each distance
   const std::int64_t* seed = nullptr;  // one number each, which the kernel reads
   const std::int64_t* offset = nullptr;

@@ -18,9 +18,22 @@ struct BlockGrid {
   ATTNX_HOST_DEVICE std::int64_t key_blocks() const { return (length_k + block_k - 1) / block_k; }
 };
 
+// Sequences may be shorter than the longest one, which the grid is for: AttentionParams says how. Their blocks count
+// from their own first query and key.
+struct SequenceLengths {
+  const std::int32_t* cu_seqlens_q = nullptr;
+  const std::int32_t *key_starts = nullptr, *key_ends = nullptr;
+
+  ATTNX_HOST_DEVICE BlockGrid own(BlockGrid grid, std::int64_t sequence) const {
+    if (cu_seqlens_q) grid.length_q = cu_seqlens_q[sequence + 1] - cu_seqlens_q[sequence];
+    if (key_ends) grid.length_k = key_ends[sequence] - key_starts[sequence];
+    return grid;
+  }
+};
+
 // The diagonal blocks of a row of blocks are those of keys at which one of its queries stands. There is one of them
 // where the lengths are aligned and block_q is at most block_k. All of them count as distance 0, which is always kept,
-// so that no query that sees a key is left without one.
+// so that no query that sees a key is left without one. Beyond the end of a shorter sequence a row has no blocks.
 //
 // The device counts in 32 bits, as divisions cost it more than the draws otherwise.
 template <class Int = std::int64_t>
@@ -36,7 +49,7 @@ struct BlockRow {
     const auto block_at = [&](Int position) {
       return (position < 0 ? 0 : position < last_key ? position : last_key) / block_k;
     };
-    const bool sees_none = length_k == 0 || (grid.is_causal && end - 1 + offset < 0);
+    const bool sees_none = length_k == 0 || i * block_q >= length_q || (grid.is_causal && end - 1 + offset < 0);
     diagonal_begin = sees_none ? 0 : block_at(i * block_q + offset);
     diagonal_end = sees_none ? 0 : block_at(end - 1 + offset) + 1;
     candidates = sees_none ? 0 : grid.is_causal ? diagonal_end : (length_k + block_k - 1) / block_k;

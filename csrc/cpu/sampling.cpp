@@ -10,10 +10,9 @@ namespace attnx::cpu {
 
 namespace {
 
-// It writes the kept blocks of one row, ascending, and returns how many they are.
-std::int32_t sample_row(const SampleBlocksParams& p, const SamplingRound& round, std::int64_t head, std::int64_t i,
-                        std::int32_t* kept) {
-  const BlockRow<> row(p.grid, i);
+// It writes the kept blocks of row i of a head, ascending, and returns how many they are.
+std::int32_t sample_row(const SampleBlocksParams& p, const SamplingRound& round, const BlockRow<>& row,
+                        std::int64_t head, std::int64_t i, std::int32_t* kept) {
   std::int32_t* end = kept;
   if (p.blocks_per_row == 0) {
     for (std::int64_t j = 0; j < row.candidates; ++j)
@@ -54,11 +53,11 @@ void sample_blocks(const SampleBlocksParams& p, const Executor& executor) {
   const SamplingRound round{std::uint64_t(*p.seed), std::uint32_t(*p.offset)};
   const std::int64_t width = p.grid.key_blocks();
   for_each_row(p.grid, p.heads, executor, [&](std::int64_t head, std::int64_t i, std::int64_t r) {
+    const BlockRow<> row(p.lengths.own(p.grid, head / p.sequence_heads), i);
     std::int32_t* kept = p.indices + r * width;
-    p.counts[r] = sample_row(p, round, head, i, kept);
+    p.counts[r] = sample_row(p, round, row, head, i, kept);
     std::fill(kept + p.counts[r], kept + width, 0);
     if (!p.corrections) return;
-    const BlockRow<> row(p.grid, i);
     std::transform(kept, kept + p.counts[r], p.corrections + r * width, [&](std::int32_t j) {
       const float probability = p.keep[row.distance(j)];
       return p.logarithm ? -std::log(probability) : probability;

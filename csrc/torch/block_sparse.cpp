@@ -1,5 +1,5 @@
-// This file registers torch.ops.attnx.block_sparse_attention and its backward, which apply either score to the blocks
-// that a list names.
+// This file registers torch.ops.attnx.block_sparse_attention and its packed and backward forms, which apply either
+// score to the blocks that a list names.
 #include <algorithm>
 #include <tuple>
 
@@ -84,12 +84,21 @@ BlockList read_lists(const Lists& lists, const AttentionParams& p, std::int64_t 
   return list;
 }
 
-void read(const Target& target, const Inputs& x, const DenseWithLengths& layout, const KeyLists& lists,
-          const Additions& additions, const PairTerms& pairs, const Terms& terms, const BlockSize& size,
-          const ScoreOptions& options, const Causal& causal, AttentionParams& p) {
+// Lists are those of the lengths that a call names, also where no packed sequence is as long.
+void read_listed_lengths(const DenseWithLengths&, AttentionParams&) {}
+void read_listed_lengths(const PackedWithPadding& packed, AttentionParams& p) {
+  p.length_q = packed.max_seqlen_q;
+  p.length_k = packed.max_seqlen_k;
+}
+
+template <class Layout>
+void read(const Target& target, const Inputs& x, const Layout& layout, const KeyLists& lists,
+          const Additions& additions, const typename PairTermsOf<Layout>::Terms& pairs, const Terms& terms,
+          const BlockSize& size, const ScoreOptions& options, const Causal& causal, AttentionParams& p) {
   read_score(options, p);
   read_sink(additions.sink, p);
   read_inputs(target, x, layout, p);
+  read_listed_lengths(layout, p);
   read_window(causal, p);
   read_head_parameters(target, additions, p);
   read_terms(target, pairs, p);
@@ -100,9 +109,10 @@ void read(const Target& target, const Inputs& x, const DenseWithLengths& layout,
                  p, blocks_of(p.length_q, p.block_q), blocks_of(p.length_k, p.block_k));
 }
 
-Outputs forward(const Inputs& x, const DenseWithLengths& layout, const KeyLists& lists, const Additions& additions,
-                const PairTerms& pairs, const Terms& terms, const BlockSize& size, const ScoreOptions& options,
-                const Causal& causal) {
+template <class Layout>
+Outputs forward(const Inputs& x, const Layout& layout, const KeyLists& lists, const Additions& additions,
+                const typename PairTermsOf<Layout>::Terms& pairs, const Terms& terms, const BlockSize& size,
+                const ScoreOptions& options, const Causal& causal) {
   const Target target{kSystem, x.query};
   ForwardParams p;
   read(target, x, layout, lists, additions, pairs, terms, size, options, causal, p);
@@ -113,8 +123,9 @@ struct BlockBiasGradient {
   StableTensor grad_block_bias;
   ATTNX_FIELDS(grad_block_bias)
 };
-using AllGradients =
-    std::tuple<InputGradients, HeadGradients<Additions>, PairTermGradients, TermGradients, BlockBiasGradient>;
+template <class Layout>
+using AllGradients = std::tuple<InputGradients, HeadGradients<Additions>, typename PairTermsOf<Layout>::Gradients,
+                                TermGradients, BlockBiasGradient>;
 
 // The gradient of block_bias is (batch, heads, rows, width) in float64, whatever of it one bias serves. It is empty
 // where it is not wanted.
@@ -126,11 +137,13 @@ BlockBiasGradient empty_block_bias(const Target& target, bool wanted, BackwardPa
   return gradient;
 }
 
-AllGradients backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y,
-                      const DenseWithLengths& layout, const KeyLists& lists, const Additions& additions,
-                      const PairTerms& pairs, const Terms& terms, const QueryLists& transposed, const BlockSize& size,
-                      const ScoreOptions& options, const Causal& causal, const WantedPairTerms& wanted_pairs,
-                      const WantedTerms& wanted_terms, const Wanted& wanted, const Deterministic& option) {
+template <class Layout>
+AllGradients<Layout> backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y, const Layout& layout,
+                              const KeyLists& lists, const Additions& additions,
+                              const typename PairTermsOf<Layout>::Terms& pairs, const Terms& terms,
+                              const QueryLists& transposed, const BlockSize& size, const ScoreOptions& options,
+                              const Causal& causal, const typename PairTermsOf<Layout>::Wanted& wanted_pairs,
+                              const WantedTerms& wanted_terms, const Wanted& wanted, const Deterministic& option) {
   const Target target{kSystem, x.query, option.deterministic};
   check(!wanted.block_bias_gradient || lists.block_bias, "block_bias_gradient: expected False without block_bias");
   BackwardParams p;
@@ -155,8 +168,10 @@ AllGradients backward(const OutputGradients& gradients, const Inputs& x, const O
 }
 
 const Registration registration(kSystem, OnHost::kRefused,
-                                {define<forward>("block_sparse_attention"),
-                                 define<backward>("block_sparse_attention_backward")});
+                                {define<forward<DenseWithLengths>>("block_sparse_attention"),
+                                 define<forward<PackedWithPadding>>("block_sparse_attention_varlen"),
+                                 define<backward<DenseWithLengths>>("block_sparse_attention_backward"),
+                                 define<backward<PackedWithPadding>>("block_sparse_attention_varlen_backward")});
 
 }  // namespace
 

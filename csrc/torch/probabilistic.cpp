@@ -1,5 +1,5 @@
-// This file registers torch.ops.attnx.probabilistic_attention, its backward, and the operator that returns the lists of
-// blocks that they sample.
+// This file registers torch.ops.attnx.probabilistic_attention and its packed and backward forms, and the operator that
+// returns the lists of blocks that they sample.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -97,14 +97,16 @@ float* corrections_of(const SampledBlocks& blocks) {
 // there as well; the second is empty elsewhere.
 using Sampled = std::pair<SampledBlocks, std::optional<SampledBlocks>>;
 
-Sampled sample(const Target& target, const Draw& draw, const Choice& choice, const BlockGrid& grid, std::int64_t batch,
-               std::int64_t heads, Score score, bool transposed) {
+Sampled sample(const Target& target, const Draw& draw, const Choice& choice, const BlockGrid& grid,
+               const SequenceLengths& lengths, std::int64_t batch, std::int64_t heads, Score score, bool transposed) {
   check_sizes(draw, choice.blocks_per_row, grid, batch, heads);
   const std::int64_t rows = grid.query_blocks(), width = grid.key_blocks();
   Sampled sampled{empty_lists(draw.keep, batch, heads, rows, width, choice.importance), {}};
   const auto& [lists, corrections] = sampled.first;
   SampleBlocksParams params{.grid = grid,
+                            .lengths = lengths,
                             .heads = batch * heads,
+                            .sequence_heads = std::max<std::int64_t>(heads, 1),
                             .keep = data<float>(draw.keep),
                             .seed = data<std::int64_t>(draw.seed),
                             .offset = data<std::int64_t>(draw.offset),
@@ -123,35 +125,40 @@ Sampled sample(const Target& target, const Draw& draw, const Choice& choice, con
   return sampled;
 }
 
-Sampled read(const Target& target, const Inputs& x, const Draw& draw, const Choice& choice, const BlockSize& size,
-             const ScoreOptions& options, const Causal& causal, AttentionParams& p, bool transposed = false) {
+template <class Layout>
+Sampled read(const Target& target, const Inputs& x, const Layout& layout, const Draw& draw, const Choice& choice,
+             const BlockSize& size, const ScoreOptions& options, const Causal& causal, AttentionParams& p,
+             bool transposed = false) {
   read_score(options, p);
-  read_inputs(target, x, Dense(), p);
+  read_inputs(target, x, layout, p);
   read_window(causal, p);
   check(!choice.importance || choice.blocks_per_row == 0,
         "importance: expected False where the number of blocks is fixed, as blocks are then not kept with keep's "
         "probabilities, got True");
   const BlockGrid grid{p.length_q, p.length_k, size.block_q, size.block_k, causal.is_causal};
   read_block_size(size, p);
-  Sampled sampled = sample(target, draw, choice, grid, p.batch, p.heads_q, p.score, transposed);
+  const SequenceLengths lengths{p.cu_seqlens_q, p.key_starts, p.key_ends};
+  Sampled sampled = sample(target, draw, choice, grid, lengths, p.batch, p.heads_q, p.score, transposed);
   p.key_blocks = view(sampled.first, p.score);
   return sampled;
 }
 
-Outputs forward(const Inputs& x, const Draw& draw, const Choice& choice, const BlockSize& size,
+template <class Layout>
+Outputs forward(const Inputs& x, const Layout& layout, const Draw& draw, const Choice& choice, const BlockSize& size,
                 const ScoreOptions& options, const Causal& causal) {
   const Target target{kSystem, x.query};
   ForwardParams p;
-  const Sampled sampled = read(target, x, draw, choice, size, options, causal, p);
+  const Sampled sampled = read(target, x, layout, draw, choice, size, options, causal, p);
   return run_forward(target, x, p);
 }
 
-Gradients<Choice> backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y, const Draw& draw,
-                           const Choice& choice, const BlockSize& size, const ScoreOptions& options,
+template <class Layout>
+Gradients<Choice> backward(const OutputGradients& gradients, const Inputs& x, const Outputs& y, const Layout& layout,
+                           const Draw& draw, const Choice& choice, const BlockSize& size, const ScoreOptions& options,
                            const Causal& causal, const Deterministic& option) {
   const Target target{kSystem, x.query, option.deterministic};
   BackwardParams p;
-  const Sampled sampled = read(target, x, draw, choice, size, options, causal, p, target.on_cuda());
+  const Sampled sampled = read(target, x, layout, draw, choice, size, options, causal, p, target.on_cuda());
   if (sampled.second) p.query_blocks = view(*sampled.second, p.score);
   read_outputs(gradients, y, x, p);
   return run_backward(target, x, choice, p);
@@ -161,14 +168,16 @@ Lists block_lists(const Draw& draw, const Lengths& lengths, const BlockSize& siz
   for_each_field(lengths, check_length);
   check_block_size(size);
   return sample({kSystem, draw.keep}, draw, {.blocks_per_row = options.blocks_per_row, .importance = false},
-                {lengths.length_q, lengths.length_k, size.block_q, size.block_k, options.is_causal}, lengths.batch,
+                {lengths.length_q, lengths.length_k, size.block_q, size.block_k, options.is_causal}, {}, lengths.batch,
                 lengths.heads, Score::kSoftmax, false)
       .first.lists;
 }
 
 const Registration registration(kSystem, OnHost::kRefused,
-                                {define<forward>("probabilistic_attention"),
-                                 define<backward>("probabilistic_attention_backward")});
+                                {define<forward<DenseWithLengths>>("probabilistic_attention"),
+                                 define<forward<PackedWithPadding>>("probabilistic_attention_varlen"),
+                                 define<backward<DenseWithLengths>>("probabilistic_attention_backward"),
+                                 define<backward<PackedWithPadding>>("probabilistic_attention_varlen_backward")});
 const Registration lists_registration(kSystem, OnHost::kServed, {define<block_lists>("probabilistic_block_lists")});
 
 }  // namespace

@@ -14,6 +14,7 @@ from attnx.disentangled import disentangled_attention, log_distance_buckets  # n
 from attnx.explain import explain  # noqa: E402
 from attnx.functional import (  # noqa: E402
     block_sparse_attention,
+    block_sparse_attention_varlen,
     sigmoid_attention,
     sigmoid_attention_varlen,
     softmax_attention,
@@ -25,6 +26,7 @@ from attnx.pointer import pointer_log_prob  # noqa: E402
 from attnx.probabilistic import (  # noqa: E402
     keep_probabilities,
     probabilistic_attention,
+    probabilistic_attention_varlen,
     probabilistic_block_mask,
 )
 from attnx.relative import relative_bias_attention, relative_position_buckets  # noqa: E402
@@ -59,6 +61,7 @@ __all__ = [
     "attention_max_logits",
     "attention_row_weights",
     "block_sparse_attention",
+    "block_sparse_attention_varlen",
     "commitment_loss",
     "compact_tokens",
     "cuda_mainloop",
@@ -72,6 +75,7 @@ __all__ = [
     "nn",
     "pointer_log_prob",
     "probabilistic_attention",
+    "probabilistic_attention_varlen",
     "probabilistic_block_mask",
     "redistribute_attention",
     "reference",

@@ -77,7 +77,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         arguments["key"] = arguments["value"] = arguments["cache"]._memory.tail[:, :, 0, 0]
     if isinstance(mask := arguments.get("block_mask"), BlockMask):  # what it hides within blocks are terms, too
         arguments["row_bounds"] = mask.row_bounds
-        arguments["attn_mask"] = mask.with_elements(arguments["attn_mask"])
+        arguments["attn_mask"] = mask.with_elements(arguments.get("attn_mask"))
     arguments["window_left"], arguments["window_right"] = _arguments.window(arguments.pop("window", None))
     if not isinstance(arguments.get("bias"), Tensor):
         arguments["bias"] = None  # a rule or a number, which every kernel adds

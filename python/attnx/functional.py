@@ -58,6 +58,16 @@ class BlockSparseOptions(TermOptions, total=False):
     leftpad_k: Tensor | None
 
 
+class PackedBlockSparseOptions(TermOptions, total=False):
+    score: ScoreName
+    bias: SigmoidBias
+    block_bias: Tensor | None
+    sink: Tensor | None
+    scale: float | Tensor | None
+    is_causal: bool
+    has_padding: bool
+
+
 def _mask(is_causal: bool, window: Window, position_offset: int) -> tuple[bool, int, int, int]:
     bounds = _arguments.window(window)
     return _arguments.flag("is_causal", is_causal), *bounds, _arguments.integer("position_offset", position_offset)
@@ -654,3 +664,148 @@ def block_sparse_attention(
         is_causal,
     )
     return (output, logsumexp) if return_logsumexp else output
+
+
+@overload
+def block_sparse_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_mask: BlockMask,
+    *,
+    return_logsumexp: Literal[False] = False,
+    **options: Unpack[PackedBlockSparseOptions],
+) -> Tensor: ...
+@overload
+def block_sparse_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_mask: BlockMask,
+    *,
+    return_logsumexp: Literal[True],
+    **options: Unpack[PackedBlockSparseOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def block_sparse_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_mask: BlockMask,
+    *,
+    return_logsumexp: bool,
+    **options: Unpack[PackedBlockSparseOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def block_sparse_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_mask: BlockMask,
+    *,
+    score: ScoreName = "softmax",
+    bias: SigmoidBias = None,
+    block_bias: Tensor | None = None,
+    sink: Tensor | None = None,
+    scale: float | Tensor | None = None,
+    is_causal: bool = False,
+    has_padding: bool = False,
+    softcap: float | None = None,
+    key_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`block_sparse_attention` over packed sequences, laid out as in :func:`sigmoid_attention_varlen`.
+
+    Args:
+        block_mask: lists of (sequences or 1, heads or 1, query_blocks), where query_blocks are the blocks of
+            ``max_seqlen_q``. The blocks of a sequence count from its own first query and key; rows and blocks beyond
+            its end have no effect. Lists that ascend, as those of :meth:`attnx.BlockMask.from_dense` do, may serve
+            sequences of several lengths. A mask that hides elements within its blocks is refused.
+        block_bias: as in :func:`block_sparse_attention`, with sequences in the place of batch.
+        score, bias, sink: as in :func:`block_sparse_attention`.
+        scale, is_causal, has_padding, softcap, key_bias, key_mask, dropout_p, generator, seed, offset: as in
+            :func:`softmax_attention_varlen`.
+
+    Returns:
+        (total_q, heads, value_dim) in the dtype of query; with ``return_logsumexp``, which the softmax score has, also
+        (heads, total_q), which is -inf for padding.
+
+    Raises:
+        RuntimeError: an argument of the wrong shape, dtype or value, by its name.
+        NotImplementedError: no kernel for these arguments on this device; the message names what is missing.
+    """
+    _shards.expect_whole("block_sparse_attention_varlen")
+    _arguments.tensors(query=query, key=key, value=value)
+    _arguments.optional_tensors(block_bias=block_bias, sink=sink)
+    packing = _arguments.packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    padding = _arguments.flag("has_padding", has_padding)
+    _arguments.flag("is_causal", is_causal)
+    _check_packed_mask(block_mask, packing[2:])
+    query, scale = _arguments.with_scale(query, scale)
+    s = resolve_score(score, bias, sink=sink, return_logsumexp=return_logsumexp)
+    _, terms = resolve_terms(
+        "block_sparse_attention_varlen",
+        query,
+        key,
+        value,
+        softcap=softcap,
+        key_bias=key_bias,
+        key_mask=key_mask,
+        dropout_p=dropout_p,
+        generator=generator,
+        seed=seed,
+        offset=offset,
+    )
+    output, logsumexp = _ops.block_sparse_attention_varlen(
+        query,
+        key,
+        value,
+        *packing,
+        padding,
+        block_mask.kv_num_blocks,
+        block_mask.kv_indices,
+        block_bias,
+        sink,
+        *terms,
+        *block_mask.block_size,
+        s.score,
+        s.bias_rule,
+        s.bias_value,
+        scale,
+        is_causal,
+    )
+    return (output, logsumexp) if return_logsumexp else output
+
+
+def _check_packed_mask(block_mask: BlockMask, longest: tuple[int, int]) -> None:
+    if not isinstance(block_mask, BlockMask):
+        _arguments.refuse("block_mask", "attnx.BlockMask", block_mask)
+    if block_mask.row_bounds is not None or block_mask.attn_mask is not None:
+        raise RuntimeError(
+            "block_mask: expected lists alone for packed sequences, got a mask that hides elements within its blocks"
+        )
+    if block_mask.lengths not in (None, longest):
+        raise RuntimeError(
+            f"block_mask: expected one of max_seqlen_q and max_seqlen_k, {longest}, or of no lengths, got one of "
+            f"{block_mask.lengths}"
+        )

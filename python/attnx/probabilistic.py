@@ -14,11 +14,21 @@ from typing_extensions import TypedDict, Unpack
 
 from attnx import _arguments, _shards
 from attnx._random import draw_round
-from attnx._scores import ScoreName, SigmoidBias, resolve_score
+from attnx._scores import ScoreArguments, ScoreName, SigmoidBias, resolve_score
 from attnx.block_mask import BlockMask
-from attnx.functional import sigmoid_attention, softmax_attention
+from attnx.functional import (
+    sigmoid_attention,
+    sigmoid_attention_varlen,
+    softmax_attention,
+    softmax_attention_varlen,
+)
 
-__all__ = ["keep_probabilities", "probabilistic_attention", "probabilistic_block_mask"]
+__all__ = [
+    "keep_probabilities",
+    "probabilistic_attention",
+    "probabilistic_attention_varlen",
+    "probabilistic_block_mask",
+]
 
 Family: TypeAlias = Literal["harmonic", "geometric", "power", "gaussian"]
 Keep: TypeAlias = Family | Tensor
@@ -300,6 +310,71 @@ def probabilistic_block_mask(
     return BlockMask(counts, indices, (grid.block_q, grid.block_k), (length_q, length_k))
 
 
+class _Drawn(NamedTuple):
+    """The arguments that layouts share, once they are checked."""
+
+    keep: Keep
+    density: float | None
+    mode: Mode
+    importance: bool
+    score: ScoreArguments
+    block_size: tuple[int, int]
+    is_causal: bool
+
+    @classmethod
+    def of(
+        cls,
+        keep: Keep,
+        density: float | None,
+        mode: Mode,
+        importance: bool,
+        score: ScoreName,
+        bias: SigmoidBias,
+        block_size: tuple[int, int],
+        is_causal: bool,
+        training: bool,
+        return_logsumexp: bool,
+    ) -> _Drawn:
+        for name, x in (("importance", importance), ("is_causal", is_causal), ("training", training)):
+            _arguments.flag(name, x)
+        sizes = _arguments.block_size(block_size)
+        density = _check_choice(keep, density, mode)
+        resolved = resolve_score(score, bias, return_logsumexp=return_logsumexp)
+        if importance and mode == "topm":
+            raise RuntimeError(
+                'importance: expected False with mode="topm", where keep is not the probability of a block, got True'
+            )
+        return cls(keep, density, mode, importance, resolved, sizes, is_causal)
+
+    def arguments(
+        self,
+        query: Tensor,
+        lengths: tuple[int, int],
+        generator: torch.Generator | None,
+        seed: int | Tensor | None,
+        offset: int | Tensor | None,
+        scale: float | None,
+    ) -> tuple[Any, ...]:
+        """What an operator takes after the inputs and their layout; the lengths are those of the longest sequence."""
+        seed, offset = draw_round(generator, seed, offset, query.device)
+        grid = BlockGrid(*lengths, *self.block_size, self.is_causal)
+        sampling = solve(self.keep, self.density, self.mode, grid, query.device)
+        score = self.score
+        return (
+            sampling.keep,
+            seed,
+            offset,
+            sampling.blocks_per_row,
+            self.importance,
+            *self.block_size,
+            score.score,
+            score.bias_rule,
+            score.bias_value,
+            scale,
+            self.is_causal,
+        )
+
+
 class ProbabilisticOptions(TypedDict, total=False):
     """These are for type checkers, which tell by ``return_logsumexp`` what comes back."""
 
@@ -318,6 +393,19 @@ class ProbabilisticOptions(TypedDict, total=False):
     training: bool
 
 
+class DenseProbabilisticOptions(ProbabilisticOptions, total=False):
+    """Those of tensors that are not packed."""
+
+    seqused_k: Tensor | None
+    leftpad_k: Tensor | None
+
+
+class PackedProbabilisticOptions(ProbabilisticOptions, total=False):
+    """Those of packed sequences."""
+
+    has_padding: bool
+
+
 @overload
 def probabilistic_attention(
     query: Tensor,
@@ -325,7 +413,7 @@ def probabilistic_attention(
     value: Tensor,
     *,
     return_logsumexp: Literal[False] = False,
-    **options: Unpack[ProbabilisticOptions],
+    **options: Unpack[DenseProbabilisticOptions],
 ) -> Tensor: ...
 @overload
 def probabilistic_attention(
@@ -334,11 +422,11 @@ def probabilistic_attention(
     value: Tensor,
     *,
     return_logsumexp: Literal[True],
-    **options: Unpack[ProbabilisticOptions],
+    **options: Unpack[DenseProbabilisticOptions],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def probabilistic_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: bool, **options: Unpack[ProbabilisticOptions]
+    query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: bool, **options: Unpack[DenseProbabilisticOptions]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def probabilistic_attention(
     query: Tensor,
@@ -354,6 +442,8 @@ def probabilistic_attention(
     scale: float | Tensor | None = None,
     block_size: tuple[int, int] = (64, 64),
     is_causal: bool = False,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
@@ -392,6 +482,9 @@ def probabilistic_attention(
         scale: factor on query . key, 1/sqrt(head_dim) by default; or a tensor as in :func:`attnx.sigmoid_attention`.
         block_size: queries and keys of a block, 64 or 128 each. The last block may be ragged.
         is_causal: hide later keys, aligned bottom-right.
+        seqused_k: as in :func:`attnx.sigmoid_attention`. Each sequence has the diagonal, the distances and the blocks
+            of its own keys; ``density`` sets the family's parameter, or m, by length_q and length_k.
+        leftpad_k: likewise; the blocks of a sequence count from there.
         generator: draws seed and offset where they are not given; by default torch's own of query's device.
         seed: an int or an int64 tensor of shape (), on query's device. The same seed and offset draw the same blocks on
             every backend, and in :mod:`attnx.reference`.
@@ -419,43 +512,118 @@ def probabilistic_attention(
     """
     _shards.expect_whole("probabilistic_attention")
     _arguments.tensors(query=query, key=key, value=value)
-    for name, x in (("importance", importance), ("is_causal", is_causal), ("training", training)):
-        _arguments.flag(name, x)
-    sizes = _arguments.block_size(block_size)
-    density = _check_choice(keep, density, mode)
-    s = resolve_score(score, bias, return_logsumexp=return_logsumexp)
-    if importance and mode == "topm":
-        raise RuntimeError(
-            'importance: expected False with mode="topm", where keep is not the probability of a block, got True'
-        )
+    drawn = _Drawn.of(keep, density, mode, importance, score, bias, block_size, is_causal, training, return_logsumexp)
     if not training and seed is None and offset is None:
+        lengths: dict[str, Any] = {"seqused_k": seqused_k, "leftpad_k": leftpad_k, "is_causal": is_causal}
         if score == "sigmoid":
-            return sigmoid_attention(query, key, value, bias=bias, scale=scale, is_causal=is_causal)
-        return softmax_attention(query, key, value, scale=scale, is_causal=is_causal, return_logsumexp=return_logsumexp)
+            return sigmoid_attention(query, key, value, bias=bias, scale=scale, **lengths)
+        return softmax_attention(query, key, value, scale=scale, return_logsumexp=return_logsumexp, **lengths)
     for name, x in (("query", query), ("key", key)):
         if x.dim() != 4:
             raise RuntimeError(
                 f"{name}: expected 4 dimensions, (batch, heads, length, head_dim), got shape {tuple(x.shape)}"
             )
     query, scale = _arguments.with_scale(query, scale)
-    seed, offset = draw_round(generator, seed, offset, query.device)
-    grid = BlockGrid(query.shape[2], key.shape[2], *sizes, is_causal)
-    sampling = solve(keep, density, mode, grid, query.device)
     output, logsumexp = _ops.probabilistic_attention(
         query,
         key,
         value,
-        sampling.keep,
-        seed,
-        offset,
-        sampling.blocks_per_row,
-        importance,
-        grid.block_q,
-        grid.block_k,
-        s.score,
-        s.bias_rule,
-        s.bias_value,
-        scale,
-        is_causal,
+        *_arguments.key_lengths(seqused_k, leftpad_k, query, key),
+        *drawn.arguments(query, (query.shape[2], key.shape[2]), generator, seed, offset, scale),
+    )
+    return (output, logsumexp) if return_logsumexp else output
+
+
+@overload
+def probabilistic_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_logsumexp: Literal[False] = False,
+    **options: Unpack[PackedProbabilisticOptions],
+) -> Tensor: ...
+@overload
+def probabilistic_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_logsumexp: Literal[True],
+    **options: Unpack[PackedProbabilisticOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def probabilistic_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_logsumexp: bool,
+    **options: Unpack[PackedProbabilisticOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def probabilistic_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    keep: Keep = "harmonic",
+    density: float | None = None,
+    mode: Mode = "bernoulli",
+    importance: bool = False,
+    score: ScoreName = "softmax",
+    bias: SigmoidBias = None,
+    scale: float | Tensor | None = None,
+    block_size: tuple[int, int] = (64, 64),
+    is_causal: bool = False,
+    has_padding: bool = False,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+    training: bool = True,
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`probabilistic_attention` over packed sequences, laid out as in :func:`attnx.sigmoid_attention_varlen`.
+
+    Each sequence has blocks, a diagonal and distances of its own. ``density`` sets the family's parameter, or m, by
+    ``max_seqlen_q`` and ``max_seqlen_k``.
+
+    Returns:
+        (total_q, heads, value_dim) in the dtype of query; with ``return_logsumexp`` also (heads, total_q), which is
+        -inf for padding.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names it, what was expected and what came.
+        NotImplementedError: no kernel for these arguments on this device; the message names what is missing.
+    """
+    _shards.expect_whole("probabilistic_attention_varlen")
+    _arguments.tensors(query=query, key=key, value=value)
+    drawn = _Drawn.of(keep, density, mode, importance, score, bias, block_size, is_causal, training, return_logsumexp)
+    padding = _arguments.flag("has_padding", has_padding)
+    packing = _arguments.packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if not training and seed is None and offset is None:
+        options: dict[str, Any] = {"scale": scale, "is_causal": is_causal, "has_padding": has_padding}
+        if score == "sigmoid":
+            return sigmoid_attention_varlen(query, key, value, *packing, bias=bias, **options)
+        options["return_logsumexp"] = return_logsumexp
+        return softmax_attention_varlen(query, key, value, *packing, **options)
+    query, scale = _arguments.with_scale(query, scale)
+    output, logsumexp = _ops.probabilistic_attention_varlen(
+        query, key, value, *packing, padding, *drawn.arguments(query, packing[2:], generator, seed, offset, scale)
     )
     return (output, logsumexp) if return_logsumexp else output

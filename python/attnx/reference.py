@@ -27,10 +27,12 @@ __all__ = [
     "attention_max_logits",
     "attention_row_weights",
     "block_sparse_attention",
+    "block_sparse_attention_varlen",
     "dropout_factors",
     "philox",
     "pointer_log_prob",
     "probabilistic_attention",
+    "probabilistic_attention_varlen",
     "probabilistic_block_mask",
     "route",
     "routing_attention",
@@ -498,6 +500,13 @@ def _draw(
     block_size: tuple[int, int],
     is_causal: bool,
 ) -> _Draw:
+    p, blocks_per_row = _solve(keep, density, mode, lengths, block_size, is_causal)
+    distance, candidate = _distances(lengths, block_size, is_causal)
+    return _Draw(distance, candidate, p[distance], blocks_per_row)
+
+
+def _distances(lengths: tuple[int, int], block_size: tuple[int, int], is_causal: bool) -> tuple[Tensor, Tensor]:
+    """The first two of :class:`_Draw`."""
     (length_q, length_k), (block_q, block_k) = lengths, block_size
     position = torch.arange(length_q) + length_k - length_q
     blocks_k = -(-length_k // block_k)
@@ -508,8 +517,22 @@ def _draw(
     candidate = torch.ones_like(distance, dtype=torch.bool)
     if is_causal:
         candidate = (j <= last[:, None]) & (lasts >= 0)[:, None]
+    return distance, candidate
+
+
+def _solve(
+    keep: Keep,
+    density: float | None,
+    mode: Mode,
+    lengths: tuple[int, int],
+    block_size: tuple[int, int],
+    is_causal: bool,
+) -> tuple[Tensor, int | None]:
+    """The probability of a block by its distance, float32, and how many blocks a row has with mode="topm"."""
+    distance, candidate = _distances(lengths, block_size, is_causal)
+    blocks_k = distance.shape[1]
     if not candidate.any():
-        return _Draw(distance, candidate, torch.ones_like(distance).float(), 1 if mode == "topm" else None)
+        return torch.ones(blocks_k), 1 if mode == "topm" else None
 
     def share(parameter: float) -> float:
         """The mean share of the candidates that take part."""
@@ -517,7 +540,7 @@ def _draw(
         return float(_probability(keep, distance[candidate], parameter).mean())
 
     if isinstance(keep, Tensor):
-        p = keep.cpu()[distance]
+        p = keep.cpu()
     else:
         parameter = _PARAMETERS[keep]
         if density is not None:
@@ -533,15 +556,15 @@ def _draw(
                 sparse, parameter = (middle, parameter) if share(middle) < density else (sparse, middle)
         elif mode == "topm":
             density = share(parameter)
-        p = _probability(keep, distance, parameter).float()
+        p = _probability(keep, torch.arange(blocks_k), parameter).float()
     if mode == "bernoulli":
-        return _Draw(distance, candidate, p, None)
+        return p, None
     assert density is not None
     diagonal, candidates = ((x & candidate).sum(1) for x in (distance == 0, candidate))
     kept = [int(candidates.clamp(max=m).maximum(diagonal).sum()) for m in range(1, blocks_k + 1)]
     # The first of equals, where rounding does not tell them apart.
     nearest = min(range(blocks_k), key=lambda m: round(abs(kept[m] / int(candidates.sum()) - density), 12))
-    return _Draw(distance, candidate, p, nearest + 1)
+    return p, nearest + 1
 
 
 def _lasts(x: Tensor, block: int) -> Tensor:
@@ -549,11 +572,11 @@ def _lasts(x: Tensor, block: int) -> Tensor:
     return torch.stack([part[-1] for part in x.split(block)]) if len(x) else x
 
 
-def _sampled(batch: int, heads: int, draw: _Draw, seed: int, offset: int) -> Tensor:
-    """bool (batch, heads, query_blocks, key_blocks): which blocks take part."""
+def _sampled(batch: int, heads: int, draw: _Draw, seed: int, offset: int, sequence: int = 0) -> Tensor:
+    """bool (batch, heads, query_blocks, key_blocks): which blocks take part, from that sequence of the call on."""
     distance, candidate, p, blocks_per_row = draw
     i, j = (torch.arange(n) for n in distance.shape)
-    head = torch.arange(batch * heads).view(batch, heads, 1, 1)
+    head = (torch.arange(batch * heads) + sequence * heads).view(batch, heads, 1, 1)
     word = philox(torch.broadcast_tensors(j, i[:, None], head, torch.tensor(offset)), seed)[0]
     if blocks_per_row is None:
         return ((word + 0.5) * 2.0**-32 < p.double()) & candidate
@@ -582,14 +605,13 @@ def probabilistic_block_mask(
     return BlockMask.from_dense(visited, block_size, (length_q, length_k))
 
 
-def probabilistic_attention(
+def _probabilistic_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    solved: tuple[Tensor, int | None],
     *,
-    keep: Keep = "harmonic",
-    density: float | None = None,
-    mode: Mode = "bernoulli",
+    sequence: int = 0,
     importance: bool = False,
     score: ScoreName = "softmax",
     bias: SigmoidBias = None,
@@ -598,26 +620,57 @@ def probabilistic_attention(
     is_causal: bool = False,
     seed: int,
     offset: int,
-    return_logsumexp: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
+    """The output and the logsumexp, with what :func:`_solve` found for the longest sequence of the call."""
     length_q, length_k = query.shape[2], key.shape[2]
-    draw = _draw(keep, density, mode, (length_q, length_k), block_size, is_causal)
+    distance, candidate = _distances((length_q, length_k), block_size, is_causal)
+    draw = _Draw(distance, candidate, solved[0][distance], solved[1])
 
     def each_element(blocks: Tensor) -> Tensor:
         elements = blocks.repeat_interleave(block_size[0], -2).repeat_interleave(block_size[1], -1)
         return elements[..., :length_q, :length_k].to(query.device)
 
     in_band = _visible(_distance(length_q, length_k, query.device), is_causal, (-1, -1))
-    visible = each_element(_sampled(query.shape[0], query.shape[1], draw, seed, offset)) & in_band
+    visible = each_element(_sampled(query.shape[0], query.shape[1], draw, seed, offset, sequence)) & in_band
     logits = _logits(query, key, scale, None, in_band)
     p = torch.ones_like(logits[0, 0])
     if importance:
         p = each_element(draw.p.double()).where(visible, 1.0)
     if score == "sigmoid":
         weights = (logits + _sigmoid_bias(bias, length_k, in_band)).sigmoid() / p
-        return _weighted(weights.where(visible, 0.0), visible, value)
-    output, logsumexp = _softmax((logits - p.log()).where(visible, -math.inf), visible, value)
-    return (output, logsumexp) if return_logsumexp else output
+        return _weighted(weights.where(visible, 0.0), visible, value), weights.new_zeros(weights.shape[:3])
+    return _softmax((logits - p.log()).where(visible, -math.inf), visible, value)
+
+
+def probabilistic_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    keep: Keep = "harmonic",
+    density: float | None = None,
+    mode: Mode = "bernoulli",
+    block_size: tuple[int, int] = (64, 64),
+    is_causal: bool = False,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    return_logsumexp: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    solved = _solve(keep, density, mode, (query.shape[2], key.shape[2]), block_size, is_causal)
+    options |= {"block_size": block_size, "is_causal": is_causal}
+    if seqused_k is None and leftpad_k is None:
+        both = _probabilistic_attention(query, key, value, solved, **options)
+    else:
+        ends = [key.shape[2]] * len(key) if seqused_k is None else seqused_k.tolist()
+        starts = [0] * len(key) if leftpad_k is None else leftpad_k.tolist()
+        sequences = []
+        for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            own = query[b : b + 1], key[b : b + 1, :, start:end], value[b : b + 1, :, start:end]
+            sequences.append(_probabilistic_attention(*own, solved, sequence=b, **options))
+        output, logsumexp = (torch.cat(x) for x in zip(*sequences, strict=True))
+        both = output, logsumexp
+    return both if return_logsumexp else both[0]
 
 
 def sparse_linear_block_map(
@@ -788,6 +841,26 @@ def _each_sequence(
     return torch.cat([output, output.new_zeros(len(query) - len(output), *output.shape[1:])])
 
 
+def _each_sequence_with_logsumexp(
+    attention: Callable[..., tuple[Tensor, Tensor]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    # The logsumexp rides along as one more feature.
+    def in_one(q: Tensor, k: Tensor, v: Tensor, **own: Any) -> Tensor:
+        output, logsumexp = attention(q, k, v, **own)
+        return torch.cat([output, logsumexp[..., None]], -1)
+
+    both = _each_sequence(in_one, query, key, value, cu_seqlens_q, cu_seqlens_k, options)
+    output, logsumexp = both[..., :-1], both[..., -1].transpose(0, 1).clone()
+    logsumexp[:, cu_seqlens_q[-1] :] = -math.inf
+    return output, logsumexp
+
+
 def sigmoid_attention_varlen(
     query: Tensor,
     key: Tensor,
@@ -860,15 +933,73 @@ def softmax_attention_varlen(
     return_logsumexp: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    # The logsumexp rides along as one more feature.
-    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        output, logsumexp = softmax_attention(q, k, v, return_logsumexp=True, **options)
-        return torch.cat([output, logsumexp[..., None]], -1)
+    def attention(q: Tensor, k: Tensor, v: Tensor, **own: Any) -> tuple[Tensor, Tensor]:
+        output, logsumexp = softmax_attention(q, k, v, return_logsumexp=True, **own)
+        return output, logsumexp
 
-    both = _each_sequence(attention, query, key, value, cu_seqlens_q, cu_seqlens_k, options)
-    output, logsumexp = both[..., :-1], both[..., -1].transpose(0, 1).clone()
-    logsumexp[:, cu_seqlens_q[-1] :] = -math.inf
-    return (output, logsumexp) if return_logsumexp else output
+    both = _each_sequence_with_logsumexp(attention, query, key, value, cu_seqlens_q, cu_seqlens_k, options)
+    return both if return_logsumexp else both[0]
+
+
+def block_sparse_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    block_mask: BlockMask,
+    *,
+    block_bias: Tensor | None = None,
+    has_padding: bool = False,
+    return_logsumexp: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    def attention(q: Tensor, k: Tensor, v: Tensor, **own: Any) -> tuple[Tensor, Tensor]:
+        rows, sequence = -(-q.shape[2] // block_mask.block_size[0]), own["sequence"]
+
+        def part(x: Tensor) -> Tensor:
+            return (x if len(x) == 1 else x[sequence : sequence + 1])[:, :, :rows]
+
+        mask = BlockMask(part(block_mask.kv_num_blocks), part(block_mask.kv_indices), block_mask.block_size)
+        bias = None if block_bias is None else part(block_bias)
+        if own.get("score") == "sigmoid":
+            output = block_sparse_attention(q, k, v, mask, block_bias=bias, **own)
+            assert isinstance(output, Tensor)
+            return output, output.new_zeros(output.shape[:3])
+        output, logsumexp = block_sparse_attention(q, k, v, mask, block_bias=bias, return_logsumexp=True, **own)
+        return output, logsumexp
+
+    both = _each_sequence_with_logsumexp(attention, query, key, value, cu_seqlens_q, cu_seqlens_k, options)
+    return both if return_logsumexp else both[0]
+
+
+def probabilistic_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    keep: Keep = "harmonic",
+    density: float | None = None,
+    mode: Mode = "bernoulli",
+    block_size: tuple[int, int] = (64, 64),
+    is_causal: bool = False,
+    has_padding: bool = False,
+    return_logsumexp: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    solved = _solve(keep, density, mode, (max_seqlen_q, max_seqlen_k), block_size, is_causal)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **own: Any) -> tuple[Tensor, Tensor]:
+        return _probabilistic_attention(q, k, v, solved, block_size=block_size, is_causal=is_causal, **own)
+
+    both = _each_sequence_with_logsumexp(attention, query, key, value, cu_seqlens_q, cu_seqlens_k, options)
+    return both if return_logsumexp else both[0]
 
 
 def sparse_linear_attention_varlen(

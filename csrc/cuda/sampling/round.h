@@ -18,13 +18,19 @@ struct Finish {
 };
 
 struct Round {
-  BlockGrid grid;
-  std::int64_t heads;
+  BlockGrid grid;  // of the longest sequence
+  SequenceLengths lengths;
+  std::int64_t heads, sequence_heads;  // of the batch, and of one sequence
   const float* keep;
   const std::int64_t *seed, *offset;
   Finish* finishes;  // [heads, query blocks]; null where each block is kept on its own
 
 #ifdef __CUDACC__
+  // This is the grid of the sequence that a head belongs to.
+  __device__ __forceinline__ BlockGrid own_grid(std::int64_t head) const {
+    const bool alike = !lengths.cu_seqlens_q && !lengths.key_ends;
+    return alike ? grid : lengths.own(grid, head / sequence_heads);
+  }
   __device__ __forceinline__ SamplingRound draws() const {
     return {std::uint64_t(__ldg(seed)), std::uint32_t(__ldg(offset))};
   }

@@ -28,10 +28,11 @@ __global__ void __launch_bounds__(kWarps * 32)
   if (number >= round.heads * rows) return;
   const std::int64_t head = number / rows;
   const int own = int(number - head * rows);
+  const BlockGrid grid = round.own_grid(head);
   const SamplingRound draws = round.draws();
-  lists.write(number, kTransposed ? first_row(round.grid, own) : 0, width, [&](int other, float& p) {
+  lists.write(number, kTransposed ? first_row(grid, own) : 0, width, [&](int other, float& p) {
     const int i = kTransposed ? other : own, j = kTransposed ? own : other;
-    const BlockRow<int> row(round.grid, i);
+    const BlockRow<int> row(grid, i);
     if (j >= row.candidates) return false;
     const int distance = row.distance(j);
     p = __ldg(round.keep + distance);
@@ -47,8 +48,14 @@ std::size_t sample_blocks_workspace(const SampleBlocksParams& p, const Launch&) 
 void sample_blocks(const SampleBlocksParams& p, const Launch& where) {
   const Range range("attnx::sample_blocks");
   const auto stream = static_cast<cudaStream_t>(where.stream);
-  const Round round{p.grid, p.heads,  p.keep,
-                    p.seed, p.offset, p.blocks_per_row == 0 ? nullptr : static_cast<Finish*>(where.workspace)};
+  const Round round{.grid = p.grid,
+                    .lengths = p.lengths,
+                    .heads = p.heads,
+                    .sequence_heads = p.sequence_heads,
+                    .keep = p.keep,
+                    .seed = p.seed,
+                    .offset = p.offset,
+                    .finishes = p.blocks_per_row == 0 ? nullptr : static_cast<Finish*>(where.workspace)};
   const auto launch = [&](auto* kernel, std::int64_t rows, const SampledLists& lists) {
     launch_kernel("attnx_sample_blocks", kernel, (p.heads * rows + kWarps - 1) / kWarps, kWarps * 32, 0, stream, round,
                   lists);

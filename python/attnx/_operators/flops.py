@@ -8,6 +8,7 @@ lengths and lists are in tensors they are read; those of a traced call, which ca
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -72,17 +73,25 @@ def _of_blocks(a: Arguments, blocks: int, backward: bool) -> int:
 
 def listed(a: Arguments, backward: bool) -> int:
     counts, indices = a["kv_num_blocks"], a["kv_indices"]
-    known = _numbers(counts.expand(*a["query"].shape[:2], -1).sum())
-    blocks = a["query"].shape[0] * a["query"].shape[1] * indices.shape[2] * indices.shape[3]
+    query = a["query"]
+    heads = (query.shape[0] if "cu_seqlens_q" not in a else a["cu_seqlens_q"].shape[0] - 1, query.shape[1])
+    known = _numbers(counts.expand(*heads, -1).sum())
+    blocks = math.prod(heads) * indices.shape[2] * indices.shape[3]
     return _of_blocks(a, blocks if known is None else known, backward)
 
 
 def drawn(a: Arguments, backward: bool) -> int:
-    (batch, heads, length_q), length_k = a["query"].shape[:3], a["key"].shape[2]
-    names = signature("probabilistic_block_lists").arguments
-    sizes = {"batch": batch, "heads": heads, "length_q": length_q, "length_k": length_k}
-    counts, indices = signature("probabilistic_block_lists").operator(*((a | sizes)[name] for name in names))
-    return listed(a | {"kv_num_blocks": counts, "kv_indices": indices}, backward)
+    """Sequences of several lengths are counted one by one, in draws that are as likely as theirs."""
+    of, heads = signature("probabilistic_block_lists"), a["query"].shape[1]
+    sequences = lengths(a)
+    each = [(len(sequences), sequences[0])] if len(set(sequences)) == 1 else [(1, own) for own in sequences]
+    total = 0
+    for batch, (length_q, length_k) in each:
+        sizes = {"batch": batch, "heads": heads, "length_q": length_q, "length_k": length_k}
+        counts, indices = of.call(a | sizes)
+        known = _numbers(counts.sum())
+        total += _of_blocks(a, math.prod(indices.shape) if known is None else known, backward)
+    return total
 
 
 def sparse_linear(a: Arguments, backward: bool) -> int:

@@ -26,6 +26,7 @@ OPERATORS = (
     Operator(
         "block_sparse_attention",
         BackwardOperator(more=block_sparse.transposed_lists),
+        varlen=True,
         shapes=terms.GRADIENTS | {"grad_block_bias": block_sparse.grad_block_bias},
         autocast=_QKV,
         flops=flops.listed,
@@ -53,7 +54,7 @@ OPERATORS = (
         flops=weights.products,
     ),
     # A block's draw depends on the place of its head in the batch, so examples as more heads would draw others.
-    Operator("probabilistic_attention", autocast=_QKV, flops=flops.drawn),
+    Operator("probabilistic_attention", varlen=True, autocast=_QKV, flops=flops.drawn),
     Operator("probabilistic_block_lists", _LISTS, fake=probabilistic.lists, refusal=probabilistic.refusal),
     Operator("sparse_linear_attention", varlen=True, autocast=_QKV, flops=flops.sparse_linear),
     Operator(
