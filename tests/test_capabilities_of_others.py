@@ -210,7 +210,11 @@ DRAWN: dict[str, tuple[Callable[..., Call], set[str]]] = {
         # tests/test_packed_lists.py tries the last three
         {"grouped_queries", "value_dim", "causal", "logsumexp", "importance", "varlen", "padding", "key_lengths"},
     ),
-    "sparse_linear_attention": (sparse_linear, {"grouped_queries", "value_dim", "causal", "varlen", "logsumexp"}),
+    "sparse_linear_attention": (
+        sparse_linear,
+        # tests/test_key_lengths.py tries the last one
+        {"grouped_queries", "value_dim", "causal", "varlen", "logsumexp", "key_lengths"},
+    ),
     "routing_attention": (routing, {"grouped_queries", "value_dim", "causal", "memory_kv"}),
 }
 ELSEWHERE = {"hidden_nonfinite"}  # in test_nonfinite.py

@@ -26,6 +26,9 @@ from cases import (
 )
 from compare import EAGER, check, forward_backward
 from test_block_sparse import eager as plain_block_sparse
+from test_sparse_linear import both, random_map
+from test_sparse_linear import eager as plain_sparse_linear
+from test_sparse_linear import results as results_of
 
 CAPACITY = 150
 # (starts, ends) of the keys of four sequences: all, none, a few, and a part in the middle.
@@ -306,3 +309,65 @@ def test_nested_tensors_have_lengths_of_their_own(dtype: torch.dtype, device: to
     x = torch.nested.nested_tensor(rows, layout=torch.jagged).transpose(1, 2)
     with pytest.raises(RuntimeError, match="seqused_k: expected None beside nested tensors"):
         attnx.softmax_attention(x, x, x, seqused_k=torch.ones(2, dtype=INT, device=device))
+
+
+# Sequences of all keys, of none, of a few, and of a part in the middle that begins within a block.
+USED_OF_BLOCKS = ([0, 9, 3, 70], [330, 9, 40, 241])
+
+
+@pytest.mark.parametrize("block_size", [(64, 64), (128, 64)], ids=str)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_block_map(is_causal: bool, block_size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _ = random_inputs(Shape(200, 330, 16, batch=4, heads=4, kv_heads=2), dtype, device)
+    options: dict[str, Any] = {"critical": 0.3, "negligible": 0.3, "protect": 10, "block_size": block_size}
+    options |= {"smooth_k": True, "is_causal": is_causal} | _lengths(device, USED_OF_BLOCKS)
+    actual = attnx.sparse_linear_block_map(inputs["query"], inputs["key"], **options)
+    assert torch.equal(
+        actual.labels, reference.sparse_linear_block_map(inputs["query"], inputs["key"], **options).labels
+    )
+    assert (actual.labels[1] == -1).all()
+
+
+@pytest.mark.parametrize("scope", ["marginal", "noncritical", "all"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_linear(
+    dtype: torch.dtype, is_causal: bool, scope: str, device: torch.device, poisoned_allocations: None
+) -> None:
+    shape = Shape(200, 330, 16, value_dim=24, batch=4, heads=4, kv_heads=2)
+    inputs, _ = random_inputs(shape, dtype, device)
+    options: dict[str, Any] = {"linear_scope": scope, "is_causal": is_causal, "feature_map": "elu"}
+    options["block_map"] = random_map(shape, (64, 64), device)
+    lengths = _lengths(device, USED_OF_BLOCKS)
+    actual = results_of(both(attnx.sparse_linear_attention), inputs, **options, **lengths)
+    exact = {name: x.double() for name, x in inputs.items()}
+    expected = results_of(both(reference.sparse_linear_attention), exact, **options, **lengths)
+
+    def plain(query: Tensor, key: Tensor, value: Tensor, block_map: attnx.SparseLinearMap, **others: Any) -> Tensor:
+        outputs = []
+        for b, (start, end) in enumerate(zip(*USED_OF_BLOCKS, strict=True)):
+            own = query[b : b + 1], key[b : b + 1, :, start:end], value[b : b + 1, :, start:end]
+            if start == end:
+                outputs.append(own[0].sum(-1, True).expand(-1, -1, -1, 2 * shape.value_dim) * 0)
+                continue
+            labels = attnx.SparseLinearMap(block_map.labels[b : b + 1], block_map.block_size)
+            outputs.append(both(plain_sparse_linear)(*own, block_map=labels, **others))
+        return torch.cat(outputs)
+
+    baseline = results_of(plain, inputs, **options)
+    for name, x in actual.items():
+        assert_close(x, expected[name], baseline[name], name=name)
+
+
+def test_full_lengths_of_sparse_linear_change_nothing(
+    dtype: torch.dtype, device: torch.device, deterministic: None
+) -> None:
+    inputs, _ = random_inputs(Shape(200, 330, 16, batch=2, heads=4, kv_heads=2), dtype, device)
+    attention, options = both(attnx.sparse_linear_attention), {"critical": 0.3, "is_causal": True}
+    full = torch.full((2,), 330, dtype=INT, device=device)
+    for x, y in zip(
+        results_of(attention, inputs, **options, seqused_k=full).values(),
+        results_of(attention, inputs, **options).values(),
+        strict=True,
+    ):
+        assert torch.equal(x, y)

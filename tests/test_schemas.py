@@ -88,12 +88,13 @@ SCHEMAS = [
     f"({GRADS})",
     "probabilistic_block_lists(Tensor keep, Tensor seed, Tensor offset, SymInt batch, SymInt heads, SymInt length_q, "
     f"SymInt length_k, {BLOCKS}, int blocks_per_row, bool is_causal) -> ({LISTS})",
-    f"sparse_linear_attention({QKV}, {MAP}) -> ({PARTS})",
+    f"sparse_linear_attention({QKV}, {LENGTHS}, {MAP}) -> ({PARTS})",
     f"sparse_linear_attention_varlen({QKV}, {PACKING}, {MAP}) -> ({PARTS})",
-    f"sparse_linear_attention_backward({PART_GRADS}, {QKV}, {PARTS}, {MAP}, bool deterministic) -> ({GRADS})",
+    f"sparse_linear_attention_backward({PART_GRADS}, {QKV}, {PARTS}, {LENGTHS}, {MAP}, bool deterministic) -> "
+    f"({GRADS})",
     f"sparse_linear_attention_varlen_backward({PART_GRADS}, {QKV}, {PARTS}, {PACKING}, {MAP}, bool deterministic) -> "
     f"({GRADS})",
-    f"sparse_linear_block_map(Tensor query, Tensor key, {MAPPED}) -> Tensor",
+    f"sparse_linear_block_map(Tensor query, Tensor key, {LENGTHS}, {MAPPED}) -> Tensor",
     f"sparse_linear_block_map_varlen(Tensor query, Tensor key, {PACKING}, {MAPPED}) -> Tensor",
     f"sparse_linear_labels(Tensor products, SymInt length_q, SymInt length_k, {BLOCKS}, float critical, "
     "float negligible, bool is_causal, SymInt protect) -> Tensor",

@@ -451,7 +451,7 @@ def test_block_map_fits_torch(dtype: torch.dtype, device: torch.device) -> None:
     inputs, _ = random_inputs(shape, dtype, device)
     query, key = inputs["query"], inputs["key"]
     options = (64, 64, 0.3, 0.3, True, 70, None, True)
-    torch.library.opcheck(torch.ops.attnx.sparse_linear_block_map, (query, key, *options))
+    torch.library.opcheck(torch.ops.attnx.sparse_linear_block_map, (query, key, None, None, *options))
     packed, _, sizes = pack(([70, 3, 200], [70, 130, 5]), dtype, device)
     arguments = (packed["query"], packed["key"], *sizes.values())
     torch.library.opcheck(torch.ops.attnx.sparse_linear_block_map_varlen, (*arguments, *options))
@@ -544,7 +544,7 @@ def test_fits_torch(device: torch.device, dtype: torch.dtype) -> None:
     leaves = [x.requires_grad_() for x in inputs.values()]
     options = (block_map.labels, 64, 64, "elu", "marginal", None, True)
     # A map drawn anew would be no int8 map: opcheck's own inputs are used as they are.
-    torch.library.opcheck(torch.ops.attnx.sparse_linear_attention, (*leaves, *options))
+    torch.library.opcheck(torch.ops.attnx.sparse_linear_attention, (*leaves, None, None, *options))
 
     def attention(*x: Tensor) -> Tensor:
         return both(attnx.sparse_linear_attention)(*x, critical=0.3, is_causal=True)

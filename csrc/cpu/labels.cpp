@@ -80,8 +80,8 @@ std::int64_t rows_of_part(std::int64_t blocks, std::int64_t blocks_of_part) {
 void block_map(const BlockMapParams& p, const Executor& executor) {
   const BlockGrid longest = grid_of(p, p.length_q, p.length_k);
   const std::int64_t rows = p.batch * p.heads_q * longest.query_blocks();
-  // Rows beyond the end of a packed sequence have no products.
-  if (p.cu_seqlens_q) std::fill_n(p.labels, rows * longest.key_blocks(), std::int8_t(-1));
+  // Rows beyond the end of a shorter sequence have no products.
+  if (p.key_ends) std::fill_n(p.labels, rows * longest.key_blocks(), std::int8_t(-1));
   BlockProductsParams products;
   static_cast<AttentionParams&>(products) = p;
   products.smooth_k = p.smooth_k;

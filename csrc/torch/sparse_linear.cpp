@@ -175,9 +175,9 @@ InputGradients backward(const PartGradients& grads, const Inputs& x, const Parts
 }
 
 const Registration registration(kSystem, OnHost::kRefused,
-                                {define<forward<Dense>>("sparse_linear_attention"),
+                                {define<forward<DenseWithLengths>>("sparse_linear_attention"),
                                  define<forward<Packed>>("sparse_linear_attention_varlen"),
-                                 define<backward<Dense>>("sparse_linear_attention_backward"),
+                                 define<backward<DenseWithLengths>>("sparse_linear_attention_backward"),
                                  define<backward<Packed>>("sparse_linear_attention_varlen_backward")});
 
 }  // namespace

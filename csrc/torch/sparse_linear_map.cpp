@@ -46,7 +46,7 @@ StableTensor block_map(const QueryAndKey& x, const Layout& layout, const BlockSi
 }
 
 const Registration registration(kSystem, OnHost::kRefused,
-                                {define<block_map<Dense>>("sparse_linear_block_map"),
+                                {define<block_map<DenseWithLengths>>("sparse_linear_block_map"),
                                  define<block_map<Packed>>("sparse_linear_block_map_varlen")});
 
 }  // namespace

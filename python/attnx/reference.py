@@ -93,6 +93,13 @@ def _band(
     return distance, visible, ends - starts
 
 
+def _used_keys(key: Tensor, seqused_k: Tensor | None, leftpad_k: Tensor | None) -> list[slice]:
+    """The rows of the keys of each sequence."""
+    ends = [key.shape[2]] * len(key) if seqused_k is None else seqused_k.tolist()
+    starts = [0] * len(key) if leftpad_k is None else leftpad_k.tolist()
+    return [slice(*x) for x in zip(starts, ends, strict=True)]
+
+
 def _per_head(x: Tensor, heads: int) -> Tensor:
     return x.double().expand(heads)[:, None, None]
 
@@ -662,11 +669,9 @@ def probabilistic_attention(
     if seqused_k is None and leftpad_k is None:
         both = _probabilistic_attention(query, key, value, solved, **options)
     else:
-        ends = [key.shape[2]] * len(key) if seqused_k is None else seqused_k.tolist()
-        starts = [0] * len(key) if leftpad_k is None else leftpad_k.tolist()
         sequences = []
-        for b, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            own = query[b : b + 1], key[b : b + 1, :, start:end], value[b : b + 1, :, start:end]
+        for b, used in enumerate(_used_keys(key, seqused_k, leftpad_k)):
+            own = query[b : b + 1], key[b : b + 1, :, used], value[b : b + 1, :, used]
             sequences.append(_probabilistic_attention(*own, solved, sequence=b, **options))
         output, logsumexp = (torch.cat(x) for x in zip(*sequences, strict=True))
         both = output, logsumexp
@@ -674,6 +679,25 @@ def probabilistic_attention(
 
 
 def sparse_linear_block_map(
+    query: Tensor,
+    key: Tensor,
+    *,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    **options: Any,
+) -> SparseLinearMap:
+    if seqused_k is None and leftpad_k is None:
+        return _sparse_linear_block_map(query, key, **options)
+    block_q, block_k = options.get("block_size", (64, 64))
+    sizes = (*query.shape[:2], -(-query.shape[2] // block_q), -(-key.shape[2] // block_k))
+    labels = torch.full(sizes, -1, dtype=torch.int8, device=query.device)
+    for b, used in enumerate(_used_keys(key, seqused_k, leftpad_k)):
+        own = _sparse_linear_block_map(query[b : b + 1], key[b : b + 1, :, used], **options).labels
+        labels[b, :, :, : own.shape[3]] = own[0]
+    return SparseLinearMap(labels, (block_q, block_k), (query.shape[2], key.shape[2]))
+
+
+def _sparse_linear_block_map(
     query: Tensor,
     key: Tensor,
     *,
@@ -733,10 +757,37 @@ def sparse_linear_attention(
     linear_scope: LinearScope = "marginal",
     is_causal: bool = False,
     scale: float | Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
     **map_options: Any,
 ) -> tuple[Tensor, Tensor]:
     if block_map is None:
+        map_options |= {"seqused_k": seqused_k, "leftpad_k": leftpad_k}
         block_map = sparse_linear_block_map(query, key, is_causal=is_causal, scale=scale, **map_options)
+    options: dict[str, Any] = {"feature_map": feature_map, "linear_scope": linear_scope}
+    options |= {"is_causal": is_causal, "scale": scale}
+    if seqused_k is None and leftpad_k is None:
+        return _sparse_linear_attention(query, key, value, block_map, **options)
+    sequences = []
+    for b, used in enumerate(_used_keys(key, seqused_k, leftpad_k)):
+        labels = block_map.labels if len(block_map.labels) == 1 else block_map.labels[b : b + 1]
+        own = query[b : b + 1], key[b : b + 1, :, used], value[b : b + 1, :, used]
+        sequences.append(_sparse_linear_attention(*own, SparseLinearMap(labels, block_map.block_size), **options))
+    sparse, linear = (torch.cat(x) for x in zip(*sequences, strict=True))
+    return sparse, linear
+
+
+def _sparse_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_map: SparseLinearMap,
+    *,
+    feature_map: FeatureMap,
+    linear_scope: LinearScope,
+    is_causal: bool,
+    scale: float | Tensor | None,
+) -> tuple[Tensor, Tensor]:
     heads, length_q, length_k = query.shape[1], query.shape[2], key.shape[2]
     block_q, block_k = block_map.block_size
     labels = block_map.labels.repeat_interleave(block_q, 2).repeat_interleave(block_k, 3)[:, :, :length_q, :length_k]

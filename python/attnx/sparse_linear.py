@@ -116,6 +116,8 @@ def sparse_linear_block_map(
     smooth_k: bool = False,
     scale: float | None = None,
     protect: int = 0,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
 ) -> SparseLinearMap:
     r"""Sorts the blocks of keys into critical, marginal and negligible ones, for each block of queries.
 
@@ -137,6 +139,9 @@ def sparse_linear_block_map(
         scale: of the products; its sign alone matters to the ranks.
         protect: the blocks that hold the first so many keys are critical for every query that may see them, such as
             the text in front of a video.
+        seqused_k: as in :func:`attnx.sigmoid_attention`: the shares are of the blocks of these keys, and blocks beyond
+            them are negligible.
+        leftpad_k: likewise; the blocks of keys of a sequence, and ``protect``, count from there.
 
     Returns:
         The map, for every sequence and query head. It has no gradient.
@@ -154,8 +159,9 @@ def sparse_linear_block_map(
     protect, scale = _protect(protect), _scale(scale)
     _arguments.flag("is_causal", is_causal)
     _arguments.flag("smooth_k", smooth_k)
+    lengths = _arguments.key_lengths(seqused_k, leftpad_k, query, key)
     labels = _ops.sparse_linear_block_map(
-        query, key, block_q, block_k, critical, negligible, smooth_k, protect, scale, is_causal
+        query, key, *lengths, block_q, block_k, critical, negligible, smooth_k, protect, scale, is_causal
     )
     return SparseLinearMap(labels, (block_q, block_k), (query.shape[2], key.shape[2]))
 
@@ -252,6 +258,8 @@ def sparse_linear_attention(
     scale: float | None = None,
     smooth_k: bool = False,
     protect: int = 0,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Softmax attention over the critical blocks, and linear attention over others, apart.
 
@@ -293,6 +301,7 @@ def sparse_linear_attention(
         options: dict[str, Any] = {"critical": critical, "negligible": negligible, "block_size": block_size}
         options |= {"feature_map": feature_map, "linear_scope": linear_scope, "is_causal": is_causal, "scale": scale}
         options |= {"block_map": block_map, "smooth_k": smooth_k, "protect": protect}
+        _nested.expect_no_lengths(seqused_k=seqused_k, leftpad_k=leftpad_k)
         return _nested.attend(sparse_linear_attention_varlen, query, key, value, **options)
     _arguments.tensors(query=query, key=key, value=value)
     if block_map is None:
@@ -306,6 +315,8 @@ def sparse_linear_attention(
             smooth_k=smooth_k,
             scale=scale,
             protect=protect,
+            seqused_k=seqused_k,
+            leftpad_k=leftpad_k,
         )
     else:
         _check_map(block_map)
@@ -317,6 +328,7 @@ def sparse_linear_attention(
         query,
         key,
         value,
+        *_arguments.key_lengths(seqused_k, leftpad_k, query, key),
         block_map.labels,
         *block_map.block_size,
         _arguments.text("feature_map", feature_map),

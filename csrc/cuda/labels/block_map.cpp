@@ -71,9 +71,7 @@ void multiply(const MapPlan& plan, std::int64_t first, std::int64_t problems, fl
 void label(const BlockMapParams& p, const MapPlan& plan, std::int64_t first, std::int64_t problems,
            const Launch& launch) {
   launch_label_blocks({.grid = {p.length_q, p.length_k, p.block_q, p.block_k, p.window_right == 0},
-                       .cu_seqlens_q = p.cu_seqlens_q,
-                       .key_starts = p.key_starts,
-                       .key_ends = p.key_ends,
+                       .lengths = {p.cu_seqlens_q, p.key_starts, p.key_ends},
                        .first_head = first * plan.group,
                        .heads = problems * plan.group,
                        .heads_of_sequence = p.heads_q,

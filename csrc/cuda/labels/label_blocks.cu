@@ -14,12 +14,9 @@ constexpr int kMaxWarps = 4;
 
 // A sequence that a row of blocks lies beyond has no keys for it.
 __device__ __forceinline__ BlockGrid grid_of(const LabelArguments& args, std::int64_t head, std::int64_t row) {
-  BlockGrid grid = args.grid;
-  if (args.cu_seqlens_q) {
-    const std::int64_t b = (args.first_head + head) / args.heads_of_sequence;
-    grid.length_q = args.cu_seqlens_q[b + 1] - args.cu_seqlens_q[b];
-    grid.length_k = row < grid.query_blocks() ? args.key_ends[b] - args.key_starts[b] : 0;
-  }
+  if (!args.lengths.key_ends) return args.grid;
+  BlockGrid grid = args.lengths.own(args.grid, (args.first_head + head) / args.heads_of_sequence);
+  if (row >= grid.query_blocks()) grid.length_k = 0;
   return grid;
 }
 
@@ -64,9 +61,7 @@ void label_blocks(const LabelBlocksParams& p, const Launch& launch) {
   if (p.dtype != DType::kFloat32)
     throw std::runtime_error("label_blocks: products: expected float32, got another dtype");
   launch_label_blocks({.grid = p.grid,
-                       .cu_seqlens_q = nullptr,
-                       .key_starts = nullptr,
-                       .key_ends = nullptr,
+                       .lengths = {},
                        .first_head = 0,
                        .heads = p.heads,
                        .heads_of_sequence = p.heads,

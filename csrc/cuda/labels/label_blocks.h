@@ -11,7 +11,7 @@ void label_blocks(const LabelBlocksParams& params, const Launch& launch);
 
 struct LabelArguments {
   BlockGrid grid;  // of the longest sequences
-  const std::int32_t *cu_seqlens_q, *key_starts, *key_ends;
+  SequenceLengths lengths;
   std::int64_t first_head, heads;  // those of the launch, counted over the batch
   std::int64_t heads_of_sequence;
   const float* products;  // [heads, query blocks, row_stride]
