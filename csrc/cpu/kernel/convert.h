@@ -70,6 +70,20 @@ ATTNX_INLINE Vec<Sum> load_as(const Float16* p) {
   return load_halves(&p->bits);
 }
 
+// A vector of flags, of which each is a byte, as a mask.
+template <class Sum>
+ATTNX_INLINE Mask<Sum> load_flags(const std::uint8_t* p) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Sum) == 4) return (Mask<Sum>)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)) != 0;
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Sum) == 4) return (Mask<Sum>)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)) != 0;
+#endif
+  typedef std::uint8_t Bytes __attribute__((vector_size(kLanes<Sum>)));
+  Bytes bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, Mask<Sum>) != 0;
+}
+
 // One row of n numbers. The compiler vectorises all of these but float16, whose instructions it needs told.
 template <class To, class From>
 inline void convert_row(To* __restrict to, const From* __restrict from, std::int64_t n) {

@@ -52,7 +52,7 @@ ATTNX_INLINE Vec<float> reciprocal(Vec<float> x) {
 ATTNX_INLINE Vec<double> reciprocal(Vec<double> x) { return 1.0 / x; }
 
 // tanh(x); relative error below 3 units in the last place. Near 0 a polynomial in x^2 (Cephes' tanhf), elsewhere
-// 1 - 2 / (e^2|x| + 1).
+// 1 - 2 / (e^2|x| + 1), which most vectors of capped logits do without.
 ATTNX_INLINE Vec<float> tanh(Vec<float> x) {
   const Vec<float> size = absolute(x), square = x * x;
   Vec<float> p = square * -5.70498872745e-3f + 2.06390887954e-2f;
@@ -60,6 +60,7 @@ ATTNX_INLINE Vec<float> tanh(Vec<float> x) {
   p = p * square + 1.33314422036e-1f;
   p = p * square - 3.33332819422e-1f;
   const Vec<float> near = p * square * x + x;
+  if (bits(size >= 0.625f) == 0) return near;  // a NaN stays one
   const Vec<float> far = 1.0f - 2.0f * reciprocal(exp(at_most(2.0f * size, 86.0f)) + 1.0f);
   return size < 0.625f ? near : x < 0.0f ? -far : far;
 }

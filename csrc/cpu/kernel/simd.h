@@ -188,13 +188,14 @@ ATTNX_INLINE Vec<T> reversed(Vec<T> x) {
   for (int i = 0; i < kLanes<T>; ++i) lanes[i] = MaskInt<T>(kLanes<T> - 1 - i);
   return __builtin_shuffle(x, lanes);
 }
-// Lane i of vector j and lane j of vector i change places: in log2(lanes) rounds, each of which swaps the two blocks
-// off the diagonal within every block of the round before.
+// Lane i of vector j and lane j of vector i change places: in rounds, each of which swaps the two blocks off the
+// diagonal within every block of the round before. The last two rounds of four-byte numbers are one of pairs and one of
+// pairs of these, which x86 has an instruction for each.
 template <class T>
 ATTNX_INLINE void transpose_lanes(Vec<T> (&x)[kLanes<T>]) {
-  constexpr int n = kLanes<T>;
+  constexpr int n = kLanes<T>, kLast = sizeof(T) == 4 ? 4 : 1;
 #pragma GCC unroll 4
-  for (int half = n / 2; half > 0; half /= 2) {
+  for (int half = n / 2; half >= kLast; half /= 2) {
     Mask<T> upper{}, lower{};
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) {
@@ -207,6 +208,24 @@ ATTNX_INLINE void transpose_lanes(Vec<T> (&x)[kLanes<T>]) {
       const Vec<T> a = x[i], b = x[i + half];
       x[i] = __builtin_shuffle(a, b, upper);
       x[i + half] = __builtin_shuffle(a, b, lower);
+    }
+  }
+  if constexpr (kLast == 4) {
+    Mask<T> low{}, high{}, first{}, second{};
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      const int lane = i & 3, group = i & ~3;
+      low[i] = MaskInt<T>((lane & 1 ? n : 0) + group + lane / 2);
+      high[i] = low[i] + 2;
+      first[i] = MaskInt<T>((lane & 2 ? n : 0) + group + (lane & 1));
+      second[i] = first[i] + 2;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i += 4) {
+      const Vec<T> a = __builtin_shuffle(x[i], x[i + 1], low), b = __builtin_shuffle(x[i], x[i + 1], high);
+      const Vec<T> c = __builtin_shuffle(x[i + 2], x[i + 3], low), d = __builtin_shuffle(x[i + 2], x[i + 3], high);
+      x[i] = __builtin_shuffle(a, c, first), x[i + 1] = __builtin_shuffle(a, c, second);
+      x[i + 2] = __builtin_shuffle(b, d, first), x[i + 3] = __builtin_shuffle(b, d, second);
     }
   }
 }

@@ -78,7 +78,6 @@ class TermBuilder {
       case MaskKind::kInput: fill_from_input(rows_[i], panel, tile, keys); break;
       case MaskKind::kSum: fill_added<Sum>(rows_[i], panel, tile, keys); break;
     }
-    prefetch(rows_[i], panel, tile);
     if (hides_all_) return true;
     if (kept_) dropout_.fill(panel, rows_[i].first_head, tile.first, keys, kept_number_, kept_);
     if (shares_) fill_shares(rows_[i], panel, keys);
@@ -109,15 +108,6 @@ class TermBuilder {
     }
   }
 
-  // Asks for the numbers of the next tile: rows lie too far apart for the hardware to see where this goes.
-  void prefetch(const TermRows<Sum>& rows, const Panel<Sum>& panel, const KeyTile& tile) const {
-    if (terms_.attn_mask.kind == MaskKind::kNone || rows.one_mask || terms_.attn_mask.key_stride != 1) return;
-    const std::int64_t bytes = number_bytes();
-    for (int lane = 0; lane < panel.rows; ++lane)
-      for (std::int64_t at = tile.next * bytes; at < (tile.next + tile.count) * bytes; at += 64)
-        __builtin_prefetch(rows.mask[lane] + at, 0, 2);
-  }
-
   // Bias and logarithm of the share of the keys of the tile, for a head.
   const Sum* key_terms(std::int64_t head) {
     const std::int64_t g = head % group_;
@@ -144,7 +134,17 @@ class TermBuilder {
   }
   bool has_key_terms() const { return terms_.key_bias.data || terms_.key_mask.data; }
 
-  // As many numbers of a row of the mask as a vector holds, from the given key on; keys that there are not are hidden.
+  // As many numbers of a row of the mask as a vector holds, which lie together, from the given key on.
+  template <class Number>
+  ATTNX_INLINE Vec<Sum> numbers_of(const char* row, std::int64_t key) const {
+    if constexpr (__is_same(Number, bool)) {
+      return load_flags<Sum>(reinterpret_cast<const std::uint8_t*>(row) + tile_.first + key) ? Vec<Sum>{}
+                                                                                             : splat(kHidden);
+    } else {
+      return load_as<Sum>(reinterpret_cast<const Number*>(row) + tile_.first + key);
+    }
+  }
+  // The same of numbers that may lie apart; keys that there are not are hidden.
   template <class Number>
   ATTNX_INLINE Vec<Sum> mask_of(const char* row, std::int64_t key) const {
     const std::int64_t stride = terms_.attn_mask.key_stride, left = tile_.count - key;
@@ -152,12 +152,7 @@ class TermBuilder {
       if (left >= kLanes<Sum>) return Vec<Sum>{};
     } else if constexpr (__is_same(Number, bool)) {
       const auto* const from = reinterpret_cast<const std::uint8_t*>(row) + (tile_.first + key) * stride;
-      if (stride == 1 && left >= kLanes<Sum>) {
-        typedef std::uint8_t Bytes __attribute__((vector_size(kLanes<Sum>)));
-        Bytes bytes;
-        __builtin_memcpy(&bytes, from, sizeof bytes);
-        return __builtin_convertvector(bytes, Mask<Sum>) != 0 ? Vec<Sum>{} : splat(kHidden);
-      }
+      if (stride == 1 && left >= kLanes<Sum>) return numbers_of<bool>(row, key);
       return by_number(left, [&](std::int64_t i) { return from[i * stride] ? Sum(0) : kHidden; });
     } else {
       const auto* const from = reinterpret_cast<const Number*>(row) + (tile_.first + key) * stride;
@@ -215,24 +210,18 @@ class TermBuilder {
       if (has_key_terms()) x += load(key_terms(panel.head[lane]) + key);
       return x;
     };
-    const PanelOnTile<Sum> bounds(panel, tile, keys);
-    Vec<Sum> lowest = {};
-    Mask<Sum> seen = {};  // bits in which a number is not -inf
+    constexpr bool kStored = !__is_same(Number, None) && !__is_same(Number, ByTable);
+    const bool lie_together = kStored && terms_.attn_mask.key_stride == 1 && !has_key_terms();
+    Content content;
     for (int v = 0; v < panel.vectors; ++v) {
       const int lane = v * kLanes<Sum>;
-      const Vec<Sum> bias = load(panel.bias + lane) + tile.bias, slope = load(panel.slope + lane);
+      const Vec<Sum> bias = load(panel.bias + lane) + tile.bias;
       const bool consecutive = rows.one_head && lane + kLanes<Sum> <= panel.rows;
       const auto put = [&](std::int64_t key, Vec<Sum> x) __attribute__((always_inline)) {
         x += bias;
         if constexpr (__is_same(Number, ByTable))
           if (terms_.tables.key.data && key < tile_.count) x += of_key_table(panel, lane, consecutive, key);
-        if (panel.alibi) x -= slope * absolute(load(bounds.position + lane) - Sum(key));
-        if (bounds.masked) {
-          const auto n = MaskInt<Sum>(key);
-          x = (load(bounds.first + lane) <= n) & (load(bounds.end + lane) > n) ? x : splat(kHidden);
-        }
-        lowest = minimum(lowest, x);
-        seen |= bit_cast<Mask<Sum>>(x) ^ bit_cast<Mask<Sum>>(splat(kHidden));
+        content.add(x);
         store(added_ + key * kWidth + lane, x);
       };
       for (std::int64_t key = 0; key < keys; key += kLanes<Sum>) {
@@ -241,13 +230,55 @@ class TermBuilder {
           for (int i = 0; i < kLanes<Sum>; ++i) put(key + i, splat(x[i]));
         } else {
           Vec<Sum> x[kLanes<Sum>];
-          for (int i = 0; i < kLanes<Sum>; ++i) x[i] = along_keys(lane + i, key);
+          if (lie_together && key + kLanes<Sum> <= tile_.count) {
+            if constexpr (kStored) {
+#pragma GCC unroll 16
+              for (int i = 0; i < kLanes<Sum>; ++i) x[i] = numbers_of<Number>(rows.mask[lane + i], key);
+            }
+          } else {
+            for (int i = 0; i < kLanes<Sum>; ++i) x[i] = along_keys(lane + i, key);
+          }
           transpose_lanes<Sum>(x);
           for (int i = 0; i < kLanes<Sum>; ++i) put(key + i, x[i]);
         }
       }
     }
-    hides_ = bits(lowest == kHidden) != 0, hides_all_ = bits(seen != 0) == 0;
+    const PanelOnTile<Sum> bounds(panel, tile, keys);
+    if (panel.alibi || bounds.masked) content = add_places(panel, bounds, keys);
+    hides_ = content.hides(), hides_all_ = content.hides_all();
+  }
+
+  // Whether numbers hide some of the pairs, or all.
+  struct Content {
+    Vec<Sum> lowest = {};
+    Mask<Sum> seen = {};  // bits in which a number is not -inf
+
+    ATTNX_INLINE void add(Vec<Sum> x) {
+      lowest = minimum(lowest, x);
+      seen |= bit_cast<Mask<Sum>>(x) ^ bit_cast<Mask<Sum>>(splat(kHidden));
+    }
+    bool hides() const { return bits(lowest == kHidden) != 0; }
+    bool hides_all() const { return bits(seen != 0) == 0; }
+  };
+
+  // What depends on the places of queries and keys: slopes, and the bounds of the rows, which few tiles meet.
+  Content add_places(const Panel<Sum>& panel, const PanelOnTile<Sum>& bounds, std::int64_t keys) {
+    Content content;
+    for (int lane = 0; lane < panel.vectors * kLanes<Sum>; lane += kLanes<Sum>) {
+      const Vec<Sum> slope = load(panel.slope + lane);
+      for (std::int64_t key = 0; key < keys; ++key) {
+        Sum* const at = added_ + key * kWidth + lane;
+        Vec<Sum> x = load(at);
+        if (panel.alibi) x -= slope * absolute(load(bounds.position + lane) - Sum(key));
+        if (bounds.masked) {
+          const auto n = MaskInt<Sum>(key);
+          x = (load(bounds.first + lane) <= n) & (load(bounds.end + lane) > n) ? x : splat(kHidden);
+        }
+        content.add(x);
+        store(at, x);
+      }
+    }
+    return content;
   }
 
   void fill_shares(const TermRows<Sum>& rows, const Panel<Sum>& panel, std::int64_t keys) {
