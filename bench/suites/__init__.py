@@ -1,7 +1,18 @@
 """One file per system; a new suite is one more entry here."""
 
 from suite import Suite
-from suites import dense, distances, flash, probabilistic, routing, routing_gpu, sparse_linear, staircase, varlen
+from suites import (
+    dense,
+    distances,
+    flash,
+    probabilistic,
+    routing,
+    routing_gpu,
+    sparse_linear,
+    staircase,
+    terms,
+    varlen,
+)
 
 SUITES: dict[str, Suite] = {
     suite.name: suite
@@ -22,5 +33,6 @@ SUITES: dict[str, Suite] = {
         routing_gpu.SUITE,
         staircase.SUITE,
         staircase.GPU_SUITE,
+        terms.SUITE,
     )
 }
