@@ -60,7 +60,7 @@ def resolve_terms(
     if not 0 <= dropout_p < 1:
         _arguments.refuse("dropout_p", "a probability from 0 to below 1", dropout_p)
     if attn_mask is not None:
-        attn_mask = _four_dimensions(attn_mask)
+        attn_mask = _four_dimensions(attn_mask, key)
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = key_mask.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
     drawn: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -79,11 +79,13 @@ def resolve_terms(
     return (attn_mask, distance_bias, row_bounds), (softcap, key_bias, key_mask, dropout_p, *drawn)
 
 
-def _four_dimensions(attn_mask: Tensor) -> Tensor:
-    """Leading dimensions of size 1 go where broadcasting has them."""
+def _four_dimensions(attn_mask: Tensor, key: Tensor) -> Tensor:
+    """Leading dimensions of size 1 go where broadcasting has them, and one number may serve all keys of a row."""
     if not 2 <= attn_mask.dim() <= 4:
         raise RuntimeError(
             "attn_mask: expected 2 to 4 dimensions, (batch, heads, length_q, length_k) or the last of these, got shape "
             f"{tuple(attn_mask.shape)}"
         )
+    if attn_mask.shape[-1] == 1 and key.dim() == 4:
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-1], key.shape[2])
     return attn_mask[(None,) * (4 - attn_mask.dim())]

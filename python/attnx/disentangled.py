@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from attnx import _arguments, _shards
+from attnx._layouts import any_rank
 from attnx._terms import TermOptions, resolve_terms
 from attnx.functional import Window
 from attnx.relative import check_index, distances
@@ -55,6 +56,7 @@ def log_distance_buckets(
     return (distance + span).clamp(0, 2 * span - 1)
 
 
+@any_rank
 def disentangled_attention(
     query: Tensor,
     key: Tensor,

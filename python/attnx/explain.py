@@ -15,6 +15,7 @@ from attnx import (
     _C,
     _arguments,
     _capability,
+    _layouts,
     disentangled,
     functional,
     probabilistic,
@@ -78,6 +79,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     if isinstance(mask := arguments.get("block_mask"), BlockMask):  # what it hides within blocks are terms, too
         arguments["row_bounds"] = mask.row_bounds
         arguments["attn_mask"] = mask.with_elements(arguments.get("attn_mask"))
+    names = ("query", "key", "value")
+    if all(name in arguments for name in names):
+        arguments |= zip(names, _layouts.four_dimensions(*(arguments[name] for name in names)), strict=True)
     arguments["window_left"], arguments["window_right"] = _arguments.window(arguments.pop("window", None))
     if not isinstance(arguments.get("bias"), Tensor):
         arguments["bias"] = None  # a rule or a number, which every kernel adds

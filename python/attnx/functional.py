@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from attnx import _arguments, _nested, _shards
+from attnx._layouts import any_rank
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx._structures import check_lengths
 from attnx._terms import TermOptions, resolve_terms
@@ -34,6 +35,7 @@ class SoftmaxOptions(TermOptions, total=False):
 
 
 class DenseOptions(SoftmaxOptions, total=False):
+    enable_gqa: bool
     attn_mask: Tensor | None
     distance_bias: Tensor | None
     row_bounds: Tensor | None
@@ -79,6 +81,7 @@ def _refuse_beside_nested(**given: Tensor | None) -> None:
             _arguments.refuse(name, "None with nested tensors", x)
 
 
+@any_rank
 def sigmoid_attention(
     query: Tensor,
     key: Tensor,
@@ -87,6 +90,7 @@ def sigmoid_attention(
     bias: SigmoidBias = None,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
+    enable_gqa: bool = False,
     window: Window = None,
     position_offset: int = 0,
     seqused_k: Tensor | None = None,
@@ -110,10 +114,11 @@ def sigmoid_attention(
     and :math:`P_{ij} = 0` where a mask hides key j. A row that sees no key gives 0.
 
     Args:
-        query: (batch, heads, length_q, head_dim).
+        query: (batch, heads, length_q, head_dim), or of another rank, as ``scaled_dot_product_attention`` takes it:
+            without a batch, or with several dimensions in its place, which count as one in what follows.
         key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads, and consecutive query
-            heads share a key head.
-        value: (batch, kv_heads, length_k, value_dim).
+            heads share a key head. A batch or a head of 1 serves all.
+        value: (batch, kv_heads, length_k, value_dim), likewise.
         bias: what is added to every logit. None: -log(used keys), the paper's rule, under which the weights of
             a row start near a sum of 1. ``"row"``: -log(number of keys the row sees). A float. Or a tensor of
             shape () or (heads,), float32 (float64 for float64 inputs), which may require a gradient. -inf makes
@@ -122,6 +127,7 @@ def sigmoid_attention(
             learned temperature, which may require a gradient; the query is multiplied by it then, in its dtype.
         is_causal: hide later keys; aligned bottom-right, so that the last query sees the last key, which is the last
             used one where ``seqused_k`` says so.
+        enable_gqa: taken as ``scaled_dot_product_attention`` has it, without effect, as grouped heads need no leave.
         window: (left, right): how many keys before and after its own position a query sees; None or -1 for no bound,
             on a side or in the place of the pair. With ``is_causal`` the right bound is 0.
         position_offset: how many keys further on queries stand: query i stands at key
@@ -137,9 +143,10 @@ def sigmoid_attention(
         alibi_slopes: (heads,) or (), dtype as for bias; slope times distance is subtracted from the logit.
         softcap: c > 0, finite or inf for none: :math:`s\, q_i \cdot k_j` becomes
             :math:`c \tanh(s\, q_i \cdot k_j / c)`, before anything is added to it.
-        attn_mask: (batch, heads, length_q, length_k), where each size but length_k may be 1, or the last 2 or 3 of
-            these, of any strides. bool, where True takes part; or in the dtype of query, or as for bias, what is added
-            to the logit, where -inf hides the key. It may require a gradient, which it gets in its own shape.
+        attn_mask: (batch, heads, length_q, length_k), where each size may be 1, or the last 2 or 3 of these, of any
+            strides; where query has more dimensions, as many. bool, where True takes part; or in the dtype of query, or
+            as for bias, what is added to the logit, where -inf hides the key. It may require a gradient, which it gets
+            in its own shape.
         distance_bias: (batch or 1, heads or 1, length_q + length_k - 1), dtype as for bias: number
             i - j + length_k - 1 is added to the logit of query i and key j, both counted from 0 in their tensors. It is
             a mask of pairs without its size, and stands in the place of ``attn_mask``. It may require a
@@ -212,6 +219,7 @@ def sigmoid_attention(
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(alibi_slopes=alibi_slopes)
     query, scale = _arguments.with_scale(query, scale)
+    _arguments.flag("enable_gqa", enable_gqa)
     mask = _mask(is_causal, window, position_offset)
     s = resolve_score("sigmoid", bias, tensor_bias=True)
     pairs, terms = resolve_terms(
@@ -327,6 +335,7 @@ def softmax_attention(
 def softmax_attention(
     query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: bool, **options: Unpack[DenseOptions]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@any_rank
 def softmax_attention(
     query: Tensor,
     key: Tensor,
@@ -334,6 +343,7 @@ def softmax_attention(
     *,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
+    enable_gqa: bool = False,
     window: Window = None,
     position_offset: int = 0,
     seqused_k: Tensor | None = None,
@@ -408,6 +418,7 @@ def softmax_attention(
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(alibi_slopes=alibi_slopes, sink=sink)
     query, scale = _arguments.with_scale(query, scale)
+    _arguments.flag("enable_gqa", enable_gqa)
     mask = _mask(is_causal, window, position_offset)
     pairs, terms = resolve_terms(
         "softmax_attention",
@@ -558,6 +569,7 @@ def block_sparse_attention(
     return_logsumexp: bool,
     **options: Unpack[BlockSparseOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@any_rank
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,

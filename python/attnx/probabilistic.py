@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from attnx import _arguments, _shards
+from attnx._layouts import any_rank
 from attnx._random import draw_round
 from attnx._scores import ScoreArguments, ScoreName, SigmoidBias, resolve_score
 from attnx.block_mask import BlockMask
@@ -428,6 +429,7 @@ def probabilistic_attention(
 def probabilistic_attention(
     query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: bool, **options: Unpack[DenseProbabilisticOptions]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@any_rank
 def probabilistic_attention(
     query: Tensor,
     key: Tensor,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnx import _arguments, _shards
+from attnx._layouts import any_rank
 from attnx._operators.routing import update
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx._structures import register_named_tuple, same
@@ -166,6 +167,7 @@ def route(
     return Routes(query_indices, query_offsets, key_indices, key_offsets, length_q, length_k)
 
 
+@any_rank
 def routing_attention(
     query: Tensor,
     key: Tensor,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attnx import _arguments, _nested, _shards
+from attnx._layouts import any_rank
 from attnx._operators.sparse_linear import longest
 from attnx._structures import Lengths, check_lengths, register, same
 from attnx.block_mask import BlockMask
@@ -243,6 +244,7 @@ def _check_no_map_options(**options: Any) -> None:
             _arguments.refuse(name, "its default with block_map, which has it settled", x)
 
 
+@any_rank
 def sparse_linear_attention(
     query: Tensor,
     key: Tensor,
