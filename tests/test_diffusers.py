@@ -189,18 +189,18 @@ def test_every_self_attention_is_the_operator(name: str, monkeypatch: pytest.Mon
     """Each makes one call with the options, and what comes of it is what the model goes on with."""
     model, inputs = tiny(name)
     dense = output(model, inputs)
-    apply_sparse_linear(model, critical=0.4, negligible=0.2, linear_scope="all", smooth_k=True)
+    apply_sparse_linear(model, critical=0.4, negligible=0.2, linear_scope="all", smooth_k=True, rounding="floor")
     seen = []
     own = attnx.integrations.sparse_linear.sparse_linear_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        seen.append((options["critical"], options["linear_scope"], options["smooth_k"]))
+        seen.append(tuple(options[name] for name in ("critical", "linear_scope", "smooth_k", "rounding")))
         return own(query, key, value, **options)
 
     monkeypatch.setattr(attnx.integrations.sparse_linear, "sparse_linear_attention", attend)
     few = output(model, inputs)
     assert len(seen) == SELF_ATTENTIONS[name]
-    assert set(seen) == {(0.4, "all", True)}
+    assert set(seen) == {(0.4, "all", True, "floor")}
     assert (few - dense).norm() / dense.norm() > 1e-4
     for x in projections(model).values():
         torch.nn.init.normal_(x, std=0.5)
@@ -241,7 +241,7 @@ def test_fine_tuning_of_projections_alone_nears_the_dense_model(name: str) -> No
 @EVERY
 def test_saves_and_loads(name: str, tmp_path: Path) -> None:
     model, inputs = tiny(name)
-    apply_sparse_linear(model, critical=0.4, negligible=0.2, block_size=(128, 64), protect=10)
+    apply_sparse_linear(model, critical=0.4, negligible=0.2, block_size=(128, 64), protect=10, rounding="floor")
     for x in projections(model).values():
         torch.nn.init.normal_(x, std=0.5)
     model.save_pretrained(tmp_path)

@@ -23,6 +23,7 @@ __all__ = [
 
 FeatureMap: TypeAlias = Literal["softmax", "elu", "relu"]
 LinearScope: TypeAlias = Literal["marginal", "noncritical", "all"]
+Rounding: TypeAlias = Literal["ceil", "floor"]
 
 _ops = torch.ops.attnx
 
@@ -116,12 +117,13 @@ def sparse_linear_block_map(
     smooth_k: bool = False,
     scale: float | None = None,
     protect: int = 0,
+    rounding: Rounding = "ceil",
 ) -> SparseLinearMap:
     r"""Sorts the blocks of keys into critical, marginal and negligible ones, for each block of queries.
 
     Queries and keys are averaged over their blocks, and the blocks of keys ranked by the products of the averages,
-    which is the order of their softmax. Of c blocks the first max(1, ceil(critical c)) are critical, the last
-    floor(negligible c) negligible; of equals the lower index comes first. With ``is_causal`` c counts the blocks that
+    which is the order of their softmax. Of c blocks the first max(1, ceil(critical c)) are critical, or
+    max(1, floor(critical c)) with ``rounding="floor"``, and the last floor(negligible c) negligible; of equals the lower index comes first. With ``is_causal`` c counts the blocks that
     some query of the row sees; those that others of its queries do not see, and the one that holds the last key it
     sees, are critical whatever their rank, within the share or beyond it; those that no query sees are negligible.
 
@@ -137,6 +139,7 @@ def sparse_linear_block_map(
         scale: of the products; its sign alone matters to the ranks.
         protect: the blocks that hold the first so many keys are critical for every query that may see them, such as
             the text in front of a video.
+        rounding: of the number of critical blocks: ``"ceil"``, or ``"floor"``, which SLA's authors have in their code.
 
     Returns:
         The map, for every sequence and query head. It has no gradient.
@@ -155,7 +158,17 @@ def sparse_linear_block_map(
     _arguments.flag("is_causal", is_causal)
     _arguments.flag("smooth_k", smooth_k)
     labels = _ops.sparse_linear_block_map(
-        query, key, block_q, block_k, critical, negligible, smooth_k, protect, scale, is_causal
+        query,
+        key,
+        block_q,
+        block_k,
+        critical,
+        negligible,
+        _arguments.text("rounding", rounding),
+        smooth_k,
+        protect,
+        scale,
+        is_causal,
     )
     return SparseLinearMap(labels, (block_q, block_k), (query.shape[2], key.shape[2]))
 
@@ -176,6 +189,7 @@ def sparse_linear_block_map_varlen(
     smooth_k: bool = False,
     scale: float | None = None,
     protect: int = 0,
+    rounding: Rounding = "ceil",
 ) -> SparseLinearMap:
     """:func:`sparse_linear_block_map` of sequences packed end to end, each with blocks and shares of its own.
 
@@ -209,6 +223,7 @@ def sparse_linear_block_map_varlen(
         block_k,
         critical,
         negligible,
+        _arguments.text("rounding", rounding),
         smooth_k,
         protect,
         scale,
@@ -223,6 +238,7 @@ _MAP_DEFAULTS: dict[str, Any] = {
     "block_size": (64, 64),
     "smooth_k": False,
     "protect": 0,
+    "rounding": "ceil",
 }
 
 
@@ -252,6 +268,7 @@ def sparse_linear_attention(
     scale: float | None = None,
     smooth_k: bool = False,
     protect: int = 0,
+    rounding: Rounding = "ceil",
 ) -> tuple[Tensor, Tensor]:
     r"""Softmax attention over the critical blocks, and linear attention over others, apart.
 
@@ -268,7 +285,7 @@ def sparse_linear_attention(
         key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads.
         value: (batch, kv_heads, length_k, value_dim).
         block_map: from :func:`sparse_linear_block_map`, or one's own; its own are the block sizes and shares then.
-        critical, negligible, block_size, smooth_k, protect: without ``block_map``, as that function takes them.
+        critical, negligible, block_size, smooth_k, protect, rounding: without ``block_map``, as that function takes them.
         feature_map: phi, of each query and key by itself: softmax over its features, elu(x) + 1, or relu.
         linear_scope: "marginal": the marginal blocks, as in the paper. "noncritical": the negligible ones too. "all":
             every block.
@@ -293,6 +310,7 @@ def sparse_linear_attention(
         options: dict[str, Any] = {"critical": critical, "negligible": negligible, "block_size": block_size}
         options |= {"feature_map": feature_map, "linear_scope": linear_scope, "is_causal": is_causal, "scale": scale}
         options |= {"block_map": block_map, "smooth_k": smooth_k, "protect": protect}
+        options["rounding"] = rounding
         return _nested.attend(sparse_linear_attention_varlen, query, key, value, **options)
     _arguments.tensors(query=query, key=key, value=value)
     if block_map is None:
@@ -306,11 +324,17 @@ def sparse_linear_attention(
             smooth_k=smooth_k,
             scale=scale,
             protect=protect,
+            rounding=rounding,
         )
     else:
         _check_map(block_map)
         _check_no_map_options(
-            critical=critical, negligible=negligible, block_size=block_size, smooth_k=smooth_k, protect=protect
+            critical=critical,
+            negligible=negligible,
+            block_size=block_size,
+            smooth_k=smooth_k,
+            protect=protect,
+            rounding=rounding,
         )
     check_lengths("block_map", block_map.lengths, query, key)
     sparse, linear, _ = _ops.sparse_linear_attention(
@@ -346,6 +370,7 @@ def sparse_linear_attention_varlen(
     scale: float | None = None,
     smooth_k: bool = False,
     protect: int = 0,
+    rounding: Rounding = "ceil",
 ) -> tuple[Tensor, Tensor]:
     """:func:`sparse_linear_attention` over packed sequences, laid out as in :func:`attnx.sigmoid_attention_varlen`.
 
@@ -373,11 +398,17 @@ def sparse_linear_attention_varlen(
             smooth_k=smooth_k,
             scale=scale,
             protect=protect,
+            rounding=rounding,
         )
     else:
         _check_map(block_map)
         _check_no_map_options(
-            critical=critical, negligible=negligible, block_size=block_size, smooth_k=smooth_k, protect=protect
+            critical=critical,
+            negligible=negligible,
+            block_size=block_size,
+            smooth_k=smooth_k,
+            protect=protect,
+            rounding=rounding,
         )
     sparse, linear, _ = _ops.sparse_linear_attention_varlen(
         query,
