@@ -47,7 +47,9 @@ def test_labels_and_maps_check_their_shares(options: tuple[float, float, int], m
     offsets = torch.tensor([0, 192], dtype=torch.int32)
     sizes = (offsets, offsets, 192, 192)
     calls = (
-        lambda: torch.ops.attnx.sparse_linear_labels(products, 192, 192, 64, 64, critical, negligible, "ceil", False, protect),
+        lambda: torch.ops.attnx.sparse_linear_labels(
+            products, 192, 192, 64, 64, critical, negligible, "ceil", False, protect
+        ),
         lambda: torch.ops.attnx.sparse_linear_block_map(
             x, x, 64, 64, critical, negligible, "ceil", False, protect, None, False
         ),
@@ -72,7 +74,8 @@ def test_labels_and_maps_check_their_shares(options: tuple[float, float, int], m
 
 
 def test_protection_of_all_keys() -> None:
-    labels = torch.ops.attnx.sparse_linear_labels(torch.randn(1, 1, 3, 3), 192, 192, 64, 64, 0.1, 0.1, "ceil", False, 2**63 - 1)
+    products = torch.randn(1, 1, 3, 3)
+    labels = torch.ops.attnx.sparse_linear_labels(products, 192, 192, 64, 64, 0.1, 0.1, "ceil", False, 2**63 - 1)
     assert (labels == 1).all()
 
 

@@ -45,7 +45,10 @@ DRAWN = f"Tensor keep, Tensor seed, Tensor offset, int blocks_per_row, bool impo
 TABLES = "Tensor? query_table, Tensor? key_table, Tensor table_index"
 
 MAP = f"Tensor block_map, {BLOCKS}, str feature_map, str linear_scope, float? scale, bool is_causal"
-MAPPED = f"{BLOCKS}, float critical, float negligible, str rounding, bool smooth_k, SymInt protect, float? scale, bool is_causal"
+MAPPED = (
+    f"{BLOCKS}, float critical, float negligible, str rounding, bool smooth_k, SymInt protect, float? scale, "
+    "bool is_causal"
+)
 PARTS = "Tensor sparse, Tensor linear, Tensor logsumexp"
 PART_GRADS = "Tensor grad_sparse, Tensor grad_linear, Tensor grad_logsumexp"
 

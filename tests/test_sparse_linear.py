@@ -544,7 +544,8 @@ def test_the_number_of_critical_blocks_is_rounded_as_told(dtype: torch.dtype, de
     for blocks, critical, counts in ((10, 0.25, (3, 2)), (10, 0.07, (1, 1)), (100, 0.07, (7, 7)), (7, 1.0, (7, 7))):
         query, key = (torch.randn(1, 1, n, 4, dtype=dtype, device=device) for n in (64, blocks * 64))
         for rounding, count in zip(("ceil", "floor"), counts, strict=True):
-            labels = attnx.sparse_linear_block_map(query, key, critical=critical, negligible=0, rounding=rounding).labels
+            shares = {"critical": critical, "negligible": 0, "rounding": rounding}
+            labels = attnx.sparse_linear_block_map(query, key, **shares).labels
             assert (labels == 1).sum() == count, (blocks, critical, rounding)
 
 

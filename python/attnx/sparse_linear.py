@@ -122,8 +122,8 @@ def sparse_linear_block_map(
     r"""Sorts the blocks of keys into critical, marginal and negligible ones, for each block of queries.
 
     Queries and keys are averaged over their blocks, and the blocks of keys ranked by the products of the averages,
-    which is the order of their softmax. Of c blocks the first max(1, ceil(critical c)) are critical, or
-    max(1, floor(critical c)) with ``rounding="floor"``, and the last floor(negligible c) negligible; of equals the lower index comes first. With ``is_causal`` c counts the blocks that
+    which is the order of their softmax. Of c blocks the first max(1, ceil(critical c)) are critical, the last
+    floor(negligible c) negligible; of equals the lower index comes first. With ``is_causal`` c counts the blocks that
     some query of the row sees; those that others of its queries do not see, and the one that holds the last key it
     sees, are critical whatever their rank, within the share or beyond it; those that no query sees are negligible.
 
@@ -139,7 +139,8 @@ def sparse_linear_block_map(
         scale: of the products; its sign alone matters to the ranks.
         protect: the blocks that hold the first so many keys are critical for every query that may see them, such as
             the text in front of a video.
-        rounding: of the number of critical blocks: ``"ceil"``, or ``"floor"``, which SLA's authors have in their code.
+        rounding: ``"ceil"``, as above, or ``"floor"``, as the code of SLA's authors has it: max(1, floor(critical c))
+            are critical.
 
     Returns:
         The map, for every sequence and query head. It has no gradient.
@@ -285,7 +286,8 @@ def sparse_linear_attention(
         key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads.
         value: (batch, kv_heads, length_k, value_dim).
         block_map: from :func:`sparse_linear_block_map`, or one's own; its own are the block sizes and shares then.
-        critical, negligible, block_size, smooth_k, protect, rounding: without ``block_map``, as that function takes them.
+        critical, negligible, block_size, smooth_k, protect, rounding: without ``block_map``, as that function takes
+            them.
         feature_map: phi, of each query and key by itself: softmax over its features, elu(x) + 1, or relu.
         linear_scope: "marginal": the marginal blocks, as in the paper. "noncritical": the negligible ones too. "all":
             every block.
