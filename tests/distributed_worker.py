@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 import attnx
 import attnx.distributed as attnx_distributed
 from attnx.distributed import Layout, gather_sequence, shard_sequence
+from attnx.testing import assert_close
 from cases import Shape, parameter_dtype, random_inputs
 from compare import check, forward_backward
 
@@ -176,6 +177,50 @@ def _routing(*inputs: Tensor, local: Callable[[Tensor], Tensor] = attnx_distribu
 
 def _probabilistic(*inputs: Tensor, local: Any = None) -> Tensor:
     return attnx.probabilistic_attention(*inputs, training=False, is_causal=True)
+
+
+SPARSE_LINEAR: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "marginal": {"critical": 0.3, "negligible": 0.3, "smooth_k": True},
+    "noncritical": {"critical": 0.3, "negligible": 0.3, "linear_scope": "noncritical", "feature_map": "elu"},
+    "all": {"critical": 0.3, "negligible": 0.3, "linear_scope": "all", "feature_map": "relu"},
+    "blocks": {"critical": 0.3, "negligible": 0.1, "block_size": (128, 64), "rounding": "floor", "protect": 70},
+    "wide_blocks": {"critical": 0.3, "negligible": 0.1, "block_size": (64, 128), "scale": -0.2},
+}
+TOKENS = Shape(1024, 1024, head_dim=16, value_dim=24, batch=2, heads=4, kv_heads=2)
+
+
+def _ring_sparse_linear(*inputs: Tensor, layout: Layout = "contiguous", **options: Any) -> tuple[Tensor, Tensor]:
+    assert layout == "contiguous"
+    return attnx_distributed.ring_sparse_linear_attention(*inputs, **options)
+
+
+def check_sparse_linear(is_causal: bool, shape: Shape = TOKENS, dtype: Any = torch.float64, **options: Any) -> None:
+    """The same blocks, the same two parts and the same gradients as in one process."""
+    inputs, grad_output = random_inputs(shape, dtype, CPU)
+    options["is_causal"] = is_causal
+    seen: list[Tensor] = []
+    own = attnx_distributed.sparse_linear.block_labels
+
+    def labels(*args: Any, **of_map: Any) -> Tensor:
+        seen.append(own(*args, **of_map))
+        return seen[-1]
+
+    alone, shared = _joined(attnx.sparse_linear_attention), _joined(together(_ring_sparse_linear, "contiguous"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attnx_distributed.sparse_linear, "block_labels", labels)
+        if dtype == torch.float64:
+            expect_same(alone, shared, inputs, grad_output, **options)
+        else:
+            exact = {name: x.double() for name, x in inputs.items()}
+            expected = forward_backward(alone, exact, grad_output.double(), **options)
+            baseline = forward_backward(alone, inputs, grad_output, **options)
+            for name, x in forward_backward(shared, inputs, grad_output, **options).items():
+                assert x.dtype == dtype, name
+                assert_close(x, expected[name], baseline[name], name=name, dtype=dtype)
+    of_map = {name: x for name, x in options.items() if name not in ("linear_scope", "feature_map")}
+    whole = attnx.sparse_linear_block_map(inputs["query"], inputs["key"], **of_map)
+    assert torch.equal(seen[0], shard_sequence(whole.labels))
 
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -421,6 +466,21 @@ def check_refusals() -> None:
         ("attention: expected a function that returns tensors of shape", heads, (lambda q, k, v: 3, x, x, x), {}),
         ("x: expected heads in a multiple of", attnx_distributed.local_heads, (torch.ones(5),), {}),
     ]
+    blocks, sparse = torch.randn(1, 4, 128, 8), attnx_distributed.ring_sparse_linear_attention
+    few = blocks[:, :, :100]
+    refusals += [
+        ("query: expected a length in a multiple of 64, as block_size=(64, 64) ", sparse, (few, blocks, blocks), {}),
+        ("key: expected a length in a multiple of 64, as block_size=(64, 64) ", sparse, (blocks, few, few), {}),
+        ("query: expected a length in a multiple of 128", sparse, (blocks[:, :, :64],) * 3, {"block_size": (128, 64)}),
+        ("key: expected the length of query", sparse, (blocks[:, :, :64], blocks, blocks), {"is_causal": True}),
+        ("critical: expected a share", sparse, (blocks,) * 3, {"critical": 2.0}),
+        ("linear_scope: expected marginal, noncritical or all", sparse, (blocks,) * 3, {"linear_scope": "none"}),
+        ("feature_map: expected softmax, elu or relu", sparse, (blocks,) * 3, {"feature_map": "exp"}),
+        ("rounding: expected ceil or floor", sparse, (blocks,) * 3, {"rounding": "nearest"}),
+        ("block_size: expected", sparse, (blocks,) * 3, {"block_size": 64}),
+        ("is_causal: expected True or False", sparse, (blocks,) * 3, {"is_causal": 1}),
+        ("value: expected (1, 4, 128, value_dim)", sparse, (blocks, blocks, few), {}),
+    ]
     replicated = distribute_tensor(x, init_device_mesh("cpu", (size,)))
     refusals.append(("query: expected the shard of this process, as", ring, (replicated, x, x), {}))
     if rank:
@@ -481,6 +541,15 @@ def checks_for(size: int) -> dict[str, Callable[[], None]]:
             name = f"heads-{layout}-{attention.__name__[1:]}"
             checks[name] = partial(check_heads, layout, attention, SHAPE if attention in (_softmax, _sigmoid) else long)
         checks[f"logsumexp-{layout}"] = partial(check_logsumexp, layout)
+    for name, options in SPARSE_LINEAR.items():
+        for is_causal in (False, True):
+            key = f"sparse_linear-{'causal' if is_causal else 'all'}-{name}"
+            checks[key] = partial(check_sparse_linear, is_causal, **options)
+    for dtype in (torch.float32, torch.bfloat16):
+        name = f"sparse_linear-{str(dtype).removeprefix('torch.')}"
+        checks[name] = partial(check_sparse_linear, False, dtype=dtype, critical=0.3, negligible=0.3)
+    across = Shape(512, 1024, head_dim=16, batch=2, heads=4, kv_heads=1)
+    checks["sparse_linear-lengths"] = partial(check_sparse_linear, False, across, critical=0.3, smooth_k=True)
     apart: list[tuple[Placement, Placement]] = [(Shard(0), Replicate()), (Shard(0), Shard(1)), (Replicate(), Shard(1))]
     kept = (_with_terms, _sigmoid, _block_sparse, _sparse_linear, _routing_of_all, _key_weights, _draws)
     for attention, placements in itertools.product(kept, apart):
