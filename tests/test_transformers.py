@@ -10,36 +10,38 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.20")
 
 from attnx.integrations.transformers import StaircaseCache, register  # noqa: E402
-from transformers_cases import EVERY, decoder, others, padded, tokens  # noqa: E402
+from transformers_cases import EVERY, decoder, eager_in_float64, expect_close, others, padded, tokens  # noqa: E402, F401
 
 register()
 
 
 @EVERY
 @pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.usefixtures("eager_in_float64")
 def test_logits_and_gradients(name: str, side: str) -> None:
     given = {"input_ids": tokens()} if side == "none" else padded(side)
     kept = torch.ones(2, 24, dtype=torch.bool) if side == "none" else given["attention_mask"].bool()
     results = []
     for implementation in ("attnx_softmax", others(name)):
-        model = decoder(name, implementation)
+        model = decoder(name, implementation).double()
         logits = model(**given).logits[kept]
         logits.square().mean().backward()
         results.append([logits, *(x.grad for x in model.parameters() if x.grad is not None)])
     for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+        expect_close(got, want)
 
 
 @EVERY
+@pytest.mark.usefixtures("eager_in_float64")
 def test_packed_sequences(name: str) -> None:
     """Positions that start again keep sequences apart."""
     if name == "gpt2":
         pytest.skip("its positions are learned, and start where they are told to")
     positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
     ids = tokens(batch=1)
-    got = decoder(name)(input_ids=ids, position_ids=positions).logits
-    want = decoder(name, others(name))(input_ids=ids, position_ids=positions).logits
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    got = decoder(name).double()(input_ids=ids, position_ids=positions).logits
+    want = decoder(name, others(name)).double()(input_ids=ids, position_ids=positions).logits
+    expect_close(got, want)
 
 
 @EVERY
@@ -62,15 +64,15 @@ def test_encoders() -> None:
     vit = transformers.ViTConfig(image_size=32, patch_size=8, **sizes)
     inputs = {
         transformers.BertModel: padded("right"),
-        transformers.ViTModel: {"pixel_values": torch.randn(2, 3, 32, 32)},
+        transformers.ViTModel: {"pixel_values": torch.randn(2, 3, 32, 32, dtype=torch.float64)},
     }
     for kind, config in ((transformers.BertModel, bert), (transformers.ViTModel, vit)):
         results = []
         for implementation in ("attnx_softmax", "sdpa"):
             torch.manual_seed(0)
             config._attn_implementation = implementation
-            results.append(kind(config).eval()(**inputs[kind]).last_hidden_state)
-        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+            results.append(kind(config).eval().double()(**inputs[kind]).last_hidden_state)
+        expect_close(*results)
 
 
 def test_encoder_and_decoder() -> None:
@@ -79,14 +81,14 @@ def test_encoder_and_decoder() -> None:
         decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8, max_source_positions=20,
         max_target_positions=40, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
-    sound = torch.randn(2, 8, 40)
+    sound = torch.randn(2, 8, 40, dtype=torch.float64)
     results = []
     for implementation in ("attnx_softmax", "sdpa"):
         torch.manual_seed(0)
         config._attn_implementation = implementation
-        model = transformers.WhisperForConditionalGeneration(config).eval()
+        model = transformers.WhisperForConditionalGeneration(config).eval().double()
         results.append(model(input_features=sound, decoder_input_ids=tokens(length=9)).logits)
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+    expect_close(*results)
 
 
 def test_sigmoid_trains() -> None:
@@ -172,7 +174,7 @@ def test_cache_selects_and_resets() -> None:
         cache.batch_select_indices(torch.tensor([2, 0]))
         got = model(input_ids=tokens(2, 1), cache=cache).logits
         want = model(input_ids=torch.cat([tokens(3, 40)[[2, 0]], tokens(2, 1)], 1)).logits[:, -1:]
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)  # the cache serves no float64
         cache.reset()
         assert cache.get_seq_length() == 0
         model(input_ids=tokens(2, 40), cache=cache)
