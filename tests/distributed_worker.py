@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel as context_of_torch
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -229,7 +229,21 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "probabilistic": lambda: attnx.nn.ProbabilisticAttention(32, 4, is_causal=True),
     "routing": lambda: attnx.nn.RoutingAttention(32, 4, 4),
     "affine": lambda: attnx.nn.AffineScaledAttention(32, 4, is_causal=True),
+    "disentangled": lambda: Disentangled(),
+    "sla2": lambda: attnx.nn.SparseLinearAttention(32, 4, critical=0.3, mix="sla2"),
 }
+
+
+class Disentangled(nn.Module):
+    """Disentangled attention with the embeddings of relative positions that it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = attnx.nn.DisentangledSelfAttention(32, 4, span=8, max_distance=16)
+        self.positions = nn.Parameter(torch.randn(16, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, self.positions)
 
 
 def check_module(make: Callable[[], nn.Module], wrap: Callable[[nn.Module], nn.Module]) -> None:
@@ -252,21 +266,35 @@ def fully_sharded(module: nn.Module) -> nn.Module:
     return module
 
 
+def check_sharded_training(make: Callable[[], nn.Module]) -> None:
+    """A module whose batch is a DTensor trains, and its centroids and averages move, as in one process."""
+    attnx_distributed.register_sharding()
+    torch.manual_seed(0)
+    module = make().double().train()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shared = distribute_module(copy.deepcopy(module), mesh)
+    x = torch.randn(4, 128, 32, dtype=torch.float64)
+    module(x).square().mean().backward()
+    with implicit_replication():
+        shared(distribute_tensor(x, mesh, [Shard(0)])).square().mean().backward()
+    for (key, alone), together in zip(module.named_parameters(), shared.parameters(), strict=True):
+        assert isinstance(together.grad, DTensor), key
+        same = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12, msg=partial(_named, key))
+        same(together.grad.full_tensor(), alone.grad)
+    for (key, alone), together in zip(module.named_buffers(), shared.buffers(), strict=True):
+        assert isinstance(together, DTensor), key
+        # These are float32, and sums over processes are rounded once more.
+        torch.testing.assert_close(together.full_tensor(), alone, rtol=1e-6, atol=1e-6, msg=partial(_named, key))
+
+
 def check_sharding(attention: Callable[..., Any], shape: Shape, placements: tuple[Placement, Placement]) -> None:
     """DTensors over a mesh of two dimensions; numbers of heads, and terms, are there in full."""
     attnx_distributed.register_sharding()
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2))
     inputs, grad_output = random_inputs(shape, torch.float64, CPU)
-    if attention is _with_terms:
-        generator = torch.Generator().manual_seed(1)
-        sizes = {
-            "sink": (4,),
-            "alibi_slopes": (),
-            "key_bias": (1, 4, shape.length_k),
-            "key_mask": (4, 1, shape.length_k),
-        }
-        inputs |= {name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
-
+    generator = torch.Generator().manual_seed(1)
+    sizes = OF_HEADS.get(attention, {})
+    inputs |= {name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
     expected = forward_backward(_joined(attention), inputs, grad_output)
     leaves = {}
     for name, x in inputs.items():
@@ -303,8 +331,60 @@ def _packed(*inputs: Tensor) -> Tensor:
     return (softmax + sigmoid + sparse + linear).transpose(0, 1)[None]
 
 
+def _disentangled(query: Tensor, key: Tensor, value: Tensor, pos_key: Tensor, pos_query: Tensor) -> Tensor:
+    index = attnx.log_distance_buckets(query.shape[2], key.shape[2], span=8, max_distance=32)
+    return attnx.disentangled_attention(query, key, value, index, pos_key=pos_key, pos_query=pos_query, is_causal=True)
+
+
+def _row_weights(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    weights = attnx.attention_row_weights(query, key, is_causal=True)
+    return weights @ value + attnx.attention_max_logits(query.detach(), key.detach())[..., None]
+
+
+def _drawn_lists(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Lists are the same everywhere, as what they are drawn by is."""
+    seed = torch.tensor(1)
+    if isinstance(query, DTensor):
+        seed = distribute_tensor(seed, query.device_mesh, [Replicate()] * query.device_mesh.ndim)
+    mask = attnx.probabilistic_block_mask(*query.shape[:2], query.shape[2], key.shape[2], seed=seed, offset=2)
+    return attnx.block_sparse_attention(query, key, value, mask)
+
+
+def _labels(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Blocks from products of their own, and the nearest centroids."""
+    products, length = (query @ key.mT).detach(), query.shape[2] * 64
+    labels = torch.ops.attnx.sparse_linear_labels(products, length, length, 64, 64, 0.3, 0.3, "ceil", False, 0)
+    nearest = attnx.nearest_centroids(query, torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(3)))
+    return labels.to(value.dtype) @ value + nearest[..., None] * (query + key).mean(-1, keepdim=True)
+
+
 def _draws(*inputs: Tensor) -> Tensor:
     return attnx.probabilistic_attention(*inputs, seed=1, offset=2)
+
+
+# What some functions take besides query, key and value.
+OF_HEADS: dict[Callable[..., Any], dict[str, tuple[int, ...]]] = {
+    _with_terms: {"sink": (4,), "alibi_slopes": (), "key_bias": (1, 4, 128), "key_mask": (4, 1, 128)},
+    _disentangled: {"pos_key": (4, 16, 16), "pos_query": (4, 16, 16)},
+}
+ASKED: set[str] = set()  # the operators whose sharding DTensors asked for
+
+
+def listen() -> None:
+    """Has :data:`ASKED` fill."""
+    own = attnx_distributed.sharding._shardings
+
+    def shardings(of: Any, *args: Any) -> Any:
+        ASKED.add(of.operator._schema.name.removeprefix("attnx::"))
+        return own(of, *args)
+
+    attnx_distributed.sharding._shardings = shardings
+
+
+def check_operators_are_asked_for() -> None:
+    """The checks before this one have called every operator that has a sharding; the others are those of caches."""
+    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "attnx::" in name}
+    assert {name for name in names if not name.startswith("staircase_")} == ASKED
 
 
 def check_context(dtype: torch.dtype = torch.float64) -> None:
@@ -389,7 +469,16 @@ def check_debug() -> None:
                 call(x, x, x)
 
 
+PACKED = {"cu_seqlens_q": torch.tensor([0, 4]).int(), "cu_seqlens_k": torch.tensor([0, 4]).int()}
+SIZES: dict[str, Any] = PACKED | {"max_seqlen_q": 4, "max_seqlen_k": 4}
 FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
+    "softmax_attention_varlen": lambda x: attnx.softmax_attention_varlen(*[x[0]] * 3, **SIZES),
+    "sigmoid_attention_varlen": lambda x: attnx.sigmoid_attention_varlen(*[x[0]] * 3, **SIZES),
+    "sparse_linear_attention_varlen": lambda x: attnx.sparse_linear_attention_varlen(*[x[0]] * 3, **SIZES),
+    "sparse_linear_block_map_varlen": lambda x: attnx.sparse_linear_block_map_varlen(*[x[0]] * 2, **SIZES),
+    "disentangled_attention": lambda x: attnx.disentangled_attention(
+        x, x, x, torch.zeros(127, dtype=torch.int64), pos_key=torch.zeros(4, 1, 8)
+    ),
     "softmax_attention": lambda x: attnx.softmax_attention(x, x, x),
     "sigmoid_attention": lambda x: attnx.sigmoid_attention(x, x, x),
     "block_sparse_attention": lambda x: attnx.block_sparse_attention(x, x, x, attnx.BlockMask.causal(64)),
@@ -551,7 +640,8 @@ def checks_for(size: int) -> dict[str, Callable[[], None]]:
     across = Shape(512, 1024, head_dim=16, batch=2, heads=4, kv_heads=1)
     checks["sparse_linear-lengths"] = partial(check_sparse_linear, False, across, critical=0.3, smooth_k=True)
     apart: list[tuple[Placement, Placement]] = [(Shard(0), Replicate()), (Shard(0), Shard(1)), (Replicate(), Shard(1))]
-    kept = (_with_terms, _sigmoid, _block_sparse, _sparse_linear, _routing_of_all, _key_weights, _draws)
+    kept = (_with_terms, _sigmoid, _block_sparse, _sparse_linear, _routing_of_all, _key_weights, _row_weights, _draws)
+    kept = (*kept, _disentangled, _drawn_lists, _labels)
     for attention, placements in itertools.product(kept, apart):
         for kv_heads in (4, 1) if attention in (_with_terms, _sparse_linear) else (4,):
             shape = Shape(128, 128, head_dim=16, batch=4, heads=4, kv_heads=kv_heads)
@@ -563,6 +653,10 @@ def checks_for(size: int) -> dict[str, Callable[[], None]]:
     for name in ("sigmoid", "sparse_linear", "probabilistic"):
         make = MODULES[name] if name != "sigmoid" else lambda: attnx.nn.SigmoidAttention(32, 4, is_causal=True)
         checks[f"tensor_parallel-{name}"] = partial(check_tensor_parallel, make)
+    # torch's DTensors cannot add the gradient of index_select, which a causal affine module has, to another.
+    sharded = MODULES | {"affine": lambda: attnx.nn.AffineScaledAttention(32, 4)}
+    for name in ("routing", "affine", "disentangled", "sparse_linear"):
+        checks[f"sharded_training-{name}"] = partial(check_sharded_training, sharded[name])
     for name, make in MODULES.items():
         checks[f"data_parallel-{name}"] = partial(check_module, make, DistributedDataParallel)
         checks[f"fully_sharded-{name}"] = partial(check_module, make, fully_sharded)
@@ -575,6 +669,7 @@ def checks_for(size: int) -> dict[str, Callable[[], None]]:
         "debug": check_debug,
         "context": check_context,
         "context_of_torch": check_context_of_torch,
+        "sharding-every_operator": check_operators_are_asked_for,
     }
 
 
@@ -588,6 +683,7 @@ def main(rank: int, size: int, folder: Path) -> None:
         world_size=size,
         timeout=timedelta(seconds=60),
     )
+    listen()
     failures = {}
     for name, run in checks_for(size).items():
         try:
