@@ -20,7 +20,6 @@ from attnx.sparse_linear import NEGLIGIBLE, FeatureMap, LinearScope, Rounding, s
 __all__ = ["ring_sparse_linear_attention"]
 
 
-@torch.compiler.disable(reason="what is sent to single processes belongs in no graph")
 def ring_sparse_linear_attention(
     query: Tensor,
     key: Tensor,
@@ -72,28 +71,33 @@ def ring_sparse_linear_attention(
     Sources: Zhang et al., "SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention",
     arXiv 2509.24006; the ring is that of Liu et al., arXiv 2310.01889.
     """
+    of_map: dict[str, Any] = {"critical": critical, "negligible": negligible, "protect": protect, "rounding": rounding}
+    options: dict[str, Any] = {"block_size": block_size, "feature_map": feature_map, "linear_scope": linear_scope}
+    options |= {"scale": scale, "is_causal": is_causal}
+    results: tuple[Tensor, Tensor] = _attend(query, key, value, group, of_map | {"smooth_k": smooth_k}, options)
+    return results
+
+
+@torch.compiler.disable(reason="what is sent to single processes belongs in no graph")
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, group: GroupLike, of_map: dict[str, Any], options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     _group.expect_shards(query=query, key=key, value=value)
     processes = _group.resolve(group)
     _inputs.check_shapes(query, key, value, "contiguous")
     query, key, value = _inputs.autocast(query, key, value)
-    of_map: dict[str, Any] = {"critical": critical, "negligible": negligible, "protect": protect, "rounding": rounding}
-    options: dict[str, Any] = {"feature_map": feature_map, "linear_scope": linear_scope, "scale": scale}
     # A call without rows refuses all else that does not fit, before anything is sent.
-    sparse_linear_attention(
-        *(x.detach()[:, :, :0] for x in (query, key, value)),
-        **(of_map | options | {"block_size": block_size, "smooth_k": smooth_k, "is_causal": is_causal}),
-    )
+    sparse_linear_attention(*(x.detach()[:, :, :0] for x in (query, key, value)), **(of_map | options))
+    block_size = options["block_size"]
     for name, x, block in (("query", query, block_size[0]), ("key", key, block_size[1])):
         if x.shape[2] % block:
             _arguments.refuse(name, f"a length in a multiple of {block}, as block_size={block_size} cuts shards", x)
-    if is_causal and query.shape[2] != key.shape[2]:
+    if options["is_causal"] and query.shape[2] != key.shape[2]:
         _arguments.refuse("key", f"the length of query, {query.shape[2]}, with is_causal", key)
     shapes = [tuple(x.shape) for x in (query, key, value)]
-    chosen = (shapes, query.dtype, block_size, smooth_k, is_causal, *of_map.values(), *options.values())
-    _group.check_alike("shapes, dtype and options", chosen, processes)
-    plan = Plan(processes, block_size, feature_map, linear_scope, scale, is_causal)
-    labels = block_labels(plan, query, key, smooth_k=smooth_k, **of_map)
-    sparse, linear = RingSparseLinear.apply(plan, query, key, value, labels)
+    _group.check_alike("shapes, dtype and options", (shapes, query.dtype, of_map, options), processes)
+    plan = Plan(processes, **options)
+    sparse, linear = RingSparseLinear.apply(plan, query, key, value, block_labels(plan, query, key, **of_map))
     return sparse, linear
 
 
