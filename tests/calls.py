@@ -110,7 +110,7 @@ def run_the_others(dtype: torch.dtype, device: torch.device) -> None:
     attnx.attention_max_logits(query, key)
     attnx.probabilistic_block_mask(2, 4, 70, 70, seed=3, offset=0, device=device)
     products = torch.randn(2, 4, 2, 2, device=device)
-    torch.ops.attnx.sparse_linear_labels(products, 70, 70, 64, 64, 0.05, 0.1, True, 0)
+    torch.ops.attnx.sparse_linear_labels(products, 70, 70, 64, 64, 0.05, 0.1, "ceil", True, 0)
     attnx.nearest_centroids(query, centroids)
     attnx.update_centroids_(centroids, counts, query, key, decay=0.9)
     cache = attnx.StaircaseCache(2, 2, 32, 200, window=32, dtype=dtype, device=device)

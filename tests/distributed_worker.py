@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel as context_of_torch
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 import attnx
 import attnx.distributed as attnx_distributed
 from attnx.distributed import Layout, gather_sequence, shard_sequence
+from attnx.testing import assert_close
 from cases import Shape, parameter_dtype, random_inputs
 from compare import check, forward_backward
 
@@ -178,13 +179,71 @@ def _probabilistic(*inputs: Tensor, local: Any = None) -> Tensor:
     return attnx.probabilistic_attention(*inputs, training=False, is_causal=True)
 
 
+SPARSE_LINEAR: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "marginal": {"critical": 0.3, "negligible": 0.3, "smooth_k": True},
+    "noncritical": {"critical": 0.3, "negligible": 0.3, "linear_scope": "noncritical", "feature_map": "elu"},
+    "all": {"critical": 0.3, "negligible": 0.3, "linear_scope": "all", "feature_map": "relu"},
+    "blocks": {"critical": 0.3, "negligible": 0.1, "block_size": (128, 64), "rounding": "floor", "protect": 70},
+    "wide_blocks": {"critical": 0.3, "negligible": 0.1, "block_size": (64, 128), "scale": -0.2},
+}
+TOKENS = Shape(1024, 1024, head_dim=16, value_dim=24, batch=2, heads=4, kv_heads=2)
+
+
+def _ring_sparse_linear(*inputs: Tensor, layout: Layout = "contiguous", **options: Any) -> tuple[Tensor, Tensor]:
+    assert layout == "contiguous"
+    return attnx_distributed.ring_sparse_linear_attention(*inputs, **options)
+
+
+def check_sparse_linear(is_causal: bool, shape: Shape = TOKENS, dtype: Any = torch.float64, **options: Any) -> None:
+    """The same blocks, the same two parts and the same gradients as in one process."""
+    inputs, grad_output = random_inputs(shape, dtype, CPU)
+    options["is_causal"] = is_causal
+    seen: list[Tensor] = []
+    own = attnx_distributed.sparse_linear.block_labels
+
+    def labels(*args: Any, **of_map: Any) -> Tensor:
+        seen.append(own(*args, **of_map))
+        return seen[-1]
+
+    alone, shared = _joined(attnx.sparse_linear_attention), _joined(together(_ring_sparse_linear, "contiguous"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attnx_distributed.sparse_linear, "block_labels", labels)
+        if dtype == torch.float64:
+            expect_same(alone, shared, inputs, grad_output, **options)
+        else:
+            exact = {name: x.double() for name, x in inputs.items()}
+            expected = forward_backward(alone, exact, grad_output.double(), **options)
+            baseline = forward_backward(alone, inputs, grad_output, **options)
+            for name, x in forward_backward(shared, inputs, grad_output, **options).items():
+                assert x.dtype == dtype, name
+                assert_close(x, expected[name], baseline[name], name=name, dtype=dtype)
+    of_map = {name: x for name, x in options.items() if name not in ("linear_scope", "feature_map")}
+    whole = attnx.sparse_linear_block_map(inputs["query"], inputs["key"], **of_map)
+    assert torch.equal(seen[0], shard_sequence(whole.labels))
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": lambda: attnx.nn.SigmoidAttention(32, 4, bias="trainable", bias_length=64, alibi="trainable"),
     "sparse_linear": lambda: attnx.nn.SparseLinearAttention(32, 4, critical=0.3),
     "probabilistic": lambda: attnx.nn.ProbabilisticAttention(32, 4, is_causal=True),
     "routing": lambda: attnx.nn.RoutingAttention(32, 4, 4),
     "affine": lambda: attnx.nn.AffineScaledAttention(32, 4, is_causal=True),
+    "disentangled": lambda: Disentangled(),
+    "sla2": lambda: attnx.nn.SparseLinearAttention(32, 4, critical=0.3, mix="sla2"),
 }
+
+
+class Disentangled(nn.Module):
+    """Disentangled attention with the embeddings of relative positions that it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = attnx.nn.DisentangledSelfAttention(32, 4, span=8, max_distance=16)
+        self.positions = nn.Parameter(torch.randn(16, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, self.positions)
 
 
 def check_module(make: Callable[[], nn.Module], wrap: Callable[[nn.Module], nn.Module]) -> None:
@@ -207,21 +266,35 @@ def fully_sharded(module: nn.Module) -> nn.Module:
     return module
 
 
+def check_sharded_training(make: Callable[[], nn.Module]) -> None:
+    """A module whose batch is a DTensor trains, and its centroids and averages move, as in one process."""
+    attnx_distributed.register_sharding()
+    torch.manual_seed(0)
+    module = make().double().train()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shared = distribute_module(copy.deepcopy(module), mesh)
+    x = torch.randn(4, 128, 32, dtype=torch.float64)
+    module(x).square().mean().backward()
+    with implicit_replication():
+        shared(distribute_tensor(x, mesh, [Shard(0)])).square().mean().backward()
+    for (key, alone), together in zip(module.named_parameters(), shared.parameters(), strict=True):
+        assert isinstance(together.grad, DTensor), key
+        same = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12, msg=partial(_named, key))
+        same(together.grad.full_tensor(), alone.grad)
+    for (key, alone), together in zip(module.named_buffers(), shared.buffers(), strict=True):
+        assert isinstance(together, DTensor), key
+        # These are float32, and sums over processes are rounded once more.
+        torch.testing.assert_close(together.full_tensor(), alone, rtol=1e-6, atol=1e-6, msg=partial(_named, key))
+
+
 def check_sharding(attention: Callable[..., Any], shape: Shape, placements: tuple[Placement, Placement]) -> None:
     """DTensors over a mesh of two dimensions; numbers of heads, and terms, are there in full."""
     attnx_distributed.register_sharding()
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2))
     inputs, grad_output = random_inputs(shape, torch.float64, CPU)
-    if attention is _with_terms:
-        generator = torch.Generator().manual_seed(1)
-        sizes = {
-            "sink": (4,),
-            "alibi_slopes": (),
-            "key_bias": (1, 4, shape.length_k),
-            "key_mask": (4, 1, shape.length_k),
-        }
-        inputs |= {name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
-
+    generator = torch.Generator().manual_seed(1)
+    sizes = OF_HEADS.get(attention, {})
+    inputs |= {name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
     expected = forward_backward(_joined(attention), inputs, grad_output)
     leaves = {}
     for name, x in inputs.items():
@@ -258,8 +331,60 @@ def _packed(*inputs: Tensor) -> Tensor:
     return (softmax + sigmoid + sparse + linear).transpose(0, 1)[None]
 
 
+def _disentangled(query: Tensor, key: Tensor, value: Tensor, pos_key: Tensor, pos_query: Tensor) -> Tensor:
+    index = attnx.log_distance_buckets(query.shape[2], key.shape[2], span=8, max_distance=32)
+    return attnx.disentangled_attention(query, key, value, index, pos_key=pos_key, pos_query=pos_query, is_causal=True)
+
+
+def _row_weights(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    weights = attnx.attention_row_weights(query, key, is_causal=True)
+    return weights @ value + attnx.attention_max_logits(query.detach(), key.detach())[..., None]
+
+
+def _drawn_lists(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Lists are the same everywhere, as what they are drawn by is."""
+    seed = torch.tensor(1)
+    if isinstance(query, DTensor):
+        seed = distribute_tensor(seed, query.device_mesh, [Replicate()] * query.device_mesh.ndim)
+    mask = attnx.probabilistic_block_mask(*query.shape[:2], query.shape[2], key.shape[2], seed=seed, offset=2)
+    return attnx.block_sparse_attention(query, key, value, mask)
+
+
+def _labels(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Blocks from products of their own, and the nearest centroids."""
+    products, length = (query @ key.mT).detach(), query.shape[2] * 64
+    labels = torch.ops.attnx.sparse_linear_labels(products, length, length, 64, 64, 0.3, 0.3, "ceil", False, 0)
+    nearest = attnx.nearest_centroids(query, torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(3)))
+    return labels.to(value.dtype) @ value + nearest[..., None] * (query + key).mean(-1, keepdim=True)
+
+
 def _draws(*inputs: Tensor) -> Tensor:
     return attnx.probabilistic_attention(*inputs, seed=1, offset=2)
+
+
+# What some functions take besides query, key and value.
+OF_HEADS: dict[Callable[..., Any], dict[str, tuple[int, ...]]] = {
+    _with_terms: {"sink": (4,), "alibi_slopes": (), "key_bias": (1, 4, 128), "key_mask": (4, 1, 128)},
+    _disentangled: {"pos_key": (4, 16, 16), "pos_query": (4, 16, 16)},
+}
+ASKED: set[str] = set()  # the operators whose sharding DTensors asked for
+
+
+def listen() -> None:
+    """Has :data:`ASKED` fill."""
+    own = attnx_distributed.sharding._shardings
+
+    def shardings(of: Any, *args: Any) -> Any:
+        ASKED.add(of.operator._schema.name.removeprefix("attnx::"))
+        return own(of, *args)
+
+    attnx_distributed.sharding._shardings = shardings
+
+
+def check_operators_are_asked_for() -> None:
+    """The checks before this one have called every operator that has a sharding; the others are those of caches."""
+    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "attnx::" in name}
+    assert {name for name in names if not name.startswith("staircase_")} == ASKED
 
 
 def check_context(dtype: torch.dtype = torch.float64) -> None:
@@ -344,7 +469,16 @@ def check_debug() -> None:
                 call(x, x, x)
 
 
+PACKED = {"cu_seqlens_q": torch.tensor([0, 4]).int(), "cu_seqlens_k": torch.tensor([0, 4]).int()}
+SIZES: dict[str, Any] = PACKED | {"max_seqlen_q": 4, "max_seqlen_k": 4}
 FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
+    "softmax_attention_varlen": lambda x: attnx.softmax_attention_varlen(*[x[0]] * 3, **SIZES),
+    "sigmoid_attention_varlen": lambda x: attnx.sigmoid_attention_varlen(*[x[0]] * 3, **SIZES),
+    "sparse_linear_attention_varlen": lambda x: attnx.sparse_linear_attention_varlen(*[x[0]] * 3, **SIZES),
+    "sparse_linear_block_map_varlen": lambda x: attnx.sparse_linear_block_map_varlen(*[x[0]] * 2, **SIZES),
+    "disentangled_attention": lambda x: attnx.disentangled_attention(
+        x, x, x, torch.zeros(127, dtype=torch.int64), pos_key=torch.zeros(4, 1, 8)
+    ),
     "softmax_attention": lambda x: attnx.softmax_attention(x, x, x),
     "sigmoid_attention": lambda x: attnx.sigmoid_attention(x, x, x),
     "block_sparse_attention": lambda x: attnx.block_sparse_attention(x, x, x, attnx.BlockMask.causal(64)),
@@ -421,6 +555,21 @@ def check_refusals() -> None:
         ("attention: expected a function that returns tensors of shape", heads, (lambda q, k, v: 3, x, x, x), {}),
         ("x: expected heads in a multiple of", attnx_distributed.local_heads, (torch.ones(5),), {}),
     ]
+    blocks, sparse = torch.randn(1, 4, 128, 8), attnx_distributed.ring_sparse_linear_attention
+    few = blocks[:, :, :100]
+    refusals += [
+        ("query: expected a length in a multiple of 64, as block_size=(64, 64) ", sparse, (few, blocks, blocks), {}),
+        ("key: expected a length in a multiple of 64, as block_size=(64, 64) ", sparse, (blocks, few, few), {}),
+        ("query: expected a length in a multiple of 128", sparse, (blocks[:, :, :64],) * 3, {"block_size": (128, 64)}),
+        ("key: expected the length of query", sparse, (blocks[:, :, :64], blocks, blocks), {"is_causal": True}),
+        ("critical: expected a share", sparse, (blocks,) * 3, {"critical": 2.0}),
+        ("linear_scope: expected marginal, noncritical or all", sparse, (blocks,) * 3, {"linear_scope": "none"}),
+        ("feature_map: expected softmax, elu or relu", sparse, (blocks,) * 3, {"feature_map": "exp"}),
+        ("rounding: expected ceil or floor", sparse, (blocks,) * 3, {"rounding": "nearest"}),
+        ("block_size: expected", sparse, (blocks,) * 3, {"block_size": 64}),
+        ("is_causal: expected True or False", sparse, (blocks,) * 3, {"is_causal": 1}),
+        ("value: expected (1, 4, 128, value_dim)", sparse, (blocks, blocks, few), {}),
+    ]
     replicated = distribute_tensor(x, init_device_mesh("cpu", (size,)))
     refusals.append(("query: expected the shard of this process, as", ring, (replicated, x, x), {}))
     if rank:
@@ -481,8 +630,18 @@ def checks_for(size: int) -> dict[str, Callable[[], None]]:
             name = f"heads-{layout}-{attention.__name__[1:]}"
             checks[name] = partial(check_heads, layout, attention, SHAPE if attention in (_softmax, _sigmoid) else long)
         checks[f"logsumexp-{layout}"] = partial(check_logsumexp, layout)
+    for name, options in SPARSE_LINEAR.items():
+        for is_causal in (False, True):
+            key = f"sparse_linear-{'causal' if is_causal else 'all'}-{name}"
+            checks[key] = partial(check_sparse_linear, is_causal, **options)
+    for dtype in (torch.float32, torch.bfloat16):
+        name = f"sparse_linear-{str(dtype).removeprefix('torch.')}"
+        checks[name] = partial(check_sparse_linear, False, dtype=dtype, critical=0.3, negligible=0.3)
+    across = Shape(512, 1024, head_dim=16, batch=2, heads=4, kv_heads=1)
+    checks["sparse_linear-lengths"] = partial(check_sparse_linear, False, across, critical=0.3, smooth_k=True)
     apart: list[tuple[Placement, Placement]] = [(Shard(0), Replicate()), (Shard(0), Shard(1)), (Replicate(), Shard(1))]
-    kept = (_with_terms, _sigmoid, _block_sparse, _sparse_linear, _routing_of_all, _key_weights, _draws)
+    kept = (_with_terms, _sigmoid, _block_sparse, _sparse_linear, _routing_of_all, _key_weights, _row_weights, _draws)
+    kept = (*kept, _disentangled, _drawn_lists, _labels)
     for attention, placements in itertools.product(kept, apart):
         for kv_heads in (4, 1) if attention in (_with_terms, _sparse_linear) else (4,):
             shape = Shape(128, 128, head_dim=16, batch=4, heads=4, kv_heads=kv_heads)
@@ -494,6 +653,10 @@ def checks_for(size: int) -> dict[str, Callable[[], None]]:
     for name in ("sigmoid", "sparse_linear", "probabilistic"):
         make = MODULES[name] if name != "sigmoid" else lambda: attnx.nn.SigmoidAttention(32, 4, is_causal=True)
         checks[f"tensor_parallel-{name}"] = partial(check_tensor_parallel, make)
+    # torch's DTensors cannot add the gradient of index_select, which a causal affine module has, to another.
+    sharded = MODULES | {"affine": lambda: attnx.nn.AffineScaledAttention(32, 4)}
+    for name in ("routing", "affine", "disentangled", "sparse_linear"):
+        checks[f"sharded_training-{name}"] = partial(check_sharded_training, sharded[name])
     for name, make in MODULES.items():
         checks[f"data_parallel-{name}"] = partial(check_module, make, DistributedDataParallel)
         checks[f"fully_sharded-{name}"] = partial(check_module, make, fully_sharded)
@@ -506,6 +669,7 @@ def checks_for(size: int) -> dict[str, Callable[[], None]]:
         "debug": check_debug,
         "context": check_context,
         "context_of_torch": check_context_of_torch,
+        "sharding-every_operator": check_operators_are_asked_for,
     }
 
 
@@ -519,6 +683,7 @@ def main(rank: int, size: int, folder: Path) -> None:
         world_size=size,
         timeout=timedelta(seconds=60),
     )
+    listen()
     failures = {}
     for name, run in checks_for(size).items():
         try:

@@ -132,7 +132,7 @@ def _block_maps() -> Iterator[tuple[str, Results]]:
         block_map = attnx.sparse_linear_block_map_varlen(inputs["query"], inputs["key"], **sizes, **options)
         yield f"block map {dtype} {head_dim} varlen", {"labels": block_map.labels.float()}
     products = torch.randn(1, 1, 1, 60_001, generator=torch.Generator().manual_seed(0))
-    labels = torch.ops.attnx.sparse_linear_labels(products, 64, 60_001 * 64, 64, 64, 0.1, 0.1, False, 0)
+    labels = torch.ops.attnx.sparse_linear_labels(products, 64, 60_001 * 64, 64, 64, 0.1, 0.1, "ceil", False, 0)
     yield "labels of a long row", {"labels": labels.float()}
 
 

@@ -88,7 +88,7 @@ def _maps(dtype: torch.dtype) -> None:
     used = torch.tensor([150, 65], dtype=torch.int32)
     _differentiate(attnx.sparse_linear_attention, inputs, **shares, seqused_k=used)
     _differentiate(attnx.sparse_linear_attention_varlen, packed, *offsets, 130, 130, **shares, linear_scope="all")
-    torch.ops.attnx.sparse_linear_labels(torch.randn(2, 4, 3, 4), 130, 200, 64, 64, 0.3, 0.3, True, 70)
+    torch.ops.attnx.sparse_linear_labels(torch.randn(2, 4, 3, 4), 130, 200, 64, 64, 0.3, 0.3, "floor", True, 70)
 
 
 def _routing(dtype: torch.dtype) -> None:

@@ -47,9 +47,11 @@ def test_labels_and_maps_check_their_shares(options: tuple[float, float, int], m
     offsets = torch.tensor([0, 192], dtype=torch.int32)
     sizes = (offsets, offsets, 192, 192)
     calls = (
-        lambda: torch.ops.attnx.sparse_linear_labels(products, 192, 192, 64, 64, critical, negligible, False, protect),
+        lambda: torch.ops.attnx.sparse_linear_labels(
+            products, 192, 192, 64, 64, critical, negligible, "ceil", False, protect
+        ),
         lambda: torch.ops.attnx.sparse_linear_block_map(
-            x, x, 64, 64, critical, negligible, False, protect, None, False
+            x, x, 64, 64, critical, negligible, "ceil", False, protect, None, False
         ),
         lambda: torch.ops.attnx.sparse_linear_block_map_varlen(
             x[0].transpose(0, 1),
@@ -59,6 +61,7 @@ def test_labels_and_maps_check_their_shares(options: tuple[float, float, int], m
             64,
             critical,
             negligible,
+            "ceil",
             False,
             protect,
             None,
@@ -71,7 +74,8 @@ def test_labels_and_maps_check_their_shares(options: tuple[float, float, int], m
 
 
 def test_protection_of_all_keys() -> None:
-    labels = torch.ops.attnx.sparse_linear_labels(torch.randn(1, 1, 3, 3), 192, 192, 64, 64, 0.1, 0.1, False, 2**63 - 1)
+    products = torch.randn(1, 1, 3, 3)
+    labels = torch.ops.attnx.sparse_linear_labels(products, 192, 192, 64, 64, 0.1, 0.1, "ceil", False, 2**63 - 1)
     assert (labels == 1).all()
 
 
@@ -90,6 +94,7 @@ BAD_MAPS = {
     "batch": ({"cu_seqlens_k": torch.tensor([0, 5, 192]).int()}, "cu_seqlens_k: expected shape"),
     "max": ({"max_seqlen_q": 191}, "max_seqlen_q: expected at least the longest sequence, 192, got 191"),
     "block": ({"block_q": 0}, "block_size: expected 64 or 128 on each side"),
+    "rounding": ({"rounding": "nearest"}, "rounding: expected ceil or floor, got nearest"),
     "scale": ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
     "large scale": ({"scale": 1e39}, "scale: expected a number in the range of float32"),
 }
@@ -109,6 +114,7 @@ def test_maps_check_what_they_are_made_of(changes: dict[str, object], message: s
         "block_k": 64,
         "critical": 0.3,
         "negligible": 0.3,
+        "rounding": "ceil",
         "smooth_k": False,
         "protect": 0,
         "scale": None,

@@ -46,7 +46,10 @@ DRAWN = f"Tensor keep, Tensor seed, Tensor offset, int blocks_per_row, bool impo
 TABLES = "Tensor? query_table, Tensor? key_table, Tensor table_index"
 
 MAP = f"Tensor block_map, {BLOCKS}, str feature_map, str linear_scope, float? scale, bool is_causal"
-MAPPED = f"{BLOCKS}, float critical, float negligible, bool smooth_k, SymInt protect, float? scale, bool is_causal"
+MAPPED = (
+    f"{BLOCKS}, float critical, float negligible, str rounding, bool smooth_k, SymInt protect, float? scale, "
+    "bool is_causal"
+)
 PARTS = "Tensor sparse, Tensor linear, Tensor logsumexp"
 PART_GRADS = "Tensor grad_sparse, Tensor grad_linear, Tensor grad_logsumexp"
 
@@ -97,7 +100,7 @@ SCHEMAS = [
     f"sparse_linear_block_map(Tensor query, Tensor key, {LENGTHS}, {MAPPED}) -> Tensor",
     f"sparse_linear_block_map_varlen(Tensor query, Tensor key, {PACKING}, {MAPPED}) -> Tensor",
     f"sparse_linear_labels(Tensor products, SymInt length_q, SymInt length_k, {BLOCKS}, float critical, "
-    "float negligible, bool is_causal, SymInt protect) -> Tensor",
+    "float negligible, str rounding, bool is_causal, SymInt protect) -> Tensor",
     f"routing_attention({QKV}, {ROUTED}, {SCORE}) -> ({SOFTMAX_RESULTS})",
     f"routing_attention_backward({SOFTMAX_SAVED}, {ROUTED}, {SCORE}, bool deterministic) -> "
     f"({GRADS}, Tensor grad_memory_key, Tensor grad_memory_value)",

@@ -278,6 +278,7 @@ def test_gradients_of_both_branches_are_rounded_once(dtype: torch.dtype, device:
 MAPS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "shares": {"critical": 0.3, "negligible": 0.4},
+    "floor": {"critical": 0.3, "negligible": 0.4, "rounding": "floor"},
     "exact_shares": {"critical": 0.07, "negligible": 0.07},
     "none_negligible": {"critical": 0.0, "negligible": 0.0},
     "none_critical": {"critical": 0.0, "negligible": 1.0},
@@ -355,7 +356,8 @@ def test_selection_is_what_sorting_gives(is_causal: bool, options: dict[str, Any
         products[0, 1] = -0.0
         products[0, 1, :, ::2] = 0.0
         shares = options.get("critical", 0.05), options.get("negligible", 0.1)
-        check_selection(products, backend, *lengths, *block_size, *shares, is_causal, options.get("protect", 0))
+        how = options.get("rounding", "ceil"), is_causal, options.get("protect", 0)
+        check_selection(products, backend, *lengths, *block_size, *shares, *how)
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "wide", "infinite", "nan", "tiny"])
@@ -376,7 +378,7 @@ def test_selection_of_long_rows(blocks: int, kind: str, backend: Backend) -> Non
         case "tiny":
             products = products * 1e-42
     for shares in ((0.05, 0.1), (0.4, 0.6), (0.0, 0.0)):
-        check_selection(products, backend, 64, blocks * 64 - 5, 64, 64, *shares, False, 130)
+        check_selection(products, backend, 64, blocks * 64 - 5, 64, 64, *shares, "ceil", False, 130)
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:
@@ -450,7 +452,7 @@ def test_block_map_fits_torch(dtype: torch.dtype, device: torch.device) -> None:
     shape = Shape(length_q=300, length_k=200, head_dim=8)
     inputs, _ = random_inputs(shape, dtype, device)
     query, key = inputs["query"], inputs["key"]
-    options = (64, 64, 0.3, 0.3, True, 70, None, True)
+    options = (64, 64, 0.3, 0.3, "ceil", True, 70, None, True)
     torch.library.opcheck(torch.ops.attnx.sparse_linear_block_map, (query, key, None, None, *options))
     packed, _, sizes = pack(([70, 3, 200], [70, 130, 5]), dtype, device)
     arguments = (packed["query"], packed["key"], *sizes.values())
@@ -535,6 +537,16 @@ def test_shares_count_whole_blocks(dtype: torch.dtype, device: torch.device) -> 
     labels = attnx.sparse_linear_block_map(query, key, critical=0.07, negligible=0.29).labels
     assert (labels == 1).sum() == 7
     assert (labels == -1).sum() == 29
+
+
+def test_the_number_of_critical_blocks_is_rounded_as_told(dtype: torch.dtype, device: torch.device) -> None:
+    """0.07 of 10 blocks is one either way, as a row has at least one; 0.07 of 100 is 7 either way."""
+    for blocks, critical, counts in ((10, 0.25, (3, 2)), (10, 0.07, (1, 1)), (100, 0.07, (7, 7)), (7, 1.0, (7, 7))):
+        query, key = (torch.randn(1, 1, n, 4, dtype=dtype, device=device) for n in (64, blocks * 64))
+        for rounding, count in zip(("ceil", "floor"), counts, strict=True):
+            shares = {"critical": critical, "negligible": 0, "rounding": rounding}
+            labels = attnx.sparse_linear_block_map(query, key, **shares).labels
+            assert (labels == 1).sum() == count, (blocks, critical, rounding)
 
 
 def test_fits_torch(device: torch.device, dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from attnx.integrations.transformers import StaircaseCache, register, switch  # noqa: E402
 from attnx.integrations.transformers.packing import Packing  # noqa: E402
-from transformers_cases import EVERY, decoder, others, tokens  # noqa: E402
+from transformers_cases import EVERY, decoder, eager_in_float64, expect_close, others, tokens  # noqa: E402, F401
 
 register()
 
@@ -120,7 +120,7 @@ def test_logits_and_gradients(name: str, score: str, place: str) -> None:
     if name == "gpt2" and place == "packed":
         pytest.skip("its positions are learned, and start where they are told to")
     given, parts = text(place)
-    model = switched(name, score)
+    model = switched(name, score).double()
     results = []
     for implementation in ("attnx", "each_sequence"):
         if implementation == "each_sequence":
@@ -133,7 +133,7 @@ def test_logits_and_gradients(name: str, score: str, place: str) -> None:
         kept.square().mean().backward()
         results.append([kept, *(x.grad.clone() for x in model.parameters())])
     for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        expect_close(got, want)
 
 
 def positions(given: dict[str, Tensor]) -> Tensor:
@@ -189,7 +189,7 @@ def test_sparse_linear_generates(name: str, form: str) -> None:
 
 
 def test_sigmoid_counts_what_a_window_shows() -> None:
-    model = decoder("mistral", "attnx_sigmoid")
+    model = decoder("mistral", "attnx_sigmoid").double()
     ids = tokens(1, 24)
     got = model(input_ids=ids).logits
     transformers.AttentionMaskInterface.register("each_sequence", lambda **_: None)
@@ -203,27 +203,27 @@ def test_sigmoid_counts_what_a_window_shows() -> None:
         ),
     )
     model.set_attn_implementation("each_sequence")
-    torch.testing.assert_close(got, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    expect_close(got, model(input_ids=ids).logits)
 
 
 def test_probabilistic_draws_blocks_in_training() -> None:
     """Rounds differ in training, with a mask and without; a density of 1 is the dense attention."""
     given, parts = text("left")
     for inputs in ({"input_ids": tokens(1, 300)}, given):
-        model = decoder("llama", "sdpa")
+        model = decoder("llama", "sdpa").double()
         switch(model, "attnx_probabilistic", density=0.75)
         model.train()
         a, b = (model(**inputs).logits for _ in range(2))
         assert not torch.equal(a, b)
         switch(model, "attnx_probabilistic", density=1.0)
-        dense = model(**inputs).logits, decoder("llama", "sdpa")(**inputs).logits
+        dense = model(**inputs).logits, decoder("llama", "sdpa").double()(**inputs).logits
         for b, part in parts[: len(dense[0])]:
-            torch.testing.assert_close(*(x[b, part] for x in dense), rtol=1e-3, atol=1e-4)
+            expect_close(*(x[b, part] for x in dense))
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_probabilistic_draws_the_same_blocks_under_a_mask(score: str) -> None:
-    model = decoder("llama", "sdpa")
+    model = decoder("llama", "sdpa").double()
     switch(
         model, "attnx_probabilistic", density=0.5, mode="topm", score=score, bias=-4.0 if score == "sigmoid" else None
     )
@@ -232,15 +232,15 @@ def test_probabilistic_draws_the_same_blocks_under_a_mask(score: str) -> None:
     for mask in (None, torch.ones(300, 300, dtype=torch.bool).tril().expand(2, 1, -1, -1)):
         torch.manual_seed(3)
         results.append(model(input_ids=ids, attention_mask=mask).logits)
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    expect_close(*results)
 
 
 @pytest.mark.parametrize("score", ["attnx_probabilistic", "attnx_block_sparse"])
 @EVERY
 def test_blocks_take_all_that_a_model_asks(name: str, score: str) -> None:
     """All blocks with windows, sinks and softcaps are what softmax computes."""
-    want = decoder(name, "attnx_softmax")(input_ids=tokens()).logits
-    model = decoder(name, others(name), attn_pdrop=0.0, resid_pdrop=0.0)
+    want = decoder(name, "attnx_softmax").double()(input_ids=tokens()).logits
+    model = decoder(name, others(name), attn_pdrop=0.0, resid_pdrop=0.0).double()
     options = (
         {"density": 1.0}
         if score == "attnx_probabilistic"
@@ -250,7 +250,7 @@ def test_blocks_take_all_that_a_model_asks(name: str, score: str) -> None:
     for module in model.modules():
         if hasattr(module, "attnx"):
             module.train(score == "attnx_probabilistic")
-    torch.testing.assert_close(model(input_ids=tokens()).logits, want, rtol=1e-3, atol=1e-4)
+    expect_close(model(input_ids=tokens()).logits, want)
 
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
@@ -259,7 +259,7 @@ SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 @SCORES
 def test_bert(score: str) -> None:
     config = transformers.BertConfig(vocab_size=61, attention_probs_dropout_prob=0.0, **SIZES)
-    model = transformers.BertModel(config).eval()
+    model = transformers.BertModel(config).eval().double()
     switch(model, score, **OPTIONS[score])
     stir(model)
     given, parts = text("right")
@@ -269,21 +269,21 @@ def test_bert(score: str) -> None:
     expect(model, score, parts)
     want = model(input_ids=given["input_ids"]).last_hidden_state
     for b, part in parts:
-        torch.testing.assert_close(got[b, part], want[b, part], rtol=1e-4, atol=1e-5)
+        expect_close(got[b, part], want[b, part])
 
 
 @SCORES
 def test_vit(score: str) -> None:
     config = transformers.ViTConfig(image_size=48, patch_size=4, attention_probs_dropout_prob=0.0, **SIZES)
-    model = transformers.ViTModel(config).eval()
+    model = transformers.ViTModel(config).eval().double()
     switch(model, score, **OPTIONS[score])
     stir(model)
-    images = torch.randn(2, 3, 48, 48)
+    images = torch.randn(2, 3, 48, 48, dtype=torch.float64)
     got = model(pixel_values=images).last_hidden_state
     got.square().mean().backward()
     assert all(x.grad is None or x.grad.isfinite().all() for x in model.parameters())
     expect(model, score, [(0, slice(None)), (1, slice(None))])
-    torch.testing.assert_close(got, model(pixel_values=images).last_hidden_state, rtol=1e-4, atol=1e-5)
+    expect_close(got, model(pixel_values=images).last_hidden_state)
 
 
 def whisper() -> Any:
@@ -295,7 +295,7 @@ def whisper() -> Any:
             max_source_positions=100, max_target_positions=90, pad_token_id=0, bos_token_id=1, eos_token_id=2,
             decoder_start_token_id=1,
         )
-    ).eval()  # fmt: skip
+    ).eval().double()  # fmt: skip
 
 
 @SCORES
@@ -304,7 +304,7 @@ def test_whisper(score: str) -> None:
     model = whisper()
     switch(model, score, **OPTIONS[score])
     stir(model)
-    given = {"input_features": torch.randn(2, 8, 200), "decoder_input_ids": tokens(2, 80)}
+    given = {"input_features": torch.randn(2, 8, 200, dtype=torch.float64), "decoder_input_ids": tokens(2, 80)}
     got = model(**given).logits
     got.square().mean().backward()
     assert all(x.grad is None or x.grad.isfinite().all() for x in model.parameters())
@@ -318,7 +318,7 @@ def test_whisper(score: str) -> None:
     transformers.AttentionInterface.register("each_sequence", attend)
     transformers.AttentionMaskInterface.register("each_sequence", lambda **_: None)
     model.set_attn_implementation("each_sequence")
-    torch.testing.assert_close(got, model(**given).logits, rtol=1e-4, atol=1e-5)
+    expect_close(got, model(**given).logits)
 
 
 @pytest.mark.parametrize("score", ["attnx_sparse_linear", "attnx_routing"])
@@ -335,7 +335,7 @@ def test_saves_and_loads(score: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_compiles(score: str, padded: bool) -> None:
     """There is one graph, but where the mask is read."""
-    model = switched("llama", score, num_hidden_layers=1, layer_types=["full_attention"])
+    model = switched("llama", score, num_hidden_layers=1, layer_types=["full_attention"]).double()
     given, parts = text("left")
     if not padded:
         given.pop("attention_mask")
@@ -344,7 +344,7 @@ def test_compiles(score: str, padded: bool) -> None:
     got = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)(**given).logits
     want = model(**given).logits
     for b, part in parts:
-        torch.testing.assert_close(got[b, part], want[b, part], rtol=1e-4, atol=1e-5)
+        expect_close(got[b, part], want[b, part])
 
 
 def test_centroids_stay_float32() -> None:

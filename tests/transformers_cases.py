@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
@@ -32,6 +34,8 @@ DECODERS: dict[str, Any] = {
         vocab_size=61, n_embd=64, n_layer=2, n_head=2, eos_token_id=None, pad_token_id=0
     ),
 }
+# Models compare in float64, which each implementation rounds at other places.
+expect_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
 EVERY = pytest.mark.parametrize("name", DECODERS)
 
 
@@ -42,10 +46,23 @@ def decoder(name: str, implementation: str = "attnx_softmax", **changes: Any) ->
     for key, value in changes.items():
         setattr(config, key, value)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+    if name == "gpt_oss":
+        model.set_experts_implementation("eager")  # the others have no float64
     for key, x in model.named_parameters():
         if "sinks" in key:
             torch.nn.init.normal_(x)
     return model
+
+
+@pytest.fixture
+def eager_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the eager attention of transformers, which asks for a softmax in float32, in the dtype of its model."""
+    own = F.softmax
+
+    def softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        return own(input, dim, dtype=None if input.dtype == torch.float64 else dtype)
+
+    monkeypatch.setattr(F, "softmax", softmax)
 
 
 def others(name: str) -> str:

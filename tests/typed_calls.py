@@ -33,6 +33,7 @@ ring = attnx.distributed.ring_softmax_attention
 assert_type(ring(q, k, v, layout="zigzag"), Tensor)
 assert_type(ring(q, k, v, return_logsumexp=True), Pair)
 assert_type(attnx.distributed.ring_sigmoid_attention(q, k, v, bias="row"), Tensor)
+assert_type(attnx.distributed.ring_sparse_linear_attention(q, k, v, critical=0.1), Pair)
 assert_type(attnx.distributed.ulysses_attention(attnx.sparse_linear_attention, q, k, v, critical=0.1), Pair)
 
 cache = attnx.StaircaseCache(1, 2, 32, 100)

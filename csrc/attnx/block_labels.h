@@ -10,6 +10,7 @@ namespace attnx {
 
 struct BlockShares {
   double critical = 0, negligible = 0;  // of the blocks that some query of the row sees
+  bool round_down = false;              // the number of critical blocks, which is rounded up otherwise
   std::int64_t protect = 0;             // the first keys, whose blocks are critical
 };
 
@@ -27,7 +28,8 @@ struct LabelRow {
     end = grid.is_causal ? larger(smaller(of_first / grid.block_k, candidates - 1), 0) : candidates;
     begin = smaller((smaller(shares.protect, grid.length_k) + grid.block_k - 1) / grid.block_k, end);
     const std::int64_t unranked = candidates - (end - begin);
-    const auto most = std::int64_t(ceil(share_of(shares.critical, candidates)));
+    const double share = share_of(shares.critical, candidates);
+    const auto most = std::int64_t(shares.round_down ? floor(share) : ceil(share));
     const std::int64_t least = candidates - std::int64_t(floor(share_of(shares.negligible, candidates)));
     const std::int64_t all_critical = smaller(larger(1, larger(most, unranked)), candidates);
     critical = all_critical - unranked;

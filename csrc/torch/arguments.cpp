@@ -176,13 +176,14 @@ void read_block_size(const BlockSize& size, AttentionParams& p) {
   p.block_k = size.block_k;
 }
 
-BlockShares read_shares(double critical, double negligible, std::int64_t protect) {
+BlockShares read_shares(double critical, double negligible, std::string_view rounding, std::int64_t protect) {
   for (const auto& [name, share] : {std::pair("critical", critical), std::pair("negligible", negligible)})
     check(share >= 0 && share <= 1, name, ": expected a share of the blocks from 0 to 1, got ", share);
   check(critical + negligible <= 1, "critical, negligible: expected shares of at most 1 together, got ", critical,
         " + ", negligible);
+  check(rounding == "ceil" || rounding == "floor", "rounding: expected ceil or floor, got ", rounding);
   check(protect >= 0, "protect: expected a number of keys, 0 or more, got ", protect);
-  return {critical, negligible, protect};
+  return {critical, negligible, rounding == "floor", protect};
 }
 
 namespace {

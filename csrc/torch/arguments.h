@@ -127,7 +127,7 @@ void read_sink(const Sink& sink, AttentionParams& params);
 void check_block_size(const BlockSize& size);
 void read_block_size(const BlockSize& size, AttentionParams& params);
 
-BlockShares read_shares(double critical, double negligible, std::int64_t protect);
+BlockShares read_shares(double critical, double negligible, std::string_view rounding, std::int64_t protect);
 
 PerHead read_per_head(std::string_view name, const std::optional<StableTensor>& x, const StableTensor& query,
                       std::int64_t heads);

@@ -15,16 +15,17 @@ struct Arguments {
   SymInt length_q, length_k;
   std::int64_t block_q, block_k;
   double critical, negligible;
+  std::string rounding;
   bool is_causal;
   SymInt protect;
-  ATTNX_FIELDS(products, length_q, length_k, block_q, block_k, critical, negligible, is_causal, protect)
+  ATTNX_FIELDS(products, length_q, length_k, block_q, block_k, critical, negligible, rounding, is_causal, protect)
 };
 
 StableTensor labels(const Arguments& a) {
   check_block_size({a.block_q, a.block_k});
   check_length("length_q", a.length_q);
   check_length("length_k", a.length_k);
-  const BlockShares shares = read_shares(a.critical, a.negligible, a.protect);
+  const BlockShares shares = read_shares(a.critical, a.negligible, a.rounding, a.protect);
   const StableTensor& products = a.products;
   const BlockGrid grid{a.length_q, a.length_k, a.block_q, a.block_k, a.is_causal};
   check(products.dim() == 4 && products.size(2) == grid.query_blocks() && products.size(3) == grid.key_blocks(),

@@ -19,9 +19,10 @@ struct QueryAndKey {
 
 struct MapOptions {
   double critical, negligible;
+  std::string rounding;
   bool smooth_k;
   SymInt protect;
-  ATTNX_FIELDS(critical, negligible, smooth_k, protect)
+  ATTNX_FIELDS(critical, negligible, rounding, smooth_k, protect)
 };
 
 template <class Layout>
@@ -37,7 +38,7 @@ StableTensor block_map(const QueryAndKey& x, const Layout& layout, const BlockSi
     p.length_k = std::min<std::int64_t>(layout.max_seqlen_k, x.key.size(0));
   }
   p.smooth_k = options.smooth_k;
-  p.shares = read_shares(options.critical, options.negligible, options.protect);
+  p.shares = read_shares(options.critical, options.negligible, options.rounding, options.protect);
   const std::vector shape{p.batch, p.heads_q, blocks_of(p.length_q, p.block_q), blocks_of(p.length_k, p.block_k)};
   StableTensor labels = make_empty(x.query, shape, ScalarType::Char);
   p.labels = data<std::int8_t>(labels);

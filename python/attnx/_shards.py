@@ -81,5 +81,6 @@ def _in_context_of_torch() -> bool:
 def _refuse(function: str, context: str) -> NoReturn:
     raise NotImplementedError(
         f"{function}: expected whole sequences, got shards of {context}; attnx.distributed has ring_softmax_attention, "
-        f"ring_sigmoid_attention, ulysses_attention for all others, and a context_parallel of its own"
+        "ring_sigmoid_attention, ring_sparse_linear_attention, ulysses_attention for all others, and a "
+        "context_parallel of its own"
     )

@@ -19,7 +19,7 @@ from attnx.block_mask import BlockMask
 from attnx.functional import SigmoidBias, Window
 from attnx.probabilistic import Keep, Mode
 from attnx.routing import Routes, Routing
-from attnx.sparse_linear import FeatureMap, LinearScope, SparseLinearMap
+from attnx.sparse_linear import FeatureMap, LinearScope, Rounding, SparseLinearMap
 
 __all__ = [
     "affine_attention",
@@ -708,9 +708,11 @@ def _sparse_linear_block_map(
     smooth_k: bool = False,
     scale: float | Tensor | None = None,
     protect: int = 0,
+    rounding: Rounding = "ceil",
 ) -> SparseLinearMap:
     heads, length_q, length_k = query.shape[1], query.shape[2], key.shape[2]
     block_q, block_k = block_size
+    whole = math.floor if rounding == "floor" else math.ceil
     key = key.double().repeat_interleave(heads // key.shape[1], dim=1)
     if smooth_k:
         key = key - key.mean(2, keepdim=True)
@@ -727,7 +729,7 @@ def _sparse_linear_block_map(
             for j in range(len(some))
         ]
         # Exactly: shares such as 0.07 of 100 blocks are 7.
-        most = max(1, math.ceil(round(critical * count, 9)), sum(forced))
+        most = max(1, whole(round(critical * count, 9)), sum(forced))
         least = count - math.floor(round(negligible * count, 9))
         labels = torch.full((*query.shape[:2], len(some)), -1, dtype=torch.int8)
         for b, h in itertools.product(range(query.shape[0]), range(heads)):

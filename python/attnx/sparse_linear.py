@@ -24,6 +24,7 @@ __all__ = [
 
 FeatureMap: TypeAlias = Literal["softmax", "elu", "relu"]
 LinearScope: TypeAlias = Literal["marginal", "noncritical", "all"]
+Rounding: TypeAlias = Literal["ceil", "floor"]
 
 _ops = torch.ops.attnx
 
@@ -117,6 +118,7 @@ def sparse_linear_block_map(
     smooth_k: bool = False,
     scale: float | None = None,
     protect: int = 0,
+    rounding: Rounding = "ceil",
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
 ) -> SparseLinearMap:
@@ -140,6 +142,8 @@ def sparse_linear_block_map(
         scale: of the products; its sign alone matters to the ranks.
         protect: the blocks that hold the first so many keys are critical for every query that may see them, such as
             the text in front of a video.
+        rounding: ``"ceil"``, as above, or ``"floor"``, as the code of SLA's authors has it: max(1, floor(critical c))
+            are critical.
         seqused_k: as in :func:`attnx.sigmoid_attention`: the shares are of the blocks of these keys, and blocks beyond
             them are negligible.
         leftpad_k: likewise; the blocks of keys of a sequence, and ``protect``, count from there.
@@ -162,7 +166,18 @@ def sparse_linear_block_map(
     _arguments.flag("smooth_k", smooth_k)
     lengths = _arguments.key_lengths(seqused_k, leftpad_k, query, key)
     labels = _ops.sparse_linear_block_map(
-        query, key, *lengths, block_q, block_k, critical, negligible, smooth_k, protect, scale, is_causal
+        query,
+        key,
+        *lengths,
+        block_q,
+        block_k,
+        critical,
+        negligible,
+        _arguments.text("rounding", rounding),
+        smooth_k,
+        protect,
+        scale,
+        is_causal,
     )
     return SparseLinearMap(labels, (block_q, block_k), (query.shape[2], key.shape[2]))
 
@@ -183,6 +198,7 @@ def sparse_linear_block_map_varlen(
     smooth_k: bool = False,
     scale: float | None = None,
     protect: int = 0,
+    rounding: Rounding = "ceil",
 ) -> SparseLinearMap:
     """:func:`sparse_linear_block_map` of sequences packed end to end, each with blocks and shares of its own.
 
@@ -216,6 +232,7 @@ def sparse_linear_block_map_varlen(
         block_k,
         critical,
         negligible,
+        _arguments.text("rounding", rounding),
         smooth_k,
         protect,
         scale,
@@ -230,6 +247,7 @@ _MAP_DEFAULTS: dict[str, Any] = {
     "block_size": (64, 64),
     "smooth_k": False,
     "protect": 0,
+    "rounding": "ceil",
 }
 
 
@@ -260,6 +278,7 @@ def sparse_linear_attention(
     scale: float | None = None,
     smooth_k: bool = False,
     protect: int = 0,
+    rounding: Rounding = "ceil",
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -278,7 +297,8 @@ def sparse_linear_attention(
         key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads.
         value: (batch, kv_heads, length_k, value_dim).
         block_map: from :func:`sparse_linear_block_map`, or one's own; its own are the block sizes and shares then.
-        critical, negligible, block_size, smooth_k, protect: without ``block_map``, as that function takes them.
+        critical, negligible, block_size, smooth_k, protect, rounding: without ``block_map``, as that function takes
+            them.
         feature_map: phi, of each query and key by itself: softmax over its features, elu(x) + 1, or relu.
         linear_scope: "marginal": the marginal blocks, as in the paper. "noncritical": the negligible ones too. "all":
             every block.
@@ -303,6 +323,7 @@ def sparse_linear_attention(
         options: dict[str, Any] = {"critical": critical, "negligible": negligible, "block_size": block_size}
         options |= {"feature_map": feature_map, "linear_scope": linear_scope, "is_causal": is_causal, "scale": scale}
         options |= {"block_map": block_map, "smooth_k": smooth_k, "protect": protect}
+        options["rounding"] = rounding
         _nested.expect_no_lengths(seqused_k=seqused_k, leftpad_k=leftpad_k)
         return _nested.attend(sparse_linear_attention_varlen, query, key, value, **options)
     _arguments.tensors(query=query, key=key, value=value)
@@ -317,13 +338,19 @@ def sparse_linear_attention(
             smooth_k=smooth_k,
             scale=scale,
             protect=protect,
+            rounding=rounding,
             seqused_k=seqused_k,
             leftpad_k=leftpad_k,
         )
     else:
         _check_map(block_map)
         _check_no_map_options(
-            critical=critical, negligible=negligible, block_size=block_size, smooth_k=smooth_k, protect=protect
+            critical=critical,
+            negligible=negligible,
+            block_size=block_size,
+            smooth_k=smooth_k,
+            protect=protect,
+            rounding=rounding,
         )
     check_lengths("block_map", block_map.lengths, query, key)
     sparse, linear, _ = _ops.sparse_linear_attention(
@@ -360,6 +387,7 @@ def sparse_linear_attention_varlen(
     scale: float | None = None,
     smooth_k: bool = False,
     protect: int = 0,
+    rounding: Rounding = "ceil",
 ) -> tuple[Tensor, Tensor]:
     """:func:`sparse_linear_attention` over packed sequences, laid out as in :func:`attnx.sigmoid_attention_varlen`.
 
@@ -387,11 +415,17 @@ def sparse_linear_attention_varlen(
             smooth_k=smooth_k,
             scale=scale,
             protect=protect,
+            rounding=rounding,
         )
     else:
         _check_map(block_map)
         _check_no_map_options(
-            critical=critical, negligible=negligible, block_size=block_size, smooth_k=smooth_k, protect=protect
+            critical=critical,
+            negligible=negligible,
+            block_size=block_size,
+            smooth_k=smooth_k,
+            protect=protect,
+            rounding=rounding,
         )
     sparse, linear, _ = _ops.sparse_linear_attention_varlen(
         query,

@@ -35,6 +35,7 @@ def labels_by_sorting(
     block_k: int,
     critical: float,
     negligible: float,
+    rounding: str,
     is_causal: bool,
     protect: int,
 ) -> Tensor:
@@ -55,7 +56,9 @@ def labels_by_sorting(
     largest = torch.finfo(products.dtype).max
     order = products.nan_to_num(nan=largest).masked_fill(forced, math.inf).masked_fill(~candidate, -math.inf)
     order = order.argsort(dim=-1, descending=True, stable=True)
-    count = _share_of(critical, some).ceil().clamp(min=1).maximum(forced.sum(-1, keepdim=True)).minimum(some)
+    count = _share_of(critical, some)
+    count = count.floor() if rounding == "floor" else count.ceil()
+    count = count.clamp(min=1).maximum(forced.sum(-1, keepdim=True)).minimum(some)
     least = some - _share_of(negligible, some).floor()
     by_rank = (j < count).to(torch.int8) - ((j >= least) & (j >= count)).to(torch.int8)
     labels = torch.empty(products.shape, dtype=torch.int8, device=device)

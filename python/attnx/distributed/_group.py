@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -85,6 +86,49 @@ class Transfer:
         for work in self._works:
             work.wait()
         return self._received
+
+
+def pass_around(held: dict[str, Tensor], group: Group, steps: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yields what the process that many steps before this one holds, step by step, while the next one arrives."""
+    for step in range(steps):
+        coming = _pass_on(held, group, step, steps)
+        yield step, held
+        if coming is not None:
+            held = coming.wait()
+
+
+def pass_back(
+    held: dict[str, Tensor],
+    group: Group,
+    steps: int,
+    differentiate: Callable[[int, dict[str, Tensor]], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Returns the sum of what all processes give for the tensors of this one, as those go around once more.
+
+    Args:
+        held: the tensors of this process.
+        group: the processes of the ring.
+        steps: for how many steps they go around.
+        differentiate: it takes the step and what is held in it, and returns this process's gradients of that.
+    """
+    arriving = None
+    for step in range(steps):
+        coming = _pass_on(held, group, step, steps)
+        gradients = differentiate(step, held)
+        if arriving is not None:
+            for name, x in arriving.wait().items():
+                gradients[name] += x
+        # Gradients follow their tensors, and from where these went last they go home.
+        arriving = Transfer(gradients, group, 1 if coming is not None else -step)
+        if coming is not None:
+            held = coming.wait()
+    assert arriving is not None
+    return arriving.wait()
+
+
+def _pass_on(held: dict[str, Tensor], group: Group, step: int, steps: int) -> Transfer | None:
+    """After the last step nobody needs what is held."""
+    return Transfer(held, group, 1) if step + 1 < steps else None
 
 
 def check_alike(name: str, x: Any, group: Group) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnx._operators.schema import Arguments, signature, sum_dtype
-from attnx.distributed._group import Group, Transfer
+from attnx.distributed import _group
+from attnx.distributed._group import Group
 from attnx.distributed._parts import Band, Part
 from attnx.merging import merge_attention
 
@@ -65,10 +66,6 @@ class Plan:
         parameters = {name: there[name] for name in self.parameters if name in there}
         return parameters, {name: there[name] for name in self.of_keys if name in there}
 
-    def pass_on(self, held: dict[str, Tensor], step: int) -> Transfer | None:
-        """After the last step nobody needs keys."""
-        return Transfer(held, self.group, 1) if step + 1 < len(self.steps) else None
-
 
 class RingAttention(torch.autograd.Function):
     """The inputs after the query are those that the plan names, in order. The results are output and logsumexp."""
@@ -80,12 +77,9 @@ class RingAttention(torch.autograd.Function):
         # A sink is a part without a value, from which the total begins.
         sink = parameters.pop("sink", None)
         total = _Total(query, held["value"], sink, "logsumexp" in of.results)
-        for step, calls in enumerate(plan.steps):
-            coming = plan.pass_on(held, step)
-            for part in calls:
-                total.add(part.queries, of.call(plan.call(part, query, parameters, held)))
-            if coming is not None:
-                held = coming.wait()
+        for step, keys in _group.pass_around(held, plan.group, len(plan.steps)):
+            for part in plan.steps[step]:
+                total.add(part.queries, of.call(plan.call(part, query, parameters, keys)))
         output = total.output.to(query.dtype)
         ctx.plan = plan
         ctx.save_for_backward(query, *inputs, output, total.logsumexp)
@@ -110,11 +104,10 @@ class RingAttention(torch.autograd.Function):
 
         grad_query = _zeros(query)
         of_parameters = {name: _zeros(x) for name, x in parameters.items()}
-        arriving = None
-        for step, calls in enumerate(plan.steps):
-            coming = plan.pass_on(held, step)
+
+        def differentiate(step: int, held: dict[str, Tensor]) -> dict[str, Tensor]:
             of_keys = {name: _zeros(x) for name, x in held.items() if wanted[name] or name in ("key", "value")}
-            for part in calls:
+            for part in plan.steps[step]:
                 arguments = plan.call(part, query, parameters, held) | options
                 arguments |= {name: x[:, :, part.queries].contiguous() for name, x in rows.items()}
                 gradients = dict(zip(of.results, of.call(arguments), strict=True))
@@ -123,15 +116,9 @@ class RingAttention(torch.autograd.Function):
                     x[:, :, part.keys] += gradients[f"grad_{name}"]
                 for name, x in of_parameters.items():
                     x += gradients[f"grad_{name}"].sum_to_size(x.shape)
-            if arriving is not None:
-                for name, x in arriving.wait().items():
-                    of_keys[name] += x
-            # Gradients follow their keys, and from where these went last they go home.
-            arriving = Transfer(of_keys, plan.group, 1 if coming is not None else -step)
-            if coming is not None:
-                held = coming.wait()
-        assert arriving is not None
-        gradients = of_parameters | arriving.wait()
+            return of_keys
+
+        gradients = of_parameters | _group.pass_back(held, plan.group, len(plan.steps), differentiate)
         if sink is not None:
             gradients["sink"] = _sink_gradient(sink, **rows)
         of_inputs = (

@@ -13,7 +13,7 @@ from attnx import _arguments
 from attnx._operators.schema import signature, sum_dtype
 from attnx._scores import SigmoidBias, resolve_score
 from attnx._terms import resolve_terms
-from attnx.distributed import _group, sequence
+from attnx.distributed import _group, _inputs, sequence
 from attnx.distributed._group import Group, GroupLike
 from attnx.distributed._parts import Band, Part, Shard, parts
 from attnx.distributed._ring import Plan, RingAttention
@@ -220,13 +220,13 @@ def _attend(
     left, right = _arguments.window(window)
     if _arguments.flag("is_causal", is_causal):
         right = 0
-    _check_shapes(query, key, value, layout)
+    _inputs.check_shapes(query, key, value, layout)
     for name, x in of_keys.items():
         if x is not None and (x.dim() != 3 or x.shape[2] != key.shape[2]):
             _arguments.refuse(name, f"({query.shape[0]} or 1, {query.shape[1]} or 1, {key.shape[2]})", x)
     if parameters.get("sink") is not None:
         _check_sink(parameters["sink"], query)
-    query, key, value = _autocast(query, key, value)
+    query, key, value = _inputs.autocast(query, key, value)
     query, scale = _arguments.with_scale(query, scale)
     pairs, terms = resolve_terms(
         operator,
@@ -263,26 +263,6 @@ def _attend(
     return RingAttention.apply(plan, query, *parameters.values(), *travelling.values())
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None:
-    """Checks what must hold before anything is sent; operators check the rest when they are called first."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() != 4:
-            _arguments.refuse(name, "(batch, heads, length, head_dim)", x)
-        if x.dtype != query.dtype or x.device != query.device:
-            raise RuntimeError(
-                f"{name}: expected {query.dtype} on {query.device} like query, got {x.dtype} on {x.device}"
-            )
-        if layout == "zigzag" and x.shape[2] % 2:
-            _arguments.refuse(name, 'two chunks of one length, as layout="zigzag" has them', x)
-    batch, heads, _, head_dim = query.shape
-    if key.shape[0] != batch or key.shape[3] != head_dim:
-        _arguments.refuse("key", f"({batch}, kv_heads, length_k, {head_dim})", key)
-    if key.shape[1] == 0 or heads % key.shape[1]:
-        _arguments.refuse("key", f"a number of heads that divides the {heads} of query", key)
-    if value.shape[:3] != key.shape[:3]:
-        _arguments.refuse("value", f"({', '.join(map(str, key.shape[:3]))}, value_dim)", value)
-
-
 def _check_sink(sink: Any, query: Tensor) -> None:
     """Operators never see the sink: it is where merging begins."""
     dtype, heads = sum_dtype(query), query.shape[1]
@@ -291,15 +271,6 @@ def _check_sink(sink: Any, query: Tensor) -> None:
             f"sink: expected {dtype} of shape () or ({heads},) on {query.device}, got {sink.dtype} of shape "
             f"{tuple(sink.shape)} on {sink.device}"
         )
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Casts as autocast does before an operator: what travels shall have that dtype, too."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _steps(processes: Group, layout: Layout, length_q: int, length_k: int, band: Band) -> list[list[Part]]:

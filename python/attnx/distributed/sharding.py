@@ -34,6 +34,7 @@ _OPERATORS = (
     "disentangled_attention_backward",
     "probabilistic_attention",
     "probabilistic_attention_backward",
+    "probabilistic_block_lists",
     "probabilistic_attention_varlen",
     "probabilistic_attention_varlen_backward",
     "sparse_linear_attention",
@@ -47,6 +48,10 @@ _OPERATORS = (
     "routing_attention_backward",
     "route",
     "nearest_centroids",
+    "centroid_sums",
+    "update_centroids_",
+    "move_centroids_in_backward",
+    "move_average_in_backward",
     "attention_key_weights",
     "attention_row_weights",
     "attention_max_logits",
@@ -55,7 +60,10 @@ _OPERATORS = (
 _PACKED_BY_HEAD = ("logsumexp", "key_bias", "key_mask")
 _OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
 # These are for each head, these for each sequence, and these for all. Every other tensor begins with (batch, heads).
-_BY_HEAD = ("alibi_slopes", "sink", "bias", "memory_key", "memory_value", "centroids")
+_BY_HEAD = (
+    *("alibi_slopes", "sink", "bias", "memory_key", "memory_value"),
+    *("centroids", "counts", "sums", "members", "average", "target"),
+)
 _BY_SEQUENCE = ("seqused_k", "leftpad_k")
 _FOR_ALL = ("keep", "seed", "offset", "table_index")
 # These get a gradient on request, which is empty without one.
@@ -72,6 +80,9 @@ def register_sharding() -> None:
     on the place of a head; sequences belong to :func:`ring_softmax_attention` and its like. Numbers of heads, as a
     sink, are DTensors ``Shard(0)`` beside heads, or replicated; other tensors may stay plain within
     ``torch.distributed.tensor.experimental.implicit_replication``.
+
+    Where a module's parameters and buffers are DTensors (``torch.distributed.tensor.distribute_module``), centroids and
+    averages that move in training move by the tokens of all processes.
 
     Packed sequences have heads, ``Shard(1)``, and no batch to shard. DTensor refuses the operators of caches itself.
 

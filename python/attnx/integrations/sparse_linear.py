@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnx.sparse_linear import FeatureMap, LinearScope, sparse_linear_attention, sparse_linear_attention_varlen
+from attnx.sparse_linear import (
+    FeatureMap,
+    LinearScope,
+    Rounding,
+    sparse_linear_attention,
+    sparse_linear_attention_varlen,
+)
 
 __all__ = ["SparseLinear"]
 
@@ -20,7 +26,7 @@ class SparseLinear(nn.Module):
 
     Args:
         head_dim: features of a head of value.
-        critical, negligible, block_size, feature_map, linear_scope, smooth_k, protect: as in
+        critical, negligible, block_size, feature_map, linear_scope, smooth_k, protect, rounding: as in
             :func:`attnx.sparse_linear_attention`.
         device, dtype: of ``linear_proj``.
 
@@ -41,6 +47,7 @@ class SparseLinear(nn.Module):
         linear_scope: LinearScope = "marginal",
         smooth_k: bool = False,
         protect: int = 0,
+        rounding: Rounding = "ceil",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -53,6 +60,7 @@ class SparseLinear(nn.Module):
             "linear_scope": linear_scope,
             "smooth_k": smooth_k,
             "protect": protect,
+            "rounding": rounding,
         }
         # The operator checks its options here, before a model is trained with them.
         one = torch.zeros(1, 1, 1, 1, device="cpu", dtype=torch.float32)

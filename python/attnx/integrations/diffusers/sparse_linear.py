@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from attnx.integrations.diffusers.processors import PROCESSORS, SparseLinearProcessor
-from attnx.sparse_linear import FeatureMap, LinearScope
+from attnx.sparse_linear import FeatureMap, LinearScope, Rounding
 
 __all__ = ["apply_sparse_linear", "load_sparse_linear"]
 
@@ -26,6 +26,7 @@ def apply_sparse_linear(
     linear_scope: LinearScope = "marginal",
     smooth_k: bool = False,
     protect: int = 0,
+    rounding: Rounding = "ceil",
 ) -> None:
     """Gives the self-attentions of a model sparse-linear attention, to fine-tune from its weights.
 
@@ -37,7 +38,7 @@ def apply_sparse_linear(
 
     Args:
         model: a transformer of diffusers with the processors of Wan, Flux, SD3 or PixArt.
-        critical, negligible, block_size, feature_map, linear_scope, smooth_k, protect: as in
+        critical, negligible, block_size, feature_map, linear_scope, smooth_k, protect, rounding: as in
             :func:`attnx.sparse_linear_attention`.
 
     Raises:
@@ -55,6 +56,7 @@ def apply_sparse_linear(
         "linear_scope": linear_scope,
         "smooth_k": smooth_k,
         "protect": protect,
+        "rounding": rounding,
     }
     attentions = _self_attentions(model)
     made = [_make(attention, options) for attention in attentions.values()]

@@ -32,10 +32,10 @@ def switch(model: PreTrainedModel, implementation: str, **options: Any) -> None:
     Args:
         model: one whose attention goes through transformers' ``AttentionInterface``.
         implementation: one of those that :func:`register` lists.
-        options: of ``attnx_sparse_linear``: critical, negligible, block_size, feature_map, linear_scope, smooth_k and
-            protect, as in :func:`attnx.sparse_linear_attention`; a projection of each module's O^l is trained and
-            starts at 0, as in :class:`attnx.nn.SparseLinearAttention`. Of ``attnx_routing``: num_clusters, and
-            routing ("argmax" by default), cluster_size, normalize_qk, score and bias as in
+        options: of ``attnx_sparse_linear``: critical, negligible, block_size, feature_map, linear_scope, smooth_k,
+            protect and rounding, as in :func:`attnx.sparse_linear_attention`; a projection of each module's O^l is
+            trained and starts at 0, as in :class:`attnx.nn.SparseLinearAttention`. Of ``attnx_routing``: num_clusters,
+            and routing ("argmax" by default), cluster_size, normalize_qk, score and bias as in
             :func:`attnx.routing_attention`, and decay; each module has centroids. Of ``attnx_probabilistic``: keep,
             density, mode, importance, score, bias and block_size as in :func:`attnx.probabilistic_attention`. Of
             ``attnx_block_sparse``: block_mask, an :class:`attnx.BlockMask` or a function of length_q, length_k and
