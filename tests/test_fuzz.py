@@ -51,7 +51,7 @@ def test_labels_and_maps_check_their_shares(options: tuple[float, float, int], m
             products, 192, 192, 64, 64, critical, negligible, "ceil", False, protect
         ),
         lambda: torch.ops.attnx.sparse_linear_block_map(
-            x, x, 64, 64, critical, negligible, "ceil", False, protect, None, False
+            x, x, None, None, 64, 64, critical, negligible, "ceil", False, protect, None, False
         ),
         lambda: torch.ops.attnx.sparse_linear_block_map_varlen(
             x[0].transpose(0, 1),
