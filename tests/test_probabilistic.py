@@ -13,8 +13,8 @@ from torch import Tensor
 
 import attnx
 from attnx import reference
+from attnx._sampling import BlockGrid, solve_blocks_per_row
 from attnx.nn import ProbabilisticAttention
-from attnx.probabilistic import BlockGrid, solve
 from attnx.testing import assert_close
 from cases import DTYPES, Shape, random_inputs
 from compare import forward_backward
@@ -102,7 +102,7 @@ def test_topm_keeps_as_many_in_each_row(block_size: tuple[int, int], is_causal: 
         options = {"mode": "topm", "block_size": block_size, "is_causal": is_causal, **ROUND}
         counts = attnx.probabilistic_block_mask(2, 3, *lengths, **options).kv_num_blocks
         grid = BlockGrid(*lengths, *block_size, is_causal)
-        m = solve("harmonic", None, "topm", grid, counts.device).blocks_per_row
+        m = solve_blocks_per_row("harmonic", None, grid)
         assert counts[0, 0].tolist() == [min(max(m, end - begin), most) for begin, end, most in grid.rows()]
         assert (counts == counts[0, 0]).all()
 
