@@ -337,6 +337,20 @@ def test_compiles_for_any_length(options: dict[str, Any], device: torch.device, 
         assert torch.equal(actual, attention(query, **options))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_vmap_over_rounds(mode: Any, device: torch.device, dtype: torch.dtype) -> None:
+    query = random_inputs(Shape(length_q=320, head_dim=8), dtype, device)[0]["query"]
+    seed = torch.tensor(3, device=device)
+
+    def attention(offset: Tensor) -> Tensor:
+        # The seed belongs to the example, too.
+        options = {"density": 0.6, "mode": mode, "seed": seed + 0 * offset, "offset": offset}
+        return attnx.probabilistic_attention(query, query, query, **options)
+
+    offsets = torch.arange(3, device=device)
+    assert torch.equal(torch.vmap(attention)(offsets), torch.stack([attention(x) for x in offsets]))
+
+
 def test_no_second_derivative(device: torch.device, dtype: torch.dtype) -> None:
     inputs, _ = random_inputs(Shape(), dtype, device)
     leaves = [x.requires_grad_() for x in inputs.values()]

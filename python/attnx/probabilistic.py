@@ -27,21 +27,17 @@ def keep_probabilities(
 ) -> Tensor:
     r"""The probability of a block to take part, by its distance d from the diagonal, in blocks.
 
-    ============= ================================== ================
-    keep          probability                        parameter
-    ============= ================================== ================
-    ``harmonic``  :math:`\min(1, c / (1 + d))`       c = 1
-    ``geometric`` :math:`\max(0.01, \rho^d)`         :math:`\rho` = 0.9
-    ``power``     :math:`(1 + d)^{-a}`               a = 0.5
-    ``gaussian``  :math:`\exp(-(d / \sigma)^2 / 2)`  :math:`\sigma` = 8
-    ============= ================================== ================
+    * ``harmonic``: :math:`\min(1, c / (1 + d))`, c = 1 by default;
+    * ``geometric``: :math:`\max(0.01, \rho^d)`, :math:`\rho` = 0.9;
+    * ``power``: :math:`(1 + d)^{-a}`, a = 0.5;
+    * ``gaussian``: :math:`\exp(-(d / \sigma)^2 / 2)`, :math:`\sigma` = 8;
 
     and 1 at d = 0. Under the default about log n of n blocks take part in a row.
 
     Args:
         keep: the family.
         key_blocks: how many distances, from 0.
-        parameter: of the family; its default is in the table.
+        parameter: of the family; its default stands above.
         device: of the result.
 
     Returns:
