@@ -171,7 +171,8 @@ def test_generates_from_two_caches() -> None:
     assert len(done) == 102
     in_full, staircase = (result.text for result in results)
     assert len(in_full) == len(staircase) == GENERATED
-    assert in_full[:40] == staircase[:40] == ("to be or not to be, " * 20)[8:48]
+    assert in_full[:40] == staircase[:40]
+    assert in_full[:20] in "to be or not to be, " * 3
 
 
 def test_windows() -> None:

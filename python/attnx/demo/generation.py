@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from attnx.demo.caches import GENERATED, PROMPT
+from attnx.demo.caches import GENERATED, PROMPT, TEMPERATURE, held_out, plain_text
 from attnx.demo.corpus import Corpus, random_windows
 from attnx.demo.model import VOCABULARY, ModelConfig
 from attnx.demo.results import GenerationResult
@@ -25,7 +25,7 @@ def is_installed() -> bool:
 def generate(
     corpus: Corpus, model: ModelConfig, seed: int, device: torch.device, on_step: Callable[[], object], steps: int
 ) -> list[GenerationResult]:
-    """The bytes that ``model.generate`` finds most likely, from transformers' own cache and from a staircase.
+    """What ``model.generate`` draws with the same random numbers from transformers' own cache and from a staircase.
     ``on_step`` is called ``steps + 2`` times."""
     import transformers
 
@@ -55,19 +55,21 @@ def generate(
             on_step()
 
     llama = llama.to(torch.bfloat16).eval()
-    prompt = corpus.validation[None, :PROMPT].long().to(device)
+    prompt = plain_text(held_out(corpus, model)).to(device)
     results = []
     for label, cache in (
         ("in full", transformers.DynamicCache(config=llama.config)),
         ("staircase", StaircaseCache(llama.config, max_length=PROMPT + GENERATED)),
     ):
+        torch.manual_seed(seed)
         start = time.perf_counter()
         tokens = llama.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             cache=cache,
             max_new_tokens=GENERATED,
-            do_sample=False,
+            do_sample=True,
+            temperature=TEMPERATURE,
         )
         text = bytes(tokens[0, PROMPT:].tolist()).decode(errors="replace")
         results.append(GenerationResult(label, time.perf_counter() - start, text))
