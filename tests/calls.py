@@ -108,7 +108,7 @@ def run_the_others(dtype: torch.dtype, device: torch.device) -> None:
     query, key, value = inputs.values()
     centroids, counts = random_centroids(4, 3, 32).to(device), torch.ones(4, 3, device=device)
     attnx.attention_max_logits(query, key)
-    attnx.probabilistic_block_mask(2, 4, 70, 70, seed=3, offset=0, device=device)
+    attnx.probabilistic_block_mask(2, 4, 70, 70, density=0.5, mode="topm", seed=3, offset=0, device=device)
     products = torch.randn(2, 4, 2, 2, device=device)
     torch.ops.attnx.sparse_linear_labels(products, 70, 70, 64, 64, 0.05, 0.1, "ceil", True, 0)
     attnx.nearest_centroids(query, centroids)
@@ -116,6 +116,7 @@ def run_the_others(dtype: torch.dtype, device: torch.device) -> None:
     cache = attnx.StaircaseCache(2, 2, 32, 200, window=32, dtype=dtype, device=device)
     cache.append(key, value)
     cache.crop(60)
+    cache.reorder(torch.tensor([1, 0]))
     cache.dequantize()
     cache.attend(query)
 

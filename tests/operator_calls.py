@@ -109,6 +109,7 @@ def _staircase(dtype: torch.dtype) -> None:
     cache.append(key, value)
     cache.append(key[:, :, :7], value[:, :, :7], counts=torch.tensor([3, 7]))
     cache.crop(torch.tensor([100, 110]))
+    cache.reorder(torch.tensor([1, 0]))
     cache.attend(_draw(2, 4, 3, 32, dtype=dtype))
     cache.attend(_draw(2, 4, 3, 32, dtype=dtype), score="sigmoid", bias=torch.rand(4))
     cache.dequantize()

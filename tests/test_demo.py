@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -59,6 +60,11 @@ def test_a_short_run_ends_with_the_table_and_the_report(tmp_path: Path) -> None:
     assert staircase["bits_per_byte"] == pytest.approx(full["bits_per_byte"], rel=0.01)
     assert staircase["bytes_per_token"] < full["bytes_per_token"] / 6
     assert "staircase 16-8-4-2 writes:" in run.stdout
+    if importlib.util.find_spec("transformers") is None:
+        assert "transformers is not installed: pip install 'attnx[transformers]'" in " ".join(run.stdout.split())
+        assert report["generation"] == []
+    else:
+        assert [x["label"] for x in report["generation"]] == ["in full", "staircase"]
     # The same model on the same batches: the two softmaxes differ by rounding alone.
     sdpa, softmax, *_ = (result["training_bits_per_byte"] for result in report["attentions"])
     assert softmax == pytest.approx(sdpa, abs=1e-4)
@@ -148,6 +154,25 @@ def test_info(tmp_path: Path) -> None:
     assert facts["machine"]["cpu_instruction_set_in_use"] in cpu_kernels["sigmoid_attention"]
     text = attnx("info", folder=tmp_path).stdout
     assert all(operator in text for operator in cpu_kernels)
+
+
+@trains
+def test_generates_from_two_caches() -> None:
+    """What the model has learned, it writes from either cache."""
+    pytest.importorskip("transformers")
+    from attnx.demo.corpus import Corpus
+    from attnx.demo.generation import GENERATED, generate
+    from attnx.demo.model import ModelConfig
+
+    text = torch.tensor(list(b"to be or not to be, " * 200), dtype=torch.uint8)
+    done: list[int] = []
+    config = ModelConfig(layers=4, width=64, heads=2)
+    results = generate(Corpus("own", text, text), config, 0, torch.device("cpu"), lambda: done.append(1), steps=100)
+    assert len(done) == 102
+    in_full, staircase = (result.text for result in results)
+    assert len(in_full) == len(staircase) == GENERATED
+    assert in_full[:40] == staircase[:40]
+    assert in_full[:20] in "to be or not to be, " * 3
 
 
 def test_windows() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import attnx
 from attnx import reference
+from attnx._sampling import BlockGrid, solve_blocks_per_row
 from attnx.nn import ProbabilisticAttention
-from attnx.probabilistic import BlockGrid, solve
 from attnx.testing import assert_close
 from cases import DTYPES, Shape, random_inputs
 from compare import forward_backward
@@ -102,7 +102,7 @@ def test_topm_keeps_as_many_in_each_row(block_size: tuple[int, int], is_causal: 
         options = {"mode": "topm", "block_size": block_size, "is_causal": is_causal, **ROUND}
         counts = attnx.probabilistic_block_mask(2, 3, *lengths, **options).kv_num_blocks
         grid = BlockGrid(*lengths, *block_size, is_causal)
-        m = solve("harmonic", None, "topm", grid, counts.device).blocks_per_row
+        m = solve_blocks_per_row("harmonic", None, grid)
         assert counts[0, 0].tolist() == [min(max(m, end - begin), most) for begin, end, most in grid.rows()]
         assert (counts == counts[0, 0]).all()
 
@@ -335,6 +335,20 @@ def test_compiles_for_any_length(options: dict[str, Any], device: torch.device, 
         actual = compiled(query, **options)
         torch.manual_seed(0)
         assert torch.equal(actual, attention(query, **options))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_vmap_over_rounds(mode: Any, device: torch.device, dtype: torch.dtype) -> None:
+    query = random_inputs(Shape(length_q=320, head_dim=8), dtype, device)[0]["query"]
+    seed = torch.tensor(3, device=device)
+
+    def attention(offset: Tensor) -> Tensor:
+        # The seed belongs to the example, too.
+        options = {"density": 0.6, "mode": mode, "seed": seed + 0 * offset, "offset": offset}
+        return attnx.probabilistic_attention(query, query, query, **options)
+
+    offsets = torch.arange(3, device=device)
+    assert torch.equal(torch.vmap(attention)(offsets), torch.stack([attention(x) for x in offsets]))
 
 
 def test_no_second_derivative(device: torch.device, dtype: torch.dtype) -> None:

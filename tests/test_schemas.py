@@ -33,6 +33,8 @@ CACHE = "Tensor state, Tensor codes, Tensor ranges, Tensor tail"
 LAYOUT = "int[] levels, int window, int group, int residual, int max_length"
 APPENDED = "Tensor(a!) state, Tensor(b!) codes, Tensor(c!) ranges, Tensor(d!) tail, Tensor key, Tensor value"
 CROPPED = "Tensor(a!) state, Tensor codes, Tensor ranges, Tensor(b!) tail, Tensor length"
+NEW_MEMORY = "Tensor new_state, Tensor new_codes, Tensor new_ranges, Tensor new_tail"
+ASSIGNED = APPENDED.replace("Tensor key, Tensor value", NEW_MEMORY)
 RULE = "str score, str bias_rule, float bias_value"
 SCORE = f"{RULE}, float? scale, bool is_causal"
 
@@ -41,7 +43,9 @@ SINKS = "Tensor? alibi_slopes, Tensor? sink"
 LISTED = f"{LISTS}, Tensor? block_bias, Tensor? sink"
 QUERY_LISTS = "Tensor? q_num_blocks, Tensor? q_indices, Tensor? q_block_bias"
 BLOCKS = "int block_q, int block_k"
-DRAWN = f"Tensor keep, Tensor seed, Tensor offset, int blocks_per_row, bool importance, {BLOCKS}"
+DRAWN = f"Tensor keep, Tensor seed, Tensor offset, SymInt blocks_per_row, bool importance, {BLOCKS}"
+
+GRID = f"SymInt length_q, SymInt length_k, {BLOCKS}, bool is_causal"
 
 TABLES = "Tensor? query_table, Tensor? key_table, Tensor table_index"
 
@@ -90,7 +94,9 @@ SCHEMAS = [
     f"probabilistic_attention_varlen_backward({SOFTMAX_SAVED}, {PADDED}, {DRAWN}, {SCORE}, bool deterministic) -> "
     f"({GRADS})",
     "probabilistic_block_lists(Tensor keep, Tensor seed, Tensor offset, SymInt batch, SymInt heads, SymInt length_q, "
-    f"SymInt length_k, {BLOCKS}, int blocks_per_row, bool is_causal) -> ({LISTS})",
+    f"SymInt length_k, {BLOCKS}, SymInt blocks_per_row, bool is_causal) -> ({LISTS})",
+    f"probabilistic_keep(Tensor seed, str family, float density, {GRID}) -> Tensor",
+    f"probabilistic_blocks_per_row(Tensor seed, str? family, float? density, {GRID}) -> SymInt",
     f"sparse_linear_attention({QKV}, {LENGTHS}, {MAP}) -> ({PARTS})",
     f"sparse_linear_attention_varlen({QKV}, {PACKING}, {MAP}) -> ({PARTS})",
     f"sparse_linear_attention_backward({PART_GRADS}, {QKV}, {PARTS}, {LENGTHS}, {MAP}, bool deterministic) -> "
@@ -114,6 +120,7 @@ SCHEMAS = [
     "update_centroids_(Tensor(a!) centroids, Tensor(b!) counts, Tensor sums, Tensor members, float decay) -> ()",
     f"staircase_append_({APPENDED}, Tensor? counts, {LAYOUT}) -> ()",
     f"staircase_crop_({CROPPED}, {LAYOUT}) -> ()",
+    f"staircase_assign_({ASSIGNED}, {LAYOUT}) -> ()",
     f"staircase_dequantize({CACHE}, int first, int count, {LAYOUT}) -> (Tensor key, Tensor value)",
     f"staircase_attention(Tensor query, {CACHE}, Tensor? query_lengths, Tensor? bias, {LAYOUT}, {SCORE}) -> "
     f"({SOFTMAX_RESULTS})",

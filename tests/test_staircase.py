@@ -275,6 +275,38 @@ def test_reorder_copy_and_state_dict() -> None:
     assert all(torch.equal(x, y) for x, y in zip(cache.dequantize(), read, strict=True))
 
 
+def test_reorder_and_load_keep_the_memory() -> None:
+    """What was compiled or captured in a CUDA graph with the memory reads the sequences where they are now."""
+    cache = cache_of(*tokens(300), **SMALL)
+    cache.crop(torch.tensor([300, 70]))
+    memory, saved = cache._memory, copy.deepcopy(cache.state_dict())
+    read = cache.dequantize()
+    cache.reorder(torch.tensor([1, 0]))
+    assert cache.lengths.tolist() == [70, 300]
+    assert all(torch.equal(x, y.flip(0)) for x, y in zip(cache.dequantize(), read, strict=True))
+    cache.load_state_dict(saved)
+    assert all(torch.equal(x, y) for x, y in zip(cache.dequantize(), read, strict=True))
+    assert all(x is y for x, y in zip(cache._memory, memory, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 3}, r"^new_tail: expected shape \(2, 2, .*, got \(3, 2, "),
+        ({"num_kv_heads": 1}, r"^new_tail: expected shape \(2, 2, .*, got \(2, 1, "),
+        ({"dtype": torch.bfloat16}, r"^new_tail: expected float32 like the cache, got bfloat16"),
+        ({"max_length": 900}, r"^codes: expected shape "),
+    ],
+    ids=str,
+)
+def test_another_memory_is_refused(options: dict[str, Any], message: str) -> None:
+    cache = cache_of(*tokens(200), **SMALL)
+    sizes = {"batch_size": 2, "num_kv_heads": 2, "head_dim": 64, "max_length": cache.max_length} | SMALL
+    other = attnx.StaircaseCache(**(sizes | options))
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.attnx.staircase_assign_(*cache._memory, *other._memory, *cache._layout)
+
+
 def test_crop_drops_tokens() -> None:
     cache = cache_of(*tokens(200), **SMALL)
     cache.crop(-3)
@@ -483,7 +515,9 @@ def test_other_devices_are_refused_by_the_table(device: torch.device) -> None:
     assert "backend meta" in str(explanation)
 
 
-@pytest.mark.parametrize("name", ["staircase_append_", "staircase_crop_", "staircase_dequantize", NAME])
+@pytest.mark.parametrize(
+    "name", ["staircase_append_", "staircase_crop_", "staircase_assign_", "staircase_dequantize", NAME]
+)
 def test_without_a_kernel_the_table_refuses(name: str) -> None:
     """What a CUDA tensor meets: the fallback of every device that has no kernel."""
     cache = attnx.StaircaseCache(1, 2, 64, 200)
@@ -491,6 +525,7 @@ def test_without_a_kernel_the_table_refuses(name: str) -> None:
     arguments: dict[str, tuple[Any, ...]] = {
         "staircase_append_": (*cache._memory, rows, rows, None, *cache._layout),
         "staircase_crop_": (*cache._memory, torch.tensor([0]), *cache._layout),
+        "staircase_assign_": (*cache._memory, *cache._memory, *cache._layout),
         "staircase_dequantize": (*cache._memory, 0, 1, *cache._layout),
         NAME: (rows, *cache._memory, None, None, *cache._layout, "softmax", "none", 0.0, None, True),
     }
@@ -518,6 +553,25 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.staircase_dequantize, (*cache._memory, 0, 150, *layout), test_utils=tests)
     torch.library.opcheck(ops.staircase_append_, (*cache._memory, *more, None, *layout), test_utils=tests)
     torch.library.opcheck(ops.staircase_crop_, (*cache._memory, torch.tensor([90, 8]), *layout), test_utils=tests)
+    other = copy.deepcopy(cache)
+    torch.library.opcheck(ops.staircase_assign_, (*cache._memory, *other._memory, *layout), test_utils=tests)
+
+
+def test_compiled_beam_step() -> None:
+    """Beams change places within the graph, which is compiled once."""
+    cache, plain = (cache_of(*tokens(90), 400, **SMALL) for _ in range(2))
+
+    def step(query: Tensor, beams: Tensor) -> Tensor:
+        cache.reorder(beams)
+        return cache.attend(query)
+
+    query, beams = torch.randn(2, 4, 1, 64), torch.tensor([1, 1])
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for order in (torch.tensor([1, 0]), beams):
+        actual = compiled(query, order)
+        plain.reorder(order)
+        assert torch.equal(actual, plain.attend(query))
+        assert same(cache, plain)
 
 
 def test_compiled_decode_step() -> None:

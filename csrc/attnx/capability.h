@@ -1,5 +1,5 @@
 // The table says what each operator supports on each backend. The rows stand in capabilities.json, from which CMake
-// writes capability_table.h; refusals, attnx.explain, the README's table and the tests all read them.
+// writes capability_table.h; refusals, attnx.explain, the table of the docs and the tests all read them.
 #pragma once
 
 #include <string_view>

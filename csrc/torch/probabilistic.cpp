@@ -20,7 +20,7 @@ struct Draw {
 };
 
 struct Choice {
-  std::int64_t blocks_per_row;  // 0: each block is kept or not on its own
+  SymInt blocks_per_row;  // 0: each block is kept or not on its own
   bool importance;
   ATTNX_FIELDS(blocks_per_row, importance)
 };
@@ -30,7 +30,7 @@ struct Lengths {
   ATTNX_FIELDS(batch, heads, length_q, length_k)
 };
 struct ListOptions {
-  std::int64_t blocks_per_row;
+  SymInt blocks_per_row;
   bool is_causal;
   ATTNX_FIELDS(blocks_per_row, is_causal)
 };

@@ -1,6 +1,8 @@
-// This file registers torch.ops.attnx.staircase_append_, staircase_crop_, staircase_dequantize and staircase_attention,
-// which work on a KV cache of fewer and fewer bits.
+// This file registers torch.ops.attnx.staircase_append_, staircase_crop_, staircase_assign_, staircase_dequantize and
+// staircase_attention, which work on a KV cache of fewer and fewer bits.
 #include <torch/csrc/stable/ops.h>
+
+#include <cstring>
 
 #include "results.h"
 #include "staircase_cache.h"
@@ -81,6 +83,32 @@ void crop(const CroppedMemory& memory, const Kept& kept, const CacheLayout& layo
   auto p = params_of<StaircaseCropParams>(cache);
   p.lengths = lengths.address();
   run(p, cache.target);
+}
+
+struct NewMemory {
+  StableTensor new_state, new_codes, new_ranges, new_tail;
+  ATTNX_FIELDS(new_state, new_codes, new_ranges, new_tail)
+};
+
+// What was captured or compiled with the memory goes on with what is written to it here.
+void assign(const AppendedMemory& memory, const NewMemory& x, const CacheLayout& layout) {
+  const ChangingCache lock(memory.state);
+  const Cache cache = read_cache(memory, layout);
+  read_cache(x.new_state, x.new_codes, x.new_ranges, x.new_tail, layout);
+  check_dtype("new_tail", x.new_tail, cache.dtype, " like the cache");
+  check(x.new_tail.size(0) == cache.batch && x.new_tail.size(1) == cache.memory.heads &&
+            x.new_tail.size(5) == cache.memory.layout.head_dim,
+        "new_tail: expected shape ", shape_of(memory.tail), ", got ", shape_of(x.new_tail));
+  const auto copy = [](StableTensor to, const StableTensor& from) {
+    if (to.is_cpu())  // torch may find no memory halfway
+      std::memmove(to.data_ptr(), from.data_ptr(), std::size_t(to.numel()) * to.element_size());
+    else
+      torch::stable::copy_(to, from);
+  };
+  copy(memory.state, x.new_state);
+  copy(memory.codes, x.new_codes);
+  copy(memory.ranges, x.new_ranges);
+  copy(memory.tail, x.new_tail);
 }
 
 struct Range {
@@ -166,7 +194,8 @@ Outputs attend(const Query& x, const CacheMemory& memory, const Additions& addit
 
 const Registration registration("staircase_attention", OnHost::kServed,
                                 {define<append>("staircase_append_"), define<crop>("staircase_crop_"),
-                                 define<dequantize>("staircase_dequantize"), define<attend>("staircase_attention")});
+                                 define<assign>("staircase_assign_"), define<dequantize>("staircase_dequantize"),
+                                 define<attend>("staircase_attention")});
 
 }  // namespace
 

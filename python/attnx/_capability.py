@@ -185,7 +185,7 @@ def check_placement(arguments: dict[str, Any]) -> None:
 
 
 def markdown() -> str:
-    """The table as the README shows it."""
+    """The table as docs/attention/index.md shows it."""
     lines = ["| operator | backend | dtypes | head_dim | features | backward |", "|---|---|---|---|---|---|"]
     for row in table():
         low, high = row.head_dim

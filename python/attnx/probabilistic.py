@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
-import operator
-from typing import Any, Literal, NamedTuple, TypeAlias, cast, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +11,7 @@ from typing_extensions import TypedDict, Unpack
 from attnx import _arguments, _shards
 from attnx._layouts import any_rank
 from attnx._random import draw_round
+from attnx._sampling import DEFAULT_PARAMETERS, BlockGrid, Family, Mode, probabilities
 from attnx._scores import ScoreArguments, ScoreName, SigmoidBias, resolve_score
 from attnx.block_mask import BlockMask
 from attnx.functional import (
@@ -31,13 +28,9 @@ __all__ = [
     "probabilistic_block_mask",
 ]
 
-Family: TypeAlias = Literal["harmonic", "geometric", "power", "gaussian"]
 Keep: TypeAlias = Family | Tensor
-Mode: TypeAlias = Literal["bernoulli", "topm"]
 
 _ops = torch.ops.attnx
-
-DEFAULT_PARAMETERS: dict[str, float] = {"harmonic": 1.0, "geometric": 0.9, "power": 0.5, "gaussian": 8.0}
 
 
 def keep_probabilities(
@@ -45,21 +38,17 @@ def keep_probabilities(
 ) -> Tensor:
     r"""The probability of a block to take part, by its distance d from the diagonal, in blocks.
 
-    ============= ================================== ================
-    keep          probability                        parameter
-    ============= ================================== ================
-    ``harmonic``  :math:`\min(1, c / (1 + d))`       c = 1
-    ``geometric`` :math:`\max(0.01, \rho^d)`         :math:`\rho` = 0.9
-    ``power``     :math:`(1 + d)^{-a}`               a = 0.5
-    ``gaussian``  :math:`\exp(-(d / \sigma)^2 / 2)`  :math:`\sigma` = 8
-    ============= ================================== ================
+    * ``harmonic``: :math:`\min(1, c / (1 + d))`, c = 1 by default;
+    * ``geometric``: :math:`\max(0.01, \rho^d)`, :math:`\rho` = 0.9;
+    * ``power``: :math:`(1 + d)^{-a}`, a = 0.5;
+    * ``gaussian``: :math:`\exp(-(d / \sigma)^2 / 2)`, :math:`\sigma` = 8;
 
     and 1 at d = 0. Under the default about log n of n blocks take part in a row.
 
     Args:
         keep: the family.
         key_blocks: how many distances, from 0.
-        parameter: of the family; its default is in the table.
+        parameter: of the family; its default stands above.
         device: of the result.
 
     Returns:
@@ -72,153 +61,18 @@ def keep_probabilities(
         _arguments.refuse("keep", f"one of {', '.join(DEFAULT_PARAMETERS)}", keep)
     key_blocks = _arguments.integer("key_blocks", key_blocks, 0)
     expected = "0 or more, and at most 1 for geometric"
-    x = DEFAULT_PARAMETERS[keep] if parameter is None else _arguments.number("parameter", parameter, expected)
-    if not x >= 0 or (keep == "geometric" and x > 1):
-        _arguments.refuse("parameter", expected, parameter)
-    d = torch.arange(key_blocks, dtype=torch.float64, device=device)
-    return _formula(keep, d, x).clamp(_least(keep), 1.0).where(d > 0, 1.0).float()
-
-
-def _formula(keep: Family, d: Any, x: float) -> Any:
-    """The probability at distance ``d``, a tensor or a float, but for its bounds."""
-    if keep == "harmonic":
-        return x / (1 + d)
-    if keep == "geometric":
-        return x**d
-    if keep == "power":
-        return (1 + d) ** -x
-    return math.e ** (-((d / x) ** 2) / 2)
-
-
-def _least(keep: Family) -> float:
-    return 0.01 if keep == "geometric" else 0.0
-
-
-class BlockGrid(NamedTuple):
-    """Blocks of queries by blocks of keys; csrc/attnx/block_sampling.h has the same."""
-
-    length_q: int
-    length_k: int
-    block_q: int
-    block_k: int
-    is_causal: bool
-
-    @property
-    def query_blocks(self) -> int:
-        return -(-self.length_q // self.block_q)
-
-    @property
-    def key_blocks(self) -> int:
-        return -(-self.length_k // self.block_k)
-
-    def rows(self) -> list[tuple[int, int, int]]:
-        """Of each block of queries the first of its diagonal blocks, the end of those, and the end of its candidates.
-
-        A block of keys is diagonal where a query of the row stands at one of its positions, aligned bottom-right.
-        """
-        return [self._row(i) for i in range(self.query_blocks)]
-
-    def _row(self, i: int) -> tuple[int, int, int]:
-        offset = self.length_k - self.length_q
-        first = i * self.block_q + offset
-        last = min((i + 1) * self.block_q, self.length_q) - 1 + offset
-        if self.length_k == 0 or (self.is_causal and last < 0):
-            return 0, 0, 0
-        begin, end = (min(max(x, 0), self.length_k - 1) // self.block_k for x in (first, last))
-        return begin, end + 1, end + 1 if self.is_causal else self.key_blocks
+    if parameter is not None:
+        x = _arguments.number("parameter", parameter, expected)
+        if not x >= 0 or (keep == "geometric" and x > 1):
+            _arguments.refuse("parameter", expected, parameter)
+    return probabilities(keep, key_blocks, parameter, device)
 
 
 class Sampling(NamedTuple):
     """What the operators draw with."""
 
-    keep: Tensor  # (key_blocks,) float32, by distance
+    keep: Tensor  # float32, by distance
     blocks_per_row: int  # 0: each block on its own
-
-
-# The solvers know sizes only. They are plain Python, as there are no values of tensors while a graph is traced.
-
-
-def _candidates_by_distance(grid: BlockGrid) -> list[int]:
-    """How many blocks that may take part lie at each distance."""
-    change = [0] * (grid.key_blocks + 1)
-    diagonal = 0
-    for begin, end, candidates in grid.rows():
-        diagonal += end - begin
-        # One block at each distance up to the farthest to the left, and likewise to the right.
-        for farthest in (begin, candidates - end):
-            change[farthest] += 1
-    reach = list(itertools.accumulate(reversed(change)))[::-1]
-    return [diagonal, *reach[1 : grid.key_blocks]]
-
-
-def _expected_density(candidates: list[int], keep: Family, parameter: float) -> float:
-    """The mean share of the candidates, by distance, that take part."""
-    least = _least(keep)
-    kept = sum(n * min(max(_formula(keep, float(d), parameter), least), 1.0) for d, n in enumerate(candidates) if d)
-    return (candidates[0] + kept) / sum(candidates)
-
-
-def _solve_parameter(keep: Family, density: float, grid: BlockGrid) -> float:
-    """The parameter under which the mean share of the candidates that take part is ``density``."""
-    # From next to no block but the diagonal's to all of them.
-    sparse, dense = {
-        "harmonic": (0.0, float(grid.key_blocks)),
-        "geometric": (0.0, 1.0),
-        "power": (64.0, 0.0),
-        "gaussian": (1e-3, 1e9 * grid.key_blocks),
-    }[keep]
-    reached = functools.partial(_expected_density, _candidates_by_distance(grid), keep)
-    for _ in range(100):
-        middle = (sparse + dense) / 2
-        if reached(middle) < density:
-            sparse = middle
-        else:
-            dense = middle
-    return dense  # the densest that there is, where rounding keeps all below the density
-
-
-def _solve_blocks_per_row(density: float, grid: BlockGrid) -> int:
-    """The number of blocks a row whose share of the candidates is nearest to ``density``."""
-    rows = grid.rows()
-    most = sum(candidates for _, _, candidates in rows)
-
-    def reached(blocks: int) -> float:
-        return sum(max(min(blocks, candidates), end - begin) for begin, end, candidates in rows) / most
-
-    low, high = 1, grid.key_blocks
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if reached(middle) < density else (low, middle)
-    # The smaller of equals, where rounding does not tell them apart.
-    return min(max(low - 1, 1), low, key=lambda blocks: round(abs(reached(blocks) - density), 12))
-
-
-@functools.cache
-def _solve(keep: Family | None, density: float | None, mode: Mode, grid: BlockGrid) -> tuple[float | None, int]:
-    """The family's parameter, None for its default, and the number of blocks a row."""
-    if not any(candidates for _, _, candidates in grid.rows()):
-        return None, int(mode == "topm")  # there is no block to draw
-    parameter = None if density is None or keep is None else _solve_parameter(keep, density, grid)
-    if mode == "bernoulli":
-        return parameter, 0
-    if density is None and keep is not None:
-        density = _expected_density(_candidates_by_distance(grid), keep, DEFAULT_PARAMETERS[keep])
-    assert density is not None
-    return parameter, _solve_blocks_per_row(density, grid)
-
-
-def _solve_numbers(keep: Family | None, density: float | None, mode: Mode, *grid: Any) -> tuple[float | None, int]:
-    return _solve(keep, density, mode, BlockGrid(*grid))
-
-
-# What torch.compiler.assume_constant_result does, without importing dynamo.
-_solve_numbers._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _solve_symbols(keep: Family | None, density: float | None, mode: Mode, grid: BlockGrid) -> tuple[float | None, int]:
-    """The same where torch.compile put symbols for the numbers: operator.index and hex make them numbers again."""
-    share = None if density is None else float.fromhex(float(density).hex())
-    return _solve_numbers(keep, share, mode, *map(operator.index, grid))
 
 
 def _check_choice(keep: Keep, density: float | None, mode: Mode) -> float | None:
@@ -240,16 +94,18 @@ def _check_choice(keep: Keep, density: float | None, mode: Mode) -> float | None
     return density
 
 
-def solve(keep: Keep, density: float | None, mode: Mode, grid: BlockGrid, device: torch.device) -> Sampling:
-    """What the operators draw with, from what the user gave."""
+def solve(keep: Keep, density: float | None, mode: Mode, grid: BlockGrid, seed: Tensor) -> Sampling:
+    """What the operators draw with, from what the user gave. Solvers are operators, so that lengths stay symbols."""
     density = _check_choice(keep, density, mode)
+    family = None if isinstance(keep, Tensor) else keep
+    blocks_per_row = 0
+    if mode == "topm":
+        blocks_per_row = _ops.probabilistic_blocks_per_row(seed, family, density, *grid)
     if isinstance(keep, Tensor):
-        return Sampling(keep, 0 if mode == "bernoulli" else _solve_symbols(None, density, mode, grid)[1])
-    family = cast(Family, keep)
-    if density is None and mode == "bernoulli":
-        return Sampling(keep_probabilities(family, grid.key_blocks, device=device), 0)
-    parameter, blocks_per_row = _solve_symbols(family, density, mode, grid)
-    return Sampling(keep_probabilities(family, grid.key_blocks, parameter, device=device), blocks_per_row)
+        return Sampling(keep, blocks_per_row)
+    if density is None:
+        return Sampling(probabilities(keep, grid.distances, None, seed.device), blocks_per_row)
+    return Sampling(_ops.probabilistic_keep(seed, keep, density, *grid), blocks_per_row)
 
 
 def probabilistic_block_mask(
@@ -294,7 +150,7 @@ def probabilistic_block_mask(
     device = torch.device(device)
     seed, offset = draw_round(generator, seed, offset, device)
     grid = BlockGrid(length_q, length_k, *_arguments.block_size(block_size), is_causal)
-    sampling = solve(keep, density, mode, grid, device)
+    sampling = solve(keep, density, mode, grid, seed)
     counts, indices = _ops.probabilistic_block_lists(
         sampling.keep,
         seed,
@@ -359,7 +215,7 @@ class _Drawn(NamedTuple):
         """What an operator takes after the inputs and their layout; the lengths are those of the longest sequence."""
         seed, offset = draw_round(generator, seed, offset, query.device)
         grid = BlockGrid(*lengths, *self.block_size, self.is_causal)
-        sampling = solve(self.keep, self.density, self.mode, grid, query.device)
+        sampling = solve(self.keep, self.density, self.mode, grid, seed)
         score = self.score
         return (
             sampling.keep,
@@ -469,8 +325,7 @@ def probabilistic_attention(
             blocks of keys, each from 0 to 1, the first 1. It gets no gradient.
         density: the mean share of the blocks to take part, of all those that may (when causal, those on and before
             the diagonal). It sets the family's parameter, which has its default otherwise, and with ``mode="topm"`` m.
-            Where the lengths allow no share as small, on short sequences, the diagonal alone takes part. Under
-            torch.compile each new length compiles anew with it.
+            Where the lengths allow no share as small, on short sequences, the diagonal alone takes part.
         mode: ``"bernoulli"``: every block by itself. ``"topm"``: the same number m of blocks in each row, or all where
             there are fewer: the diagonal, and of the others a sample without replacement, p being their weights
             (Gumbel-top-m on log p; a block of weight 0 is never in it). The cost is then known ahead. m brings the

@@ -54,6 +54,10 @@ class SparseLinearMap:
 
     def critical_mask(self) -> BlockMask:
         """The critical blocks, as :func:`attnx.block_sparse_attention` takes them."""
+        if self.lengths is not None and torch.compiler.is_compiling():
+            # A graph does not know how many blocks there are (_operators/symbols.py), until it is told here.
+            for size, length, block in zip(self.labels.shape[2:], self.lengths, self.block_size, strict=True):
+                torch._check(size == -(-length // block))
         return BlockMask.from_dense(self.labels == CRITICAL, self.block_size, self.lengths)
 
     def to(self, device: torch.device | str) -> SparseLinearMap:

@@ -83,8 +83,8 @@ class StaircaseCache:
     Several threads may use one cache: their calls take turns, but for :meth:`attend`, of which many run together. Each
     works on one state, the one before or the one after a call that changes the cache. On a GPU the streams of these
     threads must be in order, as with any tensor. What :meth:`state_dict` gives is the cache's memory itself, which
-    later calls change; and a step that was compiled does not wait for a call that moves the memory (:meth:`reorder`,
-    :meth:`expand`, :meth:`load_state_dict`).
+    later calls change; and a step that was compiled does not wait for a call that moves the memory (:meth:`expand`, and
+    :meth:`reorder` to another number of sequences).
 
     Inference only: nothing is differentiated. On a GPU lengths and numbers are known there alone, and nothing waits for
     them: an append or a crop that does not fit a sequence leaves that sequence as it was, and with ``ATTNX_DEBUG=1``
@@ -302,8 +302,9 @@ class StaircaseCache:
         """Makes sequence i the one that was sequence ``sequences[i]``, as beam search does: (new batch_size,) int64 or
         int32.
 
-        The memory moves to new tensors, as in any permutation that repeats some. Indices on a GPU are not looked at
-        here, as that would wait for it; PyTorch reports those that are out of range there.
+        As many sequences as before stay in the same memory, so that a CUDA graph and compiled code go on with them;
+        another number of them moves to new memory. A second memory is taken meanwhile. Indices on a GPU are not looked
+        at here, as that would wait for it; PyTorch reports those that are out of range there.
         """
         _arguments.tensors(sequences=sequences)
         if sequences.dtype not in (torch.int64, torch.int32) or sequences.dim() != 1:
@@ -312,12 +313,12 @@ class StaircaseCache:
                 f"{sequences.dtype}"
             )
         least, most = 0, -1
-        if sequences.device.type == "cpu" and sequences.numel():
+        if sequences.device.type == "cpu" and sequences.numel() and not torch.compiler.is_compiling():
             least, most = int(sequences.min()), int(sequences.max())
         with self._alone():
             if not 0 <= least <= most + 1 <= self.batch_size:
                 raise RuntimeError(f"sequences: expected from 0 to {self.batch_size - 1}, got {sequences.tolist()}")
-            self._memory = _Memory(*(x.index_select(0, sequences.to(x.device)) for x in self._memory))
+            self._assign(_Memory(*(x.index_select(0, sequences.to(x.device)) for x in self._memory)))
 
     def expand(self, beams: int) -> None:
         """Makes so many sequences of each, one after the other, as the start of a beam search does."""
@@ -368,7 +369,7 @@ class StaircaseCache:
                 raise RuntimeError(f"state: expected {name} {tuple(x.shape)} of {x.dtype}, got {got}")
         self._refuse_unreachable(state["state"])
         own = self._memory._asdict().items()  # whose strides stay, whatever those of the state are
-        self._memory = _Memory(*(torch.empty_like(x).copy_(state[name].detach()) for name, x in own))
+        self._assign(_Memory(*(torch.empty_like(x).copy_(state[name].detach()) for name, x in own)))
 
     def _refuse_unreachable(self, state: Tensor) -> None:
         """Has the operators look at the state alone: reading no token, they read nothing of the rest."""
@@ -379,6 +380,13 @@ class StaircaseCache:
         """Within it no other thread changes the cache. A compiler could not trace a lock; the operators have another
         one, of the memory."""
         return nullcontext() if torch.compiler.is_compiling() else self._lock
+
+    def _assign(self, memory: _Memory) -> None:
+        """Takes over what another memory holds, into the own one where there are as many sequences."""
+        if memory.tail.shape == self._memory.tail.shape:
+            _ops.staircase_assign_(*self._memory, *memory, *self._layout)
+        else:
+            self._memory = memory
 
     def _with(self, memory: _Memory) -> StaircaseCache:
         """A cache like this one of other memory."""

@@ -95,6 +95,8 @@ def _by_looping(of: Signature) -> Rule:
         results = [of.operator(*example(n)) for n in range(info.batch_size)]
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
+        if isinstance(results[0], int):  # it follows from numbers, which all examples share
+            return results[0], None
         stacked = tuple(torch.stack(result) for result in zip(*results, strict=True))
         return stacked, (0,) * len(stacked)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from attnx import _capability
 from attnx._capability import expect
 from attnx._operators.schema import Arguments
+from attnx._operators.symbols import unguarded
 
 
 def refusal(name: str, arguments: Arguments) -> str:
@@ -87,5 +88,5 @@ def map_labels(
         batch = cu_seqlens_q.shape[0] - 1
         length_q, length_k = min(max_seqlen_q, query.shape[0]), min(max_seqlen_k, key.shape[0])
     expect({block_q, block_k} <= {64, 128}, "block_size", "64 or 128 on each side", (block_q, block_k))
-    blocks = -(-length_q // block_q), -(-length_k // block_k)
+    blocks = unguarded(-(-length_q // block_q)), unguarded(-(-length_k // block_k))
     return query.new_empty(batch, query.shape[1], *blocks, dtype=torch.int8)

@@ -56,6 +56,20 @@ OPERATORS = (
     # A block's draw depends on the place of its head in the batch, so examples as more heads would draw others.
     Operator("probabilistic_attention", varlen=True, autocast=_QKV, flops=flops.drawn),
     Operator("probabilistic_block_lists", _LISTS, fake=probabilistic.lists, refusal=probabilistic.refusal),
+    Operator(
+        "probabilistic_keep",
+        NoDerivative("it follows from lengths alone"),
+        fake=probabilistic.empty_keep,
+        implementation=probabilistic.keep,
+        schema=f"(Tensor seed, str family, float density, {probabilistic.GRID}) -> Tensor",
+    ),
+    Operator(
+        "probabilistic_blocks_per_row",
+        NoDerivative("it is a number of blocks"),
+        fake=probabilistic.unknown_blocks_per_row,
+        implementation=probabilistic.blocks_per_row,
+        schema=f"(Tensor seed, str? family, float? density, {probabilistic.GRID}) -> SymInt",
+    ),
     Operator("sparse_linear_attention", varlen=True, autocast=_QKV, flops=flops.sparse_linear),
     Operator(
         "sparse_linear_block_map",
@@ -112,5 +126,6 @@ OPERATORS = (
     ),
     Operator("staircase_append_", _CACHE, autocast=("key", "value"), autocast_like="tail", refusal=staircase.refusal),
     Operator("staircase_crop_", _CACHE, refusal=staircase.refusal),
+    Operator("staircase_assign_", _CACHE, refusal=staircase.refusal),
     Operator("staircase_dequantize", _CACHE, fake=staircase.rows, refusal=staircase.refusal),
 )

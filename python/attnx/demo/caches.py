@@ -120,9 +120,8 @@ def compare_caches(
     """Bits per byte of held-out text, decoded byte by byte after a first half that is taken in at once, and text
     generated after the beginning of it. ``on_step`` is called ``steps(config)`` times."""
     device = model.head.weight.device
-    windows = consecutive_windows(corpus.validation, config.context)[:LARGEST_BATCH].to(device)
-    letters = (windows[:, :PROMPT] >= ord("a")) & (windows[:, :PROMPT] <= ord("z"))
-    prompt = windows[letters.sum(1).argmax(), None, :PROMPT]  # of plain text
+    windows = held_out(corpus, config).to(device)
+    prompt = plain_text(windows)
     model.eval()
     results = []
     for kind in KINDS:
@@ -139,6 +138,16 @@ def compare_caches(
         results.append(CacheResult(kind.name, label, bits_per_byte, kept, bytes_per_token, text))
     model.train()
     return results
+
+
+def held_out(corpus: Corpus, config: ModelConfig) -> Tensor:
+    return consecutive_windows(corpus.validation, config.context)[:LARGEST_BATCH]
+
+
+def plain_text(windows: Tensor) -> Tensor:
+    """(1, PROMPT): the beginning of the window that has most letters."""
+    letters = (windows[:, :PROMPT] >= ord("a")) & (windows[:, :PROMPT] <= ord("z"))
+    return windows[letters.sum(1).argmax(), None, :PROMPT]
 
 
 def steps(config: ModelConfig) -> int:

@@ -12,7 +12,7 @@ from attnx.demo import DemoError
 from attnx.demo.attentions import BASELINE, Attention
 
 TIMED_SHAPE = (1, 8, 4096, 64)
-CHECKED_SHAPE = (1, 4, 1024, 64)
+CHECKED_SHAPE = (1, 4, 512, 64)
 TRIED_LENGTH = 256  # enough blocks to leave some out
 ROUNDS = 7
 

@@ -43,12 +43,22 @@ class CacheResult:
 
 
 @dataclass
+class GenerationResult:
+    """Of ``model.generate`` with one cache."""
+
+    label: str
+    seconds: float
+    text: str
+
+
+@dataclass
 class Results:
     config: dict[str, Any]
     environment: dict[str, Any]
     attentions: list[AttentionResult]
     baseline_forward_seconds: list[float] = field(default_factory=list)
     caches: list[CacheResult] = field(default_factory=list)  # none where no softmax was trained
+    generation: list[GenerationResult] = field(default_factory=list)  # none without transformers
     interrupted: bool = False
     seconds: float = 0.0
 

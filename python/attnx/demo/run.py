@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from attnx import info
-from attnx.demo import DemoError
+from attnx.demo import DemoError, generation
 from attnx.demo.attentions import ATTENTIONS, BASELINE
 from attnx.demo.caches import compare_caches, steps
 from attnx.demo.corpus import load_corpus
@@ -19,7 +19,7 @@ from attnx.demo.measure import ROUNDS, forward_seconds, largest_error, require_k
 from attnx.demo.model import ModelConfig
 from attnx.demo.plot import save_plot
 from attnx.demo.progress import DemoProgress
-from attnx.demo.results import AttentionResult, CacheResult, Results
+from attnx.demo.results import AttentionResult, CacheResult, GenerationResult, Results
 from attnx.demo.table import caches_table, results_table
 from attnx.demo.training import Learner, TrainingConfig, train, validate
 
@@ -79,6 +79,13 @@ def run(config: DemoConfig, console: Console) -> Results:
             caches = compare_caches(
                 softmax.model, model, corpus, config.training.seed, on_step=lambda: progress.advance(decoding)
             )
+        generated: list[GenerationResult] = []
+        if caches and generation.is_installed() and not stop():
+            steps_of_llama = min(generation.STEPS, config.training.steps)
+            generating = progress.add("model.generate", steps_of_llama + 2)
+            generated = generation.generate(
+                corpus, model, config.training.seed, device, lambda: progress.advance(generating), steps_of_llama
+            )
         interrupted = stop()
 
     results = Results(
@@ -98,6 +105,7 @@ def run(config: DemoConfig, console: Console) -> Results:
         ],
         baseline_forward_seconds=forward[BASELINE.name],
         caches=caches,
+        generation=generated,
         interrupted=interrupted,
         seconds=time.perf_counter() - started,
     )
@@ -105,8 +113,11 @@ def run(config: DemoConfig, console: Console) -> Results:
     if caches:
         console.print(caches_table(results))
         for cache in caches:
-            text = cache.text.encode("unicode_escape").decode()
-            console.print(f"{cache.label} writes: {text}", markup=False, highlight=False)
+            _print_text(console, f"{cache.label} writes", cache.text)
+        for result in generated:
+            _print_text(console, f"model.generate, {result.label}, in {result.seconds:.1f} s", result.text)
+        if not generation.is_installed():
+            console.print(generation.MISSING, markup=False, highlight=False)
     json_path, plot_path = config.output / "report.json", config.output / "report.png"
     results.save(json_path)
     save_plot(results, plot_path)
@@ -114,6 +125,10 @@ def run(config: DemoConfig, console: Console) -> Results:
         f"{'interrupted after' if interrupted else 'took'} {results.seconds:.0f} s; see {plot_path}, {json_path}"
     )
     return results
+
+
+def _print_text(console: Console, what: str, text: str) -> None:
+    console.print(f"{what}: {text.encode('unicode_escape').decode()}", markup=False, highlight=False)
 
 
 def _device(name: str) -> torch.device:

@@ -16,7 +16,7 @@ from attnx.demo.model import ModelConfig, Transformer
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    steps: int = 160
+    steps: int = 80
     batch: int = 4
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
