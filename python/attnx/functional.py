@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from attnx import _arguments, _nested, _shards
+from attnx._layouts import takes_layouts
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx._structures import check_lengths
 from attnx._terms import TermOptions, resolve_terms
@@ -34,6 +35,7 @@ class SoftmaxOptions(TermOptions, total=False):
 
 
 class DenseOptions(SoftmaxOptions, total=False):
+    enable_gqa: bool
     attn_mask: Tensor | None
     distance_bias: Tensor | None
     row_bounds: Tensor | None
@@ -46,6 +48,7 @@ class PackedOptions(SoftmaxOptions, total=False):
 
 
 class BlockSparseOptions(TermOptions, total=False):
+    enable_gqa: bool
     attn_mask: Tensor | None
     distance_bias: Tensor | None
     score: ScoreName
@@ -69,6 +72,7 @@ def _refuse_beside_nested(**given: Tensor | None) -> None:
             _arguments.refuse(name, "None with nested tensors", x)
 
 
+@takes_layouts
 def sigmoid_attention(
     query: Tensor,
     key: Tensor,
@@ -92,6 +96,7 @@ def sigmoid_attention(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     r"""Sigmoid attention: every key is weighted on its own, without normalisation over the row.
 
@@ -150,6 +155,12 @@ def sigmoid_attention(
         seed: an int or an int64 tensor of shape (), on query's device: with offset it decides which weights are
             dropped, on every backend alike, and in :mod:`attnx.reference`.
         offset: the round, from 0 to 2^32 - 1, likewise; a new one at each step drops others.
+        enable_gqa: ``scaled_dot_product_attention`` has it. Key heads are shared whether it is True or False.
+
+    Query, key and value may also be (heads, length, dim), or have more leading dimensions, over which the output is
+    shaped like them; and a leading size or a number of heads may be 1, which then broadcasts to that of the others.
+    ``attn_mask`` has the same leading dimensions, or sizes of 1, or the last of them; whatever else has a batch has
+    one of all leading dimensions, flattened. The keywords are those of ``scaled_dot_product_attention``.
 
     The inputs share one dtype (bfloat16, float16; float32 and float64 on the CPU) and device. Strides are free but
     for a contiguous last dimension. Sums are kept in float32 (float64 for float64). Nested tensors of layout
@@ -168,6 +179,7 @@ def sigmoid_attention(
     Source: Ramapuram et al., "Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
     arXiv 2409.04431. The softcap is that of Gemma 2, arXiv 2408.00118.
     """
+    _arguments.flag("enable_gqa", enable_gqa)
     if isinstance(query, Tensor) and query.is_nested:
         options: dict[str, Any] = {"bias": bias, "scale": scale, "is_causal": is_causal, "window": window}
         options |= {"position_offset": position_offset, "alibi_slopes": alibi_slopes}
@@ -317,6 +329,7 @@ def softmax_attention(
 def softmax_attention(
     query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: bool, **options: Unpack[DenseOptions]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@takes_layouts
 def softmax_attention(
     query: Tensor,
     key: Tensor,
@@ -340,6 +353,7 @@ def softmax_attention(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
+    enable_gqa: bool = False,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention, the baseline of the other operators, on the same loop.
@@ -359,6 +373,7 @@ def softmax_attention(
 
     Source of the sink: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", arXiv 2508.10925.
     """
+    _arguments.flag("enable_gqa", enable_gqa)
     if isinstance(query, Tensor) and query.is_nested:
         options: dict[str, Any] = {"scale": scale, "is_causal": is_causal, "window": window, "sink": sink}
         options |= {
@@ -548,6 +563,7 @@ def block_sparse_attention(
     return_logsumexp: bool,
     **options: Unpack[BlockSparseOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@takes_layouts
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -571,6 +587,7 @@ def block_sparse_attention(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
+    enable_gqa: bool = False,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention over the blocks of keys that a mask lists for each block of queries.
@@ -589,7 +606,7 @@ def block_sparse_attention(
         sink: with the softmax score, as in :func:`attnx.softmax_attention`.
         softcap, attn_mask, distance_bias, key_bias, key_mask, dropout_p, generator, seed, offset: as in
             :func:`attnx.sigmoid_attention`.
-        scale: of the logits; 1/sqrt(head_dim) by default; or a tensor as in :func:`attnx.sigmoid_attention`.
+        scale, enable_gqa: of :func:`attnx.sigmoid_attention`; so are the layouts of query, key and value.
         is_causal: also hide later keys, aligned bottom-right.
         seqused_k: as in :func:`attnx.sigmoid_attention`; the mask may list blocks beyond.
         leftpad_k: likewise; the blocks of keys of a sequence, and the mask's bounds of rows, count from there.
@@ -605,6 +622,7 @@ def block_sparse_attention(
     _shards.expect_whole("block_sparse_attention")
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(block_bias=block_bias, sink=sink)
+    _arguments.flag("enable_gqa", enable_gqa)
     _arguments.flag("is_causal", is_causal)
     if not isinstance(block_mask, BlockMask):
         if not hasattr(block_mask, "mask_mod"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from attnx import _arguments, _shards
+from attnx._layouts import takes_layouts
 from attnx._random import draw_round
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx.block_mask import BlockMask
@@ -303,6 +304,7 @@ def probabilistic_block_mask(
 class ProbabilisticOptions(TypedDict, total=False):
     """These are for type checkers, which tell by ``return_logsumexp`` what comes back."""
 
+    enable_gqa: bool
     keep: Keep
     density: float | None
     mode: Mode
@@ -340,6 +342,7 @@ def probabilistic_attention(
 def probabilistic_attention(
     query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: bool, **options: Unpack[ProbabilisticOptions]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@takes_layouts
 def probabilistic_attention(
     query: Tensor,
     key: Tensor,
@@ -358,6 +361,7 @@ def probabilistic_attention(
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
     training: bool = True,
+    enable_gqa: bool = False,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention over blocks of keys that take part by chance, the fewer the farther they are.
@@ -406,6 +410,8 @@ def probabilistic_attention(
     The inputs share one dtype (float32, bfloat16, float16, float64; on CUDA bfloat16, float16) and device. For the
     backward the blocks are drawn again from seed and offset; nothing of the size of the score matrix is kept.
 
+    ``enable_gqa`` and other layouts of query, key and value are taken as by :func:`attnx.sigmoid_attention`.
+
     Returns:
         (batch, heads, length_q, value_dim) in the dtype of query. A row that sees no key gives 0.
 
@@ -418,6 +424,7 @@ def probabilistic_attention(
     counted over the batch, offset) as counter.
     """
     _shards.expect_whole("probabilistic_attention")
+    _arguments.flag("enable_gqa", enable_gqa)
     _arguments.tensors(query=query, key=key, value=value)
     for name, x in (("importance", importance), ("is_causal", is_causal), ("training", training)):
         _arguments.flag(name, x)
