@@ -32,13 +32,19 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether there is nothing to do, which is so also where the function has to refuse them."""
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         return True
+    if query.is_nested or key.is_nested or value.is_nested:
+        return True
     of_query, of_key, of_value = query.shape, key.shape, value.shape
     rank = len(of_query)
-    if rank < 3 or len(of_key) != rank or len(of_value) != rank or query.is_nested or key.is_nested or value.is_nested:
+    if rank < 3 or len(of_key) != rank or len(of_value) != rank:
         return True
-    heads = of_query[-3]
-    fits = of_key[:-2] == of_value[:-2] and of_query[:-3] == of_key[:-3] and (heads != 1 or of_key[-3] == 1)
-    return rank == 4 and fits
+    if rank != 4:
+        return False
+    # Names are quicker than slices of shapes, which make shapes.
+    batch, heads, _, _ = of_query
+    batch_k, heads_k, _, _ = of_key
+    batch_v, heads_v, _, _ = of_value
+    return batch == batch_k == batch_v and heads_k == heads_v and (heads != 1 or heads_k == 1)
 
 
 def _attend(function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
