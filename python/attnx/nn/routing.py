@@ -53,7 +53,7 @@ class RoutingAttention(ProjectedAttention):
 
     Shapes:
         x: (batch, length, embed_dim).
-        context: (batch, context_length, embed_dim); x where not given.
+        context: (batch, context_length, context_dim); x where not given.
         output: (batch, length, embed_dim); with ``return_loss=True`` a pair of it and the commitment loss, a scalar.
 
     Raises:
