@@ -113,5 +113,5 @@ def test_bad_input() -> None:
         build(mix="sum")
     with pytest.raises(ValueError, match=r"^attention: expected torch.nn.MultiheadAttention or a module of attnx.nn"):
         SparseLinearAttention.from_softmax(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"^attention: expected keys and values of embed_dim features"):
+    with pytest.raises(ValueError, match=r"^attention: expected add_bias_kv=False"):
         SparseLinearAttention.from_softmax(nn.MultiheadAttention(8, 2, add_bias_kv=True))

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from attnx import _arguments, _shards
-from attnx._layouts import any_rank
+from attnx._layouts import takes_layouts
 from attnx._terms import TermOptions, resolve_terms
 from attnx.functional import Window
 from attnx.relative import check_index, distances
@@ -56,7 +56,7 @@ def log_distance_buckets(
     return (distance + span).clamp(0, 2 * span - 1)
 
 
-@any_rank
+@takes_layouts
 def disentangled_attention(
     query: Tensor,
     key: Tensor,
@@ -68,6 +68,7 @@ def disentangled_attention(
     scale: float | None = None,
     is_causal: bool = False,
     window: Window = None,
+    enable_gqa: bool = False,
     return_logsumexp: bool = False,
     **terms: Unpack[TermOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -93,6 +94,8 @@ def disentangled_attention(
         terms: softcap, key_bias, key_mask, dropout_p, generator, seed, offset of :func:`attnx.softmax_attention`. The
             softcap caps the product of query and key alone.
 
+    ``enable_gqa`` and other layouts of query, key and value are taken as by :func:`attnx.sigmoid_attention`.
+
     Returns:
         (batch, heads, length_q, value_dim) in the dtype of query, differentiable with respect to all tensors but
         index. A row that sees no key gives 0. Gradients are the same bits every time.
@@ -104,6 +107,7 @@ def disentangled_attention(
     Source: He et al., arXiv 2006.03654.
     """
     _shards.expect_whole("disentangled_attention")
+    _arguments.flag("enable_gqa", enable_gqa)
     _arguments.tensors(query=query, key=key, value=value, index=index)
     _arguments.optional_tensors(pos_key=pos_key, pos_query=pos_query)
     given = {name: x for name, x in (("pos_key", pos_key), ("pos_query", pos_query)) if x is not None}

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from attnx import _arguments, _nested, _shards
-from attnx._layouts import any_rank
+from attnx._layouts import takes_layouts
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx._structures import check_lengths
 from attnx._terms import TermOptions, resolve_terms
@@ -48,6 +48,7 @@ class PackedOptions(SoftmaxOptions, total=False):
 
 
 class BlockSparseOptions(TermOptions, total=False):
+    enable_gqa: bool
     attn_mask: Tensor | None
     distance_bias: Tensor | None
     score: ScoreName
@@ -81,7 +82,7 @@ def _refuse_beside_nested(**given: Tensor | None) -> None:
             _arguments.refuse(name, "None with nested tensors", x)
 
 
-@any_rank
+@takes_layouts
 def sigmoid_attention(
     query: Tensor,
     key: Tensor,
@@ -90,7 +91,6 @@ def sigmoid_attention(
     bias: SigmoidBias = None,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
-    enable_gqa: bool = False,
     window: Window = None,
     position_offset: int = 0,
     seqused_k: Tensor | None = None,
@@ -106,6 +106,7 @@ def sigmoid_attention(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     r"""Sigmoid attention: every key is weighted on its own, without normalisation over the row.
 
@@ -114,11 +115,10 @@ def sigmoid_attention(
     and :math:`P_{ij} = 0` where a mask hides key j. A row that sees no key gives 0.
 
     Args:
-        query: (batch, heads, length_q, head_dim), or of another rank, as ``scaled_dot_product_attention`` takes it:
-            without a batch, or with several dimensions in its place, which count as one in what follows.
+        query: (batch, heads, length_q, head_dim).
         key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads, and consecutive query
-            heads share a key head. A batch or a head of 1 serves all.
-        value: (batch, kv_heads, length_k, value_dim), likewise.
+            heads share a key head.
+        value: (batch, kv_heads, length_k, value_dim).
         bias: what is added to every logit. None: -log(used keys), the paper's rule, under which the weights of
             a row start near a sum of 1. ``"row"``: -log(number of keys the row sees). A float. Or a tensor of
             shape () or (heads,), float32 (float64 for float64 inputs), which may require a gradient. -inf makes
@@ -127,7 +127,6 @@ def sigmoid_attention(
             learned temperature, which may require a gradient; the query is multiplied by it then, in its dtype.
         is_causal: hide later keys; aligned bottom-right, so that the last query sees the last key, which is the last
             used one where ``seqused_k`` says so.
-        enable_gqa: taken as ``scaled_dot_product_attention`` has it, without effect, as grouped heads need no leave.
         window: (left, right): how many keys before and after its own position a query sees; None or -1 for no bound,
             on a side or in the place of the pair. With ``is_causal`` the right bound is 0.
         position_offset: how many keys further on queries stand: query i stands at key
@@ -144,7 +143,7 @@ def sigmoid_attention(
         softcap: c > 0, finite or inf for none: :math:`s\, q_i \cdot k_j` becomes
             :math:`c \tanh(s\, q_i \cdot k_j / c)`, before anything is added to it.
         attn_mask: (batch, heads, length_q, length_k), where each size may be 1, or the last 2 or 3 of these, of any
-            strides; where query has more dimensions, as many. bool, where True takes part; or in the dtype of query, or
+            strides. bool, where True takes part; or in the dtype of query, or
             as for bias, what is added to the logit, where -inf hides the key. It may require a gradient, which it gets
             in its own shape.
         distance_bias: (batch or 1, heads or 1, length_q + length_k - 1), dtype as for bias: number
@@ -167,6 +166,12 @@ def sigmoid_attention(
         seed: an int or an int64 tensor of shape (), on query's device: with offset it decides which weights are
             dropped, on every backend alike, and in :mod:`attnx.reference`.
         offset: the round, from 0 to 2^32 - 1, likewise; a new one at each step drops others.
+        enable_gqa: ``scaled_dot_product_attention`` has it. Key heads are shared whether it is True or False.
+
+    Query, key and value may also be (heads, length, dim), or have more leading dimensions, over which the output is
+    shaped like them; and a leading size or a number of heads may be 1, which then broadcasts to that of the others.
+    ``attn_mask`` has the same leading dimensions, or sizes of 1, or the last of them; whatever else has a batch has
+    one of all leading dimensions, flattened. The keywords are those of ``scaled_dot_product_attention``.
 
     The inputs share one dtype (bfloat16, float16; float32 and float64 on the CPU) and device. Strides are free but
     for a contiguous last dimension. Sums are kept in float32 (float64 for float64). Nested tensors of layout
@@ -185,6 +190,7 @@ def sigmoid_attention(
     Source: Ramapuram et al., "Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
     arXiv 2409.04431. The softcap is that of Gemma 2, arXiv 2408.00118.
     """
+    _arguments.flag("enable_gqa", enable_gqa)
     if isinstance(query, Tensor) and query.is_nested:
         options: dict[str, Any] = {"bias": bias, "scale": scale, "is_causal": is_causal, "window": window}
         options |= {"position_offset": position_offset, "alibi_slopes": alibi_slopes}
@@ -219,7 +225,6 @@ def sigmoid_attention(
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(alibi_slopes=alibi_slopes)
     query, scale = _arguments.with_scale(query, scale)
-    _arguments.flag("enable_gqa", enable_gqa)
     mask = _mask(is_causal, window, position_offset)
     s = resolve_score("sigmoid", bias, tensor_bias=True)
     pairs, terms = resolve_terms(
@@ -335,7 +340,7 @@ def softmax_attention(
 def softmax_attention(
     query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: bool, **options: Unpack[DenseOptions]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
-@any_rank
+@takes_layouts
 def softmax_attention(
     query: Tensor,
     key: Tensor,
@@ -343,7 +348,6 @@ def softmax_attention(
     *,
     scale: float | Tensor | None = None,
     is_causal: bool = False,
-    enable_gqa: bool = False,
     window: Window = None,
     position_offset: int = 0,
     seqused_k: Tensor | None = None,
@@ -360,6 +364,7 @@ def softmax_attention(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
+    enable_gqa: bool = False,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention, the baseline of the other operators, on the same loop.
@@ -379,6 +384,7 @@ def softmax_attention(
 
     Source of the sink: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", arXiv 2508.10925.
     """
+    _arguments.flag("enable_gqa", enable_gqa)
     if isinstance(query, Tensor) and query.is_nested:
         options: dict[str, Any] = {"scale": scale, "is_causal": is_causal, "window": window, "sink": sink}
         options |= {
@@ -418,7 +424,6 @@ def softmax_attention(
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(alibi_slopes=alibi_slopes, sink=sink)
     query, scale = _arguments.with_scale(query, scale)
-    _arguments.flag("enable_gqa", enable_gqa)
     mask = _mask(is_causal, window, position_offset)
     pairs, terms = resolve_terms(
         "softmax_attention",
@@ -569,7 +574,7 @@ def block_sparse_attention(
     return_logsumexp: bool,
     **options: Unpack[BlockSparseOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
-@any_rank
+@takes_layouts
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -593,6 +598,7 @@ def block_sparse_attention(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
+    enable_gqa: bool = False,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention over the blocks of keys that a mask lists for each block of queries.
@@ -611,7 +617,7 @@ def block_sparse_attention(
         sink: with the softmax score, as in :func:`attnx.softmax_attention`.
         softcap, attn_mask, distance_bias, key_bias, key_mask, dropout_p, generator, seed, offset: as in
             :func:`attnx.sigmoid_attention`.
-        scale: of the logits; 1/sqrt(head_dim) by default; or a tensor as in :func:`attnx.sigmoid_attention`.
+        scale, enable_gqa: of :func:`attnx.sigmoid_attention`; so are the layouts of query, key and value.
         is_causal: also hide later keys, aligned bottom-right.
         seqused_k: as in :func:`attnx.sigmoid_attention`; the mask may list blocks beyond.
         leftpad_k: likewise; the blocks of keys of a sequence, and the mask's bounds of rows, count from there.
@@ -627,6 +633,7 @@ def block_sparse_attention(
     _shards.expect_whole("block_sparse_attention")
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.optional_tensors(block_bias=block_bias, sink=sink)
+    _arguments.flag("enable_gqa", enable_gqa)
     _arguments.flag("is_causal", is_causal)
     if not isinstance(block_mask, BlockMask):
         if not hasattr(block_mask, "mask_mod"):

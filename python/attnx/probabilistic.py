@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from attnx import _arguments, _shards
-from attnx._layouts import any_rank
+from attnx._layouts import takes_layouts
 from attnx._random import draw_round
 from attnx._sampling import DEFAULT_PARAMETERS, BlockGrid, Family, Mode, probabilities
 from attnx._scores import ScoreArguments, ScoreName, SigmoidBias, resolve_score
@@ -253,6 +253,7 @@ class ProbabilisticOptions(TypedDict, total=False):
 class DenseProbabilisticOptions(ProbabilisticOptions, total=False):
     """Those of tensors that are not packed."""
 
+    enable_gqa: bool
     seqused_k: Tensor | None
     leftpad_k: Tensor | None
 
@@ -285,7 +286,7 @@ def probabilistic_attention(
 def probabilistic_attention(
     query: Tensor, key: Tensor, value: Tensor, *, return_logsumexp: bool, **options: Unpack[DenseProbabilisticOptions]
 ) -> Tensor | tuple[Tensor, Tensor]: ...
-@any_rank
+@takes_layouts
 def probabilistic_attention(
     query: Tensor,
     key: Tensor,
@@ -306,6 +307,7 @@ def probabilistic_attention(
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
     training: bool = True,
+    enable_gqa: bool = False,
     return_logsumexp: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Attention over blocks of keys that take part by chance, the fewer the farther they are.
@@ -356,6 +358,8 @@ def probabilistic_attention(
     The inputs share one dtype (float32, bfloat16, float16, float64; on CUDA bfloat16, float16) and device. For the
     backward the blocks are drawn again from seed and offset; nothing of the size of the score matrix is kept.
 
+    ``enable_gqa`` and other layouts of query, key and value are taken as by :func:`attnx.sigmoid_attention`.
+
     Returns:
         (batch, heads, length_q, value_dim) in the dtype of query. A row that sees no key gives 0.
 
@@ -368,6 +372,7 @@ def probabilistic_attention(
     counted over the batch, offset) as counter.
     """
     _shards.expect_whole("probabilistic_attention")
+    _arguments.flag("enable_gqa", enable_gqa)
     _arguments.tensors(query=query, key=key, value=value)
     drawn = _Drawn.of(keep, density, mode, importance, score, bias, block_size, is_causal, training, return_logsumexp)
     if not training and seed is None and offset is None:

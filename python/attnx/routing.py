@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnx import _arguments, _shards
-from attnx._layouts import any_rank
+from attnx._layouts import takes_layouts
 from attnx._operators.routing import update
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx._structures import register_named_tuple, same
@@ -167,7 +167,7 @@ def route(
     return Routes(query_indices, query_offsets, key_indices, key_offsets, length_q, length_k)
 
 
-@any_rank
+@takes_layouts
 def routing_attention(
     query: Tensor,
     key: Tensor,
@@ -183,6 +183,7 @@ def routing_attention(
     bias: SigmoidBias = None,
     memory_kv: tuple[Tensor, Tensor] | None = None,
     scale: float | Tensor | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     r"""Attention within clusters: a query sees the keys of the clusters that hold it.
 
@@ -212,6 +213,8 @@ def routing_attention(
             query, which every cluster sees besides its own; they get gradients.
         scale: of the logits; 1/sqrt(head_dim) by default; or a tensor as in :func:`attnx.sigmoid_attention`.
 
+    ``enable_gqa`` and other layouts of query, key and value are taken as by :func:`attnx.sigmoid_attention`.
+
     Returns:
         (batch, heads, length_q, value_dim) in the dtype of query.
 
@@ -222,6 +225,7 @@ def routing_attention(
     Source: Roy et al., arXiv 2003.05997.
     """
     _shards.expect_whole("routing_attention")
+    _arguments.flag("enable_gqa", enable_gqa)
     _arguments.tensors(query=query, key=key, value=value)
     _arguments.flag("is_causal", is_causal)
     if isinstance(routes, Tensor):

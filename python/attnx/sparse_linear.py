@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnx import _arguments, _nested, _shards
-from attnx._layouts import any_rank
+from attnx._layouts import takes_layouts
 from attnx._operators.sparse_linear import longest
 from attnx._structures import Lengths, check_lengths, register, same
 from attnx.block_mask import BlockMask
@@ -266,7 +266,7 @@ def _check_no_map_options(**options: Any) -> None:
             _arguments.refuse(name, "its default with block_map, which has it settled", x)
 
 
-@any_rank
+@takes_layouts
 def sparse_linear_attention(
     query: Tensor,
     key: Tensor,
@@ -285,6 +285,7 @@ def sparse_linear_attention(
     rounding: Rounding = "ceil",
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
+    enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""Softmax attention over the critical blocks, and linear attention over others, apart.
 
@@ -313,6 +314,8 @@ def sparse_linear_attention(
     float64). Nested tensors of layout ``torch.jagged`` go to :func:`sparse_linear_attention_varlen`. A call takes a
     matrix of head_dim by value_dim + 1 numbers for each block of keys, of one head at a time.
 
+    ``enable_gqa`` and other layouts of query, key and value are taken as by :func:`attnx.sigmoid_attention`.
+
     Returns:
         O^s and O^l, each (batch, heads, length_q, value_dim) in the dtype of query. The map has no gradient.
 
@@ -323,6 +326,7 @@ def sparse_linear_attention(
     Source: Zhang et al., arXiv 2509.24006, whose released kernels have the other two scopes.
     """
     _shards.expect_whole("sparse_linear_attention")
+    _arguments.flag("enable_gqa", enable_gqa)
     if isinstance(query, Tensor) and query.is_nested:
         options: dict[str, Any] = {"critical": critical, "negligible": negligible, "block_size": block_size}
         options |= {"feature_map": feature_map, "linear_scope": linear_scope, "is_causal": is_causal, "scale": scale}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from attnx import _arguments
 from attnx.affine import affine_attention, visible_sums
@@ -29,6 +29,9 @@ class AffineScaledAttention(ProjectedAttention):
     In training every backward moves it by ``1 - decay`` of the way to the mean of the gates, once it has their
     gradient: it is the same throughout a forward, its backward and a forward that activation checkpointing repeats.
 
+    Made from a softmax attention (:meth:`from_softmax`) it gives the same until it is trained: the gates start at 0.5,
+    and the projection of values is doubled, as the weights of a row sum to 0.5.
+
     Args:
         embed_dim: features of a token.
         num_heads: query heads.
@@ -40,7 +43,7 @@ class AffineScaledAttention(ProjectedAttention):
 
     Shapes:
         x: (batch, length, embed_dim).
-        context: (batch, context_length, embed_dim); x where not given.
+        context: (batch, context_length, context_dim); x where not given.
         output: (batch, length, embed_dim).
 
     Raises:
@@ -51,6 +54,7 @@ class AffineScaledAttention(ProjectedAttention):
     """
 
     keeps_dtype = ("gate_average",)
+    instead_of_masks = "attnx.nn.SigmoidAttention or attnx.softmax_attention"
 
     gate_average: Tensor
 
@@ -81,15 +85,33 @@ class AffineScaledAttention(ProjectedAttention):
         """Gives ``gate_average`` its start; the submodules have a reset_parameters of their own."""
         nn.init.constant_(self.gate_average, 0.5)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    @classmethod
+    def from_softmax(cls, attention: nn.MultiheadAttention | ProjectedAttention, **options: Any) -> Self:
+        module = super().from_softmax(attention, **options)
+        with torch.no_grad():
+            module.gate_proj.weight.zero_()
+            for parameter in module.v_proj.parameters():
+                parameter.mul_(2)
+        return module
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
         query, key, value = self.project(x, context)
+        self.hides(query, key, attn_mask, key_padding_mask)
         sums = torch.float64 if query.dtype == torch.float64 else torch.float32
         gate = (0.1 * self.gate_proj(x).to(sums) + 0.5).clamp(0, 1).transpose(1, 2)
         average = self.gate_average.to(sums)[:, None]
         if self.training and torch.is_grad_enabled():
             target = gate.detach().mean((0, 2))
             gate = torch.ops.attnx.move_average_in_backward(gate, self.gate_average, target, self.decay)
-        band: dict[str, Any] = {"is_causal": self.is_causal, "window": _arguments.window(self.window)}
+        band: dict[str, Any] = {"is_causal": self.causal(is_causal), "window": _arguments.window(self.window)}
         ones = torch.ones(key.shape[2], 1, dtype=sums, device=key.device)
         count = visible_sums(ones, query.shape[2], **band, dtype=sums)[:, 0].clamp(min=1)
         addend = (average - gate) / count

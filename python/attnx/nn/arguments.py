@@ -20,6 +20,7 @@ class ProjectionArguments(TypedDict, total=False):
     Attributes:
         num_kv_heads: key and value heads, a divisor of num_heads; num_heads by default.
         head_dim: features of a head; embed_dim / num_heads by default.
+        context_dim: features of a token of the context, of which keys and values are made; embed_dim by default.
         linear_bias: whether the four projections have a bias.
         qk_norm: whether every head's query and key are normalised over head_dim, ahead of ``rotary``.
         output_norm: whether every head's output is normalised over head_dim, ahead of the output projection.
@@ -32,6 +33,7 @@ class ProjectionArguments(TypedDict, total=False):
 
     num_kv_heads: int | None
     head_dim: int | None
+    context_dim: int | None
     linear_bias: bool
     qk_norm: bool
     output_norm: bool
@@ -44,6 +46,7 @@ class ProjectionArguments(TypedDict, total=False):
 DEFAULTS = ProjectionArguments(
     num_kv_heads=None,
     head_dim=None,
+    context_dim=None,
     linear_bias=False,
     qk_norm=False,
     output_norm=False,

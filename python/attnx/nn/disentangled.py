@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnx.disentangled import disentangled_attention, log_distance_buckets
-from attnx.nn.projections import positive
+from attnx.nn import masks
+from attnx.nn.projections import multihead_projections, positive
 
 __all__ = ["DisentangledSelfAttention"]
 
@@ -81,10 +83,76 @@ class DisentangledSelfAttention(nn.Module):
                 self.pos_query_proj = linear()
         self.pos_dropout = nn.Dropout(position_dropout)
 
-    def forward(self, x: Tensor, positions: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        return self.attend(x, x, positions, key_mask)
+    @classmethod
+    def from_softmax(cls, attention: nn.MultiheadAttention, **options: Any) -> DisentangledSelfAttention:
+        """A module with the projections of a softmax attention, copied.
 
-    def attend(self, queries: Tensor, x: Tensor, positions: Tensor, key_mask: Tensor | None) -> Tensor:
+        Until it is trained, and without ``share_projections``, it gives the heads' outputs of that attention, to which
+        the caller applies ``attention.out_proj``: its projections of relative positions are 0, and that of queries is
+        multiplied by sqrt(1 + how many of ``c2p`` and ``p2c`` there are), as the scale is divided by it. It takes
+        (batch, length, embed_dim), whatever ``batch_first`` says. Dropout of weights is taken over.
+
+        Args:
+            attention: a ``torch.nn.MultiheadAttention`` without ``add_bias_kv`` and ``add_zero_attn``, whose kdim and
+                vdim are embed_dim.
+            options: of the new module.
+
+        Raises:
+            ValueError: the attention has what this module does not.
+        """
+        weights, biases = multihead_projections(attention)
+        if not attention.kdim == attention.vdim == attention.embed_dim:
+            raise ValueError(f"attention: expected kdim and vdim equal to embed_dim, got {attention}")
+        given = {"dropout": attention.dropout, "device": weights[0].device, "dtype": weights[0].dtype} | options
+        module = cls(attention.embed_dim, attention.num_heads, **given)
+        with torch.no_grad():
+            for i, projection in enumerate((module.query_proj, module.key_proj, module.value_proj)):
+                projection.weight.copy_(weights[i])
+                projection.bias.copy_(biases[i]) if biases is not None else projection.bias.zero_()
+            for parameter in module.query_proj.parameters():
+                parameter.mul_(math.sqrt(1 + module.c2p + module.p2c))
+            for name, parameter in module.named_parameters():
+                if name.startswith("pos_"):
+                    parameter.zero_()
+        return module.train(attention.training)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        key_mask: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attends from the tokens of ``x`` to themselves.
+
+        ``key_padding_mask`` and ``is_causal`` are those of :class:`torch.nn.MultiheadAttention`, where True hides:
+        the former is (batch, length), bool or added to the logits, in the place of ``key_mask``.
+
+        Raises:
+            ValueError: an argument does not fit, or ``attn_mask`` is given, which this attention does not have.
+        """
+        masks.refuse(
+            type(self).__name__, "key_padding_mask, is_causal, or attnx.softmax_attention", attn_mask=attn_mask
+        )
+        if not isinstance(is_causal, bool):
+            raise ValueError(f"is_causal: expected True or False, got {is_causal!r}")
+        if key_mask is not None and key_padding_mask is not None:
+            raise ValueError("key_mask: expected None beside key_padding_mask, got a tensor")
+        return self.attend(x, x, positions, key_mask, key_padding_mask=key_padding_mask, is_causal=is_causal)
+
+    def attend(
+        self,
+        queries: Tensor,
+        x: Tensor,
+        positions: Tensor,
+        key_mask: Tensor | None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
         """The attention of ``queries`` to ``x``, which stand at the same positions: (batch, length, embed_dim) each."""
         for name, tokens in (("x", x), ("queries", queries)):
             if tokens.dim() != 3 or tokens.shape[2] != self.embed_dim:
@@ -104,9 +172,10 @@ class DisentangledSelfAttention(nn.Module):
         positions = self.pos_dropout(positions[: 2 * self.span])
         pos_key_proj = self.key_proj if self.share_projections else getattr(self, "pos_key_proj", None)
         pos_query_proj = self.query_proj if self.share_projections else getattr(self, "pos_query_proj", None)
+        query, key = self._heads(self.query_proj(queries)), self._heads(self.key_proj(x))
         output = disentangled_attention(
-            self._heads(self.query_proj(queries)),
-            self._heads(self.key_proj(x)),
+            query,
+            key,
             self._heads(self.value_proj(x)),
             log_distance_buckets(
                 queries.shape[1], x.shape[1], span=self.span, max_distance=self.max_distance, device=x.device
@@ -114,6 +183,8 @@ class DisentangledSelfAttention(nn.Module):
             pos_key=self._heads(pos_key_proj(positions)) if self.c2p and pos_key_proj is not None else None,
             pos_query=self._heads(pos_query_proj(positions)) if self.p2c and pos_query_proj is not None else None,
             key_mask=None if key_mask is None else key_mask[:, None],
+            is_causal=is_causal,
+            **masks.of_call(query, key, None, key_padding_mask),
             dropout_p=self.dropout if self.training else 0.0,
         )
         assert isinstance(output, Tensor)
@@ -121,7 +192,8 @@ class DisentangledSelfAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """(..., length, embed_dim) as (..., heads, length, head_dim)."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+        # The projections say how many heads there are: under tensor parallelism each process has a share of them.
+        return x.unflatten(-1, (-1, self.embed_dim // self.num_heads)).transpose(-3, -2)
 
     def extra_repr(self) -> str:
         shown: dict[str, Any] = {"span": self.span, "max_distance": self.max_distance}

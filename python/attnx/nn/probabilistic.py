@@ -22,6 +22,9 @@ class ProbabilisticAttention(ProjectedAttention):
     In training every call draws a round of its own from torch's generator, so that ``torch.manual_seed`` repeats them
     and activation checkpointing recomputes the same. In evaluation the attention is dense.
 
+    Made from a softmax attention (:meth:`from_softmax`) it gives the same in evaluation without ``eval_seed``; in
+    training each softmax is over the blocks of its round.
+
     Args:
         embed_dim: features of a token.
         num_heads: query heads.
@@ -33,7 +36,7 @@ class ProbabilisticAttention(ProjectedAttention):
 
     Shapes:
         x: (batch, length, embed_dim).
-        context: (batch, context_length, embed_dim); x where not given.
+        context: (batch, context_length, context_dim); x where not given.
         output: (batch, length, embed_dim).
 
     Raises:
@@ -41,6 +44,8 @@ class ProbabilisticAttention(ProjectedAttention):
 
     Source: Fulu Li, arXiv 2410.18441.
     """
+
+    instead_of_masks = "attnx.block_sparse_attention with the blocks of attnx.probabilistic_block_mask"
 
     keep_table: Tensor | None
 
@@ -74,7 +79,7 @@ class ProbabilisticAttention(ProjectedAttention):
         self.is_causal = is_causal
         self.eval_seed = eval_seed
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, **hides: Any) -> Tensor:
         fixed = not self.training and self.eval_seed is not None
         return probabilistic_attention(
             query,
@@ -89,7 +94,7 @@ class ProbabilisticAttention(ProjectedAttention):
             bias=self.bias,
             scale=self.scale,
             block_size=self.block_size,
-            is_causal=self.is_causal,
+            is_causal=is_causal,
             seed=self.eval_seed if fixed else None,
             offset=0 if fixed else None,
             training=self.training,

@@ -31,6 +31,9 @@ class RoutingAttention(ProjectedAttention):
     checkpoint its runs: the first of them to go backward moves the centroids of the others. Centroids are float32
     under any ``dtype``, and whatever the module is converted to.
 
+    Made from a softmax attention (:meth:`from_softmax`, which takes ``num_clusters`` by keyword) a query sees its
+    clusters and window alone, which takes fine-tuning. With one cluster and no local heads it gives the same.
+
     Args:
         embed_dim: features of a token.
         num_heads: heads, local ones included.
@@ -50,7 +53,7 @@ class RoutingAttention(ProjectedAttention):
 
     Shapes:
         x: (batch, length, embed_dim).
-        context: (batch, context_length, embed_dim); x where not given.
+        context: (batch, context_length, context_dim); x where not given.
         output: (batch, length, embed_dim); with ``return_loss=True`` a pair of it and the commitment loss, a scalar.
 
     Raises:
@@ -60,6 +63,7 @@ class RoutingAttention(ProjectedAttention):
     """
 
     keeps_dtype = ("centroids", "counts")
+    instead_of_masks = "attnx.nn.SigmoidAttention or attnx.softmax_attention"
 
     centroids: Tensor
     counts: Tensor
@@ -143,7 +147,9 @@ class RoutingAttention(ProjectedAttention):
         group = self.process_group
         return self.__dict__ | {"process_group": group if group is None or isinstance(group, str) else group.group_name}
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, return_loss: bool) -> tuple[Tensor, Tensor | None]:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, return_loss: bool
+    ) -> tuple[Tensor, Tensor | None]:
         if query.shape[1] != self.num_heads:
             raise ValueError(
                 f"num_heads: expected projections of all {self.num_heads} heads, got one of {query.shape[1]}; which "
@@ -164,7 +170,7 @@ class RoutingAttention(ProjectedAttention):
             self.centroids,
             cluster_size=self.cluster_size,
             routing=self.routing,
-            is_causal=self.is_causal,
+            is_causal=is_causal,
             shared_qk=self.shared_qk,
             normalize_qk=self.normalize_qk,
             score=self.score,
@@ -173,38 +179,75 @@ class RoutingAttention(ProjectedAttention):
             scale=self.scale,
         )
         if heads:
-            local = self._attend_locally(query[:, :heads], key[:, :kv_heads], value[:, :kv_heads])
+            local = self._attend_locally(query[:, :heads], key[:, :kv_heads], value[:, :kv_heads], is_causal)
             output = torch.cat((local, output), dim=1)
         loss = commitment_loss(routed_query, routed_key, self.centroids, beta=self.commitment) if return_loss else None
         return output, loss
 
-    def _attend_locally(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend_locally(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
         options: dict[str, Any] = {
-            "window": (self.window, -1 if self.is_causal else self.window),
-            "is_causal": self.is_causal,
+            "window": (self.window, -1 if is_causal else self.window),
+            "is_causal": is_causal,
             "scale": self.scale,
         }
         if self.score == "sigmoid":
             return sigmoid_attention(query, key, value, bias="row" if self.bias is None else self.bias, **options)
         return softmax_attention(query, key, value, **options)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self._attend(query, key, value, return_loss=False)[0]
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, **hides: Any) -> Tensor:
+        return self._attend(query, key, value, is_causal, return_loss=False)[0]
 
     @overload
-    def forward(self, x: Tensor, context: Tensor | None = None, *, return_loss: Literal[False] = False) -> Tensor: ...
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        return_loss: Literal[False] = False,
+    ) -> Tensor: ...
     @overload
     def forward(
-        self, x: Tensor, context: Tensor | None = None, *, return_loss: Literal[True]
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        return_loss: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(
-        self, x: Tensor, context: Tensor | None = None, *, return_loss: bool
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        return_loss: bool,
     ) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(
-        self, x: Tensor, context: Tensor | None = None, *, return_loss: bool = False
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+        return_loss: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        output, loss = self._attend(*self.project(x, context), return_loss=return_loss)
+        """Attends as :meth:`attnx.nn.projections.ProjectedAttention.forward` says, which has no masks here.
+
+        Args:
+            return_loss: also return the commitment loss.
+        """
+        query, key, value = self.project(x, context)
+        self.hides(query, key, attn_mask, key_padding_mask)
+        output, loss = self._attend(query, key, value, self.causal(is_causal), return_loss=return_loss)
         output = self.merge(output)
         return output if loss is None else (output, loss)
 

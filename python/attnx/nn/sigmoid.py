@@ -24,6 +24,8 @@ class SigmoidAttention(ProjectedAttention):
     without a copy. The source recommends ``output_norm`` (a hybrid norm) for long sequences: the weights of a row sum
     to what they will, and the norm takes that out. What is added to logits is float32 under any ``dtype`` but float64.
 
+    Made from a softmax attention (:meth:`from_softmax`) its weights no longer sum to 1, which takes fine-tuning.
+
     Args:
         embed_dim: features of a token.
         num_heads: query heads.
@@ -40,7 +42,7 @@ class SigmoidAttention(ProjectedAttention):
 
     Shapes:
         x: (batch, length, embed_dim).
-        context: (batch, context_length, embed_dim); x where not given.
+        context: (batch, context_length, context_dim); x where not given.
         output: (batch, length, embed_dim).
 
     Raises:
@@ -101,16 +103,17 @@ class SigmoidAttention(ProjectedAttention):
                 head = torch.arange(1, self.num_heads + 1, device=self.alibi_slopes.device)
                 self.alibi_slopes.copy_(torch.exp2(-8.0 * head / self.num_heads))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, **hides: Any) -> Tensor:
         return sigmoid_attention(
             query,
             key,
             value,
             bias=_sum_precision(self.bias, query) if isinstance(self.bias, Tensor) else self.bias,
             scale=self.scale,
-            is_causal=self.is_causal,
+            is_causal=is_causal,
             window=self.window,
             alibi_slopes=None if self.alibi_slopes is None else _sum_precision(self.alibi_slopes, query),
+            **hides,
         )
 
     def options(self) -> dict[str, Any]:

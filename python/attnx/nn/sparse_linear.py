@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal
 
 import torch
@@ -26,7 +25,7 @@ class SparseLinearAttention(ProjectedAttention):
     a new module is attention over the critical blocks alone, and learns what the marginal ones are worth.
 
     Made from a trained softmax attention (:meth:`from_softmax`) it needs fine-tuning, since most blocks are missing
-    from the softmax; the paper does so for 2000 steps.
+    from the softmax; the paper does so for 2000 steps. With ``critical=1`` and ``negligible=0`` it gives the same.
 
     Args:
         embed_dim: features of a token.
@@ -39,7 +38,7 @@ class SparseLinearAttention(ProjectedAttention):
 
     Shapes:
         x: (batch, length, embed_dim).
-        context: (batch, context_length, embed_dim); x where not given.
+        context: (batch, context_length, context_dim); x where not given.
         output: (batch, length, embed_dim).
 
     Raises:
@@ -47,6 +46,8 @@ class SparseLinearAttention(ProjectedAttention):
 
     Source: Zhang et al., arXiv 2509.24006; the mix: their SLA2.
     """
+
+    instead_of_masks = "attnx.sparse_linear_attention_varlen for padding, and attnx.nn.SigmoidAttention otherwise"
 
     def __init__(
         self,
@@ -93,62 +94,7 @@ class SparseLinearAttention(ProjectedAttention):
         else:
             nn.init.constant_(self.mix_logit, MIX_START)
 
-    @classmethod
-    def from_softmax(
-        cls, attention: nn.MultiheadAttention | ProjectedAttention, **options: Any
-    ) -> SparseLinearAttention:
-        """A module with the projections of a softmax attention, copied, to fine-tune from.
-
-        Args:
-            attention: a ``torch.nn.MultiheadAttention`` whose keys and values have ``embed_dim`` features, without
-                ``add_bias_kv`` and ``add_zero_attn``; or a module of :mod:`attnx.nn`, whose norms and rotary are taken
-                over, too. Its dropout is not.
-            options: of the new module, such as ``critical`` and ``is_causal``.
-
-        Raises:
-            ValueError: the attention has what this module does not.
-        """
-        if isinstance(attention, ProjectedAttention):
-            return cls._from_projected(attention, options)
-        if not isinstance(attention, nn.MultiheadAttention):
-            raise ValueError(
-                f"attention: expected torch.nn.MultiheadAttention or a module of attnx.nn, got {type(attention)}"
-            )
-        if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
-            raise ValueError(
-                "attention: expected keys and values of embed_dim features, add_bias_kv=False and add_zero_attn=False, "
-                f"got {attention}"
-            )
-        weight, bias = attention.in_proj_weight, attention.in_proj_bias
-        options = {"linear_bias": bias is not None, "device": weight.device, "dtype": weight.dtype} | options
-        module = cls(attention.embed_dim, attention.num_heads, **options)
-        with torch.no_grad():
-            for i, projection in enumerate((module.q_proj, module.k_proj, module.v_proj)):
-                projection.weight.copy_(weight.chunk(3)[i])
-                if bias is not None:
-                    projection.bias.copy_(bias.chunk(3)[i])
-        module.out_proj.load_state_dict(attention.out_proj.state_dict())
-        return module
-
-    @classmethod
-    def _from_projected(cls, attention: ProjectedAttention, options: dict[str, Any]) -> SparseLinearAttention:
-        weight = attention.q_proj.weight
-        sizes = {
-            "num_kv_heads": attention.num_kv_heads,
-            "head_dim": attention.head_dim,
-            "linear_bias": attention.q_proj.bias is not None,
-            "rotary": attention.rotary,
-            "device": weight.device,
-            "dtype": weight.dtype,
-        }
-        module = cls(attention.embed_dim, attention.num_heads, **(sizes | options))
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            getattr(module, name).load_state_dict(getattr(attention, name).state_dict())
-        for name in ("q_norm", "k_norm", "output_norm"):
-            setattr(module, name, copy.deepcopy(getattr(attention, name)))
-        return module
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, **hides: Any) -> Tensor:
         sparse, linear = sparse_linear_attention(
             query,
             key,
@@ -158,7 +104,7 @@ class SparseLinearAttention(ProjectedAttention):
             block_size=self.block_size,
             feature_map=self.feature_map,
             linear_scope=self.linear_scope,
-            is_causal=self.is_causal,
+            is_causal=is_causal,
             scale=self.scale,
             smooth_k=self.smooth_k,
             protect=self.protect,
