@@ -115,3 +115,17 @@ def test_bad_input() -> None:
         SparseLinearAttention.from_softmax(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"^attention: expected add_bias_kv=False"):
         SparseLinearAttention.from_softmax(nn.MultiheadAttention(8, 2, add_bias_kv=True))
+
+
+def test_rounding_of_the_critical_share() -> None:
+    """Of three blocks 0.5 are one, rounded down, and two, rounded up."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 192, 16)
+    modules = {r: attnx.nn.SparseLinearAttention(16, 2, critical=0.5, rounding=r) for r in ("ceil", "floor")}
+    modules["floor"].load_state_dict(modules["ceil"].state_dict())
+    query, key, value = modules["ceil"].project(x, None)
+    for rounding, module in modules.items():
+        sparse, _ = attnx.sparse_linear_attention(query, key, value, critical=0.5, rounding=rounding)
+        torch.testing.assert_close(module(x), module.merge(sparse))
+    assert not torch.equal(modules["ceil"](x), modules["floor"](x))
+    assert "rounding='floor'" in repr(modules["floor"])

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from attnx.nn.arguments import ProjectionArguments, shows_projection_arguments
 from attnx.nn.projections import ProjectedAttention
-from attnx.sparse_linear import FeatureMap, LinearScope, sparse_linear_attention
+from attnx.sparse_linear import FeatureMap, LinearScope, Rounding, sparse_linear_attention
 
 __all__ = ["SparseLinearAttention"]
 
@@ -30,8 +30,8 @@ class SparseLinearAttention(ProjectedAttention):
     Args:
         embed_dim: features of a token.
         num_heads: query heads.
-        critical, negligible, block_size, feature_map, linear_scope, is_causal, scale, smooth_k, protect: as in
-            :func:`attnx.sparse_linear_attention`.
+        critical, negligible, block_size, feature_map, linear_scope, is_causal, scale, smooth_k, protect, rounding: as
+            in :func:`attnx.sparse_linear_attention`.
         mix: ``"projection"``, as above, or ``"sla2"``: ``alpha O^s + (1 - alpha) O^l`` with one alpha a head, the
             sigmoid of a trainable ``mix_logit`` that starts at 3 (alpha = 0.953).
         {projection_arguments}
@@ -64,6 +64,7 @@ class SparseLinearAttention(ProjectedAttention):
         scale: float | None = None,
         smooth_k: bool = False,
         protect: int = 0,
+        rounding: Rounding = "ceil",
         **projection: Unpack[ProjectionArguments],
     ) -> None:
         super().__init__(embed_dim, num_heads, **projection)
@@ -80,6 +81,7 @@ class SparseLinearAttention(ProjectedAttention):
         self.scale = scale
         self.smooth_k = smooth_k
         self.protect = protect
+        self.rounding = rounding
         if mix == "projection":
             self.linear_proj = nn.Linear(self.head_dim, self.head_dim, device=device, dtype=dtype)
         else:
@@ -108,6 +110,7 @@ class SparseLinearAttention(ProjectedAttention):
             scale=self.scale,
             smooth_k=self.smooth_k,
             protect=self.protect,
+            rounding=self.rounding,
         )
         if self.mix == "projection":
             return sparse + self.linear_proj(linear)
@@ -126,4 +129,5 @@ class SparseLinearAttention(ProjectedAttention):
             "scale": self.scale,
             "smooth_k": self.smooth_k or None,
             "protect": self.protect or None,
+            "rounding": None if self.rounding == "ceil" else self.rounding,
         }
