@@ -184,8 +184,8 @@ _SPARSE_LINEAR = (
     Mutant(SHARES, "larger(1, larger(most, unranked))", "larger(most, unranked)", "test_sparse_linear.py -k map"),
     Mutant(
         SHARES,
-        "ceil(share_of(shares.critical, candidates))",
-        "floor(share_of(shares.critical, candidates))",
+        "shares.round_down ? floor(share) : ceil(share)",
+        "shares.round_down ? ceil(share) : floor(share)",
         "test_sparse_linear.py -k map",
     ),
     Mutant(

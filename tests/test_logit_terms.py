@@ -393,7 +393,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         r"attn_mask: expected shape \(2 or 1, 4 or 1, 5 or 1, 6\), sequences, query heads, queries and keys, "
         r"got \(2, 3, 5, 6\)",
     ),
-    "mask_keys": ({"attn_mask": torch.zeros(5, 1)}, r"attn_mask: expected shape .*, got \(1, 1, 5, 1\)"),
+    "mask_keys": ({"attn_mask": torch.zeros(5, 2)}, r"attn_mask: expected shape .*, got \(1, 1, 5, 2\)"),
     "mask_rank": ({"attn_mask": torch.zeros(6)}, r"attn_mask: expected 2 to 4 dimensions, .* got shape \(6,\)"),
     "mask_dtype": (
         {"attn_mask": torch.zeros(5, 6, dtype=torch.int32)},

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   if (number >= round.heads * rows) return;
   const std::int64_t head = number / rows;
   const int i = int(number - head * rows);
-  const BlockRow<int> row(round.own_grid(head), i);
+  const BlockRow<int> row(round.grid_of(round.own_lengths(head)), i);
   const SamplingRound draws = round.draws();
   int* const histogram = counts[threadIdx.x / 32];
   std::uint64_t* const times = kept_times[threadIdx.x / 32];

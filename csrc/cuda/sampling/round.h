@@ -26,10 +26,14 @@ struct Round {
   Finish* finishes;  // [heads, query blocks]; null where each block is kept on its own
 
 #ifdef __CUDACC__
-  // This is the grid of the sequence that a head belongs to.
-  __device__ __forceinline__ BlockGrid own_grid(std::int64_t head) const {
+  // These are the lengths of the sequence that a head belongs to, and its grid, whose other numbers need no registers.
+  __device__ __forceinline__ int2 own_lengths(std::int64_t head) const {
     const bool alike = !lengths.cu_seqlens_q && !lengths.key_ends;
-    return alike ? grid : lengths.own(grid, head / sequence_heads);
+    const BlockGrid own = alike ? grid : lengths.own(grid, head / sequence_heads);
+    return {int(own.length_q), int(own.length_k)};
+  }
+  __device__ __forceinline__ BlockGrid grid_of(int2 own) const {
+    return {own.x, own.y, grid.block_q, grid.block_k, grid.is_causal};
   }
   __device__ __forceinline__ SamplingRound draws() const {
     return {std::uint64_t(__ldg(seed)), std::uint32_t(__ldg(offset))};

@@ -18,9 +18,10 @@ __device__ __forceinline__ int first_row(const BlockGrid& grid, int j) {
 
 }  // namespace
 
-// A warp makes a list: that of a block of queries or, transposed, of keys.
+// A warp makes a list: that of a block of queries or, transposed, of keys. Nine thread blocks of 56 registers fit a
+// multiprocessor.
 template <bool kTransposed>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, 9)
     attnx_sample_blocks(const __grid_constant__ Round round, const __grid_constant__ SampledLists lists) {
   const int query_blocks = int(round.grid.query_blocks()), key_blocks = int(round.grid.key_blocks());
   const int rows = kTransposed ? key_blocks : query_blocks, width = kTransposed ? query_blocks : key_blocks;
@@ -28,11 +29,11 @@ __global__ void __launch_bounds__(kWarps * 32)
   if (number >= round.heads * rows) return;
   const std::int64_t head = number / rows;
   const int own = int(number - head * rows);
-  const BlockGrid grid = round.own_grid(head);
+  const int2 lengths = round.own_lengths(head);
   const SamplingRound draws = round.draws();
-  lists.write(number, kTransposed ? first_row(grid, own) : 0, width, [&](int other, float& p) {
+  lists.write(number, kTransposed ? first_row(round.grid_of(lengths), own) : 0, width, [&](int other, float& p) {
     const int i = kTransposed ? other : own, j = kTransposed ? own : other;
-    const BlockRow<int> row(grid, i);
+    const BlockRow<int> row(round.grid_of(lengths), i);
     if (j >= row.candidates) return false;
     const int distance = row.distance(j);
     p = __ldg(round.keep + distance);
