@@ -29,7 +29,7 @@ class AffineScaledAttention(ProjectedAttention):
     In training every backward moves it by ``1 - decay`` of the way to the mean of the gates, once it has their
     gradient: it is the same throughout a forward, its backward and a forward that activation checkpointing repeats.
 
-    Made from a softmax attention (:meth:`from_softmax`) it gives the same until it is trained: the gates start at 0.5,
+    Made from a softmax attention (``from_softmax``) it gives the same until it is trained: the gates start at 0.5,
     and the projection of values is doubled, as the weights of a row sum to 0.5.
 
     Args:

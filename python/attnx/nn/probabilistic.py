@@ -22,7 +22,7 @@ class ProbabilisticAttention(ProjectedAttention):
     In training every call draws a round of its own from torch's generator, so that ``torch.manual_seed`` repeats them
     and activation checkpointing recomputes the same. In evaluation the attention is dense.
 
-    Made from a softmax attention (:meth:`from_softmax`) it gives the same in evaluation without ``eval_seed``; in
+    Made from a softmax attention (``from_softmax``) it gives the same in evaluation without ``eval_seed``; in
     training each softmax is over the blocks of its round.
 
     Args:

@@ -31,7 +31,7 @@ class RoutingAttention(ProjectedAttention):
     checkpoint its runs: the first of them to go backward moves the centroids of the others. Centroids are float32
     under any ``dtype``, and whatever the module is converted to.
 
-    Made from a softmax attention (:meth:`from_softmax`, which takes ``num_clusters`` by keyword) a query sees its
+    Made from a softmax attention (``from_softmax``, which takes ``num_clusters`` by keyword) a query sees its
     clusters and window alone, which takes fine-tuning. With one cluster and no local heads it gives the same.
 
     Args:

@@ -24,7 +24,7 @@ class SigmoidAttention(ProjectedAttention):
     without a copy. The source recommends ``output_norm`` (a hybrid norm) for long sequences: the weights of a row sum
     to what they will, and the norm takes that out. What is added to logits is float32 under any ``dtype`` but float64.
 
-    Made from a softmax attention (:meth:`from_softmax`) its weights no longer sum to 1, which takes fine-tuning.
+    Made from a softmax attention (``from_softmax``) its weights no longer sum to 1, which takes fine-tuning.
 
     Args:
         embed_dim: features of a token.

@@ -24,7 +24,7 @@ class SparseLinearAttention(ProjectedAttention):
     The two parts of the operator are added as ``O^s + O^l W + w_0``, W and w_0 shared by the heads and 0 at the start:
     a new module is attention over the critical blocks alone, and learns what the marginal ones are worth.
 
-    Made from a trained softmax attention (:meth:`from_softmax`) it needs fine-tuning, since most blocks are missing
+    Made from a trained softmax attention (``from_softmax``) it needs fine-tuning, since most blocks are missing
     from the softmax; the paper does so for 2000 steps. With ``critical=1`` and ``negligible=0`` it gives the same.
 
     Args:
