@@ -20,6 +20,8 @@ from attnx.nn import (
     SparseLinearAttention,
 )
 
+pytestmark = [pytest.mark.backends("cpu"), pytest.mark.usefixtures("backend")]
+
 EMBED_DIM, HEADS, LENGTH = 24, 4, 7
 
 # With these options each covers all keys, so that it is softmax attention.

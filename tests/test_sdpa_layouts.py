@@ -13,6 +13,8 @@ from torch import Tensor
 
 import attnx
 
+pytestmark = [pytest.mark.backends("cpu"), pytest.mark.usefixtures("backend")]
+
 LENGTH_Q, LENGTH_K, HEAD_DIM, VALUE_DIM = 5, 6, 4, 3
 Shape = tuple[int, ...]
 

@@ -483,7 +483,7 @@ def test_map_of_more_products_than_are_made_at_once(dtype: torch.dtype, device: 
     for own, q, k in zip(labels, query.split(lengths), key.split(lengths), strict=True):
         q, k = (torch.stack([part.float().mean(0) for part in x[:, 0].split(64)]) for x in (q, k))
         rows, blocks, length = len(q), len(k), len(k) * 64
-        expected = labels_by_sorting((q @ k.mT)[None, None], length, length, 64, 64, 0.05, 0.1, False, 0)
+        expected = labels_by_sorting((q @ k.mT)[None, None], length, length, 64, 64, 0.05, 0.1, "ceil", False, 0)
         assert torch.equal(own[:, :rows, :blocks], expected[0])
 
 
