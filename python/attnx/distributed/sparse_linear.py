@@ -129,7 +129,7 @@ class Plan:
     def call(self, step: int, query: Tensor, held: dict[str, Tensor], labels: Tensor) -> dict[str, Any]:
         """The operator's arguments for one step."""
         options: dict[str, Any] = {"block_q": self.block_size[0], "block_k": self.block_size[1]}
-        options |= {"feature_map": self.feature_map}
+        options |= {"feature_map": self.feature_map, "seqused_k": None, "leftpad_k": None}
         options |= {"linear_scope": self.linear_scope, "scale": self.scale, "is_causal": self.is_cut(step)}
         return options | held | {"query": query, "block_map": self.labels_of(step, labels)}
 
