@@ -182,8 +182,13 @@ struct RowTiling {
         panels(most_panels),
         panel_rows(kPanelLanes<Sum>),
         tile_rows(panels * panel_rows) {
-    if (!listed) return;
-    for (tile_rows = p.block_q; tile_rows > most_panels * kPanelLanes<Sum>;) tile_rows /= 2;
+    if (listed) {
+      for (tile_rows = p.block_q; tile_rows > most_panels * kPanelLanes<Sum>;) tile_rows /= 2;
+    } else if (p.length_q * group < tile_rows) {
+      tile_rows = larger<std::int64_t>(p.length_q * group, 1);  // all there are, in panels of even shares
+    } else {
+      return;
+    }
     panels = (tile_rows + kPanelLanes<Sum> - 1) / kPanelLanes<Sum>;
     panel_rows = round_up((tile_rows + panels - 1) / panels, kLanes<Sum>);
   }
