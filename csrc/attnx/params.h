@@ -106,6 +106,7 @@ struct RowBounds {
 // A table is null where absent.
 struct DistanceTables {
   const std::int32_t* index = nullptr;  // [length_q + length_k - 1]; null without tables
+  std::int64_t numbers = 0;             // of a row
   Tensor query;                         // [batch, heads_q, length_q, numbers]
   Tensor key;                           // [batch, heads_q, length_k, numbers]
 };

@@ -254,6 +254,6 @@ void add_per_block(const StableTensor& numbers, const float*& place, BlockList& 
   list.bias_row_stride = numbers.stride(2);
 }
 
-std::int64_t blocks_of(std::int64_t length, std::int64_t block) { return (length + block - 1) / block; }
+std::int64_t blocks_of(std::int64_t length, std::int64_t block) { return length / block + (length % block != 0); }
 
 }  // namespace attnx::ops

@@ -85,10 +85,12 @@ BlockList read_lists(const Lists& lists, const AttentionParams& p, std::int64_t 
 }
 
 // Lists are those of the lengths that a call names, also where no packed sequence is as long.
+std::int64_t listed_keys(const DenseWithLengths&, const AttentionParams& p) { return p.length_k; }
+std::int64_t listed_keys(const PackedWithPadding& packed, const AttentionParams&) { return packed.max_seqlen_k; }
 void read_listed_lengths(const DenseWithLengths&, AttentionParams&) {}
 void read_listed_lengths(const PackedWithPadding& packed, AttentionParams& p) {
-  p.length_q = packed.max_seqlen_q;
-  p.length_k = packed.max_seqlen_k;
+  p.length_q = packed.max_seqlen_q;  // which the rows of the lists bound
+  p.length_k = std::min<std::int64_t>(packed.max_seqlen_k, p.packed_rows_k);
 }
 
 template <class Layout>
@@ -106,7 +108,7 @@ void read(const Target& target, const Inputs& x, const Layout& layout, const Key
   read_block_size(size, p);
   p.key_blocks =
       read_lists({"kv_num_blocks", "kv_indices", "block_bias", lists.kv_num_blocks, lists.kv_indices, lists.block_bias},
-                 p, blocks_of(p.length_q, p.block_q), blocks_of(p.length_k, p.block_k));
+                 p, blocks_of(p.length_q, p.block_q), blocks_of(listed_keys(layout, p), p.block_k));
 }
 
 template <class Layout>
@@ -152,7 +154,7 @@ AllGradients<Layout> backward(const OutputGradients& gradients, const Inputs& x,
     const auto& [counts, indices, bias] = transposed;
     check(counts && indices, "q_num_blocks, q_indices: expected the transposed lists on CUDA, got None");
     p.query_blocks = read_lists({"q_num_blocks", "q_indices", "q_block_bias", *counts, *indices, bias}, p,
-                                blocks_of(p.length_k, p.block_k), blocks_of(p.length_q, p.block_q));
+                                blocks_of(listed_keys(layout, p), p.block_k), blocks_of(p.length_q, p.block_q));
     // Their order in a deterministic backward is counted once for an entry, whichever heads it serves.
     const BlockList& list = p.query_blocks;
     check((list.counts_batch_stride == 0) == (list.indices_batch_stride == 0) &&

@@ -64,6 +64,7 @@ void read(const Target& target, const Inputs& x, const Tables& tables, const Ter
   check_contiguous("table_index", tables.table_index);
   check_index(tables.table_index, std::max(of_query, of_key));
   p.terms.tables.index = data<const std::int32_t>(tables.table_index);
+  p.terms.tables.numbers = std::max(of_query, of_key);
 }
 
 Outputs forward(const Inputs& x, const Tables& tables, const Terms& terms, const Window& window) {

@@ -84,7 +84,8 @@ def disentangled_attention(
         query: (batch, heads, length_q, head_dim).
         key: (batch, kv_heads, length_k, head_dim).
         value: (batch, kv_heads, length_k, value_dim).
-        index: (length_q + length_k - 1,) int64 or int32, such as :func:`log_distance_buckets`.
+        index: (length_q + length_k - 1,) int64 or int32, such as :func:`log_distance_buckets`. Numbers of a device's
+            memory are not looked at: those out of range then stand for the last position.
         pos_key: (heads, positions, head_dim): keys of relative positions, which queries meet ("c2p").
         pos_query: (heads, positions, head_dim): queries of relative positions, which keys meet ("p2c"). At least one of
             the two is there.
@@ -102,7 +103,7 @@ def disentangled_attention(
 
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what came.
-        NotImplementedError: no kernel for these arguments on this device; there is one for the CPU.
+        NotImplementedError: no kernel for these arguments on this device.
 
     Source: He et al., arXiv 2006.03654.
     """

@@ -30,8 +30,11 @@ void launch(const BackwardPlan& plan, const BackwardCall& call) {
   with_dtype(p.dtype, [&]<DType kDType>() {
     if (plan.variant.terms) {
       with_head_dim<kTermsHeadDims>(p, [&]<int kHeadDim>() {
-        with_backward_score(p.score,
-                            [&]<Score kScore>() { launch_terms_backward_sm80<kScore, kDType, kHeadDim>(call); });
+        with_backward_score(p.score, [&]<Score kScore>() {
+          if constexpr (kScore == Score::kSoftmax)
+            if (plan.variant.tables) return launch_tables_backward_sm80<kScore, kDType, kHeadDim>(call);
+          launch_terms_backward_sm80<kScore, kDType, kHeadDim>(call);
+        });
         launch_grad_query_sm80<kDType, kHeadDim>(grad_query, call.variant, call.stream);
       });
     } else if (plan.mainloop == Mainloop::kSm80) {

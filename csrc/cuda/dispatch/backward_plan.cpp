@@ -75,6 +75,7 @@ BackwardPlan make_plan(const BackwardParams& p, std::optional<Mainloop> asked, b
   plan.variant.block_q = p.block_q;
   plan.variant.block_k = p.block_k;
   plan.variant.terms = has_terms(p);
+  plan.variant.tables = p.terms.tables.index;
   plan.variant.aligned = are_aligned(p, {p.query, p.grad_query}, {p.key, p.grad_key}, {p.value, p.grad_value}) &&
                          is_aligned(p, p.grad_output, p.heads_q, p.value_dim);
   const auto on_sm80 = [&] {

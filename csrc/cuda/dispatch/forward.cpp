@@ -47,8 +47,11 @@ void launch(const ForwardPlan& plan, const ForwardCall& call) {
       if (plan.variant.terms) {
         // One kernel serves softmax with a sink and without, because terms have kernels enough.
         constexpr Score kOrSink = kScore == Score::kSoftmax ? Score::kSoftmaxSink : kScore;
-        with_head_dim<kTermsHeadDims>(
-            p, [&]<int kHeadDim>() { launch_terms_forward_sm80<kOrSink, kDType, kHeadDim>(call); });
+        with_head_dim<kTermsHeadDims>(p, [&]<int kHeadDim>() {
+          if constexpr (kOrSink == Score::kSoftmaxSink)
+            if (plan.variant.tables) return launch_tables_forward_sm80<kOrSink, kDType, kHeadDim>(call);
+          launch_terms_forward_sm80<kOrSink, kDType, kHeadDim>(call);
+        });
       } else if (plan.mainloop == Mainloop::kSm80) {
         with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() { launch_forward_sm80<kScore, kDType, kHeadDim>(call); });
       } else if constexpr (ATTNX_CUDA_SM90) {

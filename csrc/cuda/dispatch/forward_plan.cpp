@@ -76,6 +76,7 @@ ForwardPlan make_plan(const ForwardParams& p, std::optional<Mainloop> asked, voi
   plan.variant.block_q = p.block_q;
   plan.variant.block_k = p.block_k;
   plan.variant.terms = has_terms(p);
+  plan.variant.tables = p.terms.tables.index;
   plan.variant.aligned =
       are_aligned(p, {p.query}, {p.key}, {p.value}) && is_aligned(p, p.output, p.heads_q, p.value_dim);
   const auto on_sm80 = [&] {

@@ -57,7 +57,7 @@ BackwardPlan make_plan(const BackwardParams& params, std::optional<Mainloop> ask
 
 // This is why a call with terms runs sm_80's loop.
 inline constexpr const char* kTermsReason =
-    "it has no attn_mask, key_bias, key_mask, row_bounds, softcap or dropout, and the call has one of them";
+    "it has no attn_mask, key_bias, key_mask, row_bounds, tables, softcap or dropout, and the call has one of them";
 
 // This sets what depends on the mainloop. It takes sm_90's where the device has it and nothing speaks against it, else
 // sm_80's. `plan_sm90` returns what speaks against it, or nothing. It throws std::runtime_error where sm_90's is asked

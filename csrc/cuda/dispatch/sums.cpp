@@ -52,7 +52,9 @@ void max_logits(const MaxLogitsParams& p, const Launch& where) {
 }
 
 void launch_grad_sums(const BackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
-  if (!p.grad_block_bias && !p.grad_attn_mask.data && !plan.added_sums && !plan.factor_sums) return;
+  if (!p.grad_block_bias && !p.grad_attn_mask.data && !plan.added_sums && !plan.factor_sums &&
+      !p.grad_query_table.data && !p.grad_key_table.data)
+    return;
   const GradSumsCall call{p,
                           geometry_of(p, 1, 1),
                           scaling_of(p),

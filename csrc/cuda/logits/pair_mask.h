@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "cuda/common/logits.h"
+#include "cuda/logits/terms.h"
 
 namespace attnx::cuda {
 
@@ -71,23 +72,30 @@ __device__ __forceinline__ void apply_mask(float (&s)[kM][kN][4], const PairMask
   }
 }
 
-// Input is the type of the call's queries. All keys of the thread are `inside` where none is past the last one.
-template <class Input, class Args, int kM, int kN>
-__device__ __forceinline__ void apply_mask(float (&s)[kM][kN][4], const Args& args, int batch, int head, int row,
-                                           int key, bool inside, MaskEnds ends) {
-  const PairMask& mask = args.terms.attn_mask;
-  const auto apply = [&]<class Mask>(Mask) {
-    const auto* of_head =
-        static_cast<const typename Mask::Number*>(mask.data) + batch * mask.batch_stride + head * mask.head_stride;
-    if (inside && args.terms.mask_in_pairs) {
-      apply_mask<Mask, true>(s, mask, of_head, row, key, ends);
-    } else {
-      apply_mask<Mask, false>(s, mask, of_head, row, key, ends);
-    }
-  };
-  if (mask.kind == MaskKind::kBool) apply(HidingMask());
-  if (mask.kind == MaskKind::kInput) apply(AddedMask<Input>());
-  if (mask.kind == MaskKind::kSum) apply(AddedMask<float>());
-}
+// This is the policy of the numbers of pairs that attn_mask has.
+struct MaskNumbers {
+  using Arguments = LogitTermsArguments;
+  static Arguments arguments(const LogitTermsArguments& terms, const AttentionParams&) { return terms; }
+  static constexpr bool kHasLists = true;
+
+  // Input is the type of the call's queries. All keys of the thread are `inside` where none is past the last one.
+  template <class Input, class Args, int kM, int kN>
+  static __device__ __forceinline__ void add(float (&s)[kM][kN][4], const Args& args, int batch, int head, int row,
+                                             int key, bool inside, MaskEnds ends) {
+    const PairMask& mask = args.terms.attn_mask;
+    const auto apply = [&]<class Mask>(Mask) {
+      const auto* of_head =
+          static_cast<const typename Mask::Number*>(mask.data) + batch * mask.batch_stride + head * mask.head_stride;
+      if (inside && args.terms.mask_in_pairs) {
+        apply_mask<Mask, true>(s, mask, of_head, row, key, ends);
+      } else {
+        apply_mask<Mask, false>(s, mask, of_head, row, key, ends);
+      }
+    };
+    if (mask.kind == MaskKind::kBool) apply(HidingMask());
+    if (mask.kind == MaskKind::kInput) apply(AddedMask<Input>());
+    if (mask.kind == MaskKind::kSum) apply(AddedMask<float>());
+  }
+};
 
 }  // namespace attnx::cuda

@@ -11,6 +11,7 @@ struct Plain {
   using Arguments = LogitScaling;
   static Arguments arguments(const LogitScaling& scaling, const AttentionParams&) { return scaling; }
 
+  static constexpr bool kHasLists = true;
   // Query heads that share a key head may share tiles of rows.
   static constexpr bool kPerHead = false;
   // Only tiles that are not whole go through place().

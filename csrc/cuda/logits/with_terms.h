@@ -8,17 +8,20 @@
 #include "cuda/logits/kept_weights.h"
 #include "cuda/logits/pair_mask.h"
 #include "cuda/logits/row_bounds.h"
-#include "cuda/logits/terms.h"
+#include "cuda/logits/table_numbers.h"
 
 namespace attnx::cuda {
 
-// This is the logits policy.
-struct WithTerms {
-  using Arguments = LogitTermsArguments;
+// This is the logits policy, by what has a number for each pair.
+template <class PairNumbers>
+struct LogitsWithTerms {
+  using Arguments = typename PairNumbers::Arguments;
   static Arguments arguments(const LogitScaling& scaling, const AttentionParams& p) {
-    return {scaling, kernel_terms(p)};
+    return PairNumbers::arguments({scaling, kernel_terms(p)}, p);
   }
 
+  // Some calls list blocks of keys.
+  static constexpr bool kHasLists = PairNumbers::kHasLists;
   static constexpr bool kPerHead = true;
   static constexpr bool kEveryTile = true;
 
@@ -98,7 +101,7 @@ struct WithTerms {
 #pragma unroll
           for (int e = 0; e < 4; ++e) s[m][n][e] = fmaf(s[m][n][e], multiplier, by_key[n][e % 2]);
 
-      apply_mask<Input>(s, args, place.batch, head, row, key, inside, ends);
+      PairNumbers::template add<Input>(s, args, place.batch, head, row, key, inside, ends);
       if (ragged) place_logits(s, args, band, head, row, key, 1);
       hide_outside_bounds(s, args.terms.row_bounds, place.batch, head, row, key, ends.last_row);
 
@@ -173,5 +176,9 @@ struct WithTerms {
     }
   };
 };
+
+struct WithTerms : LogitsWithTerms<MaskNumbers> {};
+// The numbers of tables have kernels of their own, because they take registers that the others keep free.
+struct WithTables : LogitsWithTerms<TableNumbers> {};
 
 }  // namespace attnx::cuda

@@ -15,6 +15,7 @@ namespace attnx::cuda {
 struct Variant {
   bool wide, listed, aligned;
   bool terms;                     // in the logits
+  bool tables;                    // of them, by distance
   std::int64_t block_q, block_k;  // of lists
 };
 
@@ -61,6 +62,10 @@ template <Score kScore, DType kDType, int kHeadDim>
 void launch_terms_forward_sm80(const ForwardCall& call);
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_terms_backward_sm80(const BackwardCall& call);
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_tables_forward_sm80(const ForwardCall& call);
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_tables_backward_sm80(const BackwardCall& call);
 
 // These passes around the backward depend on the score, or on the tiles of its mainloop.
 template <Score kScore>

@@ -28,9 +28,11 @@ struct ForwardSm80 {
 
   static void run(const ForwardCall& call) {
     if (call.variant.listed) {
-      if (!call.variant.aligned) return launch<Listed, false, typename Sizes::Narrow>(call);
-      call.variant.wide ? launch<Listed, true, typename Sizes::WideListed>(call)
-                        : launch<Listed, true, typename Sizes::Narrow>(call);
+      if constexpr (Logits::kHasLists) {
+        if (!call.variant.aligned) return launch<Listed, false, typename Sizes::Narrow>(call);
+        call.variant.wide ? launch<Listed, true, typename Sizes::WideListed>(call)
+                          : launch<Listed, true, typename Sizes::Narrow>(call);
+      }
     } else if (!call.variant.aligned) {
       launch<Banded, false, typename Sizes::Narrow>(call);
     } else {

@@ -8,6 +8,7 @@
 #include "cuda/mainloop/sm80/tile_sizes.h"
 #include "cuda/mainloop/summands.h"
 #include "cuda/reduction/blocks.h"
+#include "cuda/reduction/table_rows.h"
 #include "cuda/reduction/term_numbers.h"
 #include "cuda/storage/strided_either.h"
 #include "cuda/units/sums_call.h"
@@ -35,32 +36,54 @@ class GradSumsSm80 {
         call, call.scaling, call.rows, Blocks::parameters(call.params), Blocks::blocks(call.params));
   }
 
-  static void launch_terms(const GradSumsCall& call, const LogitTermsArguments& logits, bool of_factors,
+  template <class Logits>
+  static void launch_terms(const GradSumsCall& call, const typename Logits::Arguments& logits, bool of_factors,
                            const TermNumbers::Parameters& numbers) {
     using Tile = typename Sizes::GradTerms;
-    launch<GradTerms, TermNumbers, StridedEither<Input>, Tile, WithTerms>(call, logits, {call.rows, of_factors},
-                                                                          numbers, numbers.owners);
+    launch<GradTerms, TermNumbers, StridedEither<Input>, Tile, Logits>(call, logits, {call.rows, of_factors}, numbers,
+                                                                       numbers.owners);
+  }
+
+  static void launch_table(const GradSumsCall& call, const WithTables::Arguments& logits, const Tensor& sums,
+                           bool of_keys) {
+    if (!sums.data) return;
+    using Tile = typename Sizes::GradTerms;
+    const auto& p = call.params;
+    const std::int64_t tiles =
+        of_keys ? (p.length_k + Tile::kN - 1) / Tile::kN : (p.length_q + Tile::kM - 1) / Tile::kM;
+    launch<GradTerms, TableRows, StridedEither<Input>, Tile, WithTables>(
+        call, logits, {call.rows, false}, {Divisor(std::max<std::int64_t>(tiles, 1)), of_keys, p.terms.tables, sums},
+        p.batch * p.heads_q * tiles);
+  }
+
+  template <class Logits>
+  static void run_with(const GradSumsCall& call) {
+    using Tile = typename Sizes::GradTerms;
+    const auto& p = call.params;
+    typename Logits::Arguments logits = Logits::arguments(call.scaling, p);
+    if constexpr (std::is_same_v<Logits, WithTables>) {
+      launch_table(call, logits, p.grad_query_table, false);
+      launch_table(call, logits, p.grad_key_table, true);
+    }
+    if (p.grad_block_bias) launch_terms<Logits>(call, logits, false, TermNumbers::by_block(p));
+    if (has_gradient_of_pairs(p)) launch_terms<Logits>(call, logits, false, TermNumbers::of_mask<Tile>(p));
+    if (call.distance_sums) launch_terms<Logits>(call, logits, false, TermNumbers::by_distance<Tile>(p, call.distance_sums));
+    // The pass that adds up sums by key multiplies with key_mask what is not the gradient of key_mask.
+    logits.terms.key_mask = {};
+    const auto by_key = [&](float* sums, bool of_factors) {
+      launch_terms<Logits>(call, logits, of_factors, TermNumbers::by_key<Tile>(p, sums));
+    };
+    if (call.added_sums) by_key(call.added_sums, false);
+    if (call.factor_sums && call.factor_sums != call.added_sums) by_key(call.factor_sums, true);
   }
 
  public:
   static void run(const GradSumsCall& call) {
-    using Tile = typename Sizes::GradTerms;
     const auto& p = call.params;
-    if (!has_terms(p)) {
-      if (p.grad_block_bias) launch_blocks(call);
-      return;
-    }
-    LogitTermsArguments logits = WithTerms::arguments(call.scaling, p);
-    if (p.grad_block_bias) launch_terms(call, logits, false, TermNumbers::by_block(p));
-    if (has_gradient_of_pairs(p)) launch_terms(call, logits, false, TermNumbers::of_mask<Tile>(p));
-    if (call.distance_sums) launch_terms(call, logits, false, TermNumbers::by_distance<Tile>(p, call.distance_sums));
-    // The pass that adds up sums by key multiplies with key_mask what is not the gradient of key_mask.
-    logits.terms.key_mask = {};
-    const auto by_key = [&](float* sums, bool of_factors) {
-      launch_terms(call, logits, of_factors, TermNumbers::by_key<Tile>(p, sums));
-    };
-    if (call.added_sums) by_key(call.added_sums, false);
-    if (call.factor_sums && call.factor_sums != call.added_sums) by_key(call.factor_sums, true);
+    if constexpr (Score::kNormalised)
+      if (p.terms.tables.index) return run_with<WithTables>(call);
+    if (has_terms(p)) return run_with<WithTerms>(call);
+    if (p.grad_block_bias) launch_blocks(call);
   }
 };
 

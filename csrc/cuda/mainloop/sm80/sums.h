@@ -134,7 +134,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) attnx_sums
                                                  other[r]);
           x = logits.weight(x, n, e % 2);
         }
-    sums.template add<Summand::kHasFactor>(s, other);
+    if constexpr (requires { sums.add_step(s, args, walk, step); })
+      sums.add_step(s, args, walk, step);
+    else
+      sums.template add<Summand::kHasFactor>(s, other);
 
     step = walk.next(step);
     if constexpr (Tile::kStages == 1 && !Reduction::kCopiesLate) {
