@@ -88,6 +88,16 @@ def test_definition(given: str, shape: Shape, dtype: torch.dtype, backend: Backe
     check(inputs, grad_output, index=index)
 
 
+@pytest.mark.parametrize("heads", [1, 3], ids="{} heads".format)
+def test_any_index(heads: int, dtype: torch.dtype, backend: Backend) -> None:
+    """Neighbouring keys of a row may have any positions, and some of them the same one again."""
+    shape = Shape(length_q=70, length_k=101, heads=heads, batch=2)
+    inputs, grad_output = random_inputs(shape, dtype, backend.device)
+    inputs |= {name: draw_positions(shape, dtype, backend.device) for name in ("pos_key", "pos_query")}
+    index = torch.randint(0, 2 * SPAN, (170,), generator=torch.Generator().manual_seed(0))
+    check(inputs, grad_output, index=index, window=(60, 70))
+
+
 def test_threads_and_terms(threads: int, backend: Backend) -> None:
     """A causal window beside shares of keys and dropout, the same bits every time."""
     shape, dtype = Shape(length_q=150, length_k=200, batch=2, heads=4), backend.dtypes()[0]
@@ -101,6 +111,7 @@ def test_threads_and_terms(threads: int, backend: Backend) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.backends("cpu")  # which has float64
 def test_gradient(backend: Backend) -> None:
     shape = Shape(length_q=5, length_k=7, head_dim=3, batch=2, heads=2)
     inputs, _ = random_inputs(shape, torch.float64, backend.device)
@@ -162,7 +173,7 @@ def test_bad_input(change: dict[str, Any], message: str, backend: Backend) -> No
 
 
 def test_bad_index_of_the_operator(backend: Backend) -> None:
-    inputs, _ = random_inputs(Shape(length_q=3, length_k=4, heads=2), torch.float32, backend.device)
+    inputs, _ = random_inputs(Shape(length_q=3, length_k=4, heads=2), backend.dtypes()[0], backend.device)
     rows = torch.zeros(1, 2, 3, 5)
     rest = (None, None, None, 0.0, None, None, None, False, -1, -1, 0)
     for number in (-1, 5):
@@ -172,8 +183,9 @@ def test_bad_index_of_the_operator(backend: Backend) -> None:
 
 
 def test_explained(backend: Backend) -> None:
-    inputs, _ = random_inputs(SHAPES[0], torch.float32, backend.device)
-    index, given = attnx.log_distance_buckets(65, 65, span=8), {"pos_key": torch.zeros(4, 16, 16), "softcap": 2.0}
+    inputs, _ = random_inputs(SHAPES[0], backend.dtypes()[0], backend.device)
+    positions = torch.zeros(4, 16, 16, dtype=backend.dtypes()[0])
+    index, given = attnx.log_distance_buckets(65, 65, span=8), {"pos_key": positions, "softcap": 2.0}
     explanation = attnx.explain(attnx.disentangled_attention, *inputs.values(), index, **given)
     assert explanation.supported
     assert explanation.kernel is not None
@@ -185,6 +197,7 @@ def module(**options: Any) -> DisentangledSelfAttention:
     return DisentangledSelfAttention(24, 4, span=8, max_distance=32, **options).double()
 
 
+@pytest.mark.backends("cpu")  # which has float64
 @pytest.mark.parametrize("options", [{}, {"share_projections": True}, {"p2c": False}, {"c2p": False}], ids=str)
 def test_module(options: dict[str, Any]) -> None:
     """It is the operator around its projections, and every parameter gets a gradient."""
@@ -224,8 +237,9 @@ def test_bad_module() -> None:
 
 
 def test_compiled(backend: Backend) -> None:
-    inputs, _ = random_inputs(SHAPES[0], torch.float32, backend.device)
-    inputs["pos_key"] = random_parameter((4, 16, 16), torch.float32, backend.device)
+    dtype = backend.dtypes()[0]
+    inputs, _ = random_inputs(SHAPES[0], dtype, backend.device)
+    inputs["pos_key"] = draw_positions(SHAPES[0], dtype, backend.device)
     index = attnx.log_distance_buckets(65, 65, span=8)
     compiled = torch.compile(attnx.disentangled_attention, fullgraph=True, backend="aot_eager", dynamic=True)
     torch.testing.assert_close(compiled(**inputs, index=index), attnx.disentangled_attention(**inputs, index=index))

@@ -40,7 +40,7 @@ struct TableRows {
         steps_ = tiles(queries.end - row_, Tile::kM);
       } else {
         row_ = own * Tile::kM;
-        key_ = band.visible(row_).first;
+        key_ = band.visible(row_).first / Tile::kN * Tile::kN;  // dropout draws by whole tiles
         steps_ = tiles(band.visible(min(row_ + Tile::kM, sequence_.length_q) - 1).end - key_, Tile::kN);
       }
     }
