@@ -16,6 +16,7 @@ _POLICIES = {
     "Clustered": "clustered",
     "Unpacked": "staircase",
     "WithTerms": "terms",
+    "WithTables": "tables",
 }
 # These are the words of false and true where they are a kernel's own arguments, or a policy's.
 _FLAGS = {

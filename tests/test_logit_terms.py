@@ -234,6 +234,26 @@ def test_what_is_hidden_does_not_leak(
         assert (spoilt[name][:, :, 20:30] == 0).all()
 
 
+@pytest.mark.needs("hidden_nonfinite")
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_learned_share_of_0_does_not_leak(operator: str, dtype: torch.dtype, backend: Backend) -> None:
+    """A hidden key is visited for the gradient of its own share, and for no other."""
+    needs(backend, ("key_mask",))
+    shape = Shape(length_q=70, length_k=130, heads=2)
+    inputs, grad_output = random_inputs(shape, dtype, backend.device)
+    inputs["key_mask"] = draw_term("key_mask", shape, dtype, backend.device)
+    inputs["key_mask"][..., 20:30] = 0
+    clean = forward_backward(getattr(attnx, operator), inputs, grad_output)
+    inputs["key"][:, :, 20:30] = math.nan
+    inputs["value"][:, :, 20:30] = math.nan
+    spoilt = forward_backward(getattr(attnx, operator), inputs, grad_output)
+    for name in clean:
+        part = [x[name] if name in ("output", "grad_query") else x[name][..., :20] for x in (spoilt, clean)]
+        if name in ("grad_key", "grad_value"):
+            part = [x[name][:, :, 30:] for x in (spoilt, clean)]
+        torch.testing.assert_close(*part, msg=name)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_strides_of_masks(operator: str, dtype: torch.dtype, backend: Backend) -> None:
     needs(backend, ("attn_mask", "bool_mask"), gradients=False)
