@@ -961,16 +961,31 @@ def pointer_log_prob(
     key: Tensor,
     target: Tensor,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
+    window: Window = None,
     sink: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
-    visible = visible_keys(query.shape[2], key.shape[2], query.device, is_causal=is_causal, window=window)
-    logits = _logits(query, key, scale, None, visible).where(visible, -math.inf)
-    if sink is not None:
-        logits = torch.cat([logits, _per_head(sink, query.shape[1]).expand(*logits.shape[:3], 1)], -1)
-    return logits.log_softmax(-1).gather(-1, target.long()[..., None])[..., 0]
+    terms = _Terms.of(options, None)
+    logits, visible = _pointer_logits(query, key, scale, is_causal, window, terms)
+    value = key.new_zeros(*key.shape[:3], 1)
+    _, logsumexp = _softmax(logits, visible, value, sink, terms)
+    index = target.long()[..., None]
+    logit, visible = logits.gather(-1, index)[..., 0], visible.gather(-1, index)[..., 0]
+    if (share := terms.share()) is not None:
+        share = share.expand(logits.shape).gather(-1, index)[..., 0]
+        logit, visible = logit + share.where(share > 0, 1.0).log(), visible & (share > 0)
+    return (logit - logsumexp.where(visible, 0.0)).where(visible, -math.inf)
+
+
+def _pointer_logits(
+    query: Tensor, key: Tensor, scale: float | Tensor | None, is_causal: bool, window: Window, terms: _Terms
+) -> tuple[Tensor, Tensor]:
+    """The logits, -inf where a key is hidden, and which are not."""
+    distance, visible, _ = _band(query, key, is_causal, window, 0, None, None)
+    logits, visible = terms.add(_logits(query, key, scale, None, distance, terms), visible)
+    return logits.where(visible, -math.inf), visible
 
 
 def softmax_attention_varlen(
