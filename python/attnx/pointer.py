@@ -1,4 +1,4 @@
-"""Attention whose weights are the answer: log-probabilities of keys, without the matrix of them."""
+"""Attention whose weights are the answer: keys, and the log-probabilities of keys, without the matrix of them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from attnx import _arguments, _shards
+from attnx._random import draw_round
+from attnx._terms import resolve_terms
 from attnx.functional import Window, softmax_attention
 
-__all__ = ["pointer_log_prob"]
+__all__ = ["pointer_argmax", "pointer_log_prob", "pointer_sample"]
+
+_ops = torch.ops.attnx
 
 
 def pointer_log_prob(
@@ -106,6 +110,125 @@ def pointer_log_prob(
     return (logit - logsumexp.where(seen, 0.0)).where(seen, -torch.inf)
 
 
+def pointer_argmax(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | Tensor | None = None,
+    is_causal: bool = False,
+    window: Window = None,
+    softcap: float | None = None,
+    attn_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """The key to which each query points with the largest probability.
+
+    Args:
+        query: (batch, heads, length_q, head_dim).
+        key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads.
+        scale, is_causal, window: as of :func:`attnx.softmax_attention`.
+        softcap, attn_mask, key_bias, key_mask: as of :func:`attnx.sigmoid_attention`.
+
+    Returns:
+        (batch, heads, length_q) int64: the index of the key with the largest logit, of equals the lowest; -1 where a
+        query sees no key. Memory is linear in the lengths. It has no gradient.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names it, what was expected and what came.
+        NotImplementedError: no kernel for these arguments on this device; the message names what is missing.
+
+    Source: Vinyals et al., "Pointer Networks", arXiv 1506.03134.
+    """
+    _shards.expect_whole("pointer_argmax")
+    options = (scale, is_causal, window, softcap, attn_mask, key_bias, key_mask)
+    return _choose(query, key, 0.0, (None, None), *options)
+
+
+def pointer_sample(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    is_causal: bool = False,
+    window: Window = None,
+    softcap: float | None = None,
+    attn_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    r"""A key that each query points to, drawn with the probabilities of :func:`attnx.pointer_log_prob`.
+
+    .. math:: \arg\max_j\, L_{ij} + T g_{ij}, \qquad g_{ij} = -\ln(-\ln(1 - u_{ij}))
+
+    with u uniform in (0, 1) has key j with the probability :math:`e^{L_{ij} / T} / \sum_k e^{L_{ik} / T}`.
+
+    Args:
+        query: (batch, heads, length_q, head_dim).
+        key: (batch, kv_heads, length_k, head_dim); heads is a multiple of kv_heads.
+        temperature: T, from 0, which is :func:`attnx.pointer_argmax`, on.
+        generator: draws seed and offset where they are not given; by default torch's own of query's device.
+        seed: an int or an int64 tensor of shape (), on query's device: with offset it decides all u, on every backend
+            alike, and in :mod:`attnx.reference`.
+        offset: the round, from 0 to 2^32 - 1, likewise; a new one at each step draws others.
+        scale, is_causal, window: as of :func:`attnx.softmax_attention`.
+        softcap, attn_mask, key_bias, key_mask: as of :func:`attnx.sigmoid_attention`.
+
+    Returns:
+        (batch, heads, length_q) int64: the index of a key, -1 where a query sees none. Memory is linear in the lengths.
+        It has no gradient; that of the log-probability of what was drawn is what REINFORCE takes.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names it, what was expected and what came.
+        NotImplementedError: no kernel for these arguments on this device; the message names what is missing.
+
+    Sources: Bello et al., "Neural Combinatorial Optimization with Reinforcement Learning", arXiv 1611.09940, draw
+    routes from such probabilities; Maddison et al., "A* Sampling", arXiv 1411.0030, draw by the largest of perturbed
+    logits.
+    """
+    _shards.expect_whole("pointer_sample")
+    temperature = _arguments.number("temperature", temperature, "a finite number from 0 on")
+    _arguments.tensors(query=query, key=key)
+    drawn: tuple[Tensor | None, Tensor | None] = (None, None)
+    if temperature != 0:
+        drawn = draw_round(generator, seed, offset, query.device)
+    options = (scale, is_causal, window, softcap, attn_mask, key_bias, key_mask)
+    return _choose(query, key, temperature, drawn, *options)
+
+
+def _choose(
+    query: Tensor,
+    key: Tensor,
+    temperature: float,
+    drawn: tuple[Tensor | None, Tensor | None],
+    scale: float | Tensor | None,
+    is_causal: bool,
+    window: Window,
+    softcap: float | None,
+    attn_mask: Tensor | None,
+    key_bias: Tensor | None,
+    key_mask: Tensor | None,
+) -> Tensor:
+    _arguments.tensors(query=query, key=key)
+    query, scale = _arguments.with_scale(query, scale)
+    band = _arguments.flag("is_causal", is_causal), *_arguments.window(window)
+    (attn_mask, *_), (softcap, key_bias, key_mask, *_) = resolve_terms(
+        "pointer_sample",
+        query,
+        key,
+        key,
+        softcap=softcap,
+        attn_mask=attn_mask,
+        key_bias=key_bias,
+        key_mask=key_mask,
+    )
+    return _ops.pointer_sample(query, key, softcap, attn_mask, key_bias, key_mask, temperature, *drawn, scale, *band, 0)
+
+
 def _product(query: Tensor, key: Tensor, target: Tensor) -> Tensor:
     """Of each query and its target."""
     group = query.shape[1] // key.shape[1]
@@ -132,5 +255,5 @@ def _of_target(x: Tensor, target: Tensor) -> Tensor:
     all. Its gradient is as large as x."""
     x = x[(None,) * (4 - x.dim())]
     of_rows = torch.meshgrid(*(torch.arange(n, device=x.device) for n in target.shape), indexing="ij")
-    places = [i if n > 1 else 0 for i, n in zip(of_rows, x.shape, strict=False)]
-    return x[(*places, target)]
+    places = (*(i if n > 1 else 0 for i, n in zip(of_rows, x.shape, strict=False)), target)
+    return x[places]

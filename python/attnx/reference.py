@@ -29,8 +29,11 @@ __all__ = [
     "block_sparse_attention",
     "block_sparse_attention_varlen",
     "dropout_factors",
+    "gumbel_noise",
     "philox",
+    "pointer_argmax",
     "pointer_log_prob",
+    "pointer_sample",
     "probabilistic_attention",
     "probabilistic_attention_varlen",
     "probabilistic_block_mask",
@@ -977,6 +980,53 @@ def pointer_log_prob(
         share = share.expand(logits.shape).gather(-1, index)[..., 0]
         logit, visible = logit + share.where(share > 0, 1.0).log(), visible & (share > 0)
     return (logit - logsumexp.where(visible, 0.0)).where(visible, -math.inf)
+
+
+def pointer_argmax(query: Tensor, key: Tensor, **options: Any) -> Tensor:
+    return pointer_sample(query, key, temperature=0.0, **options)
+
+
+def pointer_sample(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    offset: int = 0,
+    scale: float | Tensor | None = None,
+    is_causal: bool = False,
+    window: Window = None,
+    **options: Any,
+) -> Tensor:
+    terms = _Terms.of(options, None)
+    logits, _ = _pointer_logits(query, key, scale, is_causal, window, terms)
+    if (share := terms.share()) is not None:
+        logits = logits + share.log()
+    if temperature > 0:
+        logits = logits + temperature * gumbel_noise(logits.shape, seed, offset)
+    if key.shape[2] == 0:
+        return torch.full(logits.shape[:3], -1, device=query.device)
+    largest, index = logits.max(-1)
+    return index.where(largest > -math.inf, -1)
+
+
+def gumbel_noise(shape: Sequence[int], seed: int, offset: int) -> Tensor:
+    """What :func:`attnx.pointer_sample` adds to logits (batch, heads, length_q, length_k) at temperature 1.
+
+    One call of Philox draws the words of 4 keys of a row, two neighbours in each of two groups of eight keys; float32
+    holds the uniform numbers they make.
+
+    Args:
+        shape: of the logits.
+        seed, offset: as in :func:`attnx.pointer_sample`.
+    """
+    batch, heads, length_q, length_k = shape
+    j, head = torch.arange(length_k), torch.arange(batch * heads).view(batch, heads, 1, 1)
+    place = j // 16 * 4 + j % 8 // 2, torch.arange(length_q)[:, None], head, torch.tensor(offset)
+    words = torch.stack(philox(torch.broadcast_tensors(*place), seed), -1)
+    word = words.gather(-1, (j // 8 % 2 * 2 + j % 2).expand(words.shape[:-1])[..., None])[..., 0]
+    uniform = (((word >> 1).float() + 0.5) * 2**-31).clamp(max=1 - 2**-24)
+    return -(-(-uniform.double()).log1p()).log()
 
 
 def _pointer_logits(
