@@ -284,6 +284,7 @@ def sigmoid_attention(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    head_mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     terms = _Terms.of(options, leftpad_k)
@@ -291,7 +292,7 @@ def sigmoid_attention(
     distance, visible, keys = _band(query, key, is_causal, window, position_offset, seqused_k, leftpad_k)
     logits = _logits(query, key, scale, alibi_slopes, distance, terms)
     added = _per_head(bias, heads) if isinstance(bias, Tensor) else _sigmoid_bias(bias, keys, visible)
-    return _sigmoid(logits + added, visible, value, terms)
+    return _times(head_mask, _sigmoid(logits + added, visible, value, terms))
 
 
 def softmax_attention(
@@ -307,6 +308,7 @@ def softmax_attention(
     leftpad_k: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
+    head_mask: Tensor | None = None,
     return_logsumexp: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -314,7 +316,14 @@ def softmax_attention(
     distance, visible, _ = _band(query, key, is_causal, window, position_offset, seqused_k, leftpad_k)
     logits, visible = terms.add(_logits(query, key, scale, alibi_slopes, distance, terms), visible)
     output, logsumexp = _softmax(logits.where(visible, -math.inf), visible, value, sink, terms)
+    if head_mask is not None:
+        logsumexp = logsumexp.where(head_mask[..., None] != 0, -math.inf)
+    output = _times(head_mask, output)
     return (output, logsumexp) if return_logsumexp else output
+
+
+def _times(head_mask: Tensor | None, output: Tensor) -> Tensor:
+    return output if head_mask is None else output * head_mask.double()[..., None, None]
 
 
 def disentangled_attention(
