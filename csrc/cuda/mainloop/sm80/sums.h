@@ -134,6 +134,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) attnx_sums
                                                  other[r]);
           x = logits.weight(x, n, e % 2);
         }
+    if constexpr (requires { sums.begin(args, walk, step); }) sums.begin(args, walk, step);
     sums.template add<Summand::kHasFactor>(s, other);
 
     step = walk.next(step);
