@@ -108,6 +108,8 @@ def run_the_others(dtype: torch.dtype, device: torch.device) -> None:
     query, key, value = inputs.values()
     centroids, counts = random_centroids(4, 3, 32).to(device), torch.ones(4, 3, device=device)
     attnx.attention_max_logits(query, key)
+    attnx.pointer_argmax(query, key)
+    attnx.pointer_sample(query, key, seed=1, offset=2)
     attnx.probabilistic_block_mask(2, 4, 70, 70, density=0.5, mode="topm", seed=3, offset=0, device=device)
     products = torch.randn(2, 4, 2, 2, device=device)
     torch.ops.attnx.sparse_linear_labels(products, 70, 70, 64, 64, 0.05, 0.1, "ceil", True, 0)

@@ -341,7 +341,8 @@ def _disentangled(query: Tensor, key: Tensor, value: Tensor, pos_key: Tensor, po
 
 def _row_weights(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     weights = attnx.attention_row_weights(query, key, is_causal=True)
-    return weights @ value + attnx.attention_max_logits(query.detach(), key.detach())[..., None]
+    statistics = attnx.attention_max_logits(query.detach(), key.detach()) + attnx.pointer_argmax(query, key)
+    return weights @ value + statistics[..., None]
 
 
 def _drawn_lists(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -499,6 +500,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "attention_key_weights": lambda x: attnx.attention_key_weights(x, x),
     "attention_row_weights": lambda x: attnx.attention_row_weights(x, x),
     "attention_max_logits": lambda x: attnx.attention_max_logits(x, x),
+    "pointer_argmax": lambda x: attnx.pointer_argmax(x, x),
+    "pointer_sample": lambda x: attnx.pointer_sample(x, x),
     "pointer_log_prob": lambda x: attnx.pointer_log_prob(x, x, torch.zeros(1, 4, 64, dtype=torch.int64)),
 }
 

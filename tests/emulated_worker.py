@@ -250,6 +250,9 @@ def _weights(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     inputs, _ = random_inputs(Shape(length_q=150, length_k=200, head_dim=head_dim, heads=2, kv_heads=1), dtype, CPU)
     del inputs["value"]
     results = {"maxima": attnx.attention_max_logits(**inputs, window=(90, 20))}
+    mask = torch.rand(150, 200, generator=torch.Generator().manual_seed(0)) < 0.8
+    drawn = attnx.pointer_sample(**inputs, window=(90, 20), softcap=5.0, attn_mask=mask, seed=1, offset=2)
+    results["drawn"] = drawn.float()
     for name in ("attention_key_weights", "attention_row_weights"):
         results[name] = getattr(attnx, name)(**inputs, score=score, window=(90, 20))
     return results

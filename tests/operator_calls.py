@@ -78,6 +78,9 @@ def _weights(dtype: torch.dtype) -> None:
     _differentiate(attnx.attention_key_weights, inputs, score="sigmoid", window=(5, 3))
     _differentiate(attnx.attention_row_weights, inputs, rows=range(10, 20), is_causal=True)
     attnx.attention_max_logits(*inputs, window=(5, 3))
+    mask, share = torch.rand(1, 4, 20, 30) < 0.9, torch.rand(2, 1, 30)
+    attnx.pointer_argmax(*inputs, is_causal=True)
+    attnx.pointer_sample(*inputs, seed=3, offset=1, softcap=5.0, attn_mask=mask, key_bias=share, key_mask=share)
 
 
 def _maps(dtype: torch.dtype) -> None:

@@ -218,7 +218,7 @@ DRAWN: dict[str, tuple[Callable[..., Call], set[str]]] = {
     "routing_attention": (routing, {"grouped_queries", "value_dim", "causal", "memory_kv"}),
 }
 ELSEWHERE = {"hidden_nonfinite"}  # in test_nonfinite.py
-WITHOUT_GRADIENT = {"attention_max_logits"}  # in test_weights.py
+WITHOUT_GRADIENT = {"attention_max_logits", "pointer_sample"}  # in test_weights.py and test_pointer_sample.py
 DENSE = {"sigmoid_attention", "softmax_attention"}  # in test_capabilities.py
 
 

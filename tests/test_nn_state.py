@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from attnx.nn import (
     AffineScaledAttention,
+    DiscreteKeyValueBottleneck,
     ProbabilisticAttention,
     RoutingAttention,
     SigmoidAttention,
@@ -30,6 +31,8 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "sparse_linear": lambda **x: SparseLinearAttention(24, 4, output_norm=True, **x),
     "sparse_linear_sla2": lambda **x: SparseLinearAttention(24, 4, mix="sla2", linear_bias=True, **x),
     "affine": lambda **x: AffineScaledAttention(24, 4, is_causal=True, **x),
+    "bottleneck": lambda **x: DiscreteKeyValueBottleneck(24, 4, 10, **x),
+    "bottleneck_projected": lambda **x: DiscreteKeyValueBottleneck(24, 3, 10, key_dim=5, **x),
     "probabilistic": lambda **x: ProbabilisticAttention(24, 4, eval_seed=3, **x),
     "probabilistic_table": lambda **x: ProbabilisticAttention(24, 4, keep=KEEP, eval_seed=3, **x),
     "routing": lambda **x: RoutingAttention(24, 4, 3, num_memory=2, cluster_size=5, **x),

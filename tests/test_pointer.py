@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -28,9 +29,18 @@ def _inputs(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor]
 
 def _eager(query: Tensor, key: Tensor, target: Tensor, **options: Any) -> Tensor:
     """The plain computation: the matrix in the dtype of query, its logarithms in float32."""
+    softcap, attn_mask, key_bias, key_mask = (
+        options.pop(name, None) for name in ("softcap", "attn_mask", "key_bias", "key_mask")
+    )
     logits = query * query.shape[-1] ** -0.5 @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).mT
     visible = reference.visible_keys(query.shape[2], key.shape[2], query.device, **options)
-    log_prob = logits.to(parameter_dtype(query.dtype)).masked_fill(~visible, -torch.inf).log_softmax(-1)
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    logits = logits.to(parameter_dtype(query.dtype))
+    if attn_mask is not None:
+        logits = logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
+    logits = logits if key_bias is None else logits + key_bias[:, :, None]
+    logits = logits if key_mask is None else logits + key_mask.log()[:, :, None]
+    log_prob = logits.masked_fill(~visible, -torch.inf).log_softmax(-1)
     return log_prob.gather(-1, target[..., None])[..., 0]
 
 
@@ -44,6 +54,61 @@ def test_masks(options: dict[str, Any], dtype: torch.dtype, device: torch.device
     plain = forward_backward(_eager, inputs, grad_output, target=target, **options)
     for name, x in got.items():
         assert_close(x, want[name], plain[name], name=name, dtype=dtype)
+
+
+def _terms(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Numbers of each kind, none of which hides a target of ``_inputs``."""
+    numbers = parameter_dtype(dtype)
+    share = torch.rand(2, 1, 40, dtype=numbers) * 0.8 + 0.2
+    share[:, :, 8:11] = 0
+    pairs = torch.randn(2, 1, 33, 40, dtype=numbers)
+    pairs[..., 12] = -torch.inf
+    every = {"attn_mask": pairs, "key_bias": torch.randn(1, 4, 40, dtype=numbers), "key_mask": share}
+    return {name: x.to(device) for name, x in every.items()}
+
+
+@pytest.mark.parametrize("given", [["attn_mask"], ["key_bias"], ["key_mask"], ["attn_mask", "key_bias", "key_mask"]])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_terms(given: list[str], softcap: float | None, dtype: torch.dtype, device: torch.device) -> None:
+    """The target's logit has them as the others do, and so have their gradients."""
+    inputs, target, grad_output = _inputs(dtype, device)
+    every = _terms(dtype, device)
+    inputs |= {name: every[name] for name in given}
+    options = {"target": target, "is_causal": True, "softcap": softcap}
+    got = forward_backward(attnx.pointer_log_prob, inputs, grad_output, **options)
+    exact = {name: x.double() for name, x in inputs.items()}
+    want = forward_backward(reference.pointer_log_prob, exact, grad_output.double(), **options)
+    plain = forward_backward(_eager, inputs, grad_output, **options)
+    for name, x in got.items():
+        # The plain form has no gradient of a share of 0, nor of what it hides.
+        baseline = plain[name].where(plain[name].isfinite(), want[name].to(plain[name].dtype))
+        assert_close(x, want[name], baseline, name=name, dtype=dtype)
+
+
+def test_terms_that_change_nothing(dtype: torch.dtype, device: torch.device) -> None:
+    inputs, target, _ = _inputs(dtype, device)
+    visible = torch.ones(33, 40, dtype=torch.bool, device=device)
+    got = attnx.pointer_log_prob(
+        **inputs, target=target, softcap=math.inf, attn_mask=visible, key_mask=visible[None, :1]
+    )
+    assert_close(got, attnx.pointer_log_prob(**inputs, target=target).double(), got, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "key_bias", "key_mask"])
+def test_targets_that_terms_hide(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    inputs, target, _ = _inputs(dtype, device)
+    hidden = target == 3
+    numbers = torch.zeros(2, 1, 40, dtype=parameter_dtype(dtype), device=device)
+    numbers[..., 3] = -torch.inf
+    given = {"attn_mask": (numbers == 0)[:, :, None], "key_bias": numbers, "key_mask": numbers.exp()}[name]
+    leaves = {key: x.requires_grad_() for key, x in inputs.items()}
+    if name != "attn_mask":
+        leaves[name] = given.requires_grad_()
+    log_prob = attnx.pointer_log_prob(target=target, **({name: given} | leaves))
+    assert hidden.any()
+    assert torch.equal(log_prob == -torch.inf, hidden)
+    gradients = torch.autograd.grad(log_prob.where(~hidden, 0.0).sum(), list(leaves.values()))
+    assert all(x.isfinite().all() for x in gradients)
 
 
 def test_hidden_targets(dtype: torch.dtype, device: torch.device) -> None:
@@ -80,10 +145,27 @@ def test_gradients(backend: object) -> None:
 
 
 @pytest.mark.backends("cpu")
+def test_gradients_of_terms(backend: object) -> None:
+    inputs, target, _ = _inputs(torch.float64, torch.device("cpu"))
+    leaves = [x[:1, :, :9].clone().requires_grad_() for x in inputs.values()]
+    torch.manual_seed(3)
+    mask, bias = torch.randn(1, 1, 9, 9).double(), torch.randn(1, 4, 9).double()
+    share, scale = torch.rand(1, 1, 9).double() * 0.8 + 0.1, torch.rand(4).double()
+
+    def log_prob(query: Tensor, key: Tensor, *numbers: Tensor) -> Tensor:
+        of = dict(zip(("attn_mask", "key_bias", "key_mask", "scale"), numbers, strict=True))
+        return attnx.pointer_log_prob(query, key, target[:1, :, :9], softcap=2.0, **of)
+
+    assert torch.autograd.gradcheck(log_prob, [*leaves, *(x.requires_grad_() for x in (mask, bias, share, scale))])
+
+
+@pytest.mark.backends("cpu")
 def test_compiled(backend: object) -> None:
     inputs, target, _ = _inputs(torch.float32, torch.device("cpu"))
     compiled = torch.compile(attnx.pointer_log_prob, fullgraph=True, backend="aot_eager", dynamic=True)
     assert torch.equal(compiled(**inputs, target=target), attnx.pointer_log_prob(**inputs, target=target))
+    given = {"target": target, "softcap": 3.0, **_terms(torch.float32, torch.device("cpu"))}
+    assert torch.equal(compiled(**inputs, **given), attnx.pointer_log_prob(**inputs, **given))
 
 
 @pytest.mark.backends("cpu")

@@ -88,6 +88,8 @@ SCHEMAS = [
     f"attention_key_weights({QK}, Tensor? logsumexp, Tensor? row_weights, {RULE}, {MASK}) -> Tensor",
     f"attention_row_weights({QK}, Tensor? logsumexp, {RULE}, {MASK}) -> Tensor",
     f"attention_max_logits({QK}, {MASK}) -> Tensor",
+    f"pointer_sample({QK}, float? softcap, Tensor? attn_mask, Tensor? key_bias, Tensor? key_mask, float temperature, "
+    f"Tensor? seed, Tensor? offset, {MASK}) -> Tensor",
     f"probabilistic_attention({QKV}, {LENGTHS}, {DRAWN}, {SCORE}) -> ({SOFTMAX_RESULTS})",
     f"probabilistic_attention_varlen({QKV}, {PADDED}, {DRAWN}, {SCORE}) -> ({SOFTMAX_RESULTS})",
     f"probabilistic_attention_backward({SOFTMAX_SAVED}, {LENGTHS}, {DRAWN}, {SCORE}, bool deterministic) -> ({GRADS})",

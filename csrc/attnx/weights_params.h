@@ -13,7 +13,7 @@ struct PerRow {
 };
 
 // value and value_dim are those of the key, and have no other part in it. The result is contiguous, in the
-// accumulator's type.
+// accumulator's type, but for indices.
 struct WeightsParams : AttentionParams {
   Tensor logsumexp;  // of normalised scores, as from the forward; largest logits ask for none
   void* result = nullptr;
@@ -27,5 +27,12 @@ struct KeyWeightsParams : WeightsParams {
 struct RowWeightsParams : WeightsParams {};
 // The largest logit of each row, -inf where it sees no key: [batch, heads_q, length_q].
 struct MaxLogitsParams : WeightsParams {};
+// The key of the largest logit of each row, of equals that with the lower index, -1 where it sees no key: int64,
+// [batch, heads_q, length_q]. With a temperature each logit gets that many times a draw (attnx/gumbel.h) first.
+struct ChosenKeysParams : WeightsParams {
+  double temperature = 0;
+  // These are numbers in the memory of the tensors, as those of LogitTerms are; null without a temperature.
+  const std::int64_t *seed = nullptr, *offset = nullptr;
+};
 
 }  // namespace attnx

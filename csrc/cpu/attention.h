@@ -18,10 +18,11 @@ void forward(const ForwardParams& params, const Executor& executor);
 void backward(const BackwardParams& params, const Executor& executor);
 void sum_over_batch(const SumOverBatchParams& params, const Executor& executor);
 
-// These tell about weights, and largest logits, without values.
+// These tell about weights, and largest logits and their keys, without values.
 void key_weights(const KeyWeightsParams& params, const Executor& executor);
 void row_weights(const RowWeightsParams& params, const Executor& executor);
 void max_logits(const MaxLogitsParams& params, const Executor& executor);
+void chosen_keys(const ChosenKeysParams& params, const Executor& executor);
 
 // These make the map of sparse-linear attention, and its linear part.
 void block_map(const BlockMapParams& params, const Executor& executor);

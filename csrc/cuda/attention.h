@@ -28,13 +28,15 @@ std::size_t backward_workspace(const BackwardParams& params, const Launch& launc
 void forward(const ForwardParams& params, const Launch& launch);
 void backward(const BackwardParams& params, const Launch& launch);
 
-// These tell about weights, and largest logits, without values.
+// These tell about weights, and largest logits and their keys, without values.
 std::size_t key_weights_workspace(const KeyWeightsParams& params, const Launch& launch);
 std::size_t row_weights_workspace(const RowWeightsParams& params, const Launch& launch);
 std::size_t max_logits_workspace(const MaxLogitsParams& params, const Launch& launch);
+std::size_t chosen_keys_workspace(const ChosenKeysParams& params, const Launch& launch);
 void key_weights(const KeyWeightsParams& params, const Launch& launch);
 void row_weights(const RowWeightsParams& params, const Launch& launch);
 void max_logits(const MaxLogitsParams& params, const Launch& launch);
+void chosen_keys(const ChosenKeysParams& params, const Launch& launch);
 
 // This describes the kernel that a call would run.
 struct KernelDescription {

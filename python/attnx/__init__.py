@@ -22,7 +22,7 @@ from attnx.functional import (  # noqa: E402
 )
 from attnx.mainloop import cuda_mainloop  # noqa: E402
 from attnx.merging import merge_attention, redistribute_attention  # noqa: E402
-from attnx.pointer import pointer_log_prob  # noqa: E402
+from attnx.pointer import pointer_argmax, pointer_log_prob, pointer_sample  # noqa: E402
 from attnx.probabilistic import (  # noqa: E402
     keep_probabilities,
     probabilistic_attention,
@@ -73,7 +73,9 @@ __all__ = [
     "merge_attention",
     "nearest_centroids",
     "nn",
+    "pointer_argmax",
     "pointer_log_prob",
+    "pointer_sample",
     "probabilistic_attention",
     "probabilistic_attention_varlen",
     "probabilistic_block_mask",

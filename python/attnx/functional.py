@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from attnx import _arguments, _nested, _shards
+from attnx import _arguments, _head_mask, _nested, _shards
 from attnx._layouts import takes_layouts
 from attnx._scores import ScoreName, SigmoidBias, resolve_score
 from attnx._structures import check_lengths
@@ -39,6 +39,7 @@ class DenseOptions(SoftmaxOptions, total=False):
     attn_mask: Tensor | None
     distance_bias: Tensor | None
     row_bounds: Tensor | None
+    head_mask: Tensor | None
     seqused_k: Tensor | None
     leftpad_k: Tensor | None
 
@@ -102,6 +103,7 @@ def sigmoid_attention(
     row_bounds: Tensor | None = None,
     key_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
+    head_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
@@ -160,6 +162,9 @@ def sigmoid_attention(
         key_mask: of the same shape and dtype, in [0, 1], or bool: what the weights of a key are multiplied by. It may
             require a gradient, which is there also where it is 0. Values outside are refused on the CPU, and on the
             GPU under ``ATTNX_DEBUG=1``.
+        head_mask: (heads,) or (batch, heads), dtype as for bias: what the output of a head is multiplied by. It may
+            require a gradient. Where nobody wants that, the loop leaves a head of factor 0 out on the CPU, if all query
+            heads of its key head are 0; on the GPU it is multiplied.
         dropout_p: the probability of a weight to be dropped, in [0, 1). It is rounded to a multiple of 1/256, p, and
             the others are divided by 1 - p. It applies whenever it is above 0; pass 0 in evaluation.
         generator: draws seed and offset where they are not given; by default torch's own of query's device.
@@ -202,11 +207,12 @@ def sigmoid_attention(
             row_bounds=row_bounds,
             key_bias=key_bias,
             key_mask=key_mask,
+            head_mask=head_mask,
         )
         return _nested.attend(sigmoid_attention_varlen, query, key, value, **options)
     if (ring := _shards.ring("sigmoid_attention")) is not None:
         _shards.expect_nothing(seqused_k=seqused_k, leftpad_k=leftpad_k, attn_mask=attn_mask, row_bounds=row_bounds)
-        _shards.expect_nothing(distance_bias=distance_bias, dropout_p=dropout_p)
+        _shards.expect_nothing(distance_bias=distance_bias, dropout_p=dropout_p, head_mask=head_mask)
         results: Tensor = ring(
             query,
             key,
@@ -227,6 +233,7 @@ def sigmoid_attention(
     query, scale = _arguments.with_scale(query, scale)
     mask = _mask(is_causal, window, position_offset)
     s = resolve_score("sigmoid", bias, tensor_bias=True)
+    of_heads = _head_mask.of_heads(head_mask, query)
     pairs, terms = resolve_terms(
         "sigmoid_attention",
         query,
@@ -235,7 +242,7 @@ def sigmoid_attention(
         softcap=softcap,
         attn_mask=attn_mask,
         distance_bias=distance_bias,
-        row_bounds=row_bounds,
+        row_bounds=_head_mask.bounds(of_heads, row_bounds, key),
         key_bias=key_bias,
         key_mask=key_mask,
         dropout_p=dropout_p,
@@ -244,9 +251,10 @@ def sigmoid_attention(
         offset=offset,
     )
     lengths = _arguments.key_lengths(seqused_k, leftpad_k, query, key)
-    return _ops.sigmoid_attention(
+    output = _ops.sigmoid_attention(
         query, key, value, *lengths, s.bias, alibi_slopes, s.bias_rule, s.bias_value, *pairs, *terms, scale, *mask
     )
+    return _head_mask.apply(of_heads, output)
 
 
 def sigmoid_attention_varlen(
@@ -360,6 +368,7 @@ def softmax_attention(
     row_bounds: Tensor | None = None,
     key_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
+    head_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
@@ -380,7 +389,8 @@ def softmax_attention(
     Returns:
         (batch, heads, length_q, value_dim) in the dtype of query; with ``return_logsumexp`` also
         :math:`\log (e^{\text{sink}_h} + \sum_j e^{\text{logit}_{ij}})` as (batch, heads, length_q), float32 (float64
-        for float64). A row that sees no key gives 0, and a logsumexp of the sink, or -inf. Both are differentiable.
+        for float64). A row that sees no key gives 0, and a logsumexp of the sink, or -inf; a head of
+        ``head_mask`` 0 gives 0 and -inf. Both are differentiable.
 
     Source of the sink: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", arXiv 2508.10925.
     """
@@ -400,11 +410,12 @@ def softmax_attention(
             row_bounds=row_bounds,
             key_bias=key_bias,
             key_mask=key_mask,
+            head_mask=head_mask,
         )
         return _nested.attend(softmax_attention_varlen, query, key, value, **options)
     if (ring := _shards.ring("softmax_attention")) is not None:
         _shards.expect_nothing(seqused_k=seqused_k, leftpad_k=leftpad_k, attn_mask=attn_mask, row_bounds=row_bounds)
-        _shards.expect_nothing(distance_bias=distance_bias, dropout_p=dropout_p)
+        _shards.expect_nothing(distance_bias=distance_bias, dropout_p=dropout_p, head_mask=head_mask)
         results: Tensor | tuple[Tensor, Tensor] = ring(
             query,
             key,
@@ -425,6 +436,7 @@ def softmax_attention(
     _arguments.optional_tensors(alibi_slopes=alibi_slopes, sink=sink)
     query, scale = _arguments.with_scale(query, scale)
     mask = _mask(is_causal, window, position_offset)
+    of_heads = _head_mask.of_heads(head_mask, query)
     pairs, terms = resolve_terms(
         "softmax_attention",
         query,
@@ -433,7 +445,7 @@ def softmax_attention(
         softcap=softcap,
         attn_mask=attn_mask,
         distance_bias=distance_bias,
-        row_bounds=row_bounds,
+        row_bounds=_head_mask.bounds(of_heads, row_bounds, key),
         key_bias=key_bias,
         key_mask=key_mask,
         dropout_p=dropout_p,
@@ -445,7 +457,8 @@ def softmax_attention(
     output, logsumexp = _ops.softmax_attention(
         query, key, value, *lengths, alibi_slopes, sink, *pairs, *terms, scale, *mask
     )
-    return (output, logsumexp) if return_logsumexp else output
+    output = _head_mask.apply(of_heads, output)
+    return (output, _head_mask.hide(of_heads, logsumexp)) if return_logsumexp else output
 
 
 @overload

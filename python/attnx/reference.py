@@ -29,8 +29,11 @@ __all__ = [
     "block_sparse_attention",
     "block_sparse_attention_varlen",
     "dropout_factors",
+    "gumbel_noise",
     "philox",
+    "pointer_argmax",
     "pointer_log_prob",
+    "pointer_sample",
     "probabilistic_attention",
     "probabilistic_attention_varlen",
     "probabilistic_block_mask",
@@ -281,6 +284,7 @@ def sigmoid_attention(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    head_mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     terms = _Terms.of(options, leftpad_k)
@@ -288,7 +292,7 @@ def sigmoid_attention(
     distance, visible, keys = _band(query, key, is_causal, window, position_offset, seqused_k, leftpad_k)
     logits = _logits(query, key, scale, alibi_slopes, distance, terms)
     added = _per_head(bias, heads) if isinstance(bias, Tensor) else _sigmoid_bias(bias, keys, visible)
-    return _sigmoid(logits + added, visible, value, terms)
+    return _times(head_mask, _sigmoid(logits + added, visible, value, terms))
 
 
 def softmax_attention(
@@ -304,6 +308,7 @@ def softmax_attention(
     leftpad_k: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
+    head_mask: Tensor | None = None,
     return_logsumexp: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -311,7 +316,14 @@ def softmax_attention(
     distance, visible, _ = _band(query, key, is_causal, window, position_offset, seqused_k, leftpad_k)
     logits, visible = terms.add(_logits(query, key, scale, alibi_slopes, distance, terms), visible)
     output, logsumexp = _softmax(logits.where(visible, -math.inf), visible, value, sink, terms)
+    if head_mask is not None:
+        logsumexp = logsumexp.where(head_mask[..., None] != 0, -math.inf)
+    output = _times(head_mask, output)
     return (output, logsumexp) if return_logsumexp else output
+
+
+def _times(head_mask: Tensor | None, output: Tensor) -> Tensor:
+    return output if head_mask is None else output * head_mask.double()[..., None, None]
 
 
 def disentangled_attention(
@@ -961,16 +973,78 @@ def pointer_log_prob(
     key: Tensor,
     target: Tensor,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     is_causal: bool = False,
-    window: tuple[int, int] = (-1, -1),
+    window: Window = None,
     sink: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
-    visible = visible_keys(query.shape[2], key.shape[2], query.device, is_causal=is_causal, window=window)
-    logits = _logits(query, key, scale, None, visible).where(visible, -math.inf)
-    if sink is not None:
-        logits = torch.cat([logits, _per_head(sink, query.shape[1]).expand(*logits.shape[:3], 1)], -1)
-    return logits.log_softmax(-1).gather(-1, target.long()[..., None])[..., 0]
+    terms = _Terms.of(options, None)
+    logits, visible = _pointer_logits(query, key, scale, is_causal, window, terms)
+    value = key.new_zeros(*key.shape[:3], 1)
+    _, logsumexp = _softmax(logits, visible, value, sink, terms)
+    index = target.long()[..., None]
+    logit, visible = logits.gather(-1, index)[..., 0], visible.gather(-1, index)[..., 0]
+    if (share := terms.share()) is not None:
+        share = share.expand(logits.shape).gather(-1, index)[..., 0]
+        logit, visible = logit + share.where(share > 0, 1.0).log(), visible & (share > 0)
+    return (logit - logsumexp.where(visible, 0.0)).where(visible, -math.inf)
+
+
+def pointer_argmax(query: Tensor, key: Tensor, **options: Any) -> Tensor:
+    return pointer_sample(query, key, temperature=0.0, **options)
+
+
+def pointer_sample(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    offset: int = 0,
+    scale: float | Tensor | None = None,
+    is_causal: bool = False,
+    window: Window = None,
+    **options: Any,
+) -> Tensor:
+    terms = _Terms.of(options, None)
+    logits, _ = _pointer_logits(query, key, scale, is_causal, window, terms)
+    if (share := terms.share()) is not None:
+        logits = logits + share.log()
+    if temperature > 0:
+        logits = logits + temperature * gumbel_noise(logits.shape, seed, offset)
+    if key.shape[2] == 0:
+        return torch.full(logits.shape[:3], -1, device=query.device)
+    largest, index = logits.max(-1)
+    return index.where(largest > -math.inf, -1)
+
+
+def gumbel_noise(shape: Sequence[int], seed: int, offset: int) -> Tensor:
+    """What :func:`attnx.pointer_sample` adds to logits (batch, heads, length_q, length_k) at temperature 1.
+
+    One call of Philox draws the words of 4 keys of a row, two neighbours in each of two groups of eight keys; float32
+    holds the uniform numbers they make.
+
+    Args:
+        shape: of the logits.
+        seed, offset: as in :func:`attnx.pointer_sample`.
+    """
+    batch, heads, length_q, length_k = shape
+    j, head = torch.arange(length_k), torch.arange(batch * heads).view(batch, heads, 1, 1)
+    place = j // 16 * 4 + j % 8 // 2, torch.arange(length_q)[:, None], head, torch.tensor(offset)
+    words = torch.stack(philox(torch.broadcast_tensors(*place), seed), -1)
+    word = words.gather(-1, (j // 8 % 2 * 2 + j % 2).expand(words.shape[:-1])[..., None])[..., 0]
+    uniform = (((word >> 1).float() + 0.5) * 2**-31).clamp(max=1 - 2**-24)
+    return -(-(-uniform.double()).log1p()).log()
+
+
+def _pointer_logits(
+    query: Tensor, key: Tensor, scale: float | Tensor | None, is_causal: bool, window: Window, terms: _Terms
+) -> tuple[Tensor, Tensor]:
+    """The logits, -inf where a key is hidden, and which are not."""
+    distance, visible, _ = _band(query, key, is_causal, window, 0, None, None)
+    logits, visible = terms.add(_logits(query, key, scale, None, distance, terms), visible)
+    return logits.where(visible, -math.inf), visible
 
 
 def softmax_attention_varlen(

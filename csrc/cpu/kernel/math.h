@@ -1,4 +1,4 @@
-// exp and reciprocal on vectors.
+// exp, log, reciprocal and tanh on vectors.
 #pragma once
 
 #include "simd.h"
@@ -38,6 +38,29 @@ ATTNX_INLINE Vec<float> exp(Vec<float> x) {
 ATTNX_INLINE Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
+}
+
+// The natural logarithm of a positive normal number; relative error below 2 units in the last place (Cephes' logf):
+// that of the mantissa m, between sqrt(1/2) and sqrt(2), by a polynomial in m - 1, and ln2 times the exponent, as the
+// sum of two.
+ATTNX_INLINE Vec<float> log(Vec<float> x) {
+  const Mask<float> bits = bit_cast<Mask<float>>(x);
+  Vec<float> m = bit_cast<Vec<float>>((bits & 0x007fffff) | 0x3f000000);  // from 1/2 to below 1
+  Mask<float> exponent = (bits >> 23) - 126;
+  const Mask<float> low = m < 0.707106781f;  // -1 where it is true
+  exponent += low;
+  m = (low ? m + m : m) - 1.0f;
+  const Vec<float> e = __builtin_convertvector(exponent, Vec<float>), square = m * m;
+  Vec<float> p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const Vec<float> rest = p * m * square - e * 2.12194440e-4f - square * 0.5f;
+  return m + rest + e * 0.693359375f;
 }
 
 // 1 / x for normal x with a normal reciprocal; relative error 2^-22.9.

@@ -3,6 +3,7 @@
 #include "dtype.h"
 #include "weights/by_key.h"
 #include "weights/by_row.h"
+#include "weights/chosen_keys.h"
 
 namespace attnx::cpu::ATTNX_ISA {
 
@@ -20,6 +21,8 @@ template <class Input, class Score>
 using RowWeightsKernel = ByRow<Input, RowWeights<Input, Score>>;
 template <class Input, class>
 using MaxLogitsKernel = ByRow<Input, MaxLogits<Input>>;
+template <class Input, class>
+using ChosenKeysKernel = ByRow<Input, ChosenKeys<Input>>;
 
 }  // namespace
 
@@ -33,6 +36,7 @@ using MaxLogitsKernel = ByRow<Input, MaxLogits<Input>>;
 ATTNX_WEIGHTS(key_weights, KeyWeightsParams, KeyWeights)
 ATTNX_WEIGHTS(row_weights, RowWeightsParams, RowWeightsKernel)
 ATTNX_WEIGHTS(max_logits, MaxLogitsParams, MaxLogitsKernel)
+ATTNX_WEIGHTS(chosen_keys, ChosenKeysParams, ChosenKeysKernel)
 #undef ATTNX_WEIGHTS
 
 }  // namespace attnx::cpu::ATTNX_ISA

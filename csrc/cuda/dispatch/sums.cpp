@@ -13,21 +13,23 @@ namespace attnx::cuda {
 namespace {
 
 // This calls launch.template operator()<score, dtype, head_dim>() for the unit of a call.
-template <class Launch>
+template <const auto& kHeadDims, class Launch>
 void with_unit(const AttentionParams& p, const Launch& launch) {
   with_backward_score(p.score, [&]<Score kScore>() {
     with_dtype(p.dtype, [&]<DType kDType>() {
-      with_head_dim<kSumsHeadDims>(p, [&]<int kHeadDim>() { launch.template operator()<kScore, kDType, kHeadDim>(); });
+      with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() { launch.template operator()<kScore, kDType, kHeadDim>(); });
     });
   });
 }
 
+template <const auto& kHeadDims = kSumsHeadDims>
 void launch(SumsCall call, const WeightsParams& p, const Launch& where) {
   call.geometry = geometry_of(p, 1, 1);
   call.scaling = scaling_of(p);
   call.aligned = are_aligned(p, {p.query}, {p.key}, {});
   call.stream = static_cast<cudaStream_t>(where.stream);
-  with_unit(p, [&]<Score kScore, DType kDType, int kHeadDim>() { launch_sums_sm80<kScore, kDType, kHeadDim>(call); });
+  with_unit<kHeadDims>(
+      p, [&]<Score kScore, DType kDType, int kHeadDim>() { launch_sums_sm80<kScore, kDType, kHeadDim>(call); });
 }
 
 }  // namespace
@@ -35,6 +37,7 @@ void launch(SumsCall call, const WeightsParams& p, const Launch& where) {
 std::size_t key_weights_workspace(const KeyWeightsParams&, const Launch&) { return 0; }
 std::size_t row_weights_workspace(const RowWeightsParams&, const Launch&) { return 0; }
 std::size_t max_logits_workspace(const MaxLogitsParams&, const Launch&) { return 0; }
+std::size_t chosen_keys_workspace(const ChosenKeysParams&, const Launch&) { return 0; }
 
 void key_weights(const KeyWeightsParams& p, const Launch& where) {
   const Range range("attnx::attention_key_weights");
@@ -51,6 +54,11 @@ void max_logits(const MaxLogitsParams& p, const Launch& where) {
   launch({.max_logits = &p}, p, where);
 }
 
+void chosen_keys(const ChosenKeysParams& p, const Launch& where) {
+  const Range range("attnx::pointer_sample");
+  launch<kChosenKeysHeadDims>({.chosen_keys = &p}, p, where);
+}
+
 void launch_grad_sums(const BackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
   if (!p.grad_block_bias && !p.grad_attn_mask.data && !plan.added_sums && !plan.factor_sums &&
       !p.grad_query_table.data && !p.grad_key_table.data)
@@ -63,8 +71,8 @@ void launch_grad_sums(const BackwardParams& p, const BackwardPlan& plan, cudaStr
                           plan.factor_sums,
                           plan.distance_sums,
                           stream};
-  with_unit(p,
-            [&]<Score kScore, DType kDType, int kHeadDim>() { launch_grad_sums_sm80<kScore, kDType, kHeadDim>(call); });
+  with_unit<kSumsHeadDims>(
+      p, [&]<Score kScore, DType kDType, int kHeadDim>() { launch_grad_sums_sm80<kScore, kDType, kHeadDim>(call); });
 
   const auto add_up = [&](const float* sums, const PerKey& factors, void* to, std::int64_t batch_stride,
                           std::int64_t head_stride, std::int64_t key_stride) {

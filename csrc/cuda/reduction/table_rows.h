@@ -7,8 +7,8 @@
 
 namespace attnx::cuda {
 
-// This is the reduction policy. A thread block owns the table's rows of a tile of queries, or of keys, and walks over the
-// tiles that they meet. A warp owns some of these rows, so that sums have one order.
+// This is the reduction policy. A thread block owns the table's rows of a tile of queries, or of keys, and walks over
+// the tiles that they meet. A warp owns some of these rows, so that sums have one order.
 struct TableRows {
   static constexpr bool kHasBias = false, kKeysStay = false, kRowsStay = false, kCopiesLate = true;
 

@@ -67,7 +67,8 @@ class GradSumsSm80 {
     }
     if (p.grad_block_bias) launch_terms<Logits>(call, logits, false, TermNumbers::by_block(p));
     if (has_gradient_of_pairs(p)) launch_terms<Logits>(call, logits, false, TermNumbers::of_mask<Tile>(p));
-    if (call.distance_sums) launch_terms<Logits>(call, logits, false, TermNumbers::by_distance<Tile>(p, call.distance_sums));
+    if (call.distance_sums)
+      launch_terms<Logits>(call, logits, false, TermNumbers::by_distance<Tile>(p, call.distance_sums));
     // The pass that adds up sums by key multiplies with key_mask what is not the gradient of key_mask.
     logits.terms.key_mask = {};
     const auto by_key = [&](float* sums, bool of_factors) {

@@ -8,11 +8,15 @@
 
 namespace attnx::cuda {
 
+// Chosen keys have kernels in these units alone: fewer features than 128 are padded, which saves their code.
+inline constexpr int kChosenKeysHeadDims[] = {128, 256};
+
 // The sums are those of one of these.
 struct SumsCall {
   const KeyWeightsParams* key_weights;
   const RowWeightsParams* row_weights;
   const MaxLogitsParams* max_logits;
+  const ChosenKeysParams* chosen_keys;
   Geometry geometry;
   LogitScaling scaling;
   bool aligned;

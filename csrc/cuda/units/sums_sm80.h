@@ -3,13 +3,15 @@
 
 #include "cuda/common/device.h"
 #include "cuda/logits/plain.h"
+#include "cuda/logits/with_terms.h"
 #include "cuda/mainloop/sm80/sums.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
 #include "cuda/mainloop/summands.h"
+#include "cuda/reduction/chosen_keys.h"
 #include "cuda/reduction/keys.h"
 #include "cuda/reduction/largest.h"
 #include "cuda/reduction/pairs.h"
-#include "cuda/storage/strided.h"
+#include "cuda/storage/strided_either.h"
 #include "cuda/units/sums_call.h"
 
 namespace attnx::cuda {
@@ -39,6 +41,18 @@ class SumsSm80 {
                  : launch<Summand, Reduction, false, Tile>(call, p, rows, reduction, blocks);
   }
 
+  static void launch_chosen_keys(const SumsCall& call, const ChosenKeysParams& p) {
+    using Tile = typename Sizes::Rows;
+    using Storage = StridedEither<Input>;
+    const std::int64_t rows = tiles(p.length_q, Tile::kM);
+    const ChosenKeys::Parameters reduction{Divisor(rows), static_cast<std::int64_t*>(p.result), float(p.temperature),
+                                           p.seed, p.offset};
+    const SumsArguments<PlainRows, ChosenKeys, Storage, WithTerms> args{
+        call.geometry, WithTerms::arguments(call.scaling, p), {}, {p.query, p.key, {}, {}}, reduction};
+    launch_kernel("attnx_sums_sm80", attnx_sums_sm80<Score, Logits, ChosenKeys, Storage, Tile, WithTerms>,
+                  rows * p.batch * p.heads_q, Tile::kThreads, Tile::kSharedBytes, call.stream, args);
+  }
+
   static RowsOfWeights<Score> rows_of(const WeightsParams& p, const PerRow& counts) {
     return {p.logsumexp, counts, Score::parameters(p)};
   }
@@ -58,6 +72,8 @@ class SumsSm80 {
       launch<Weights, Pairs, Tile>(call, p, rows_of(p, {}),
                                    {Divisor(rows), Divisor(keys), static_cast<float*>(p.result)}, rows * keys);
     } else if constexpr (Score::kNormalised) {  // logits are those of any score
+      if constexpr (kHeadDim >= kChosenKeysHeadDims[0])
+        if (call.chosen_keys) return launch_chosen_keys(call, *call.chosen_keys);
       const MaxLogitsParams& p = *call.max_logits;
       using Tile = typename Sizes::Rows;
       const std::int64_t rows = tiles(p.length_q, Tile::kM);

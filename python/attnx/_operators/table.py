@@ -53,6 +53,14 @@ OPERATORS = (
         autocast=("query", "key"),
         flops=weights.products,
     ),
+    # A draw depends on the place of its head in the batch, as a block's does.
+    Operator(
+        "pointer_sample",
+        NoDerivative("its results are indices"),
+        fake=weights.index_by_row,
+        autocast=("query", "key"),
+        flops=weights.products,
+    ),
     # A block's draw depends on the place of its head in the batch, so examples as more heads would draw others.
     Operator("probabilistic_attention", varlen=True, autocast=_QKV, flops=flops.drawn),
     Operator("probabilistic_block_lists", _LISTS, fake=probabilistic.lists, refusal=probabilistic.refusal),

@@ -27,6 +27,10 @@ def by_row(query: Tensor, **others: Any) -> Tensor:
     return query.new_empty(query.shape[:3], dtype=sum_dtype(query))
 
 
+def index_by_row(query: Tensor, **others: Any) -> Tensor:
+    return query.new_empty(query.shape[:3], dtype=torch.int64)
+
+
 def products(a: Arguments, backward: bool) -> int:
     """S alone."""
     return 2 * pairs_in_band(a) * a["query"].shape[-1]

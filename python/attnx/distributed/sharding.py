@@ -55,6 +55,7 @@ _OPERATORS = (
     "attention_key_weights",
     "attention_row_weights",
     "attention_max_logits",
+    "pointer_sample",
 )
 # Packed sequences begin with tokens, and have heads second, too; these begin with heads, and these have none.
 _PACKED_BY_HEAD = ("logsumexp", "key_bias", "key_mask")

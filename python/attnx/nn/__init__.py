@@ -1,7 +1,9 @@
 """The attention operators as modules."""
 
 from attnx.nn.affine import AffineScaledAttention
+from attnx.nn.bottleneck import DiscreteKeyValueBottleneck
 from attnx.nn.disentangled import DisentangledSelfAttention
+from attnx.nn.pointer import PointerHead
 from attnx.nn.probabilistic import ProbabilisticAttention
 from attnx.nn.routing import RoutingAttention
 from attnx.nn.sigmoid import SigmoidAttention
@@ -9,7 +11,9 @@ from attnx.nn.sparse_linear import SparseLinearAttention
 
 __all__ = [
     "AffineScaledAttention",
+    "DiscreteKeyValueBottleneck",
     "DisentangledSelfAttention",
+    "PointerHead",
     "ProbabilisticAttention",
     "RoutingAttention",
     "SigmoidAttention",

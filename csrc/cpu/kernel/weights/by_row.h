@@ -10,11 +10,11 @@ namespace attnx::cpu::ATTNX_ISA {
 // The weights themselves, [row][key].
 template <class Input, class Score>
 class RowWeights {
+ public:
   using Tile = WeightsTile<Input>;
   using Sum = typename Tile::Sum;
-  RowWeight<Sum, Score> weight_;
+  using Params = RowWeightsParams;
 
- public:
   void begin(const WeightsParams& p, const Sequence& s, const Panel<Sum>& panel) {
     weight_.begin(p, {}, s, panel);
     for (int lane = 0; lane < panel.rows; ++lane) set_zero(row(p, s, panel, lane), p.length_k);
@@ -37,6 +37,8 @@ class RowWeights {
   void finish(const WeightsParams&, const Sequence&, const Panel<Sum>&) const {}
 
  private:
+  RowWeight<Sum, Score> weight_;
+
   static Sum* row(const WeightsParams& p, const Sequence& s, const Panel<Sum>& panel, int lane) {
     const std::int64_t head = s.batch * p.heads_q + panel.head[lane];
     return static_cast<Sum*>(p.result) + (head * p.length_q + panel.query[lane]) * p.length_k;
@@ -46,12 +48,11 @@ class RowWeights {
 // The largest logit of a row, -inf where it sees no key.
 template <class Input>
 class MaxLogits {
+ public:
   using Tile = WeightsTile<Input>;
   using Sum = typename Tile::Sum;
-  static constexpr Sum kInfinity = __builtin_huge_valf();
-  alignas(kVectorBytes) Sum largest_[Tile::kWidth];
+  using Params = MaxLogitsParams;
 
- public:
   void begin(const WeightsParams&, const Sequence&, const Panel<Sum>&) {
     for (Sum& x : largest_) x = -kInfinity;
   }
@@ -74,16 +75,20 @@ class MaxLogits {
       static_cast<Sum*>(p.result)[head * p.length_q + panel.query[lane]] = largest_[lane];
     }
   }
+
+ private:
+  static constexpr Sum kInfinity = __builtin_huge_valf();
+  alignas(kVectorBytes) Sum largest_[Tile::kWidth];
 };
 
 template <class Input, class Result>
 class ByRow {
-  using Tile = WeightsTile<Input>;
+  using Tile = typename Result::Tile;
+  using Params = typename Result::Params;
   using A = typename Tile::A;
-  using Sum = typename A::Sum;
 
  public:
-  ByRow(const WeightsParams& p, const Executor& executor) : p_(p), executor_(executor) {}
+  ByRow(const Params& p, const Executor& executor) : p_(p), executor_(executor) {}
 
   std::int64_t workspace_bytes() const { return executor_.threads * Buffers(p_, nullptr).arena.used(); }
 
@@ -101,7 +106,7 @@ class ByRow {
     Tile tile;
     Result* result;
 
-    Buffers(const WeightsParams& p, char* block) : arena(block), tile(p, 1, arena), result(arena.take<Result>(1)) {}
+    Buffers(const Params& p, char* block) : arena(block), tile(p, 1, arena), result(arena.take<Result>(1)) {}
   };
 
   void visit(std::int64_t batch, std::int64_t head, std::int64_t row, char* memory) const {
@@ -118,7 +123,7 @@ class ByRow {
     b.result->finish(p_, s, b.tile.panel());
   }
 
-  const WeightsParams& p_;
+  const Params& p_;
   const Executor& executor_;
 };
 

@@ -3,6 +3,7 @@
 
 #include "../arena.h"
 #include "../gemm.h"
+#include "../logits/plain.h"
 #include "../rows.h"
 #include "../storage/strided.h"
 #include "../tiles/band.h"
@@ -10,7 +11,12 @@
 
 namespace attnx::cpu::ATTNX_ISA {
 
-template <class Input>
+// What the policies of logits ask of a score.
+struct OfLogits {
+  static constexpr bool kNormalised = true;
+};
+
+template <class Input, class Logits = PlainLogits>
 class WeightsTile {
  public:
   using A = Arithmetic<Input>;
@@ -22,7 +28,7 @@ class WeightsTile {
 
   // It holds `tiles` tiles of keys.
   WeightsTile(const WeightsParams& p, std::int64_t tiles, Arena& arena)
-      : p_(p), stride_(round_up(p.head_dim, kRowMultiple)) {
+      : p_(p), logits_(p, 1, arena), stride_(round_up(p.head_dim, kRowMultiple)) {
     keys_ = arena.take<Element>(tiles * kKeys * stride_);
     rows_ = arena.take<Element>(kWidth * stride_);
     query_ = arena.take<Element>(kWidth * stride_);
@@ -36,6 +42,7 @@ class WeightsTile {
   // Rows from this one on, of one query head.
   void load_rows(const Sequence& s, const BandTiles& tiles, std::int64_t head, std::int64_t row) {
     panel_->set(p_, s, tiles, head, 1, row, smaller<std::int64_t>(kWidth, s.length_q - row));
+    logits_.begin(0, *panel_, s);
     ATTNX_ISA::load_rows<A>(
         [&](std::int64_t i) { return row_of<const Input>(p_.query, s.batch, head, s.first_q + row + i); }, panel_->rows,
         p_.head_dim, rows_, stride_);
@@ -51,9 +58,11 @@ class WeightsTile {
   template <class Body>
   void for_each(const KeyTile& tile, std::int64_t place, Body body) {
     const std::int64_t keys = round_up(tile.count, A::kStep);
+    logits_.set_tile(tile);
+    if (logits_.hide(0, *panel_, tile, keys)) return;
     gemm<A>({keys_ + place * kKeys * stride_, stride_, A::kStep, query_, kWidth * A::kStep, products_, kWidth}, keys,
             panel_->vectors, (p_.head_dim + A::kStep - 1) / A::kStep, false);
-    const PanelOnTile<Sum> on_tile(*panel_, tile, keys);
+    const auto on_tile = logits_.on_tile(*panel_, tile, keys);
     for (int v = 0; v < panel_->vectors; ++v)
       for_each_logit<A>(products_, keys, Sum(p_.scale), *panel_, on_tile, v,
                         [&](auto key, auto& x, auto& visible, auto masked) { body(key, v, x, visible, masked); });
@@ -61,6 +70,7 @@ class WeightsTile {
 
  private:
   const WeightsParams& p_;
+  typename Logits::template Forward<A, OfLogits> logits_;
   std::int64_t stride_;
   Element *keys_, *rows_, *query_;
   Sum* products_;

@@ -1,0 +1,60 @@
+"""A factor of the output of each head, 0 of which hides all keys from a head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnx import _arguments, _capability
+
+
+def of_heads(head_mask: Any, query: Tensor) -> Tensor | None:
+    """As (batch or 1, heads).
+
+    Raises:
+        RuntimeError: it does not fit.
+    """
+    if head_mask is None:
+        return None
+    _arguments.optional_tensors(head_mask=head_mask)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    shape, name = tuple(query.shape[:2]), _capability.dtype_name
+    if head_mask.dtype != dtype or tuple(head_mask.shape) not in (shape, shape[1:]):
+        raise RuntimeError(
+            f"head_mask: expected {name(dtype)} of shape {shape[1:]} or {shape}, heads or sequences and heads, got "
+            f"{name(head_mask.dtype)} of shape {tuple(head_mask.shape)}"
+        )
+    if head_mask.device != query.device:
+        raise RuntimeError(f"head_mask: expected a tensor on {query.device} like query, got one on {head_mask.device}")
+    return head_mask if head_mask.dim() == 2 else head_mask[None]
+
+
+def bounds(mask: Tensor | None, row_bounds: Tensor | None, key: Tensor) -> Tensor | None:
+    """``row_bounds`` by which heads of factor 0 see no key, so that the loop leaves them out.
+
+    The gradient of a factor needs the output of its head. On CUDA row_bounds belong to a kernel of their own, which
+    calls that need nothing else of it are faster without.
+    """
+    if mask is None or _wants_gradient(mask) or _capability.backend_of(key.device) != "cpu" or key.dim() != 4:
+        return row_bounds
+    if row_bounds is None:
+        row_bounds = torch.tensor([0, key.shape[2]], dtype=torch.int32, device=key.device)
+    elif row_bounds.dtype != torch.int32 or row_bounds.dim() != 4:
+        return row_bounds  # the operator refuses it
+    return torch.where(mask[:, :, None, None] == 0, 0, row_bounds)
+
+
+def apply(mask: Tensor | None, output: Tensor) -> Tensor:
+    """The output, (batch, heads, length, dim), times the factors."""
+    return output if mask is None else (output * mask[:, :, None, None]).to(output.dtype)
+
+
+def hide(mask: Tensor | None, logsumexp: Tensor) -> Tensor:
+    """The logsumexp, (batch, heads, length), -inf where the factor is 0."""
+    return logsumexp if mask is None else logsumexp.masked_fill(mask[:, :, None] == 0, -torch.inf)
+
+
+def _wants_gradient(mask: Tensor) -> bool:
+    return mask.requires_grad and torch.is_grad_enabled()
