@@ -10,6 +10,7 @@ from attnx import importance, nn, reference  # noqa: E402  (they use the registe
 from attnx.affine import affine_attention  # noqa: E402
 from attnx.block_mask import BlockMask  # noqa: E402
 from attnx.compaction import PackedTokens, compact_tokens  # noqa: E402
+from attnx.delta_rule import gated_delta_rule  # noqa: E402
 from attnx.disentangled import disentangled_attention, log_distance_buckets  # noqa: E402
 from attnx.explain import explain  # noqa: E402
 from attnx.functional import (  # noqa: E402
@@ -67,6 +68,7 @@ __all__ = [
     "cuda_mainloop",
     "disentangled_attention",
     "explain",
+    "gated_delta_rule",
     "importance",
     "keep_probabilities",
     "log_distance_buckets",

@@ -29,6 +29,7 @@ __all__ = [
     "block_sparse_attention",
     "block_sparse_attention_varlen",
     "dropout_factors",
+    "gated_delta_rule",
     "philox",
     "pointer_log_prob",
     "probabilistic_attention",
@@ -442,6 +443,37 @@ def attention_max_logits(
     logits = _logits(query, key, scale, None, distance).where(_visible(distance, is_causal, window), -math.inf)
     largest = logits.amax(-1) if key.shape[2] else logits.new_full(logits.shape[:3], -math.inf)
     return largest if rows is None else largest[:, :, rows.start : rows.stop]
+
+
+def gated_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+) -> Any:
+    group = value.shape[1] // query.shape[1]
+    query, key, value, log_decay, beta = (x.double() for x in (query, key, value, log_decay, beta))
+    if isinstance(scale, Tensor):
+        scale = scale.double() if scale.dim() == 0 else scale.double()[:, None, None]
+    query = query * (query.shape[3] ** -0.5 if scale is None else scale)
+    query, key = (x.repeat_interleave(group, dim=1) for x in (query, key))
+    if initial_state is None:
+        state = query.new_zeros(*value.shape[:2], query.shape[3], value.shape[3])
+    else:
+        state = initial_state.double()
+    outputs = []
+    for t in range(query.shape[2]):
+        q, k, v = (x[:, :, t, :, None] for x in (query, key, value))
+        state = state * log_decay[:, :, t, None, None].exp()
+        state = state + k @ (beta[:, :, t, None, None] * (v - state.mT @ k)).mT
+        outputs.append((state.mT @ q).mT)
+    output = torch.cat(outputs, 2) if outputs else value
+    return (output, state) if return_state else output
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

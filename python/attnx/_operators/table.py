@@ -5,6 +5,7 @@ from __future__ import annotations
 from attnx._operators import (
     averages,
     block_sparse,
+    delta_rule,
     flops,
     probabilistic,
     routing,
@@ -53,6 +54,7 @@ OPERATORS = (
         autocast=("query", "key"),
         flops=weights.products,
     ),
+    Operator("gated_delta_rule", shapes=delta_rule.SHAPES, autocast=_QKV, flops=delta_rule.flops),
     # A block's draw depends on the place of its head in the batch, so examples as more heads would draw others.
     Operator("probabilistic_attention", varlen=True, autocast=_QKV, flops=flops.drawn),
     Operator("probabilistic_block_lists", _LISTS, fake=probabilistic.lists, refusal=probabilistic.refusal),
