@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,16 @@ def delta_inputs(
     if with_state:
         inputs["initial_state"] = draw(*shape.state()).to(parameter_dtype(dtype))
     return {name: x.to(device) for name, x in inputs.items()}
+
+
+def with_state(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Output and state as one tensor, the rows of the state after those of the tokens."""
+
+    def both(**inputs: Any) -> Tensor:
+        output, state = function(**inputs, return_state=True)
+        return torch.cat((output, state.to(output.dtype)), 2)
+
+    return both
 
 
 def plain_gated_delta_rule(

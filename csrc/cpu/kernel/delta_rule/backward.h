@@ -43,7 +43,7 @@ class DeltaRuleBackward {
  private:
   struct Buffers {
     Chunk chunk;
-    Sum* states;                 // before each chunk, [group][chunks + 1][key_dim][value_lanes]
+    Sum* states;                 // before each chunk, [group][chunks][key_dim][value_lanes]
     Sum* differences;            // of each chunk, [group][chunks][kChunk][value_lanes]
     Sum* grad_states;            // [group][key_dim][value_lanes]
     Sum* grad_inputs;            // of queries, then of keys, [count][key_lanes]
@@ -63,7 +63,7 @@ class DeltaRuleBackward {
       const auto take = [&](std::int64_t rows, std::int64_t lanes) {
         return arena.take<Sum>(Chunk::rows_size(rows, lanes));
       };
-      states = arena.take<Sum>(f.group_ * (f.chunks_ + 1) * f.state_size());
+      states = arena.take<Sum>(f.group_ * larger<std::int64_t>(f.chunks_, 1) * f.state_size());
       differences = arena.take<Sum>(f.group_ * f.chunks_ * kChunk * f.value_lanes_);
       grad_states = arena.take<Sum>(f.group_ * f.state_size());
       grad_inputs = take(2 * kChunk, f.key_lanes_);
@@ -82,7 +82,7 @@ class DeltaRuleBackward {
   std::int64_t state_size() const { return p_.key_dim * value_lanes_; }
   ValueColumns columns() const { return {0, p_.value_dim, value_lanes_}; }
   Sum* state(const Buffers& b, std::int64_t of_group, std::int64_t chunk) const {
-    return b.states + (of_group * (chunks_ + 1) + chunk) * state_size();
+    return b.states + (of_group * chunks_ + chunk) * state_size();
   }
   Sum* differences(const Buffers& b, std::int64_t of_group, std::int64_t chunk) const {
     return b.differences + (of_group * chunks_ + chunk) * kChunk * value_lanes_;
@@ -116,10 +116,11 @@ class DeltaRuleBackward {
   void go_forward(std::int64_t batch, std::int64_t head, std::int64_t g, std::int64_t chunk, Buffers& b) const {
     Chunk& c = b.chunk;
     const Sum* const before = state(b, g, chunk);
-    Sum* const after = state(b, g, chunk + 1);
     c.set_gates(batch, head, chunk * kChunk);
     c.find_differences(batch, head, chunk * kChunk, columns(), before, false);
     convert_row(differences(b, g, chunk), c.differences, c.count * value_lanes_);
+    if (chunk + 1 == chunks_) return;
+    Sum* const after = state(b, g, chunk + 1);
     c.scale_rows(c.differences, value_lanes_, c.gates->beta, Sum(1), b.corrections);
     convert_row(after, before, state_size());
     c.advance(b.corrections, after);
@@ -135,8 +136,7 @@ class DeltaRuleBackward {
     c.load_tokens(p_.grad_output, batch, head, first, columns(), grad_outputs);
     c.scale_rows(found, value_lanes_, c.gates->beta, Sum(1), b.corrections);
     set_zero(b.grad_sums, kChunk);
-    // The exponential of the whole chunk, and those up to its end, are all in the state after it.
-    b.grad_sums[count - 1] = dot(state(b, g, chunk + 1), grad_state, state_size());
+    b.grad_sums[count - 1] = c.gates->whole * dot(before, grad_state, state_size());
 
     find_grad_values(grad_state, grad_outputs, b);
     for (std::int64_t i = 0; i < count; ++i)
@@ -175,22 +175,24 @@ class DeltaRuleBackward {
     c.scale_rows(b.of_states, key_lanes_, c.gates->from_start, Sum(p_.scale), b.of_states);
     Chunk::multiply(b.grad_values, value_lanes_, b.by_column, key_lanes_, to_keys, c.count, p_.value_dim, false);
     c.scale_rows(to_keys, key_lanes_, c.gates->from_start, Sum(-1), to_keys);
-    add_with_sums(b.of_states, c.queries, 1, b.grad_inputs, b);
-    add_with_sums(to_keys, c.keys, 1, b.grad_inputs + c.count * key_lanes_, b);
+    for (std::int64_t i = 0; i < c.count; ++i)
+      b.grad_sums[i] += dot_of_rows(b.of_states, c.queries, i) + dot_of_rows(to_keys, c.keys, i);
+    const std::int64_t size = c.count * key_lanes_;
+    for (std::int64_t i = 0; i < 2 * size; ++i) b.grad_inputs[i] += b.of_states[i];
 
     Chunk::transpose(grad_state, value_lanes_, p_.key_dim, p_.value_dim, b.by_column, key_lanes_);
     Chunk::multiply(b.corrections, value_lanes_, b.by_column, key_lanes_, to_keys, c.count, p_.value_dim, false);
     c.scale_rows(to_keys, key_lanes_, c.gates->to_end, Sum(1), to_keys);
-    add_with_sums(to_keys, c.keys, -1, b.grad_inputs + c.count * key_lanes_, b);
-  }
-
-  // A gradient of rows that an exponential has multiplied, and that of its exponent.
-  void add_with_sums(const Sum* grads, const Sum* rows, Sum sign, Sum* to, Buffers& b) const {
-    for (std::int64_t i = 0; i < b.chunk.count; ++i) {
-      const Sum* const grad = grads + i * key_lanes_;
-      b.grad_sums[i] += sign * dot(grad, rows + i * key_lanes_, key_lanes_);
-      for (std::int64_t d = 0; d < key_lanes_; ++d) to[i * key_lanes_ + d] += grad[d];
+    // e^(G_n - G_i); of the last token it is 1.
+    for (std::int64_t i = 0; i < c.count - 1; ++i) {
+      const Sum both = dot_of_rows(to_keys, c.keys, i);
+      b.grad_sums[i] -= both;
+      b.grad_sums[c.count - 1] += both;
     }
+    for (std::int64_t i = 0; i < size; ++i) b.grad_inputs[size + i] += to_keys[i];
+  }
+  Sum dot_of_rows(const Sum* x, const Sum* y, std::int64_t i) const {
+    return dot(x + i * key_lanes_, y + i * key_lanes_, key_lanes_);
   }
 
   // What reaches queries and keys by the pairs of tokens of the chunk: dP and M + M^T are the factors of keys.
