@@ -88,7 +88,7 @@ SCHEMAS = [
     f"bool key_table_gradient, {WANTED_OF_KEYS}) -> ({GRADS}, Tensor grad_query_table, Tensor grad_key_table, "
     f"{KEY_TERM_GRADS})",
     f"gated_delta_rule({DELTA}) -> (Tensor output, Tensor state)",
-    f"gated_delta_rule_backward(Tensor grad_output, Tensor grad_state, {DELTA}) -> ({GRADS}, Tensor grad_log_decay, "
+    f"gated_delta_rule_backward(Tensor? grad_output, Tensor? grad_state, {DELTA}) -> ({GRADS}, Tensor grad_log_decay, "
     "Tensor grad_beta, Tensor grad_initial_state)",
     f"attention_key_weights({QK}, Tensor? logsumexp, Tensor? row_weights, {RULE}, {MASK}) -> Tensor",
     f"attention_row_weights({QK}, Tensor? logsumexp, {RULE}, {MASK}) -> Tensor",

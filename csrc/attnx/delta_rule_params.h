@@ -30,8 +30,8 @@ struct DeltaRuleForwardParams : DeltaRuleParams {
 };
 
 struct DeltaRuleBackwardParams : DeltaRuleParams {
-  Tensor grad_output;  // like value
-  Tensor grad_state;   // like initial_state
+  Tensor grad_output;  // like value; null: zeros
+  Tensor grad_state;   // like initial_state; null: zeros
   Tensor grad_query, grad_key, grad_value;
   // These are contiguous, in the accumulator's type.
   void *grad_log_decay = nullptr, *grad_beta = nullptr, *grad_initial_state = nullptr;

@@ -22,8 +22,9 @@ struct OutputAndState {
   StableTensor output, state;
   ATTNX_FIELDS(output, state)
 };
+// Of a result that nobody used there is none.
 struct GradOutputAndState {
-  StableTensor grad_output, grad_state;
+  std::optional<StableTensor> grad_output, grad_state;
   ATTNX_FIELDS(grad_output, grad_state)
 };
 struct DeltaGradients {
@@ -112,11 +113,13 @@ OutputAndState forward(const DeltaInputs& x, const Scale& options) {
 DeltaGradients backward(const GradOutputAndState& grads, const DeltaInputs& x, const Scale& options) {
   DeltaRuleBackwardParams p;
   read(x, options, p);
-  check_dtype("grad_output", grads.grad_output, x.query.scalar_type(), " like query");
-  check_shape("grad_output", grads.grad_output, {p.batch, p.heads_v, p.length, p.value_dim});
-  check_layout("grad_output", grads.grad_output);
-  p.grad_output = view_rows(grads.grad_output);
-  p.grad_state = read_state("grad_state", grads.grad_state, x.query, p);
+  if (grads.grad_output) {
+    check_dtype("grad_output", *grads.grad_output, x.query.scalar_type(), " like query");
+    check_shape("grad_output", *grads.grad_output, {p.batch, p.heads_v, p.length, p.value_dim});
+    check_layout("grad_output", *grads.grad_output);
+    p.grad_output = view_rows(*grads.grad_output);
+  }
+  if (grads.grad_state) p.grad_state = read_state("grad_state", *grads.grad_state, x.query, p);
   const ScalarType sums = sum_type(x.query);
   const std::vector of_gates{p.batch, p.heads_v, p.length};
   DeltaGradients y{empty_rows(x.query, p.key_dim),

@@ -133,7 +133,11 @@ class DeltaRuleBackward {
     Sum *const grad_state = b.grad_states + g * state_size(), *const grad_outputs =
                                                                   b.grad_values + count * value_lanes_;
     c.set_gates(batch, head, first);
-    c.load_tokens(p_.grad_output, batch, head, first, columns(), grad_outputs);
+    if (p_.grad_output.data) {
+      c.load_tokens(p_.grad_output, batch, head, first, columns(), grad_outputs);
+    } else {
+      set_zero(grad_outputs, count * value_lanes_);
+    }
     c.scale_rows(found, value_lanes_, c.gates->beta, Sum(1), b.corrections);
     set_zero(b.grad_sums, kChunk);
     b.grad_sums[count - 1] = c.gates->whole * dot(before, grad_state, state_size());
