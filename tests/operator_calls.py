@@ -73,7 +73,11 @@ def _blocks(dtype: torch.dtype) -> None:
 
 
 def _delta_rule(dtype: torch.dtype) -> None:
-    query, key, value = _draw(2, 2, 20, 16, dtype=dtype), _draw(2, 2, 20, 16, dtype=dtype), _draw(2, 4, 20, 8, dtype=dtype)
+    query, key, value = (
+        _draw(2, 2, 20, 16, dtype=dtype),
+        _draw(2, 2, 20, 16, dtype=dtype),
+        _draw(2, 4, 20, 8, dtype=dtype),
+    )
     gates = [-torch.rand(2, 4, 20), torch.rand(2, 4, 20)]
     _differentiate(attnx.gated_delta_rule, [query, key / 4, value, *gates])
     state = torch.randn(2, 4, 16, 8)

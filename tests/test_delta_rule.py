@@ -255,7 +255,10 @@ def test_the_operator_checks_values() -> None:
     """One growing number anywhere, whatever the strides are."""
     log_decay = GOOD["log_decay"].mT.contiguous().mT.clone(memory_format=torch.preserve_format)
     log_decay[1, 2, 3] = 1e-6
-    for operator, more in (("gated_delta_rule", ()), ("gated_delta_rule_backward", (GOOD["value"], GOOD["initial_state"]))):
+    for operator, more in (
+        ("gated_delta_rule", ()),
+        ("gated_delta_rule_backward", (GOOD["value"], GOOD["initial_state"])),
+    ):
         with pytest.raises(RuntimeError, match=r"^log_decay: expected .* got 1e-06 at \(1, 2, 3\)"):
             getattr(torch.ops.attnx, operator)(*more, *(GOOD | {"log_decay": log_decay}).values(), None)
     with pytest.raises(RuntimeError, match=r"^grad_state: expected shape \(2, 4, 8, 3\), got \(2, 4, 8, 2\)"):
