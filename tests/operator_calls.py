@@ -87,6 +87,15 @@ def _delta_rule(dtype: torch.dtype) -> None:
     )
 
 
+def _linear(dtype: torch.dtype) -> None:
+    inputs = [_draw(2, 4, 20, 6, dtype=dtype), _draw(2, 2, 20, 6, dtype=dtype), _draw(2, 2, 20, 8, dtype=dtype)]
+    _differentiate(attnx.linear_attention, inputs)
+    _differentiate(attnx.linear_attention, inputs, is_causal=False, feature_map="elu", return_state=True)
+    _differentiate(
+        lambda q, k, v, s: attnx.linear_attention(q, k, v, initial_state=s), [*inputs, torch.rand(2, 2, 28, 9)]
+    )
+
+
 def _weights(dtype: torch.dtype) -> None:
     inputs = [_draw(2, 4, 20, 16, dtype=dtype), _draw(2, 2, 30, 16, dtype=dtype)]
     _differentiate(attnx.attention_key_weights, inputs, row_weights=torch.rand(2, 1, 20), is_causal=True)
@@ -136,7 +145,7 @@ def valid_calls() -> dict[str, list[Arguments]]:
     torch.manual_seed(0)
     with RecordedCalls() as recorded:
         for dtype in (torch.float32, torch.bfloat16):
-            for record in (_pointwise, _blocks, _delta_rule, _weights, _maps, _routing, _staircase):
+            for record in (_pointwise, _blocks, _delta_rule, _linear, _weights, _maps, _routing, _staircase):
                 record(dtype)
     calls: dict[str, list[Arguments]] = {name: [] for name in NAMES}
     for operator, args, _ in recorded.seen:

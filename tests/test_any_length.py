@@ -68,6 +68,7 @@ ATTENTIONS: dict[str, Callable[..., Tensor]] = {
     ),
     "disentangled": disentangled,
     "gated delta rule": delta_rule,
+    "linear": attnx.linear_attention,
     "key weights": lambda query, key, value: attnx.attention_key_weights(query, key, is_causal=True)[..., None] * value,
 }
 LENGTHS = (320, 448, 1030, 40, 65)

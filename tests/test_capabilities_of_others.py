@@ -3,7 +3,9 @@ dense ones in test_capabilities.py: whatever the table promises must work, forwa
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor
 
 import attnx
 from attnx import reference
+from attnx._operators.linear_state import features
 from attnx._capability import Capability, table
 from backends import Backend
 from calls import has_kernel, random_positions
@@ -150,6 +153,24 @@ def delta_rule(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: tor
     return Call(own, definition, definition, inputs)
 
 
+def linear(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
+    feature_map = draw(st.sampled_from(["taylor", "elu", "softmax"]))
+    shape = shapes(draw, row)
+    is_causal = draw(st.booleans())
+    head_dim = min(shape.head_dim, 20 if feature_map == "taylor" else 256)
+    length_k = shape.length_q if is_causal else shape.length_k
+    shape = dataclasses.replace(
+        shape, head_dim=head_dim, length_k=length_k, value_dim=shape.value_dim or shape.head_dim
+    )
+    inputs, _ = random_inputs(shape, dtype, device)
+    if draw(st.booleans()):
+        size = inputs["value"].shape[:2], features(feature_map, head_dim), inputs["value"].shape[3] + 1
+        inputs["initial_state"] = random_parameter((*size[0], *size[1:]), dtype, device)
+    options = {"feature_map": feature_map, "is_causal": is_causal}
+    own, definition = (partial(module.linear_attention, **options) for module in (attnx, reference))
+    return Call(own, definition, definition, inputs)
+
+
 def probabilistic(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
     shape, options = shapes(draw, row), of_score(draw, row) | {"seed": 3, "offset": draw(st.integers(0, 9))}
     options["keep"] = draw(st.sampled_from(["harmonic", "geometric", "power", "gaussian"]))
@@ -218,6 +239,7 @@ DRAWN: dict[str, tuple[Callable[..., Call], set[str]]] = {
         | {"key_bias", "key_bias_gradient", "key_mask", "key_mask_gradient"},
     ),
     "gated_delta_rule": (delta_rule, {"grouped_values", "value_dim", "initial_state"}),
+    "linear_attention": (linear, {"grouped_queries", "value_dim", "causal", "initial_state"}),
     "probabilistic_attention": (
         probabilistic,
         # tests/test_packed_lists.py tries the last three

@@ -21,6 +21,7 @@ from attnx.functional import (  # noqa: E402
     softmax_attention,
     softmax_attention_varlen,
 )
+from attnx.linear import linear_attention  # noqa: E402
 from attnx.mainloop import cuda_mainloop  # noqa: E402
 from attnx.merging import merge_attention, redistribute_attention  # noqa: E402
 from attnx.pointer import pointer_log_prob  # noqa: E402
@@ -71,6 +72,7 @@ __all__ = [
     "gated_delta_rule",
     "importance",
     "keep_probabilities",
+    "linear_attention",
     "log_distance_buckets",
     "merge_attention",
     "nearest_centroids",

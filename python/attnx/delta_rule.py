@@ -92,5 +92,6 @@ def gated_delta_rule(
     _arguments.optional_tensors(initial_state=initial_state)
     query, number = _arguments.with_scale(query, scale)
     wants_state = _arguments.flag("return_state", return_state)
+    wants_state = _arguments.flag("return_state", return_state)
     output, state = _ops.gated_delta_rule(query, key, value, log_decay, beta, initial_state, number)
     return (output, state) if wants_state else output

@@ -19,6 +19,7 @@ from attnx import (
     delta_rule,
     disentangled,
     functional,
+    linear,
     probabilistic,
     routing,
     sparse_linear,
@@ -29,6 +30,10 @@ from attnx.block_mask import BlockMask
 
 # What a call does whatever kernel serves it, and may surprise.
 _NOTES = {"routing_attention": ["a centroid with a NaN has no product that is a number: its cluster holds no token"]}
+
+
+# These keep everything but rows in float32, products too.
+_IN_FLOAT32 = {"gated_delta_rule", "linear_attention"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         TypeError: the arguments do not fit its signature.
     """
     name = getattr(function, "__name__", str(function))
-    modules = (delta_rule, disentangled, functional, probabilistic, routing, sparse_linear, staircase, weights)
+    modules = (delta_rule, disentangled, functional, linear, probabilistic, routing)
+    modules += (sparse_linear, staircase, weights)
     operators = {row.operator for row in _capability.table()}
     if name.removesuffix("_varlen") not in operators or all(getattr(m, name, None) is not function for m in modules):
         raise ValueError(f"function: expected an operator of attnx, such as attnx.sigmoid_attention, got {function!r}")
@@ -113,7 +119,7 @@ def _cpu_kernel(requirement: _capability.Requirement) -> tuple[str, list[str]]:
         f"{', '.join(_C.cpu_instruction_sets())}; {instruction_set} is in use",
     ]
     if requirement.dtype in ("bfloat16", "float16"):
-        has_pairs = instruction_set == "avx512_bf16" and requirement.operator != "gated_delta_rule"
+        has_pairs = instruction_set == "avx512_bf16" and requirement.operator not in _IN_FLOAT32
         pairs = requirement.dtype == "bfloat16" and has_pairs
         products = "bfloat16 pairs, summed in float32" if pairs else "float32, after converting each tile"
         reasons.append(f"{requirement.dtype} is multiplied as {products}")

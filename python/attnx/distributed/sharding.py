@@ -34,6 +34,8 @@ _OPERATORS = (
     "disentangled_attention_backward",
     "gated_delta_rule",
     "gated_delta_rule_backward",
+    "linear_attention",
+    "linear_attention_backward",
     "probabilistic_attention",
     "probabilistic_attention_backward",
     "probabilistic_block_lists",
