@@ -13,6 +13,7 @@ import attnx
 from attnx import _capability
 from attnx.routing import move_centroids_in_backward
 from cases import Shape, pack, random_inputs, random_parameter
+from delta_rule_cases import DeltaShape, delta_inputs, with_state
 from routing_cases import random_centroids, random_memory, with_memory
 
 T = TypeVar("T")
@@ -83,6 +84,12 @@ def differentiable_calls(dtype: torch.dtype, device: torch.device) -> dict[str, 
     if has_kernel("disentangled_attention", device):
         positions = {name: random_positions((4, 8, 32), dtype, device) for name in ("pos_key", "pos_query")}
         calls["disentangled_attention"] = Call(disentangled, inputs | positions)
+    if has_kernel("linear_attention", device):
+        state = {"initial_state": random_parameter((2, 2, 561, 33), dtype, device)}
+        calls["linear_attention"] = Call(with_state(attnx.linear_attention), inputs | state)
+    if has_kernel("gated_delta_rule", device):
+        shape = DeltaShape(heads=2, value_heads=4, length=70, key_dim=32, value_dim=32)
+        calls["gated_delta_rule"] = Call(with_state(attnx.gated_delta_rule), delta_inputs(shape, dtype, device))
     return calls
 
 

@@ -339,6 +339,19 @@ def _disentangled(query: Tensor, key: Tensor, value: Tensor, pos_key: Tensor, po
     return attnx.disentangled_attention(query, key, value, index, pos_key=pos_key, pos_query=pos_query, is_causal=True)
 
 
+def _delta_rule(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The state of some tokens goes into a call over them all."""
+    log_decay, beta = -key[..., 0].abs(), query[..., 0].sigmoid()
+    some = [x[:, :, :70] for x in (query, key / 4, value, log_decay, beta)]
+    _, state = attnx.gated_delta_rule(*some, return_state=True)
+    return attnx.gated_delta_rule(query, key / 4, value, log_decay, beta, initial_state=state)
+
+
+def _linear(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    _, state = attnx.linear_attention(query[:, :, :70], key[:, :, :70], value[:, :, :70], return_state=True)
+    return attnx.linear_attention(query, key, value, initial_state=state)
+
+
 def _row_weights(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     weights = attnx.attention_row_weights(query, key, is_causal=True)
     statistics = attnx.attention_max_logits(query.detach(), key.detach()) + attnx.pointer_argmax(query, key)
@@ -488,6 +501,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "disentangled_attention": lambda x: attnx.disentangled_attention(
         x, x, x, torch.zeros(127, dtype=torch.int64), pos_key=torch.zeros(4, 1, 8)
     ),
+    "gated_delta_rule": lambda x: attnx.gated_delta_rule(x, x, x, -x[..., 0].abs(), x[..., 0]),
+    "linear_attention": lambda x: attnx.linear_attention(x, x, x),
     "softmax_attention": lambda x: attnx.softmax_attention(x, x, x),
     "sigmoid_attention": lambda x: attnx.sigmoid_attention(x, x, x),
     "block_sparse_attention": lambda x: attnx.block_sparse_attention(x, x, x, attnx.BlockMask.causal(64)),
@@ -652,7 +667,7 @@ def checks_for(size: int) -> dict[str, Callable[[], None]]:
     checks["sparse_linear-lengths"] = partial(check_sparse_linear, False, across, critical=0.3, smooth_k=True)
     apart: list[tuple[Placement, Placement]] = [(Shard(0), Replicate()), (Shard(0), Shard(1)), (Replicate(), Shard(1))]
     kept = (_with_terms, _sigmoid, _block_sparse, _sparse_linear, _routing_of_all, _key_weights, _row_weights, _draws)
-    kept = (*kept, _disentangled, _drawn_lists, _labels)
+    kept = (*kept, _delta_rule, _linear, _disentangled, _drawn_lists, _labels)
     for attention, placements in itertools.product(kept, apart):
         for kv_heads in (4, 1) if attention in (_with_terms, _sparse_linear) else (4,):
             shape = Shape(128, 128, head_dim=16, batch=4, heads=4, kv_heads=kv_heads)

@@ -72,6 +72,30 @@ def _blocks(dtype: torch.dtype) -> None:
     attnx.probabilistic_block_mask(2, 4, 130, 200, density=0.6, seed=3, offset=1)
 
 
+def _delta_rule(dtype: torch.dtype) -> None:
+    query, key, value = (
+        _draw(2, 2, 20, 16, dtype=dtype),
+        _draw(2, 2, 20, 16, dtype=dtype),
+        _draw(2, 4, 20, 8, dtype=dtype),
+    )
+    gates = [-torch.rand(2, 4, 20), torch.rand(2, 4, 20)]
+    _differentiate(attnx.gated_delta_rule, [query, key / 4, value, *gates])
+    state = torch.randn(2, 4, 16, 8)
+    _differentiate(
+        lambda q, k, v, g, b, s: attnx.gated_delta_rule(q, k, v, g, b, initial_state=s, return_state=True),
+        [query[:, :, :3], key[:, :, :3], value[:, :, :3], *(x[:, :, :3] for x in gates), state],
+    )
+
+
+def _linear(dtype: torch.dtype) -> None:
+    inputs = [_draw(2, 4, 20, 6, dtype=dtype), _draw(2, 2, 20, 6, dtype=dtype), _draw(2, 2, 20, 8, dtype=dtype)]
+    _differentiate(attnx.linear_attention, inputs)
+    _differentiate(attnx.linear_attention, inputs, is_causal=False, feature_map="elu", return_state=True)
+    _differentiate(
+        lambda q, k, v, s: attnx.linear_attention(q, k, v, initial_state=s), [*inputs, torch.rand(2, 2, 28, 9)]
+    )
+
+
 def _weights(dtype: torch.dtype) -> None:
     inputs = [_draw(2, 4, 20, 16, dtype=dtype), _draw(2, 2, 30, 16, dtype=dtype)]
     _differentiate(attnx.attention_key_weights, inputs, row_weights=torch.rand(2, 1, 20), is_causal=True)
@@ -124,7 +148,7 @@ def valid_calls() -> dict[str, list[Arguments]]:
     torch.manual_seed(0)
     with RecordedCalls() as recorded:
         for dtype in (torch.float32, torch.bfloat16):
-            for record in (_pointwise, _blocks, _weights, _maps, _routing, _staircase):
+            for record in (_pointwise, _blocks, _delta_rule, _linear, _weights, _maps, _routing, _staircase):
                 record(dtype)
     calls: dict[str, list[Arguments]] = {name: [] for name in NAMES}
     for operator, args, _ in recorded.seen:

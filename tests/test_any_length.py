@@ -41,6 +41,12 @@ def disentangled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attnx.disentangled_attention(query, key, value, index, pos_key=TABLES[0], pos_query=TABLES[1])
 
 
+def delta_rule(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    log_decay, beta = -key[..., 0].abs(), query[..., 0].sigmoid()
+    output, state = attnx.gated_delta_rule(query, key / 4, value, log_decay, beta, return_state=True)
+    return output + attnx.gated_delta_rule(query, key / 4, value, log_decay, beta, initial_state=state)
+
+
 ATTENTIONS: dict[str, Callable[..., Tensor]] = {
     "softmax": lambda query, key, value: attnx.softmax_attention(query, key, value, is_causal=True),
     "softmax packed": packed(attnx.softmax_attention_varlen),
@@ -61,6 +67,8 @@ ATTENTIONS: dict[str, Callable[..., Tensor]] = {
         query, key, value, CENTROIDS, routing="argmax", is_causal=True
     ),
     "disentangled": disentangled,
+    "gated delta rule": delta_rule,
+    "linear": attnx.linear_attention,
     "key weights": lambda query, key, value: attnx.attention_key_weights(query, key, is_causal=True)[..., None] * value,
 }
 LENGTHS = (320, 448, 1030, 40, 65)

@@ -3,7 +3,9 @@ dense ones in test_capabilities.py: whatever the table promises must work, forwa
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,11 +16,13 @@ from torch import Tensor
 
 import attnx
 from attnx import reference
+from attnx._operators.linear_state import features
 from attnx._capability import Capability, table
 from backends import Backend
 from calls import has_kernel, random_positions
 from cases import Shape, pack, random_inputs, random_parameter
 from compare import forward_backward
+from delta_rule_cases import DeltaShape, delta_inputs, with_state
 from routing_cases import eager_routing_attention, random_centroids, random_memory, with_memory
 
 # The largest error over the largest number, or the largest of the terms whose difference it is: a few times what
@@ -138,6 +142,35 @@ def weights(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.
     return Call(own, definition, definition, inputs)
 
 
+def delta_rule(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
+    low, high = row.head_dim
+    dims = st.one_of(st.sampled_from([low, high]), st.integers(low, min(high, 80)))
+    heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    shape = DeltaShape(draw(st.integers(1, 2)), heads, heads * group, draw(st.integers(1, 200)), draw(dims), draw(dims))
+    decay = draw(st.sampled_from([0.0, 0.01, 0.1, 3.0]))
+    inputs = delta_inputs(shape, dtype, device, decay=decay, with_state=draw(st.booleans()))
+    own, definition = (with_state(module.gated_delta_rule) for module in (attnx, reference))
+    return Call(own, definition, definition, inputs)
+
+
+def linear(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
+    feature_map = draw(st.sampled_from(["taylor", "elu", "softmax"]))
+    shape = shapes(draw, row)
+    is_causal = draw(st.booleans())
+    head_dim = min(shape.head_dim, 20 if feature_map == "taylor" else 256)
+    length_k = shape.length_q if is_causal else shape.length_k
+    shape = dataclasses.replace(
+        shape, head_dim=head_dim, length_k=length_k, value_dim=shape.value_dim or shape.head_dim
+    )
+    inputs, _ = random_inputs(shape, dtype, device)
+    if draw(st.booleans()):
+        size = inputs["value"].shape[:2], features(feature_map, head_dim), inputs["value"].shape[3] + 1
+        inputs["initial_state"] = random_parameter((*size[0], *size[1:]), dtype, device)
+    options = {"feature_map": feature_map, "is_causal": is_causal}
+    own, definition = (partial(module.linear_attention, **options) for module in (attnx, reference))
+    return Call(own, definition, definition, inputs)
+
+
 def probabilistic(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
     shape, options = shapes(draw, row), of_score(draw, row) | {"seed": 3, "offset": draw(st.integers(0, 9))}
     options["keep"] = draw(st.sampled_from(["harmonic", "geometric", "power", "gaussian"]))
@@ -205,6 +238,8 @@ DRAWN: dict[str, tuple[Callable[..., Call], set[str]]] = {
         {"grouped_queries", "value_dim", "causal", "window", "logsumexp", "softcap", "dropout"}
         | {"key_bias", "key_bias_gradient", "key_mask", "key_mask_gradient"},
     ),
+    "gated_delta_rule": (delta_rule, {"grouped_values", "value_dim", "initial_state"}),
+    "linear_attention": (linear, {"grouped_queries", "value_dim", "causal", "initial_state"}),
     "probabilistic_attention": (
         probabilistic,
         # tests/test_packed_lists.py tries the last three

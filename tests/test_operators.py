@@ -22,6 +22,7 @@ ROWS = {name: row for row in OPERATORS for name in row.names}
 
 VALUES: dict[str, Any] = {"int": 1, "SymInt": 1, "float": 1.0, "bool": False, "str": "softmax", "List[int]": [1]}
 # Few of these are served, or they say what the results are.
+SHAPES = {"log_decay": (1, 1, 4), "beta": (1, 1, 4)}  # of tensors that are no (batch, heads, length, dim)
 CHOICES: dict[str, Any] = {"block_q": 64, "block_k": 64, "family": "harmonic", "density": 0.5}
 
 
@@ -30,7 +31,7 @@ def arguments_of(name: str, device: str = "cpu", requires_grad: bool = False) ->
 
     def value(x: torch._C.Argument) -> Any:
         if str(x.type) == "Tensor":
-            return torch.zeros(1, 1, 4, 8, device=device, requires_grad=requires_grad)
+            return torch.zeros(SHAPES.get(x.name, (1, 1, 4, 8)), device=device, requires_grad=requires_grad)
         return CHOICES.get(x.name, VALUES.get(str(x.type)))  # None where that will do
 
     return {x.name: value(x) for x in signature(name).operator._schema.arguments}

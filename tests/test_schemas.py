@@ -60,6 +60,10 @@ PART_GRADS = "Tensor grad_sparse, Tensor grad_linear, Tensor grad_logsumexp"
 ROUTES = "Tensor query_indices, Tensor query_offsets, Tensor key_indices, Tensor key_offsets"
 ROUTED = f"{ROUTES}, Tensor? memory_key, Tensor? memory_value"
 
+DELTA = f"{QKV}, Tensor log_decay, Tensor beta, Tensor? initial_state, float? scale"
+
+STATE = f"{QKV}, Tensor? initial_state, str feature_map, float? scale, bool is_causal"
+
 SCHEMAS = [
     f"sigmoid_attention({QKV}, {LENGTHS}, {BIAS}, {TERMS}, {MASK}) -> Tensor",
     f"sigmoid_attention_varlen({QKV}, {PADDED}, {BIAS}, {KEY_TERMS}, {MASK}) -> Tensor",
@@ -85,6 +89,12 @@ SCHEMAS = [
     f"disentangled_attention_backward({SOFTMAX_SAVED}, {TABLES}, {KEY_TERMS}, {MASK}, bool query_table_gradient, "
     f"bool key_table_gradient, {WANTED_OF_KEYS}) -> ({GRADS}, Tensor grad_query_table, Tensor grad_key_table, "
     f"{KEY_TERM_GRADS})",
+    f"linear_attention({STATE}) -> (Tensor output, Tensor state)",
+    f"linear_attention_backward(Tensor? grad_output, Tensor? grad_state, {STATE}) -> ({GRADS}, "
+    "Tensor grad_initial_state)",
+    f"gated_delta_rule({DELTA}) -> (Tensor output, Tensor state)",
+    f"gated_delta_rule_backward(Tensor? grad_output, Tensor? grad_state, {DELTA}) -> ({GRADS}, Tensor grad_log_decay, "
+    "Tensor grad_beta, Tensor grad_initial_state)",
     f"attention_key_weights({QK}, Tensor? logsumexp, Tensor? row_weights, {RULE}, {MASK}) -> Tensor",
     f"attention_row_weights({QK}, Tensor? logsumexp, {RULE}, {MASK}) -> Tensor",
     f"attention_max_logits({QK}, {MASK}) -> Tensor",

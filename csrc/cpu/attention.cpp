@@ -14,6 +14,13 @@ double operations(const LinearParams& p) {
   return 2.0 * double(p.batch) * double(p.heads_q * p.length_q + p.heads_k * p.length_k) *
          double(p.head_dim * p.value_dim);
 }
+double operations(const DeltaRuleParams& p) {
+  return 8.0 * double(p.batch * p.heads_v) * double(p.length) * double(p.key_dim * p.value_dim);
+}
+double operations(const LinearStateParams& p) {
+  return 2.0 * double(p.batch) * double(p.heads_q * p.length_q + p.heads_k * p.length_k) *
+         double(p.features() * (p.value_dim + 1));
+}
 
 }  // namespace
 
@@ -59,6 +66,22 @@ void linear_forward(const LinearForwardParams& p, const Executor& executor) {
 
 void linear_backward(const LinearBackwardParams& p, const Executor& executor) {
   run(&Kernels::linear_backward_workspace, &Kernels::linear_backward, p, executor, operations(p));
+}
+
+void delta_rule_forward(const DeltaRuleForwardParams& p, const Executor& executor) {
+  run(&Kernels::delta_rule_forward_workspace, &Kernels::delta_rule_forward, p, executor, operations(p));
+}
+
+void delta_rule_backward(const DeltaRuleBackwardParams& p, const Executor& executor) {
+  run(&Kernels::delta_rule_backward_workspace, &Kernels::delta_rule_backward, p, executor, 3 * operations(p));
+}
+
+void linear_state_forward(const LinearStateForwardParams& p, const Executor& executor) {
+  run(&Kernels::linear_state_forward_workspace, &Kernels::linear_state_forward, p, executor, operations(p));
+}
+
+void linear_state_backward(const LinearStateBackwardParams& p, const Executor& executor) {
+  run(&Kernels::linear_state_backward_workspace, &Kernels::linear_state_backward, p, executor, 3 * operations(p));
 }
 
 }  // namespace attnx::cpu

@@ -7,6 +7,8 @@
 #include "attnx/api.h"
 #include "attnx/block_params.h"
 #include "attnx/cluster_params.h"
+#include "attnx/delta_rule_params.h"
+#include "attnx/linear_state_params.h"
 #include "attnx/params.h"
 #include "attnx/weights_params.h"
 #include "executor.h"
@@ -30,6 +32,14 @@ void label_blocks(const LabelBlocksParams& params, const Executor& executor);
 void critical_blocks(const CriticalBlocksParams& params, const Executor& executor);
 void linear_forward(const LinearForwardParams& params, const Executor& executor);
 void linear_backward(const LinearBackwardParams& params, const Executor& executor);
+
+// These run the gated delta rule.
+void delta_rule_forward(const DeltaRuleForwardParams& params, const Executor& executor);
+void delta_rule_backward(const DeltaRuleBackwardParams& params, const Executor& executor);
+
+// These run linear attention with a state.
+void linear_state_forward(const LinearStateForwardParams& params, const Executor& executor);
+void linear_state_backward(const LinearStateBackwardParams& params, const Executor& executor);
 
 // This draws the blocks of probabilistic attention, and makes up for the others.
 void sample_blocks(const SampleBlocksParams& params, const Executor& executor);

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 
+#include "attnx/delta_rule_params.h"
+#include "attnx/linear_state_params.h"
 #include "attnx/params.h"
 #include "attnx/weights_params.h"
 #include "block_products.h"
@@ -20,19 +22,23 @@ namespace attnx::cpu {
   X(routed_backward, BackwardParams)
 
 // These are the kernels beside it, each of which serves all dtypes, with a switch.
-#define ATTNX_FOR_EACH_OTHER(X)              \
-  X(block_products, BlockProductsParams)     \
-  X(key_weights, KeyWeightsParams)           \
-  X(row_weights, RowWeightsParams)           \
-  X(max_logits, MaxLogitsParams)             \
-  X(chosen_keys, ChosenKeysParams)           \
-  X(linear_forward, LinearForwardParams)     \
-  X(linear_backward, LinearBackwardParams)   \
-  X(select, SelectParams)                    \
-  X(nearest, NearestParams)                  \
-  X(centroid_sums, CentroidSumsParams)       \
-  X(staircase_append, StaircaseAppendParams) \
-  X(staircase_crop, StaircaseCropParams)     \
+#define ATTNX_FOR_EACH_OTHER(X)                       \
+  X(block_products, BlockProductsParams)              \
+  X(key_weights, KeyWeightsParams)                    \
+  X(row_weights, RowWeightsParams)                    \
+  X(max_logits, MaxLogitsParams)                      \
+  X(chosen_keys, ChosenKeysParams)                    \
+  X(linear_forward, LinearForwardParams)              \
+  X(linear_backward, LinearBackwardParams)            \
+  X(delta_rule_forward, DeltaRuleForwardParams)       \
+  X(delta_rule_backward, DeltaRuleBackwardParams)     \
+  X(linear_state_forward, LinearStateForwardParams)   \
+  X(linear_state_backward, LinearStateBackwardParams) \
+  X(select, SelectParams)                             \
+  X(nearest, NearestParams)                           \
+  X(centroid_sums, CentroidSumsParams)                \
+  X(staircase_append, StaircaseAppendParams)          \
+  X(staircase_crop, StaircaseCropParams)              \
   X(staircase_read, StaircaseReadParams)
 
 #define ATTNX_FOR_EACH_KERNEL(X) ATTNX_FOR_EACH_LOOP(X) ATTNX_FOR_EACH_OTHER(X)

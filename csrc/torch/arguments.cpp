@@ -141,11 +141,16 @@ void read_key_lengths(const DenseWithLengths& dense, AttentionParams& p) {
   }
 }
 
+double read_scale(const std::optional<double>& given, DType dtype, std::int64_t head_dim) {
+  const double scale = given ? *given : 1 / std::sqrt(double(head_dim));
+  check(std::isfinite(scale), "scale: expected a finite number, got ", scale);
+  check(dtype == DType::kFloat64 || std::abs(scale) <= std::numeric_limits<float>::max(),
+        "scale: expected a number in the range of float32, got ", scale);
+  return scale;
+}
+
 void read_window(const Window& window, AttentionParams& p) {
-  p.scale = window.scale ? *window.scale : 1 / std::sqrt(double(p.head_dim));
-  check(std::isfinite(p.scale), "scale: expected a finite number, got ", p.scale);
-  check(p.dtype == DType::kFloat64 || std::abs(p.scale) <= std::numeric_limits<float>::max(),
-        "scale: expected a number in the range of float32, got ", p.scale);
+  p.scale = read_scale(window.scale, p.dtype, p.head_dim);
   check(window.window_left >= -1 && window.window_right >= -1,
         "window: expected -1 (no bound) or more on each side, got (", window.window_left, ", ", window.window_right,
         ")");

@@ -108,6 +108,8 @@ inline void read_inputs(const Target& target, const Inputs& inputs, const Packed
   params.has_padding = x.has_padding;
   read_inputs(target, inputs, Packed{x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k}, params);
 }
+// It is 1 / sqrt(head_dim) where none is given.
+double read_scale(const std::optional<double>& given, DType dtype, std::int64_t head_dim);
 // The inputs are read before, because the default scale comes from their head_dim.
 void read_window(const Window& window, AttentionParams& params);
 inline void read_window(const Causal& causal, AttentionParams& params) {

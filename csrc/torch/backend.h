@@ -3,6 +3,8 @@
 
 #include "attnx/block_params.h"
 #include "attnx/cluster_params.h"
+#include "attnx/delta_rule_params.h"
+#include "attnx/linear_state_params.h"
 #include "attnx/params.h"
 #include "attnx/weights_params.h"
 #include "check.h"
@@ -25,29 +27,33 @@ struct Target {
   const Capability& capability() const;
 };
 
-#define ATTNX_FOR_EACH_RUN(X)                \
-  X(forward, ForwardParams)                  \
-  X(backward, BackwardParams)                \
-  X(sum_over_batch, SumOverBatchParams)      \
-  X(block_map, BlockMapParams)               \
-  X(key_weights, KeyWeightsParams)           \
-  X(row_weights, RowWeightsParams)           \
-  X(max_logits, MaxLogitsParams)             \
-  X(chosen_keys, ChosenKeysParams)           \
-  X(label_blocks, LabelBlocksParams)         \
-  X(critical_blocks, CriticalBlocksParams)   \
-  X(linear_forward, LinearForwardParams)     \
-  X(linear_backward, LinearBackwardParams)   \
-  X(sample_blocks, SampleBlocksParams)       \
-  X(select, SelectParams)                    \
-  X(compact_clusters, CompactClustersParams) \
-  X(nearest, NearestParams)                  \
-  X(sort_by_cluster, SortByClusterParams)    \
-  X(centroid_sums, CentroidSumsParams)       \
-  X(halve_sums, HalveSumsParams)             \
-  X(update_centroids, UpdateCentroidsParams) \
-  X(staircase_append, StaircaseAppendParams) \
-  X(staircase_crop, StaircaseCropParams)     \
+#define ATTNX_FOR_EACH_RUN(X)                         \
+  X(forward, ForwardParams)                           \
+  X(backward, BackwardParams)                         \
+  X(sum_over_batch, SumOverBatchParams)               \
+  X(block_map, BlockMapParams)                        \
+  X(key_weights, KeyWeightsParams)                    \
+  X(row_weights, RowWeightsParams)                    \
+  X(max_logits, MaxLogitsParams)                      \
+  X(chosen_keys, ChosenKeysParams)                    \
+  X(label_blocks, LabelBlocksParams)                  \
+  X(critical_blocks, CriticalBlocksParams)            \
+  X(linear_forward, LinearForwardParams)              \
+  X(linear_backward, LinearBackwardParams)            \
+  X(delta_rule_forward, DeltaRuleForwardParams)       \
+  X(delta_rule_backward, DeltaRuleBackwardParams)     \
+  X(linear_state_forward, LinearStateForwardParams)   \
+  X(linear_state_backward, LinearStateBackwardParams) \
+  X(sample_blocks, SampleBlocksParams)                \
+  X(select, SelectParams)                             \
+  X(compact_clusters, CompactClustersParams)          \
+  X(nearest, NearestParams)                           \
+  X(sort_by_cluster, SortByClusterParams)             \
+  X(centroid_sums, CentroidSumsParams)                \
+  X(halve_sums, HalveSumsParams)                      \
+  X(update_centroids, UpdateCentroidsParams)          \
+  X(staircase_append, StaircaseAppendParams)          \
+  X(staircase_crop, StaircaseCropParams)              \
   X(staircase_read, StaircaseReadParams)
 
 // Each of these enqueues the CUDA kernel on the current stream of the target's device, or runs the CPU's on torch's

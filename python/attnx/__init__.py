@@ -10,6 +10,7 @@ from attnx import importance, nn, reference  # noqa: E402  (they use the registe
 from attnx.affine import affine_attention  # noqa: E402
 from attnx.block_mask import BlockMask  # noqa: E402
 from attnx.compaction import PackedTokens, compact_tokens  # noqa: E402
+from attnx.delta_rule import gated_delta_rule  # noqa: E402
 from attnx.disentangled import disentangled_attention, log_distance_buckets  # noqa: E402
 from attnx.explain import explain  # noqa: E402
 from attnx.functional import (  # noqa: E402
@@ -20,6 +21,7 @@ from attnx.functional import (  # noqa: E402
     softmax_attention,
     softmax_attention_varlen,
 )
+from attnx.linear import linear_attention  # noqa: E402
 from attnx.mainloop import cuda_mainloop  # noqa: E402
 from attnx.merging import merge_attention, redistribute_attention  # noqa: E402
 from attnx.pointer import pointer_argmax, pointer_log_prob, pointer_sample  # noqa: E402
@@ -67,8 +69,10 @@ __all__ = [
     "cuda_mainloop",
     "disentangled_attention",
     "explain",
+    "gated_delta_rule",
     "importance",
     "keep_probabilities",
+    "linear_attention",
     "log_distance_buckets",
     "merge_attention",
     "nearest_centroids",

@@ -76,6 +76,7 @@ class Requirement:
         wanted = {
             "varlen": "cu_seqlens_q" in arguments,
             "grouped_queries": query.dim() > 1 and key.dim() > 1 and query.shape[1] != key.shape[1],
+            "grouped_values": key.dim() > 1 and value.dim() > 1 and key.shape[1] != value.shape[1],
             "value_dim": query.shape[-1:] != value.shape[-1:],
             "causal": arguments.get("is_causal", False),
             "window": max(arguments.get("window_left", -1), arguments.get("window_right", -1)) >= 0,
@@ -85,6 +86,7 @@ class Requirement:
             "padding": arguments.get("has_padding", False),
             "block_bias": arguments.get("block_bias") is not None,
             "block_bias_gradient": _requires_grad(arguments.get("block_bias")),
+            "initial_state": arguments.get("initial_state") is not None,
             "importance": arguments.get("importance", False),
             "softcap": arguments.get("softcap") is not None,
             "dropout": arguments.get("dropout_p", 0.0) > 0,

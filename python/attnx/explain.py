@@ -16,8 +16,10 @@ from attnx import (
     _arguments,
     _capability,
     _layouts,
+    delta_rule,
     disentangled,
     functional,
+    linear,
     pointer,
     probabilistic,
     routing,
@@ -29,6 +31,10 @@ from attnx.block_mask import BlockMask
 
 # What a call does whatever kernel serves it, and may surprise.
 _NOTES = {"routing_attention": ["a centroid with a NaN has no product that is a number: its cluster holds no token"]}
+
+
+# These keep everything but rows in float32, products too.
+_IN_FLOAT32 = {"gated_delta_rule", "linear_attention"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         TypeError: the arguments do not fit its signature.
     """
     name = getattr(function, "__name__", str(function))
-    modules = (disentangled, functional, pointer, probabilistic, routing, sparse_linear, staircase, weights)
+    modules = (delta_rule, disentangled, functional, linear, pointer)
+    modules += (probabilistic, routing, sparse_linear, staircase, weights)
     operators = {row.operator for row in _capability.table()}
     if name.removesuffix("_varlen") not in operators or all(getattr(m, name, None) is not function for m in modules):
         raise ValueError(f"function: expected an operator of attnx, such as attnx.sigmoid_attention, got {function!r}")
@@ -81,7 +88,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         arguments["row_bounds"] = mask.row_bounds
         arguments["attn_mask"] = mask.with_elements(arguments.get("attn_mask"))
     names = ("query", "key", "value")
-    if all(name in arguments for name in names):
+    if all(name in arguments for name in names) and name != "gated_delta_rule":
         arguments |= zip(names, _layouts.four_dimensions(*(arguments[name] for name in names)), strict=True)
     arguments["window_left"], arguments["window_right"] = _arguments.window(arguments.pop("window", None))
     if not isinstance(arguments.get("bias"), Tensor):
@@ -113,7 +120,8 @@ def _cpu_kernel(requirement: _capability.Requirement) -> tuple[str, list[str]]:
         f"{', '.join(_C.cpu_instruction_sets())}; {instruction_set} is in use",
     ]
     if requirement.dtype in ("bfloat16", "float16"):
-        pairs = requirement.dtype == "bfloat16" and instruction_set == "avx512_bf16"
+        has_pairs = instruction_set == "avx512_bf16" and requirement.operator not in _IN_FLOAT32
+        pairs = requirement.dtype == "bfloat16" and has_pairs
         products = "bfloat16 pairs, summed in float32" if pairs else "float32, after converting each tile"
         reasons.append(f"{requirement.dtype} is multiplied as {products}")
     return f"{requirement.operator} [{instruction_set}]", reasons

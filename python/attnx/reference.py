@@ -29,7 +29,9 @@ __all__ = [
     "block_sparse_attention",
     "block_sparse_attention_varlen",
     "dropout_factors",
+    "gated_delta_rule",
     "gumbel_noise",
+    "linear_attention",
     "philox",
     "pointer_argmax",
     "pointer_log_prob",
@@ -454,6 +456,77 @@ def attention_max_logits(
     logits = _logits(query, key, scale, None, distance).where(_visible(distance, is_causal, window), -math.inf)
     largest = logits.amax(-1) if key.shape[2] else logits.new_full(logits.shape[:3], -math.inf)
     return largest if rows is None else largest[:, :, rows.start : rows.stop]
+
+
+def gated_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+) -> Any:
+    group = value.shape[1] // query.shape[1]
+    query, key, value, log_decay, beta = (x.double() for x in (query, key, value, log_decay, beta))
+    if isinstance(scale, Tensor):
+        scale = scale.double() if scale.dim() == 0 else scale.double()[:, None, None]
+    query = query * (query.shape[3] ** -0.5 if scale is None else scale)
+    query, key = (x.repeat_interleave(group, dim=1) for x in (query, key))
+    if initial_state is None:
+        state = query.new_zeros(*value.shape[:2], query.shape[3], value.shape[3])
+    else:
+        state = initial_state.double()
+    outputs = []
+    for t in range(query.shape[2]):
+        q, k, v = (x[:, :, t, :, None] for x in (query, key, value))
+        state = state * log_decay[:, :, t, None, None].exp()
+        state = state + k @ (beta[:, :, t, None, None] * (v - state.mT @ k)).mT
+        outputs.append((state.mT @ q).mT)
+    output = torch.cat(outputs, 2) if outputs else value
+    return (output, state) if return_state else output
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    feature_map: str = "taylor",
+    scale: float | Tensor | None = None,
+    is_causal: bool = True,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+) -> Any:
+    group = query.shape[1] // key.shape[1]
+    query, key, value = query.double(), key.double(), value.double()
+    if feature_map == "taylor":
+        if isinstance(scale, Tensor):
+            scale = scale.double() if scale.dim() == 0 else scale.double()[:, None, None]
+        query = query * (query.shape[3] ** -0.5 if scale is None else scale)
+        phi = _taylor_features
+    else:
+        phi = _FEATURE_MAPS[feature_map]
+    of_query, of_key = phi(query), phi(key)
+    numbers = torch.cat((value, torch.ones_like(value[..., :1])), -1)
+    state = of_key.mT @ numbers
+    before = torch.zeros_like(state) if initial_state is None else initial_state.double()
+    weights = of_query @ of_key.mT.repeat_interleave(group, 1)
+    if is_causal:
+        weights = weights.tril()
+    sums = weights @ numbers.repeat_interleave(group, 1) + of_query @ before.repeat_interleave(group, 1)
+    total = sums[..., -1:]
+    output = (sums[..., :-1] / total.where(total != 0, 1.0)).where(total != 0, 0.0)
+    return (output, before + state) if return_state else output
+
+
+def _taylor_features(x: Tensor) -> Tensor:
+    """1, the numbers, and their products: features whose product is 1 + t + t^2 / 2, t that of the rows."""
+    first, second = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+    pairs = x[..., first] * x[..., second] * x.new_ones(len(first)).masked_fill(first == second, 0.5**0.5)
+    return torch.cat((torch.ones_like(x[..., :1]), x, pairs), -1)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

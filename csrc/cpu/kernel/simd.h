@@ -202,13 +202,14 @@ ATTNX_INLINE void transpose_lanes(Vec<T> (&x)[kLanes<T>]) {
       upper[i] = MaskInt<T>(i & half ? n + i - half : i);
       lower[i] = MaskInt<T>(i & half ? n + i : i + half);
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
-      if (i & half) continue;
-      const Vec<T> a = x[i], b = x[i + half];
-      x[i] = __builtin_shuffle(a, b, upper);
-      x[i + half] = __builtin_shuffle(a, b, lower);
-    }
+#pragma GCC unroll 8
+    for (int first = 0; first < n; first += 2 * half)
+#pragma GCC unroll 8
+      for (int i = first; i < first + half; ++i) {
+        const Vec<T> a = x[i], b = x[i + half];
+        x[i] = __builtin_shuffle(a, b, upper);
+        x[i + half] = __builtin_shuffle(a, b, lower);
+      }
   }
   if constexpr (kLast == 4) {
     Mask<T> low{}, high{}, first{}, second{};

@@ -18,7 +18,8 @@ class BackwardOperator:
 
     Its schema says what is saved: it takes the forward's arguments and results by their names, the gradient of a result
     x as grad_x, ``deterministic``, and, for gradients that are made on request, whether that of an argument x is wanted
-    as x_gradient. Each result grad_x of it is the gradient of the argument x.
+    as x_gradient. Where it takes ``Tensor? grad_x``, those of results that nobody used are None. Each result grad_x of
+    it is the gradient of the argument x.
 
     Attributes:
         more: computes further arguments of the backward operator from all others.

@@ -40,6 +40,7 @@ def _by_operator(name: str, derivative: BackwardOperator) -> None:
     # kernel, so that as little as possible is looked up by name.
     names = (*forward.arguments, *(forward.results[i] for i in kept))
     of_results = tuple(f"grad_{result}" for result in forward.results)
+    may_be_none = not backward.optional.isdisjoint(of_results)
     asked = tuple(i for i, x in enumerate(forward.arguments) if f"{x}_gradient" in backward.arguments)
     wanted_names = tuple(f"{forward.arguments[i]}_gradient" for i in asked)
     known = (*names, *of_results, "deterministic", *wanted_names)
@@ -54,16 +55,16 @@ def _by_operator(name: str, derivative: BackwardOperator) -> None:
         ctx.save_for_backward(*(x for x in values if isinstance(x, Tensor)))
         ctx.values = tuple(_SAVED if isinstance(x, Tensor) else x for x in values)
         # Autograd fills in plain zeros for the result that nobody used, also beside a DTensor.
-        ctx.set_materialize_grads(type(inputs[0]) is Tensor)
+        ctx.set_materialize_grads(type(inputs[0]) is Tensor and not may_be_none)
 
     def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
         values = [next(saved) if x is _SAVED else x for x in ctx.values]
         of_all = [
-            torch.zeros_like(values[names.index(result)]) if x is None else x
+            torch.zeros_like(values[names.index(result)]) if x is None and not may_be_none else x
             for result, x in zip(forward.results, grads, strict=True)
         ]
-        values += (x if x.stride(-1) == 1 else x.contiguous() for x in of_all)
+        values += (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in of_all)
         values.append(torch.are_deterministic_algorithms_enabled())
         wanted = ctx.needs_input_grad[1:]
         values += (wanted[i] for i in asked)

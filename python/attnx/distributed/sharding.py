@@ -32,6 +32,10 @@ _OPERATORS = (
     "block_sparse_attention_varlen_backward",
     "disentangled_attention",
     "disentangled_attention_backward",
+    "gated_delta_rule",
+    "gated_delta_rule_backward",
+    "linear_attention",
+    "linear_attention_backward",
     "probabilistic_attention",
     "probabilistic_attention_backward",
     "probabilistic_block_lists",
@@ -160,6 +164,8 @@ def _of_result(name: str, arguments: Arguments, dims: dict[str, int | None]) -> 
     if of == name or of == "block_bias":
         return Replicate() if name.startswith("key_") and arguments.get("shared_qk") else _shard(dim)
     if of in _BY_HEAD:
+        return _shard(dim)
+    if arguments[of] is None:
         return _shard(dim)
     placement = _of_argument(arguments[of], dim)
     assert placement is not None

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../arena.h"
-#include "../gemm.h"
+#include "../products.h"
 #include "../rows.h"
 #include "../tiles/band.h"
 #include "../units.h"
@@ -16,9 +16,8 @@
 namespace attnx::cpu::ATTNX_ISA {
 
 template <class Input>
-struct LinearOperands {
+struct LinearOperands : Products<typename Arithmetic<Input>::Sum> {
   using Sum = typename Arithmetic<Input>::Sum;
-  using A = FusedMultiplyAdd<Sum>;
   using Terms = typename BlockSums<Sum>::Terms;
 
   const LinearParams& p;
@@ -32,11 +31,6 @@ struct LinearOperands {
         head_lanes(round_up(p.head_dim, kLanes<Sum>)),
         value_lanes(round_up(p.value_dim + 1, kLanes<Sum>)),
         key_lanes(round_up(p.block_k, kLanes<Sum>)) {}
-
-  // Of rows that are read as A operands, either way around.
-  static std::int64_t rows_size(std::int64_t rows, std::int64_t lanes) {
-    return round_up(rows, kRowMultiple) * lanes + kRowMultiple;
-  }
 
   struct Range {
     std::int64_t first, count;
@@ -91,24 +85,6 @@ struct LinearOperands {
     }
   }
 
-  // c[rows][lanes] (+)= a[rows][steps] b[steps][lanes], a and b with contiguous rows, a row of c as long as one of b.
-  static void multiply(const Sum* a, std::int64_t a_lanes, const Sum* b, std::int64_t b_lanes, Sum* c,
-                       std::int64_t rows, std::int64_t steps, bool accumulate) {
-    gemm<A>({a, a_lanes, 1, b, b_lanes, c, b_lanes}, rows, b_lanes / kLanes<Sum>, steps, accumulate);
-  }
-  // The same with a[steps][rows].
-  static void multiply_transposed(const Sum* a, std::int64_t a_lanes, const Sum* b, std::int64_t b_lanes, Sum* c,
-                                  std::int64_t rows, std::int64_t steps, bool accumulate) {
-    gemm<A>({a, 1, a_lanes, b, b_lanes, c, b_lanes}, rows, b_lanes / kLanes<Sum>, steps, accumulate);
-  }
-  // from[rows][from_lanes] as to[columns][to_lanes], zero in the lanes beyond rows.
-  static void transpose(const Sum* from, std::int64_t from_lanes, std::int64_t rows, std::int64_t columns, Sum* to,
-                        std::int64_t to_lanes) {
-    for (std::int64_t c = 0; c < columns; ++c, to += to_lanes) {
-      for (std::int64_t r = 0; r < rows; ++r) to[r] = from[r * from_lanes + c];
-      for (std::int64_t r = rows; r < to_lanes; ++r) to[r] = 0;
-    }
-  }
   // Drops, from products[queries][key_lanes], the pairs that the mask hides.
   void hide(const Sequence& s, Range q, Range k, Sum* products) const {
     for (std::int64_t i = 0; i < q.count; ++i, products += key_lanes) {

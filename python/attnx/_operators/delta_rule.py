@@ -1,0 +1,45 @@
+"""What is special to the gated delta rule: its state, and what has the shape of one."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from attnx._operators.schema import Arguments, sum_dtype
+from attnx._operators.shapes import empty_rows
+
+
+def output(arguments: Arguments) -> Tensor:
+    return empty_rows(arguments["value"], arguments["value"].shape[-1])
+
+
+def state(arguments: Arguments) -> Tensor:
+    query, value = arguments["query"], arguments["value"]
+    return query.new_empty((*value.shape[:2], query.shape[-1], value.shape[-1]), dtype=sum_dtype(query))
+
+
+def gate(arguments: Arguments) -> Tensor:
+    """Contiguous, whatever the strides of the argument are."""
+    query, value = arguments["query"], arguments["value"]
+    return query.new_empty(value.shape[:3], dtype=sum_dtype(query))
+
+
+SHAPES = {
+    "output": output,
+    "state": state,
+    "grad_log_decay": gate,
+    "grad_beta": gate,
+    "grad_initial_state": state,
+}
+
+_CHUNK = 64
+
+
+def flops(a: Arguments, backward: bool) -> int:
+    """Chunks of tokens: products with the state of each, and those of pairs of tokens of a chunk."""
+    value, key_dim = a["value"], a["query"].shape[-1]
+    batch, heads, length, value_dim = value.shape
+    tokens, size = batch * heads * length, min(_CHUNK, length)
+    of_states, of_pairs = 2 * tokens * key_dim * value_dim, 2 * tokens * size
+    if backward:
+        return 9 * of_states + of_pairs * (6 * key_dim + 4 * value_dim)
+    return 3 * of_states + of_pairs * (2 * key_dim + 2 * value_dim)
