@@ -15,7 +15,7 @@ from attnx._capability import table
 from attnx.nn import DisentangledSelfAttention
 from attnx.testing import assert_close
 from backends import Backend
-from cases import DTYPES, Shape, random_inputs, random_parameter
+from cases import DTYPES, Shape, random_inputs
 from compare import forward_backward
 from logit_terms import eager
 
