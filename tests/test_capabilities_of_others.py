@@ -16,8 +16,8 @@ from torch import Tensor
 
 import attnx
 from attnx import reference
-from attnx._operators.linear_state import features
 from attnx._capability import Capability, table
+from attnx._operators.linear_state import features
 from backends import Backend
 from calls import has_kernel, random_positions
 from cases import Shape, pack, random_inputs, random_parameter
