@@ -86,7 +86,7 @@ def differentiable_calls(dtype: torch.dtype, device: torch.device) -> dict[str, 
         calls["disentangled_attention"] = Call(disentangled, inputs | positions)
     if has_kernel("linear_attention", device):
         state = {"initial_state": random_parameter((2, 2, 561, 33), dtype, device)}
-        calls["linear_attention"] = Call(with_state(attnx.linear_attention), inputs | state)
+        calls["linear_attention"] = call("linear_attention", inputs, state)
     if has_kernel("gated_delta_rule", device):
         shape = DeltaShape(heads=2, value_heads=4, length=70, key_dim=32, value_dim=32)
         calls["gated_delta_rule"] = Call(with_state(attnx.gated_delta_rule), delta_inputs(shape, dtype, device))

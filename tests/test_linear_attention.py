@@ -122,6 +122,22 @@ def test_instruction_sets(dtype: torch.dtype, instruction_set: str) -> None:
     check(inputs_of(SHAPES[1], dtype, "taylor"), dtype)
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("feature_map", MAPS)
+@pytest.mark.parametrize("lengths", [(1, 1), (64, 64), (130, 130), (200, 70), (700, 700)], ids=str)
+def test_without_a_state(lengths: tuple[int, int], feature_map: str, is_causal: bool) -> None:
+    """Short calls weigh all pairs: that they leave the state away changes rounding alone."""
+    if is_causal and lengths[0] != lengths[1]:
+        lengths = lengths[0], lengths[0]
+    shape = Shape(*lengths, head_dim=16, value_dim=24, heads=4, kv_heads=2)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = inputs_of(shape, dtype, feature_map, initial=False)
+        options = {"feature_map": feature_map, "is_causal": is_causal}
+        expected = reference.linear_attention(**inputs, **options)
+        baseline = plain_linear_attention(**inputs, **options)
+        assert_close(attnx.linear_attention(**inputs, **options), expected, baseline)
+
+
 def test_features() -> None:
     x, y = torch.randn(2, 5, 16, dtype=torch.float64)
     assert reference._taylor_features(x).shape[-1] == features("taylor", 16) == 153

@@ -89,7 +89,7 @@ SCHEMAS = [
     f"disentangled_attention_backward({SOFTMAX_SAVED}, {TABLES}, {KEY_TERMS}, {MASK}, bool query_table_gradient, "
     f"bool key_table_gradient, {WANTED_OF_KEYS}) -> ({GRADS}, Tensor grad_query_table, Tensor grad_key_table, "
     f"{KEY_TERM_GRADS})",
-    f"linear_attention({STATE}) -> (Tensor output, Tensor state)",
+    f"linear_attention({STATE}, bool return_state) -> (Tensor output, Tensor state)",
     f"linear_attention_backward(Tensor? grad_output, Tensor? grad_state, {STATE}) -> ({GRADS}, "
     "Tensor grad_initial_state)",
     f"gated_delta_rule({DELTA}) -> (Tensor output, Tensor state)",

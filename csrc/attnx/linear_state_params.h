@@ -26,7 +26,7 @@ struct LinearStateParams {
 
 struct LinearStateForwardParams : LinearStateParams {
   Tensor output;          // [batch, heads_q, length_q, value_dim]; 0 where the weights of a row sum to 0
-  void* state = nullptr;  // after the last key, like initial_state and contiguous
+  void* state = nullptr;  // after the last key, like initial_state and contiguous; null where it is not wanted
 };
 
 struct LinearStateBackwardParams : LinearStateParams {

@@ -13,6 +13,10 @@ struct StateInputs {
   std::optional<StableTensor> initial_state;
   ATTNX_FIELDS(query, key, value, initial_state)
 };
+struct ReturnState {
+  bool return_state;
+  ATTNX_FIELDS(return_state)
+};
 struct LinearOptions {
   std::string feature_map;
   std::optional<double> scale;
@@ -55,8 +59,8 @@ Tensor read_state(const char* name, const StableTensor& x, const StableTensor& q
   return view_rows(x);
 }
 
-StableTensor empty_state(const StableTensor& query, const LinearStateParams& p) {
-  return make_empty(query, std::vector{p.batch, p.heads_k, p.features(), p.value_dim + 1}, sum_type(query));
+StableTensor empty_state(const StableTensor& query, const LinearStateParams& p, std::int64_t rows) {
+  return make_empty(query, std::vector{p.batch, p.heads_k, rows, p.value_dim + 1}, sum_type(query));
 }
 
 void read(const StateInputs& x, const LinearOptions& options, LinearStateParams& p) {
@@ -75,12 +79,12 @@ void read(const StateInputs& x, const LinearOptions& options, LinearStateParams&
   if (x.initial_state) p.initial_state = read_state("initial_state", *x.initial_state, x.query, p);
 }
 
-OutputAndState forward(const StateInputs& x, const LinearOptions& options) {
+OutputAndState forward(const StateInputs& x, const LinearOptions& options, const ReturnState& wanted) {
   LinearStateForwardParams p;
   read(x, options, p);
-  OutputAndState y{empty_rows(x.query, p.value_dim), empty_state(x.query, p)};
+  OutputAndState y{empty_rows(x.query, p.value_dim), empty_state(x.query, p, wanted.return_state ? p.features() : 0)};
   p.output = view_rows(y.output);
-  p.state = y.state.data_ptr();
+  p.state = wanted.return_state ? y.state.data_ptr() : nullptr;
   run(p, target_of(x));
   return y;
 }
@@ -89,9 +93,11 @@ StateGradients backward(const GradOutputAndState& grads, const StateInputs& x, c
   LinearStateBackwardParams p;
   read(x, options, p);
   if (grads.grad_output) p.grad_output = read_output("grad_output", *grads.grad_output, {x.query, x.key, x.value});
-  if (grads.grad_state) p.grad_state = read_state("grad_state", *grads.grad_state, x.query, p);
+  // A state that was not returned is empty, and so is its gradient.
+  if (grads.grad_state && grads.grad_state->numel() > 0)
+    p.grad_state = read_state("grad_state", *grads.grad_state, x.query, p);
   StateGradients y{empty_rows(x.query, p.head_dim), empty_rows(x.key, p.head_dim), empty_rows(x.value, p.value_dim),
-                   empty_state(x.query, p)};
+                   empty_state(x.query, p, p.features())};
   p.grad_query = view_rows(y.grad_query);
   p.grad_key = view_rows(y.grad_key);
   p.grad_value = view_rows(y.grad_value);

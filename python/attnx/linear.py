@@ -61,8 +61,9 @@ def linear_attention(
 
     With "taylor", BASED's, a weight is the Taylor polynomial of softmax's, :math:`1 + t + t^2/2` of
     :math:`t = \text{scale} \, q_i \cdot k_j`; its 1 + d + d (d + 1) / 2 features, 153 for a head_dim of 16, are made
-    where they are used. Time and memory are linear in the length. A sequence may come in pieces, each of which begins
-    with the state that the one before it returned. The order of all sums is fixed.
+    where they are used. Time and memory are linear in the length; where it is short, and no state is given or wanted,
+    the weights of all pairs are made instead, which takes less time. A sequence may come in pieces, each of which
+    begins with the state that the one before it returned. The order of all sums is fixed.
 
     Args:
         query: (batch, heads, length_q, head_dim); head_dim is 64 at most with "taylor".
@@ -101,5 +102,6 @@ def linear_attention(
         _arguments.text("feature_map", feature_map),
         number,
         _arguments.flag("is_causal", is_causal),
+        wants_state,
     )
     return (output, state) if wants_state else output

@@ -506,10 +506,9 @@ def linear_attention(
         if isinstance(scale, Tensor):
             scale = scale.double() if scale.dim() == 0 else scale.double()[:, None, None]
         query = query * (query.shape[3] ** -0.5 if scale is None else scale)
-        phi = _taylor_features
+        of_query, of_key = _taylor_features(query), _taylor_features(key)
     else:
-        phi = _FEATURE_MAPS[feature_map]
-    of_query, of_key = phi(query), phi(key)
+        of_query, of_key = (_FEATURE_MAPS[feature_map](x) for x in (query, key))
     numbers = torch.cat((value, torch.ones_like(value[..., :1])), -1)
     state = of_key.mT @ numbers
     before = torch.zeros_like(state) if initial_state is None else initial_state.double()

@@ -12,13 +12,18 @@ def features(feature_map: str, head_dim: int) -> int:
     return 1 + head_dim + head_dim * (head_dim + 1) // 2 if feature_map == "taylor" else head_dim
 
 
+def returned_state(arguments: Arguments) -> Tensor:
+    """It is empty where it is not wanted."""
+    return state(arguments) if arguments["return_state"] else state(arguments)[:, :, :0].contiguous()
+
+
 def state(arguments: Arguments) -> Tensor:
     query, value = arguments["query"], arguments["value"]
     rows = features(arguments["feature_map"], query.shape[-1])
     return query.new_empty((*value.shape[:2], rows, value.shape[-1] + 1), dtype=sum_dtype(query))
 
 
-SHAPES = {"state": state, "grad_initial_state": state}
+SHAPES = {"state": returned_state, "grad_initial_state": state}
 
 _CHUNK = 64
 

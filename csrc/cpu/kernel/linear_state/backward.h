@@ -93,7 +93,7 @@ class LinearStateBackward {
       const std::int64_t head = key_head * c.group + g;
       Sum* const grads = grad_outputs(b, g, first);
       c.load_queries(batch, head, first);
-      if (p_.is_causal) c.weigh_pairs(count);
+      if (p_.is_causal) c.weigh_pairs(count, count, true);
       c.attend(count, b.state, p_.is_causal);
       for (std::int64_t i = 0; i < count; ++i) read_gradient(batch, head, first + i, i, grads, c);
       set_zero(b.grad_queries, count * c.row_lanes);

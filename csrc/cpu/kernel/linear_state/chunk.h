@@ -55,12 +55,13 @@ class LinearStateChunk : public Products<typename Arithmetic<Input>::Sum> {
 
   static std::int64_t tokens(std::int64_t first, std::int64_t length) { return smaller(kTokens, length - first); }
 
-  void load_queries(std::int64_t batch, std::int64_t head, std::int64_t first) const {
-    load_rows(p.query, batch, head, first, tokens(first, p.length_q), p.taylor ? Sum(p.scale) : 1, queries, of_queries);
+  void load_queries(std::int64_t batch, std::int64_t head, std::int64_t first, bool with_features = true) const {
+    load_rows(p.query, batch, head, first, tokens(first, p.length_q), p.taylor ? Sum(p.scale) : 1, queries,
+              with_features ? of_queries : nullptr);
   }
-  void load_keys(std::int64_t batch, std::int64_t head, std::int64_t first) const {
+  void load_keys(std::int64_t batch, std::int64_t head, std::int64_t first, bool with_features = true) const {
     const std::int64_t count = tokens(first, p.length_k);
-    load_rows(p.key, batch, head, first, count, 1, keys, of_keys);
+    load_rows(p.key, batch, head, first, count, 1, keys, with_features ? of_keys : nullptr);
     for (std::int64_t i = 0; i < count; ++i) {
       Sum* const row = values + i * value_lanes;
       convert_row(row, row_of<const Input>(p.value, batch, head, first + i), p.value_dim);
@@ -69,9 +70,9 @@ class LinearStateChunk : public Products<typename Arithmetic<Input>::Sum> {
     }
   }
 
-  // The weights of pairs of the chunk, 0 where the key comes after the query.
-  void weigh_pairs(std::int64_t count) const {
-    this->transpose(keys, row_lanes, count, p.head_dim, by_column, kTokens);
+  // The weights of pairs of loaded rows; of the same chunk they are 0 where the key comes after the query.
+  void weigh_pairs(std::int64_t count, std::int64_t count_of_keys, bool same_chunk) const {
+    this->transpose(keys, row_lanes, count_of_keys, p.head_dim, by_column, kTokens);
     this->multiply(queries, row_lanes, by_column, kTokens, weights, count, p.head_dim, false);
     const Vec<Sum> lanes = lane_numbers<Sum>();
     for (std::int64_t i = 0; i < count; ++i)
@@ -79,7 +80,7 @@ class LinearStateChunk : public Products<typename Arithmetic<Input>::Sum> {
         const std::int64_t at = i * kTokens + j;
         const Vec<Sum> t = load(weights + at), slope = p.taylor ? t + Sum(1) : Vec<Sum>{} + Sum(1);
         const Vec<Sum> weight = p.taylor ? t * (t * Sum(0.5) + Sum(1)) + Sum(1) : t;
-        const auto seen = lanes + Sum(j) <= Sum(i);
+        const auto seen = lanes + Sum(j) <= (same_chunk ? Sum(i) : Sum(kTokens));
         store(weights + at, seen ? weight : Vec<Sum>{});
         store(slopes + at, seen ? slope : Vec<Sum>{});
       }
@@ -143,7 +144,7 @@ class LinearStateChunk : public Products<typename Arithmetic<Input>::Sum> {
  private:
   void load_rows(const Tensor& from, std::int64_t batch, std::int64_t head, std::int64_t first, std::int64_t count,
                  Sum factor, Sum* rows, Sum* of_rows) const {
-    for (std::int64_t i = 0; i < count; ++i, rows += row_lanes, of_rows += feature_lanes) {
+    for (std::int64_t i = 0; i < count; ++i, rows += row_lanes) {
       convert_row(rows, row_of<const Input>(from, batch, head, first + i), p.head_dim);
       for (std::int64_t d = p.head_dim; d < row_lanes; ++d) rows[d] = 0;
       if (!p.taylor) {
@@ -151,7 +152,7 @@ class LinearStateChunk : public Products<typename Arithmetic<Input>::Sum> {
         for (std::int64_t d = p.head_dim; d < row_lanes; ++d) rows[d] = 0;
       } else {
         for (std::int64_t d = 0; d < p.head_dim; ++d) rows[d] *= factor;
-        expand(rows, of_rows);
+        if (of_rows) expand(rows, of_rows + i * feature_lanes);
       }
     }
   }
