@@ -141,6 +141,22 @@ def test_frequencies(dtype: torch.dtype, device: torch.device) -> None:
         assert abs(float((by_head[0, 1:] == by_head[0, :-1]).double().mean() - agree)) < bound
 
 
+# The first key's u is 1.2e-8, and above 1 - 2^-24, in the first row of these rounds of seed 1.
+@pytest.mark.parametrize("offset", [0, 16375533, 21465742])
+def test_draws_are_exact(offset: int, dtype: torch.dtype, device: torch.device) -> None:
+    """A key wins over another as soon as its logit makes up for what was drawn less, within a few roundings."""
+    noise = reference.gumbel_noise((1, 1, 256, 2), 1, offset)
+    assert noise.isfinite().all()
+    assert offset == 0 or noise[0, 0, 0, 0] == pytest.approx({16375533: 18.25, 21465742: -2.81}[offset], abs=0.01)
+    query, key = torch.zeros(1, 1, 256, 8, dtype=dtype), torch.zeros(1, 1, 2, 8, dtype=dtype)
+    for margin, chosen in ((3e-5, 1), (-3e-5, 0)):
+        logits = torch.zeros(1, 1, 256, 2, dtype=torch.float64)
+        logits[..., 1] = noise[..., 0] - noise[..., 1] + margin
+        mask = logits.to(device, parameter_dtype(dtype))
+        got = attnx.pointer_sample(query.to(device), key.to(device), attn_mask=mask, seed=1, offset=offset)
+        assert (got == chosen).all()
+
+
 def test_rare_keys(dtype: torch.dtype, device: torch.device) -> None:
     """The tail of the draws is there: of many keys each may be the one, whatever its place in a group of Philox."""
     query = torch.zeros(1, 1, 2048, 8, dtype=dtype, device=device)
