@@ -332,7 +332,7 @@ _TERMS = (
     Mutant(DISENTANGLED, "number >= 0 && number < numbers", "true", "test_disentangled.py -k operator"),
     Mutant(PANEL, "larger<std::int64_t>(«row[0]», seen.first)", "std::int32_t(0)", "test_row_bounds.py -k beside"),
     Mutant(PANEL, "smaller<std::int64_t>(«row[1]», seen.end)", "row[1] + 1", "test_row_bounds.py -k window"),
-    Mutant(PANEL, "«head[lane]» * bounds.head_stride", "first_head", "test_row_bounds.py -k beside"),
+    Mutant(PANEL, "«head[lane]» * bounds.head_stride", "head[0]", "test_row_bounds.py -k beside"),
     Mutant(TERMS, "x.size(3) == 2", "true", "test_row_bounds.py -k bad"),
     Mutant(DROPOUT, "«n % 2» - key0", "(n + 1) % 2", "test_logit_terms.py -k definition"),
 )
