@@ -49,6 +49,10 @@ MAP, DROPOUT = K + "block_products.h", K + "random.h"
 SELECT, NEAREST, PRODUCTS = K + "routing/select.h", K + "routing/nearest.h", K + "routing/products.h"
 FEATURES, OPERANDS, BLOCK_SUMS = K + "linear/features.h", K + "linear/operands.h", K + "linear/block_sums.h"
 LINEAR, LINEAR_BACKWARD = K + "linear/forward.h", K + "linear/backward.h"
+TRIANGLE, DELTA, DELTA_STEP = K + "triangle.h", K + "delta_rule/chunk.h", K + "delta_rule/step.h"
+DELTA_BACKWARD, GATED = K + "delta_rule/backward.h", "csrc/torch/gated_delta_rule.cpp"
+STATES, STATES_FORWARD = K + "linear_state/chunk.h", K + "linear_state/forward.h"
+STATES_BACKWARD = K + "linear_state/backward.h"
 STAIRCASE, ENCODE, DECODE = K + "staircase.cpp", K + "staircase/encode.h", K + "storage/staircase.h"
 
 _INPUT = (
@@ -332,4 +336,18 @@ _TERMS = (
     Mutant(TERMS, "x.size(3) == 2", "true", "test_row_bounds.py -k bad"),
     Mutant(DROPOUT, "«n % 2» - key0", "(n + 1) % 2", "test_logit_terms.py -k definition"),
 )
-MUTANTS = (*_INPUT, *_FORWARD, *_BACKWARD, *_TERMS, *_SPARSE_LINEAR, *_SAMPLING, *_ROUTING, *_STAIRCASE)
+_STATES = (
+    Mutant(GATED, "number <= 0", "true", "test_delta_rule.py -k checks_values"),
+    Mutant(DELTA, "larger(«kForgets», double", "-__builtin_huge_val()", "test_delta_rule.py -k forgotten"),
+    Mutant(DELTA, "«row[i] = 0»;", "row[i] *= 1", "test_delta_rule.py -k definition"),
+    Mutant(DELTA_STEP, "s.beta * (x[v] - «s.decay» * of_key[v])", "1", "test_delta_rule.py -k pieces"),
+    Mutant(DELTA_STEP, "«s.decay» * of_query[v]", "1", "test_delta_rule.py -k pieces"),
+    Mutant(DELTA_BACKWARD, "«c.gates->whole» * dot(", "1", "test_delta_rule.py -k gradcheck"),
+    Mutant(DELTA_BACKWARD, "b.grad_sums[i] -= «both»;", "0", "test_delta_rule.py -k gradcheck"),
+    Mutant(TRIANGLE, "i = «end - 2»; i >= first", "end - 3", "test_delta_rule.py -k gradcheck"),
+    Mutant(STATES, "«pairs[0] *= kDiagonal»;", "pairs[0] *= 1", "test_linear_attention.py -k definition"),
+    Mutant(STATES, "Sum sum = «kDiagonal» * pairs[0]", "1", "test_linear_attention.py -k gradcheck"),
+    Mutant(STATES_FORWARD, "p_.is_causal && «key == first»", "true", "test_linear_attention.py -k without_a_state"),
+    Mutant(STATES_BACKWARD, "«-dot» * factor", "dot", "test_linear_attention.py -k gradcheck"),
+)
+MUTANTS = (*_INPUT, *_FORWARD, *_BACKWARD, *_TERMS, *_SPARSE_LINEAR, *_STATES, *_SAMPLING, *_ROUTING, *_STAIRCASE)

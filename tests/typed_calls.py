@@ -26,6 +26,12 @@ assert_type(attnx.softmax_attention_varlen(q[0], k[0], v[0], cu, cu, 64, 64), Te
 assert_type(attnx.softmax_attention_varlen(q[0], k[0], v[0], cu, cu, 64, 64, return_logsumexp=True), Pair)
 assert_type(attnx.block_sparse_attention(q, k, v, mask, score="sigmoid"), Tensor)
 assert_type(attnx.block_sparse_attention(q, k, v, mask, return_logsumexp=True), Pair)
+assert_type(attnx.linear_attention(q, k, v, feature_map="elu"), Tensor)
+assert_type(attnx.linear_attention(q, k, v, return_state=True), Pair)
+assert_type(attnx.linear_attention(q, k, v, return_state=wanted), Tensor | Pair)
+assert_type(attnx.gated_delta_rule(q, k, v, q[..., 0], q[..., 0]), Tensor)
+assert_type(attnx.gated_delta_rule(q, k, v, q[..., 0], q[..., 0], return_state=True), Pair)
+assert_type(attnx.gated_delta_rule(q, k, v, q[..., 0], q[..., 0], return_state=wanted), Tensor | Pair)
 assert_type(attnx.probabilistic_attention(q, k, v, seed=1, offset=0), Tensor)
 assert_type(attnx.probabilistic_attention(q, k, v, return_logsumexp=True), Pair)
 

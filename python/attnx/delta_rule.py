@@ -42,6 +42,20 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def gated_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | Tensor | None = ...,
+    initial_state: Tensor | None = ...,
+    return_state: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def gated_delta_rule(
     query: Tensor,
     key: Tensor,

@@ -44,6 +44,20 @@ def linear_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    feature_map: StateFeatures = ...,
+    scale: float | Tensor | None = ...,
+    is_causal: bool = ...,
+    initial_state: Tensor | None = ...,
+    return_state: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def linear_attention(
     query: Tensor,
     key: Tensor,
