@@ -199,12 +199,6 @@ _SPARSE_LINEAR = (
         "test_sparse_linear.py -k shares",
     ),
     Mutant(MAP, "int(p_.scale > 0) - int(p_.scale < 0)", "1", "test_sparse_linear.py -k sign"),
-    Mutant(
-        MAP,
-        "double(means[j]) * «double(smaller(p_.block_k, s.length_k - j * p_.block_k))»",
-        "double(p_.block_k)",
-        "test_sparse_linear.py -k smooth",
-    ),
     Mutant(FEATURES, "v > 0 ? «v + Sum(1)» :", "v", "test_sparse_linear.py -k gradcheck"),
     Mutant(FEATURES, "phi[d] > 0 ? grad[d] : 0", "grad[d]", "test_sparse_linear.py -k definition"),
     Mutant(FEATURES, "smaller(phi[d], Sum(1))", "Sum(1)", "test_sparse_linear.py -k gradcheck"),
@@ -289,7 +283,6 @@ _STAIRCASE = (
         "codes<kBase, kPlanes>(b, f, t, e, v) * 2",
         "test_staircase.py -k dequantised",
     ),
-    Mutant(DECODE, "i < «kCodeBlock / A::kStep»; ++i)", "0", "test_staircase.py -k attention"),
     Mutant(
         STATE,
         "refined + full < plane.windows ? refined + full : plane.windows",
