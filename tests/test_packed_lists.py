@@ -103,6 +103,18 @@ def test_packed_block_sparse(
         check("block_sparse_attention_varlen", inputs, grad_output, plain, block_mask=mask, **options, **sizes)
 
 
+@pytest.mark.backends("cpu")  # a GPU has transposed lists, of as many rows as the longest sequence has blocks
+def test_a_longest_sequence_beyond_all_keys(device: torch.device) -> None:
+    """It bounds the lists, and not what a backward allocates."""
+    inputs, grad_output, sizes = packed(torch.float32, device)
+    options: dict[str, Any] = {"block_mask": lists(0.6, (64, 64), device)}
+    expected = forward_backward(attnx.block_sparse_attention_varlen, inputs, grad_output, **options, **sizes)
+    sizes["max_seqlen_k"] = 2**62
+    actual = forward_backward(attnx.block_sparse_attention_varlen, inputs, grad_output, **options, **sizes)
+    for name, x in actual.items():
+        assert torch.equal(x, expected[name]), name
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("score", SCORES)
 def test_head_dims(score: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
