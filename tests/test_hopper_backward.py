@@ -138,15 +138,19 @@ def test_what_it_does_not_serve(operator: str, dtype: torch.dtype, device: torch
 
 
 class SoftmaxAttention(ProjectedAttention):
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attnx.softmax_attention(query, key, value, is_causal=True, window=(100, -1))
+    is_causal = True
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+        return attnx.softmax_attention(query, key, value, is_causal=is_causal, window=(100, -1))
 
 
 class BlockSparseAttention(ProjectedAttention):
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    is_causal = True
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
         visited = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 1]]).bool().expand(1, self.num_heads, 3, 3)
         mask = attnx.BlockMask.from_dense(visited, (64, 64))
-        return attnx.block_sparse_attention(query, key, value, mask, is_causal=True)
+        return attnx.block_sparse_attention(query, key, value, mask, is_causal=is_causal)
 
 
 # Of the modules of attnx.nn those whose operator has CUDA kernels, and modules around the other such operators.
