@@ -8,7 +8,7 @@
 #include "cuda/dispatch/workspace.h"
 #include "cuda/head_dims.h"
 #include "cuda/logits/terms.h"
-#include "cuda/mainloop/sm80/tile_sizes.h"
+#include "cuda/mainloop/sm80/tables_tile_sizes.h"
 #include "cuda/mainloop/sm90/tile_sizes.h"
 #include "cuda/storage/tma_views.h"
 
@@ -80,6 +80,7 @@ ForwardPlan make_plan(const ForwardParams& p, std::optional<Mainloop> asked, voi
   plan.variant.aligned =
       are_aligned(p, {p.query}, {p.key}, {p.value}) && is_aligned(p, p.output, p.heads_q, p.value_dim);
   const auto on_sm80 = [&] {
+    if (plan.variant.tables) return plan_sm80<kTermsHeadDims, TablesForwardTiles>(p, plan);
     plan.variant.terms ? plan_sm80<kTermsHeadDims, TermsForwardTiles>(p, plan)
                        : plan_sm80<kHeadDims, ForwardTiles>(p, plan);
   };

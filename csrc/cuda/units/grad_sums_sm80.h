@@ -5,7 +5,7 @@
 #include "cuda/logits/plain.h"
 #include "cuda/logits/with_terms.h"
 #include "cuda/mainloop/sm80/sums.h"
-#include "cuda/mainloop/sm80/tile_sizes.h"
+#include "cuda/mainloop/sm80/tables_tile_sizes.h"
 #include "cuda/mainloop/summands.h"
 #include "cuda/reduction/blocks.h"
 #include "cuda/reduction/table_rows.h"
@@ -19,6 +19,9 @@ template <class Score, class Input, int kHeadDim>
 class GradSumsSm80 {
   using Sizes = SumsTiles<kHeadDim>;
   static_assert(Sizes::GradTerms::kM == grad_terms_rows(kHeadDim) && Sizes::GradTerms::kN == kGradTermsKeys);
+  template <class Logits>
+  using TileOf = std::conditional_t<std::is_same_v<Logits, WithTables>, typename TablesSumsTile<kHeadDim>::Tile,
+                                    typename Sizes::GradTerms>;
 
   template <class Summand, class Reduction, class Storage, class Tile, class Logits>
   static void launch(const GradSumsCall& call, const typename Logits::Arguments& logits,
@@ -39,7 +42,7 @@ class GradSumsSm80 {
   template <class Logits>
   static void launch_terms(const GradSumsCall& call, const typename Logits::Arguments& logits, bool of_factors,
                            const TermNumbers::Parameters& numbers) {
-    using Tile = typename Sizes::GradTerms;
+    using Tile = TileOf<Logits>;
     launch<GradTerms, TermNumbers, StridedEither<Input>, Tile, Logits>(call, logits, {call.rows, of_factors}, numbers,
                                                                        numbers.owners);
   }
@@ -47,7 +50,7 @@ class GradSumsSm80 {
   static void launch_table(const GradSumsCall& call, const WithTables::Arguments& logits, const Tensor& sums,
                            bool of_keys) {
     if (!sums.data) return;
-    using Tile = typename Sizes::GradTerms;
+    using Tile = TileOf<WithTables>;
     const auto& p = call.params;
     const std::int64_t tiles =
         of_keys ? (p.length_k + Tile::kN - 1) / Tile::kN : (p.length_q + Tile::kM - 1) / Tile::kM;
@@ -58,7 +61,7 @@ class GradSumsSm80 {
 
   template <class Logits>
   static void run_with(const GradSumsCall& call) {
-    using Tile = typename Sizes::GradTerms;
+    using Tile = TileOf<Logits>;
     const auto& p = call.params;
     typename Logits::Arguments logits = Logits::arguments(call.scaling, p);
     if constexpr (std::is_same_v<Logits, WithTables>) {
