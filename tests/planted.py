@@ -332,7 +332,6 @@ _TERMS = (
 _STATES = (
     Mutant(GATED, "number <= 0", "true", "test_delta_rule.py -k checks_values"),
     Mutant(DELTA, "larger(«kForgets», double", "-__builtin_huge_val()", "test_delta_rule.py -k forgotten"),
-    Mutant(DELTA, "«row[i] = 0»;", "row[i] *= 1", "test_delta_rule.py -k definition"),
     Mutant(DELTA_STEP, "s.beta * (x[v] - «s.decay» * of_key[v])", "1", "test_delta_rule.py -k pieces"),
     Mutant(DELTA_STEP, "«s.decay» * of_query[v]", "1", "test_delta_rule.py -k pieces"),
     Mutant(DELTA_BACKWARD, "«c.gates->whole» * dot(", "1", "test_delta_rule.py -k gradcheck"),

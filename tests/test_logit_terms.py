@@ -76,7 +76,7 @@ def test_one_number_for_several(
     assert all(torch.equal(first[x], second[x]) for x in first)
 
 
-@pytest.mark.parametrize("served", ["each", "all", "rows"])
+@pytest.mark.parametrize("served", ["each", "all", "rows", "heads", "sequences"])
 def test_threads_share_the_work(served: str, threads: int, device: torch.device, backend: Backend) -> None:
     needs(backend, GRADIENTS)
     shape = Shape(length_q=300, length_k=130, head_dim=64, batch=2, heads=4, kv_heads=2)

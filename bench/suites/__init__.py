@@ -10,6 +10,7 @@ from suites import (
     routing_gpu,
     sparse_linear,
     staircase,
+    states,
     terms,
     varlen,
 )
@@ -33,6 +34,8 @@ SUITES: dict[str, Suite] = {
         routing_gpu.SUITE,
         staircase.SUITE,
         staircase.GPU_SUITE,
+        states.DELTA_SUITE,
+        states.TAYLOR_SUITE,
         terms.SUITE,
     )
 }

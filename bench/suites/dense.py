@@ -20,6 +20,7 @@ from suite import Attention, Case, Contender, Formula, Inputs, Prepare, Suite, U
 LARGEST_SCORE_MATRIX = 512 * 2**20  # bytes
 
 CASES = (
+    *(Case(f"short-{n}", 8, n, n, 64, batch=4) for n in (64, 128, 256)),
     Case("256", 8, 256, 256, 64),
     Case("512", 8, 512, 512, 64),
     Case("1024", 8, 1024, 1024, 64, quick=True),

@@ -27,7 +27,7 @@ struct KeyWeightsParams : WeightsParams {
 struct RowWeightsParams : WeightsParams {};
 // The largest logit of each row, -inf where it sees no key: [batch, heads_q, length_q].
 struct MaxLogitsParams : WeightsParams {};
-// The key of the largest logit of each row, of equals that with the lower index, -1 where it sees no key: int64,
+// The result is the key of the largest logit of each row, the lower one of equals, and -1 where it sees no key: int64,
 // [batch, heads_q, length_q]. With a temperature each logit gets that many times a draw (attnx/gumbel.h) first.
 struct ChosenKeysParams : WeightsParams {
   double temperature = 0;

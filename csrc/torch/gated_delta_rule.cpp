@@ -22,7 +22,7 @@ struct OutputAndState {
   StableTensor output, state;
   ATTNX_FIELDS(output, state)
 };
-// Of a result that nobody used there is none.
+// A result that nobody used has none.
 struct GradOutputAndState {
   std::optional<StableTensor> grad_output, grad_state;
   ATTNX_FIELDS(grad_output, grad_state)

@@ -11,7 +11,7 @@ from attnx import _arguments, _capability
 
 
 def of_heads(head_mask: Any, query: Tensor) -> Tensor | None:
-    """As (batch or 1, heads).
+    """Returns the mask as (batch or 1, heads).
 
     Raises:
         RuntimeError: it does not fit.
@@ -32,7 +32,7 @@ def of_heads(head_mask: Any, query: Tensor) -> Tensor | None:
 
 
 def bounds(mask: Tensor | None, row_bounds: Tensor | None, key: Tensor) -> Tensor | None:
-    """``row_bounds`` by which heads of factor 0 see no key, so that the loop leaves them out.
+    """Returns ``row_bounds`` by which heads of factor 0 see no key, so that the loop leaves them out.
 
     The gradient of a factor needs the output of its head. On CUDA row_bounds belong to a kernel of their own, which
     calls that need nothing else of it are faster without.
@@ -47,12 +47,12 @@ def bounds(mask: Tensor | None, row_bounds: Tensor | None, key: Tensor) -> Tenso
 
 
 def apply(mask: Tensor | None, output: Tensor) -> Tensor:
-    """The output, (batch, heads, length, dim), times the factors."""
+    """Multiplies the output, (batch, heads, length, dim), by the factors."""
     return output if mask is None else (output * mask[:, :, None, None]).to(output.dtype)
 
 
 def hide(mask: Tensor | None, logsumexp: Tensor) -> Tensor:
-    """The logsumexp, (batch, heads, length), -inf where the factor is 0."""
+    """Sets the logsumexp, (batch, heads, length), to -inf where the factor is 0."""
     return logsumexp if mask is None else logsumexp.masked_fill(mask[:, :, None] == 0, -torch.inf)
 
 

@@ -230,7 +230,7 @@ def _choose(
 
 
 def _product(query: Tensor, key: Tensor, target: Tensor) -> Tensor:
-    """Of each query and its target."""
+    """Returns the product of each query and its target."""
     group = query.shape[1] // key.shape[1]
     index = target.unflatten(1, (-1, group)).flatten(2)[..., None].expand(-1, -1, -1, key.shape[3])
     pointed = key.gather(2, index).unflatten(2, (group, query.shape[2])).flatten(1, 2)
@@ -251,7 +251,7 @@ def _in_band(target: Tensor, length_k: int, is_causal: bool, window: Window) -> 
 
 
 def _of_target(x: Tensor, target: Tensor) -> Tensor:
-    """The number that x has for each query and its target; the dimensions of pairs that x lacks, or has once, go for
+    """Returns the number that x has for each query and its target, where dimensions that x lacks, or has once, go for
     all. Its gradient is as large as x."""
     x = x[(None,) * (4 - x.dim())]
     of_rows = torch.meshgrid(*(torch.arange(n, device=x.device) for n in target.shape), indexing="ij")

@@ -522,7 +522,7 @@ def linear_attention(
 
 
 def _taylor_features(x: Tensor) -> Tensor:
-    """1, the numbers, and their products: features whose product is 1 + t + t^2 / 2, t that of the rows."""
+    """Returns 1, the numbers, and their products: the product of two is 1 + t + t^2 / 2, where t is that of rows."""
     first, second = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
     pairs = x[..., first] * x[..., second] * x.new_ones(len(first)).masked_fill(first == second, 0.5**0.5)
     return torch.cat((torch.ones_like(x[..., :1]), x, pairs), -1)
@@ -1113,7 +1113,7 @@ def gumbel_noise(shape: Sequence[int], seed: int, offset: int) -> Tensor:
 def _pointer_logits(
     query: Tensor, key: Tensor, scale: float | Tensor | None, is_causal: bool, window: Window, terms: _Terms
 ) -> tuple[Tensor, Tensor]:
-    """The logits, -inf where a key is hidden, and which are not."""
+    """Returns the logits, -inf where a key is hidden, and which are not."""
     distance, visible, _ = _band(query, key, is_causal, window, 0, None, None)
     logits, visible = terms.add(_logits(query, key, scale, None, distance, terms), visible)
     return logits.where(visible, -math.inf), visible

@@ -1,4 +1,4 @@
-// Compiled once per instruction set; picks the types.
+// This unit is compiled once for each instruction set, and picks the types.
 #include "delta_rule/backward.h"
 #include "delta_rule/forward.h"
 #include "dtype.h"

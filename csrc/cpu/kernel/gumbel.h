@@ -1,4 +1,4 @@
-// The draws of attnx/gumbel.h on vectors of rows.
+// This makes the draws of attnx/gumbel.h on vectors of rows.
 #pragma once
 
 #include "attnx/gumbel.h"

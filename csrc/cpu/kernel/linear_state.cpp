@@ -1,4 +1,4 @@
-// Compiled once per instruction set; picks the types.
+// This unit is compiled once for each instruction set, and picks the types.
 #include "dtype.h"
 #include "linear_state/backward.h"
 #include "linear_state/forward.h"

@@ -1,4 +1,4 @@
-// exp, log, reciprocal and tanh on vectors.
+// These are exp, log, reciprocal and tanh on vectors.
 #pragma once
 
 #include "simd.h"
@@ -40,9 +40,9 @@ ATTNX_INLINE Vec<double> exp(Vec<double> x) {
   return x;
 }
 
-// The natural logarithm of a positive normal number; relative error below 2 units in the last place (Cephes' logf):
-// that of the mantissa m, between sqrt(1/2) and sqrt(2), by a polynomial in m - 1, and ln2 times the exponent, as the
-// sum of two.
+// It returns the natural logarithm of a positive normal number, with a relative error below 2 units in the last place
+// (Cephes' logf): that of the mantissa m, between sqrt(1/2) and sqrt(2), by a polynomial in m - 1, and ln2 times the
+// exponent, as the sum of two.
 ATTNX_INLINE Vec<float> log(Vec<float> x) {
   const Mask<float> bits = bit_cast<Mask<float>>(x);
   Vec<float> m = bit_cast<Vec<float>>((bits & 0x007fffff) | 0x3f000000);  // from 1/2 to below 1

@@ -1,4 +1,4 @@
-// Products of matrices in the type of sums whose rows lie one after the other, padded to whole vectors.
+// These are products of matrices in the type of sums, whose rows lie one after the other and fill whole vectors.
 #pragma once
 
 #include "gemm.h"
@@ -9,22 +9,23 @@ template <class Sum>
 struct Products {
   using A = FusedMultiplyAdd<Sum>;
 
-  // Of rows that are read as A operands, either way around.
+  // It returns the size of rows that are read as A operands, either way around.
   static std::int64_t rows_size(std::int64_t rows, std::int64_t lanes) {
     return round_up(rows, kRowMultiple) * lanes + kRowMultiple;
   }
 
-  // c[rows][lanes] (+)= a[rows][steps] b[steps][lanes], a and b with contiguous rows, a row of c as long as one of b.
+  // It computes c[rows][lanes] (+)= a[rows][steps] b[steps][lanes]. Rows are contiguous; one of c is as long as one of
+  // b.
   static void multiply(const Sum* a, std::int64_t a_lanes, const Sum* b, std::int64_t b_lanes, Sum* c,
                        std::int64_t rows, std::int64_t steps, bool accumulate) {
     gemm<A>({a, a_lanes, 1, b, b_lanes, c, b_lanes}, rows, b_lanes / kLanes<Sum>, steps, accumulate);
   }
-  // The same with a[steps][rows].
+  // It does the same with a[steps][rows].
   static void multiply_transposed(const Sum* a, std::int64_t a_lanes, const Sum* b, std::int64_t b_lanes, Sum* c,
                                   std::int64_t rows, std::int64_t steps, bool accumulate) {
     gemm<A>({a, 1, a_lanes, b, b_lanes, c, b_lanes}, rows, b_lanes / kLanes<Sum>, steps, accumulate);
   }
-  // from[rows][from_lanes] as to[columns][to_lanes], zero in the lanes beyond rows.
+  // It writes from[rows][from_lanes] as to[columns][to_lanes], with zeros in the lanes beyond rows.
   static void transpose(const Sum* from, std::int64_t from_lanes, std::int64_t rows, std::int64_t columns, Sum* to,
                         std::int64_t to_lanes) {
     constexpr std::int64_t kWidth = kLanes<Sum>;

@@ -1,5 +1,5 @@
-// Products with triangular matrices of a chunk of rows, and the equations that they make: only what is not zero is
-// gone through, in blocks of rows.
+// These are products with triangular matrices of a chunk of rows, and the equations that they make. They go, in blocks
+// of rows, through nothing but what is not zero.
 #pragma once
 
 #include "products.h"
@@ -8,7 +8,7 @@ namespace attnx::cpu::ATTNX_ISA {
 
 inline constexpr std::int64_t kTriangleRows = kRowMultiple;
 
-// c[count][lanes] (+)= t[count][t_lanes] b[count][lanes], t lower triangular.
+// It computes c[count][lanes] (+)= t[count][t_lanes] b[count][lanes], where t is lower triangular.
 template <class Sum>
 inline void multiply_lower(const Sum* t, std::int64_t t_lanes, const Sum* b, std::int64_t lanes, Sum* c,
                            std::int64_t count, bool accumulate) {
@@ -17,7 +17,7 @@ inline void multiply_lower(const Sum* t, std::int64_t t_lanes, const Sum* b, std
     Products<Sum>::multiply(t + first * t_lanes, t_lanes, b, lanes, c + first * lanes, rows, first + rows, accumulate);
   }
 }
-// The same with the transposed t.
+// It does the same with the transposed t.
 template <class Sum>
 inline void multiply_lower_transposed(const Sum* t, std::int64_t t_lanes, const Sum* b, std::int64_t lanes, Sum* c,
                                       std::int64_t count, bool accumulate) {
@@ -28,7 +28,7 @@ inline void multiply_lower_transposed(const Sum* t, std::int64_t t_lanes, const 
   }
 }
 
-// x[count][lanes] becomes the y of y = x + t y, t strictly lower triangular.
+// x[count][lanes] becomes the y of y = x + t y, where t is strictly lower triangular.
 template <class Sum>
 inline void solve_lower(const Sum* t, std::int64_t t_lanes, Sum* x, std::int64_t lanes, std::int64_t count) {
   using A = FusedMultiplyAdd<Sum>;
@@ -42,7 +42,7 @@ inline void solve_lower(const Sum* t, std::int64_t t_lanes, Sum* x, std::int64_t
                        vectors, i - first, true);
   }
 }
-// The same with the transposed t.
+// It does the same with the transposed t.
 template <class Sum>
 inline void solve_lower_transposed(const Sum* t, std::int64_t t_lanes, Sum* x, std::int64_t lanes, std::int64_t count) {
   using A = FusedMultiplyAdd<Sum>;

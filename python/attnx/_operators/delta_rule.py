@@ -18,7 +18,7 @@ def state(arguments: Arguments) -> Tensor:
 
 
 def gate(arguments: Arguments) -> Tensor:
-    """Contiguous, whatever the strides of the argument are."""
+    """It is contiguous, whatever the strides of the argument are."""
     query, value = arguments["query"], arguments["value"]
     return query.new_empty(value.shape[:3], dtype=sum_dtype(query))
 
@@ -35,7 +35,7 @@ _CHUNK = 64
 
 
 def flops(a: Arguments, backward: bool) -> int:
-    """Chunks of tokens: products with the state of each, and those of pairs of tokens of a chunk."""
+    """Counts products with the state of each chunk of tokens, and those of pairs of tokens of a chunk."""
     value, key_dim = a["value"], a["query"].shape[-1]
     batch, heads, length, value_dim = value.shape
     tokens, size = batch * heads * length, min(_CHUNK, length)

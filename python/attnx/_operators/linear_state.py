@@ -8,7 +8,7 @@ from attnx._operators.schema import Arguments, sum_dtype
 
 
 def features(feature_map: str, head_dim: int) -> int:
-    """The rows of a state."""
+    """Returns the number of rows of a state."""
     return 1 + head_dim + head_dim * (head_dim + 1) // 2 if feature_map == "taylor" else head_dim
 
 
@@ -29,7 +29,7 @@ _CHUNK = 64
 
 
 def flops(a: Arguments, backward: bool) -> int:
-    """Products with states, and where attention is causal those of pairs of tokens of a chunk."""
+    """Counts products with states, and where attention is causal those of pairs of tokens of a chunk."""
     query, key, columns = a["query"], a["key"], a["value"].shape[-1] + 1
     queries, keys = (x.shape[0] * x.shape[1] * x.shape[2] for x in (query, key))
     size = 2 * features(a["feature_map"], query.shape[-1]) * columns

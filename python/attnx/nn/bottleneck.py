@@ -107,14 +107,14 @@ class DiscreteKeyValueBottleneck(KeepsDtype):
             nn.init.normal_(self.projection, std=self.embed_dim**-0.5)  # lengths stay what they are, about
 
     def forward(self, x: Tensor) -> Tensor:
-        """The mean of the values that belong to the nearest keys."""
+        """Returns the mean of the values that belong to the nearest keys."""
         first = torch.arange(self.num_codebooks, device=x.device) * self.num_keys
         index = (self.nearest(x) + first).flatten(0, -2)
         return F.embedding_bag(index, self.values.flatten(0, 1), mode="mean").unflatten(0, x.shape[:-1])
 
     @torch.no_grad()
     def nearest(self, x: Tensor) -> Tensor:
-        """(..., num_codebooks) int64: the nearest key of each codebook."""
+        """Returns the nearest key of each codebook, (..., num_codebooks) int64."""
         return self._nearest(self._project(x)).mT.unflatten(0, x.shape[:-1])
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class DiscreteKeyValueBottleneck(KeepsDtype):
         self.keys.add_(step / self.counts[..., None].clamp(min=torch.finfo(torch.float32).tiny))
 
     def _project(self, x: Tensor) -> Tensor:
-        """(num_codebooks, tokens, key_dim) float32."""
+        """Returns the projected tokens, (num_codebooks, tokens, key_dim) float32."""
         if x.dim() < 1 or x.shape[-1] != self.embed_dim or not x.is_floating_point():
             raise ValueError(
                 f"x: expected floating point of shape (..., {self.embed_dim}), got {x.dtype} of shape {tuple(x.shape)}"
@@ -157,7 +157,7 @@ class DiscreteKeyValueBottleneck(KeepsDtype):
             return rows @ self.projection
 
     def _nearest(self, rows: Tensor) -> Tensor:
-        """(num_codebooks, tokens)."""
+        """Returns the nearest keys, (num_codebooks, tokens)."""
         some = math.ceil(_PAIRS_AT_ONCE / self.num_codebooks)
         largest = torch.full_like(rows[..., 0], -torch.inf)
         index = torch.zeros_like(largest, dtype=torch.int64)

@@ -82,23 +82,8 @@ class PointerHead(nn.Module):
         key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """The same as :meth:`log_prob`."""
-        return self.log_prob(
-            x, context, target, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal
-        )
-
-    def log_prob(
-        self,
-        x: Tensor,
-        context: Tensor,
-        target: Tensor,
-        *,
-        attn_mask: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        """The log-probability of each target: (batch, length) float32 (float64 for float64), with gradients; -inf
-        where it is hidden. Its negative mean is the loss; other arguments are those of the class.
+        """Returns the log-probability of each target: (batch, length) float32 (float64 for float64), with gradients;
+        it is -inf where the target is hidden. Its negative mean is the loss; other arguments are those of the class.
         """
         if not isinstance(target, Tensor) or target.shape != x.shape[:2]:
             got = tuple(target.shape) if isinstance(target, Tensor) else repr(target)
@@ -106,6 +91,8 @@ class PointerHead(nn.Module):
         query, key, hides = self._project(x, context, attn_mask, key_padding_mask)
         options = {"is_causal": is_causal, "softcap": self.softcap, **hides}
         return pointer_log_prob(query, key, target[:, None], **options)[:, 0]
+
+    log_prob = forward
 
     def argmax(
         self,
@@ -116,7 +103,7 @@ class PointerHead(nn.Module):
         key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """The likeliest place for each token; -1 where all are hidden. See :func:`attnx.pointer_argmax`."""
+        """Returns the likeliest place for each token; -1 where all are hidden. See :func:`attnx.pointer_argmax`."""
         query, key, hides = self._project(x, context, attn_mask, key_padding_mask)
         return pointer_argmax(query, key, is_causal=is_causal, softcap=self.softcap, **hides)[:, 0]
 
@@ -133,7 +120,7 @@ class PointerHead(nn.Module):
         key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """A place for each token, drawn; -1 where all are hidden. See :func:`attnx.pointer_sample`, also for
+        """Draws a place for each token; -1 where all are hidden. See :func:`attnx.pointer_sample`, also for
         temperature, generator, seed and offset.
         """
         query, key, hides = self._project(x, context, attn_mask, key_padding_mask)

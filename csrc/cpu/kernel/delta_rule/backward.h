@@ -1,6 +1,6 @@
-// The gated delta rule, backward. A unit of work takes a head of keys and the states of its heads of values: forward
-// through the chunks, keeping the state before each and its differences D, then back. With dS the gradient of the state
-// after a chunk, and W, P, D and G as in chunk.h,
+// This is the backward of the gated delta rule. A unit of work takes a head of keys and the states of its heads of
+// values: it goes forward through the chunks, keeps the state before each and its differences D, and goes back. With dS
+// the gradient of the state after a chunk, and W, P, D and G as in chunk.h,
 //
 //     Z = P^T dO + e^(G_n - G) K dS - W^T beta Z       dV = beta Z      dbeta_i = d_i . z_i
 //     dW = -dV (beta D)^T (j < i)                      dP = dO (beta D)^T (j <= i)
@@ -154,7 +154,7 @@ class DeltaRuleBackward {
     store_gates(batch, head, first, b);
   }
 
-  // Z: scale P^T dO has its factors in a copy of the products of queries.
+  // This finds Z. The factors of scale P^T dO are a copy of the products of queries.
   void find_grad_values(const Sum* grad_state, const Sum* grad_outputs, Buffers& b) const {
     Chunk& c = b.chunk;
     for (std::int64_t i = 0; i < c.count * kChunk; ++i) b.pairs[i] = Sum(p_.scale) * c.decays[i] * c.of_queries[i];
@@ -165,12 +165,11 @@ class DeltaRuleBackward {
       Sum *const to = b.pairs + i * kChunk, *const decays = c.decays + i * kChunk,
                  *const products = c.of_keys + i * kChunk;
       for (std::int64_t j = 0; j < kChunk; ++j) to[j] = -c.gates->beta[i] * decays[j] * products[j];
-      to[i] = 0;
     }
     solve_lower_transposed(b.pairs, kChunk, b.z, value_lanes_, c.count);
   }
 
-  // What reaches queries and keys by the states before and after the chunk.
+  // This adds what reaches queries and keys by the states before and after the chunk.
   void add_by_states(const Sum* before, const Sum* grad_state, const Sum* grad_outputs, Buffers& b) const {
     Chunk& c = b.chunk;
     Sum* const to_keys = b.of_states + c.count * key_lanes_;
@@ -187,7 +186,7 @@ class DeltaRuleBackward {
     Chunk::transpose(grad_state, value_lanes_, p_.key_dim, p_.value_dim, b.by_column, key_lanes_);
     Chunk::multiply(b.corrections, value_lanes_, b.by_column, key_lanes_, to_keys, c.count, p_.value_dim, false);
     c.scale_rows(to_keys, key_lanes_, c.gates->to_end, Sum(1), to_keys);
-    // e^(G_n - G_i); of the last token it is 1.
+    // These are the gradients of e^(G_n - G_i), which is 1 for the last token.
     for (std::int64_t i = 0; i < c.count - 1; ++i) {
       const Sum both = dot_of_rows(to_keys, c.keys, i);
       b.grad_sums[i] -= both;
@@ -199,7 +198,8 @@ class DeltaRuleBackward {
     return dot(x + i * key_lanes_, y + i * key_lanes_, key_lanes_);
   }
 
-  // What reaches queries and keys by the pairs of tokens of the chunk: dP and M + M^T are the factors of keys.
+  // This adds what reaches queries and keys by the pairs of tokens of the chunk: dP and M + M^T are the factors of
+  // keys.
   void add_by_pairs(Buffers& b) const {
     Chunk& c = b.chunk;
     const std::int64_t count = c.count;

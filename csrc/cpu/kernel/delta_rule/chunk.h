@@ -1,6 +1,6 @@
-// A chunk of tokens of the gated delta rule, as products of matrices (Yang et al., "Gated Delta Networks", arXiv
-// 2412.06464, section 3.3). With S the state before the chunk, G_i the sum of its log decays up to token i, and for the
-// tokens as rows of matrices
+// This computes a chunk of tokens of the gated delta rule by products of matrices (Yang et al., "Gated Delta Networks",
+// arXiv 2412.06464, section 3.3). With S the state before the chunk, G_i the sum of its log decays up to token i, and
+// for the tokens as rows of matrices
 //
 //     W_ij = e^(G_i - G_j) k_i . k_j  (j < i)      P_ij = scale e^(G_i - G_j) q_i . k_j  (j <= i)
 //
@@ -21,7 +21,7 @@ namespace attnx::cpu::ATTNX_ISA {
 
 inline constexpr std::int64_t kChunk = 64;
 
-// The exponentials of the sums of log decays of a chunk, and beta.
+// These are the exponentials of the sums of log decays of a chunk, and beta.
 template <class Sum>
 struct Gates {
   // e to it is 0 in any type; differences between the sums of what is no number, as -inf, would not be numbers.
@@ -67,7 +67,7 @@ struct Gates {
   Sum whole;  // e^G_n
 };
 
-// Some columns of the values, and so of states and outputs: columns of a state do not meet.
+// These are some columns of the values, and so of states and outputs: columns of a state do not meet.
 struct ValueColumns {
   std::int64_t first, count, lanes;
 };
@@ -86,7 +86,7 @@ class DeltaRuleChunk : public Products<typename Arithmetic<Input>::Sum> {
   Sum* keys_by_feature;        // [key_dim][kChunk]
   Sum *of_keys, *of_queries;   // products with the keys, [count][kChunk]; those of queries follow the last key
   Sum* decays;                 // [count][kChunk]
-  Sum* coupling;               // -W beta, [count][kChunk]
+  Sum* coupling;               // -W beta below the diagonal, which alone is read, [count][kChunk]
   Sum *differences, *outputs;  // [count][value_lanes]; outputs follow the last difference
   Sum* scaled;                 // rows on their way into a product, [2 kChunk][key_lanes]
   Gates<Sum>* gates;
@@ -110,7 +110,7 @@ class DeltaRuleChunk : public Products<typename Arithmetic<Input>::Sum> {
     gates = arena.take<Gates<Sum>>(1);
   }
 
-  // Loads a chunk of a head of keys, with queries or without, and makes their products with the keys.
+  // This loads a chunk of a head of keys, with queries or without, and makes their products with the keys.
   void begin(std::int64_t batch, std::int64_t key_head, std::int64_t first, bool with_queries) {
     count = smaller(kChunk, p.length - first);
     queries = keys + count * key_lanes;
@@ -135,7 +135,7 @@ class DeltaRuleChunk : public Products<typename Arithmetic<Input>::Sum> {
       convert_row(row_of<Input>(to, batch, head, first + i) + columns.first, from, columns.count);
   }
 
-  // What a head of values makes of the loaded chunk.
+  // This sets what a head of values makes of the loaded chunk.
   void set_gates(std::int64_t batch, std::int64_t head, std::int64_t first) {
     gates->read(p, batch, head, first, count);
     gates->decays(count, decays);
@@ -143,11 +143,10 @@ class DeltaRuleChunk : public Products<typename Arithmetic<Input>::Sum> {
       Sum* const row = coupling + i * kChunk;
       for (std::int64_t j = 0; j < kChunk; j += kLanes<Sum>)
         store(row + j, -load(decays + i * kChunk + j) * load(of_keys + i * kChunk + j) * load(gates->beta + j));
-      row[i] = 0;
     }
   }
 
-  // Solves for the differences. With queries it leaves scale e^G Q S as outputs.
+  // This solves for the differences. With queries it leaves scale e^G Q S as outputs.
   void find_differences(std::int64_t batch, std::int64_t head, std::int64_t first, ValueColumns columns,
                         const Sum* state, bool with_queries) {
     this->multiply(keys, key_lanes, state, value_lanes, differences, (with_queries ? 2 : 1) * count, p.key_dim, false);
@@ -162,14 +161,14 @@ class DeltaRuleChunk : public Products<typename Arithmetic<Input>::Sum> {
     solve_lower(coupling, kChunk, differences, value_lanes, count);
   }
 
-  // The state after the chunk, from beta D.
+  // This turns the state before the chunk into that after it, by beta D.
   void advance(const Sum* corrections, Sum* state) {
     scale_rows(keys, key_lanes, gates->to_end, Sum(1), scaled);
     for (std::int64_t i = 0; i < p.key_dim * value_lanes; ++i) state[i] *= gates->whole;
     this->multiply_transposed(scaled, key_lanes, corrections, value_lanes, state, p.key_dim, count, true);
   }
 
-  // to = all * factor_i * row i.
+  // Row i of `to` becomes all * factors[i] * row i.
   void scale_rows(const Sum* rows, std::int64_t lanes, const Sum* factors, Sum all, Sum* to) const {
     for (std::int64_t i = 0; i < count; ++i) {
       const Sum factor = all * factors[i];
@@ -177,7 +176,7 @@ class DeltaRuleChunk : public Products<typename Arithmetic<Input>::Sum> {
     }
   }
 
-  // A state in the memory of the user, and with its rows as long as vectors fill.
+  // These copy a state between the memory of the user and rows that fill whole vectors.
   void load_state(const Tensor& from, std::int64_t batch, std::int64_t head, ValueColumns columns, Sum* to) const {
     for (std::int64_t k = 0; k < p.key_dim; ++k, to += value_lanes) {
       if (!from.data) {

@@ -1,5 +1,5 @@
-// The gated delta rule, forward: a unit of work takes some columns of the state of a head through all chunks, or
-// through single tokens where there are few.
+// This is the forward of the gated delta rule: a unit of work takes some columns of the state of a head through all
+// chunks, or through single tokens where there are few.
 #pragma once
 
 #include "../units.h"

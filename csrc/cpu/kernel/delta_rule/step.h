@@ -1,5 +1,5 @@
-// The gated delta rule token by token, as a decode step has it: the state is read once for what it holds for the key
-// and for the query, and once more to be written.
+// This runs the gated delta rule token by token, as a decode step has it: the state is read once for what it holds for
+// the key and for the query, and once more to be written.
 #pragma once
 
 #include "chunk.h"
@@ -53,7 +53,7 @@ class DeltaRuleSteps {
     return static_cast<const Sum*>(x.data)[batch_ * x.batch_stride + head_ * x.head_stride + token * x.row_stride];
   }
 
-  // The first `lanes` of some vectors; only the last vector may be cut.
+  // These load and store the first `lanes` of some vectors, of which only the last may be cut.
   template <int kCount>
   static ATTNX_INLINE void load_some(const Sum* from, std::int64_t lanes, Vec<Sum> (&x)[kCount]) {
     if (lanes == kCount * kWidth) {
@@ -68,7 +68,7 @@ class DeltaRuleSteps {
     __builtin_memcpy(to, &x, std::size_t(lanes) * sizeof(Sum));
   }
 
-  // Columns d .. d + lanes - 1.
+  // This advances the columns d .. d + lanes - 1.
   template <int kCount>
   void advance(const Step& s, const Sum* before, std::int64_t stride, Sum* state, std::int64_t d,
                std::int64_t lanes) const {

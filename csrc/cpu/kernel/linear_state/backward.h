@@ -1,6 +1,6 @@
-// Linear attention with a state, backward. With y = N / n of a row, G = [dO / n, -(dO . y) / n] is the gradient of
-// [N, n]. Forward through the chunks the states give dphi(Q) = G S^T; back through them T, the sum of phi(q) G^T of
-// later queries on the gradient of the last state, gives dphi(K) = [V, 1] T^T and dV = phi(K) T.
+// This is the backward of linear attention with a state. With y = N / n of a row, G = [dO / n, -(dO . y) / n] is the
+// gradient of [N, n]. On the way forward through the chunks the states give dphi(Q) = G S^T; on the way back T, the sum
+// of phi(q) G^T of later queries on the gradient of the last state, gives dphi(K) = [V, 1] T^T and dV = phi(K) T.
 #pragma once
 
 #include "../units.h"
@@ -84,7 +84,7 @@ class LinearStateBackward {
     c.store_state(b.state, p_.grad_initial_state, batch, head);
   }
 
-  // The gradients of queries, and what pairs of the chunk add to those of keys and values.
+  // This makes the gradients of queries, and what pairs of the chunk add to those of keys and values.
   void go_forward(std::int64_t batch, std::int64_t key_head, std::int64_t first, const Buffers& b) const {
     const Chunk& c = b.chunk;
     const std::int64_t count = c.tokens(first, p_.length_q);
@@ -106,7 +106,7 @@ class LinearStateBackward {
     }
   }
 
-  // Row i of G.
+  // This makes row i of G.
   void read_gradient(std::int64_t batch, std::int64_t head, std::int64_t row, std::int64_t i, Sum* grads,
                      const Chunk& c) const {
     Sum* const grad = grads + i * c.value_lanes;
@@ -145,7 +145,7 @@ class LinearStateBackward {
     }
   }
 
-  // The gradients of keys and values.
+  // This makes the gradients of keys and values.
   void go_back(std::int64_t batch, std::int64_t head, std::int64_t first, const Buffers& b) const {
     const Chunk& c = b.chunk;
     const std::int64_t count = c.tokens(first, p_.length_k);

@@ -1,7 +1,7 @@
-// A chunk of tokens of linear attention with a state. Its own pairs meet as products of rows, those with tokens before
-// it by the state. Rows are what products of pairs are made of: phi(x), or x itself where weights are the Taylor
-// polynomial of a product (Arora et al., "Simple linear attention language models", BASED, arXiv 2402.18668), whose
-// features are made here and nowhere kept.
+// This is a chunk of tokens of linear attention with a state. Its own pairs meet as products of rows, and they meet the
+// tokens before it by the state. Rows are what products of pairs are made of: phi(x), or x itself where weights are the
+// Taylor polynomial of a product (Arora et al., "Simple linear attention language models", BASED, arXiv 2402.18668),
+// whose features are made here and nowhere kept.
 #pragma once
 
 #include "attnx/linear_state_params.h"
@@ -70,7 +70,7 @@ class LinearStateChunk : public Products<typename Arithmetic<Input>::Sum> {
     }
   }
 
-  // The weights of pairs of loaded rows; of the same chunk they are 0 where the key comes after the query.
+  // This weighs the pairs of loaded rows; in one chunk a weight is 0 where the key comes after the query.
   void weigh_pairs(std::int64_t count, std::int64_t count_of_keys, bool same_chunk) const {
     this->transpose(keys, row_lanes, count_of_keys, p.head_dim, by_column, kTokens);
     this->multiply(queries, row_lanes, by_column, kTokens, weights, count, p.head_dim, false);
@@ -86,7 +86,7 @@ class LinearStateChunk : public Products<typename Arithmetic<Input>::Sum> {
       }
   }
 
-  // The outputs of loaded queries, before they are normalised; own_pairs: with those of the chunk.
+  // This makes the outputs of loaded queries, before they are normalised, with the pairs of the chunk if asked.
   void attend(std::int64_t count, const Sum* state, bool own_pairs) const {
     multiply_few(of_queries, feature_lanes, state, value_lanes, outputs, count, features);
     if (own_pairs) multiply_lower(weights, kTokens, values, value_lanes, outputs, count, true);
@@ -96,7 +96,7 @@ class LinearStateChunk : public Products<typename Arithmetic<Input>::Sum> {
     this->multiply_transposed(of_keys, feature_lanes, values, value_lanes, state, features, count, true);
   }
 
-  // The gradient of rows from that of their features, added; the features of no polynomial are the rows.
+  // This adds the gradient of rows that their features have. Without a polynomial rows are features themselves.
   void add_gradient(const Sum* rows, const Sum* of_features, std::int64_t count, Sum* grad_rows) const {
     const std::int64_t dim = p.head_dim;
     const Sum kDiagonal = Sum(1.4142135623730951);
@@ -118,7 +118,7 @@ class LinearStateChunk : public Products<typename Arithmetic<Input>::Sum> {
     }
   }
 
-  // Gradients of rows, as the user has them.
+  // This stores gradients of rows as the user has them.
   void store_rows(Sum* grad_rows, const Sum* rows, const Tensor& to, std::int64_t batch, std::int64_t head,
                   std::int64_t first, std::int64_t count, Sum factor) const {
     for (std::int64_t i = 0; i < count; ++i) {
@@ -157,7 +157,7 @@ class LinearStateChunk : public Products<typename Arithmetic<Input>::Sum> {
     }
   }
 
-  // 1, x_a, and x_a x_b for a <= b, those of a = b over the square root of 2.
+  // The features are 1, x_a, and x_a x_b for a <= b, where those of a = b are divided by the square root of 2.
   void expand(const Sum* x, Sum* to) const {
     const std::int64_t dim = p.head_dim;
     const Sum kDiagonal = Sum(0.7071067811865476);
@@ -171,7 +171,7 @@ class LinearStateChunk : public Products<typename Arithmetic<Input>::Sum> {
     for (std::int64_t f = features; f < feature_lanes; ++f) to[f] = 0;
   }
 
-  // A product whose rows may be those of a decode step.
+  // This is a product that may have as few rows as a decode step has.
   void multiply_few(const Sum* a, std::int64_t a_lanes, const Sum* b, std::int64_t b_lanes, Sum* c, std::int64_t rows,
                     std::int64_t steps) const {
     using A = FusedMultiplyAdd<Sum>;

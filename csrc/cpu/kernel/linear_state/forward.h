@@ -1,5 +1,5 @@
-// Linear attention with a state, forward. A unit of work is a head of keys, with the state and all heads of queries
-// that read it.
+// This is the forward of linear attention with a state. A unit of work is a head of keys, with the state and all heads
+// of queries that read it.
 #pragma once
 
 #include "../units.h"
@@ -36,7 +36,7 @@ class LinearStateForward {
         : chunk(f.p_, arena), state(arena.take<Sum>(chunk.state_size())), bytes(arena.used()) {}
   };
 
-  // Whether the weights of all pairs cost less than states, which nobody wants to have.
+  // It tells whether the weights of all pairs cost less than states, where nobody wants a state.
   bool is_short() const {
     const std::int64_t columns = p_.value_dim + 1, of_pair = p_.head_dim + columns;
     const std::int64_t pairs_of_query = p_.is_causal ? (p_.length_k + Chunk::kTokens) / 2 : p_.length_k;

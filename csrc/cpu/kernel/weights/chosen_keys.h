@@ -1,4 +1,4 @@
-// The key of the largest logit of each row, or of the largest after each got a draw; for class ByRow.
+// This finds the key of the largest logit of each row, or of the largest after each got a draw, for class ByRow.
 #pragma once
 
 #include "../gumbel.h"

@@ -11,7 +11,7 @@
 
 namespace attnx::cpu::ATTNX_ISA {
 
-// What the policies of logits ask of a score.
+// This is what the policies of logits ask of a score.
 struct OfLogits {
   static constexpr bool kNormalised = true;
 };

@@ -6,6 +6,8 @@
 //   wait for Q and K (dO and V), all threads meet, copy the next ones | S = Q K^T | place logits, if the tile is not
 //   whole or has terms | dP = dO V^T, if the summand asks for it | x = summand(S, dP) | the reduction takes x
 //
+// Most reductions add() x to what a thread keeps. One that must know where the step stands has add_step() instead.
+//
 // With one stage the next tiles are copied at the end of a step instead. Nothing that a block owns is another block's,
 // so that there are no atomics and sums have one order. Weights are float32, and no product rounds them.
 #pragma once
