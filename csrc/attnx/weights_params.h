@@ -27,5 +27,7 @@ struct KeyWeightsParams : WeightsParams {
 struct RowWeightsParams : WeightsParams {};
 // The largest logit of each row, -inf where it sees no key: [batch, heads_q, length_q].
 struct MaxLogitsParams : WeightsParams {};
+// The gain and the shift of each row, of the sharpening.
+struct SoftplusRowsParams : WeightsParams {};
 
 }  // namespace attnx

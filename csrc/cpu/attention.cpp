@@ -49,6 +49,10 @@ void max_logits(const MaxLogitsParams& p, const Executor& executor) {
   run(&Kernels::max_logits_workspace, &Kernels::max_logits, p, executor, operations(p) / 2);
 }
 
+void softplus_rows(const SoftplusRowsParams& p, const Executor& executor) {
+  run(&Kernels::softplus_rows_workspace, &Kernels::softplus_rows, p, executor, operations(p) / 2);
+}
+
 void linear_forward(const LinearForwardParams& p, const Executor& executor) {
   run(&Kernels::linear_forward_workspace, &Kernels::linear_forward, p, executor, operations(p));
 }

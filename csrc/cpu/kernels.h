@@ -25,6 +25,7 @@ namespace attnx::cpu {
   X(key_weights, KeyWeightsParams)           \
   X(row_weights, RowWeightsParams)           \
   X(max_logits, MaxLogitsParams)             \
+  X(softplus_rows, SoftplusRowsParams)       \
   X(linear_forward, LinearForwardParams)     \
   X(linear_backward, LinearBackwardParams)   \
   X(select, SelectParams)                    \

@@ -33,6 +33,7 @@ struct Target {
   X(key_weights, KeyWeightsParams)           \
   X(row_weights, RowWeightsParams)           \
   X(max_logits, MaxLogitsParams)             \
+  X(softplus_rows, SoftplusRowsParams)       \
   X(label_blocks, LabelBlocksParams)         \
   X(critical_blocks, CriticalBlocksParams)   \
   X(linear_forward, LinearForwardParams)     \

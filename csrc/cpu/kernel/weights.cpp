@@ -3,6 +3,7 @@
 #include "dtype.h"
 #include "weights/by_key.h"
 #include "weights/by_row.h"
+#include "weights/softplus_rows.h"
 
 namespace attnx::cpu::ATTNX_ISA {
 
@@ -20,6 +21,8 @@ template <class Input, class Score>
 using RowWeightsKernel = ByRow<Input, RowWeights<Input, Score>>;
 template <class Input, class>
 using MaxLogitsKernel = ByRow<Input, MaxLogits<Input>>;
+template <class Input>
+using SoftplusRowsKernel = ByRow<Input, SoftplusRows<Input>>;
 
 }  // namespace
 
@@ -34,5 +37,12 @@ ATTNX_WEIGHTS(key_weights, KeyWeightsParams, KeyWeights)
 ATTNX_WEIGHTS(row_weights, RowWeightsParams, RowWeightsKernel)
 ATTNX_WEIGHTS(max_logits, MaxLogitsParams, MaxLogitsKernel)
 #undef ATTNX_WEIGHTS
+
+std::size_t softplus_rows_workspace(const SoftplusRowsParams& p, const Executor& executor) {
+  return with_kernel<SoftplusRowsKernel>(p, executor, [](const auto& f) { return std::size_t(f.workspace_bytes()); });
+}
+void softplus_rows(const SoftplusRowsParams& p, const Executor& executor, char* workspace) {
+  with_kernel<SoftplusRowsKernel>(p, executor, [&](const auto& f) { f.run(workspace); });
+}
 
 }  // namespace attnx::cpu::ATTNX_ISA

@@ -107,6 +107,7 @@ class ByRow {
   void visit(std::int64_t batch, std::int64_t head, std::int64_t row, char* memory) const {
     Buffers b(p_, memory);
     const Sequence s(p_, batch);
+    if (row >= s.length_q) return;
     const BandTiles tiles(p_, s, head, 0);
     const StridedStorage<Input, A> storage(p_, s, head / (p_.heads_q / p_.heads_k));
     b.tile.load_rows(s, tiles, head, row);
