@@ -18,6 +18,7 @@ from attnx.nn import (
     ProbabilisticAttention,
     RoutingAttention,
     SigmoidAttention,
+    SoftplusAttention,
     SparseLinearAttention,
 )
 
@@ -29,6 +30,7 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "alibi_trained": lambda **x: SigmoidAttention(24, 4, alibi="trainable", **x),
     "sparse_linear": lambda **x: SparseLinearAttention(24, 4, output_norm=True, **x),
     "sparse_linear_sla2": lambda **x: SparseLinearAttention(24, 4, mix="sla2", linear_bias=True, **x),
+    "softplus": lambda **x: SoftplusAttention(24, 4, sharpen=3, is_causal=True, **x),
     "affine": lambda **x: AffineScaledAttention(24, 4, is_causal=True, **x),
     "probabilistic": lambda **x: ProbabilisticAttention(24, 4, eval_seed=3, **x),
     "probabilistic_table": lambda **x: ProbabilisticAttention(24, 4, keep=KEEP, eval_seed=3, **x),

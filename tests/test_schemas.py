@@ -59,6 +59,8 @@ PART_GRADS = "Tensor grad_sparse, Tensor grad_linear, Tensor grad_logsumexp"
 
 ROUTES = "Tensor query_indices, Tensor query_offsets, Tensor key_indices, Tensor key_offsets"
 ROUTED = f"{ROUTES}, Tensor? memory_key, Tensor? memory_value"
+SHARPENED_RESULTS = f"{SOFTMAX_RESULTS}, Tensor gain, Tensor shift"
+SHARPENED_SAVED = f"Tensor grad_output, {QKV}, {SHARPENED_RESULTS}"
 
 SCHEMAS = [
     f"sigmoid_attention({QKV}, {LENGTHS}, {BIAS}, {TERMS}, {MASK}) -> Tensor",
@@ -85,6 +87,16 @@ SCHEMAS = [
     f"disentangled_attention_backward({SOFTMAX_SAVED}, {TABLES}, {KEY_TERMS}, {MASK}, bool query_table_gradient, "
     f"bool key_table_gradient, {WANTED_OF_KEYS}) -> ({GRADS}, Tensor grad_query_table, Tensor grad_key_table, "
     f"{KEY_TERM_GRADS})",
+    f"softplus_attention({QKV}, {LENGTHS}, {MASK}) -> ({SOFTMAX_RESULTS})",
+    f"softplus_attention_varlen({QKV}, {PADDED}, {MASK}) -> ({SOFTMAX_RESULTS})",
+    f"softplus_attention_backward({SOFTMAX_SAVED}, {LENGTHS}, {MASK}, bool deterministic) -> ({GRADS})",
+    f"softplus_attention_varlen_backward({SOFTMAX_SAVED}, {PADDED}, {MASK}, bool deterministic) -> ({GRADS})",
+    f"sharpened_softplus_attention({QKV}, {LENGTHS}, {MASK}, int power) -> ({SHARPENED_RESULTS})",
+    f"sharpened_softplus_attention_varlen({QKV}, {PADDED}, {MASK}, int power) -> ({SHARPENED_RESULTS})",
+    f"sharpened_softplus_attention_backward({SHARPENED_SAVED}, {LENGTHS}, {MASK}, int power, bool deterministic) -> "
+    f"({GRADS})",
+    f"sharpened_softplus_attention_varlen_backward({SHARPENED_SAVED}, {PADDED}, {MASK}, int power, bool deterministic) "
+    f"-> ({GRADS})",
     f"attention_key_weights({QK}, Tensor? logsumexp, Tensor? row_weights, {RULE}, {MASK}) -> Tensor",
     f"attention_row_weights({QK}, Tensor? logsumexp, {RULE}, {MASK}) -> Tensor",
     f"attention_max_logits({QK}, {MASK}) -> Tensor",

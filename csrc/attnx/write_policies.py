@@ -118,6 +118,7 @@ def cpp(scores: list[Score]) -> dict[str, str]:
             lambda score: f"action.template operator()<Score::{enum[score.name]}>()", [x for x in scores if x.cuda]
         ),
         "NORMALISED": cases(lambda score: str(score.normalised).lower()),
+        "BAND_ONLY": cases(lambda score: str(score.band_only).lower()),
         "BACKWARD": cases(lambda score: f"Score::{enum[score.backward]}"),
         "ROWS": "\n".join(map(row, scores)),
         "NAMES": quoted(score.name for score in scores if score.named),

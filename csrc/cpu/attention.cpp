@@ -20,6 +20,8 @@ double operations(const LinearParams& p) {
 void forward(const ForwardParams& p, const Executor& executor) {
   if (p.gather) {
     run(&Kernels::routed_forward_workspace, &Kernels::routed_forward, p, executor, operations(p));
+  } else if (is_band_only(p.score)) {
+    run(&Kernels::band_forward_workspace, &Kernels::band_forward, p, executor, operations(p));
   } else if (p.terms.any()) {
     run(&Kernels::forward_with_terms_workspace, &Kernels::forward_with_terms, p, executor, operations(p));
   } else {
@@ -30,6 +32,8 @@ void forward(const ForwardParams& p, const Executor& executor) {
 void backward(const BackwardParams& p, const Executor& executor) {
   if (p.gather) {
     run(&Kernels::routed_backward_workspace, &Kernels::routed_backward, p, executor, operations(p));
+  } else if (is_band_only(p.score)) {
+    run(&Kernels::band_backward_workspace, &Kernels::band_backward, p, executor, operations(p));
   } else if (p.terms.any()) {
     run(&Kernels::backward_with_terms_workspace, &Kernels::backward_with_terms, p, executor, operations(p));
   } else {

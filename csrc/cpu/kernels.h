@@ -14,6 +14,8 @@ namespace attnx::cpu {
 #define ATTNX_FOR_EACH_LOOP(X)           \
   X(forward, ForwardParams)              \
   X(backward, BackwardParams)            \
+  X(band_forward, ForwardParams)         \
+  X(band_backward, BackwardParams)       \
   X(forward_with_terms, ForwardParams)   \
   X(backward_with_terms, BackwardParams) \
   X(routed_forward, ForwardParams)       \

@@ -20,6 +20,7 @@ from attnx import (
     functional,
     probabilistic,
     routing,
+    softplus,
     sparse_linear,
     staircase,
     weights,
@@ -66,7 +67,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         TypeError: the arguments do not fit its signature.
     """
     name = getattr(function, "__name__", str(function))
-    modules = (disentangled, functional, probabilistic, routing, sparse_linear, staircase, weights)
+    modules = (disentangled, functional, probabilistic, routing, softplus, sparse_linear, staircase, weights)
     operators = {row.operator for row in _capability.table()}
     if name.removesuffix("_varlen") not in operators or all(getattr(m, name, None) is not function for m in modules):
         raise ValueError(f"function: expected an operator of attnx, such as attnx.sigmoid_attention, got {function!r}")

@@ -10,11 +10,12 @@ namespace attnx::cpu::ATTNX_ISA::ATTNX_DTYPE {
 
 template <class Use>
 static auto with_backward(const BackwardParams& p, const Executor& executor, Use use) {
-  if (p.key_blocks.counts)
+  const auto with_tiles = [&]<class Tiles>() {
     return with_backward_score(
-        p.score, [&]<class Score>() { return use(Backward<Input, Score, ListedTiles, StridedStorage>(p, executor)); });
-  return with_backward_band_score(
-      p.score, [&]<class Score>() { return use(Backward<Input, Score, BandTiles, StridedStorage>(p, executor)); });
+        p.score, [&]<class Score>() { return use(Backward<Input, Score, Tiles, StridedStorage>(p, executor)); });
+  };
+  return p.key_blocks.counts ? with_tiles.template operator()<ListedTiles>()
+                             : with_tiles.template operator()<BandTiles>();
 }
 
 std::size_t backward_workspace(const BackwardParams& p, const Executor& executor) {

@@ -8,7 +8,6 @@ from attnx._operators import (
     flops,
     probabilistic,
     routing,
-    softplus,
     sparse_linear,
     staircase,
     terms,
@@ -28,7 +27,6 @@ OPERATORS = (
     Operator(
         "sharpened_softplus_attention",
         varlen=True,
-        shapes=softplus.ROW_NUMBERS,
         vmap="heads",
         autocast=_QKV,
         flops=flops.sharpened,

@@ -5,6 +5,7 @@ from attnx.nn.disentangled import DisentangledSelfAttention
 from attnx.nn.probabilistic import ProbabilisticAttention
 from attnx.nn.routing import RoutingAttention
 from attnx.nn.sigmoid import SigmoidAttention
+from attnx.nn.softplus import SoftplusAttention
 from attnx.nn.sparse_linear import SparseLinearAttention
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "ProbabilisticAttention",
     "RoutingAttention",
     "SigmoidAttention",
+    "SoftplusAttention",
     "SparseLinearAttention",
 ]

@@ -25,9 +25,9 @@ class SoftplusRows {
   void begin(const WeightsParams&, const Sequence&, const Panel<Sum>&) {
     for (int lane = 0; lane < Tile::kWidth; ++lane) sum_[lane] = 0, largest_[lane] = -kInfinity, smallest_[lane] = kInfinity;
   }
-  void add(const WeightsParams&, const Sequence&, Tile& tile, const KeyTile& keys) {
+  void add(const WeightsParams&, const Sequence&, Tile& tile, KeyTile keys, std::int64_t i) {
     Vec<Sum> sum[kPanelVectors] = {};
-    tile.for_each(keys, 0, [&](auto, int vector, auto& x, auto& visible, auto masked) {
+    const auto add = [&](auto, int vector, auto& x, auto& visible, auto masked) {
       const int lane = vector * kLanes<Sum>;
       Vec<Sum> largest = load(largest_ + lane), smallest = load(smallest_ + lane);
       for (int k = 0; k < A::kStep; ++k) {
@@ -44,7 +44,9 @@ class SoftplusRows {
       }
       store(largest_ + lane, largest);
       store(smallest_ + lane, smallest);
-    });
+    };
+    keys.count = tile.panel(i).keys_seen(keys, A::kStep);
+    tile.for_each(keys, 0, add, i);
     for (int v = 0; v < kPanelVectors; ++v) store(sum_ + v * kLanes<Sum>, load(sum_ + v * kLanes<Sum>) + sum[v]);
   }
   void finish(const WeightsParams& p, const Sequence& s, const Panel<Sum>& panel) const {
