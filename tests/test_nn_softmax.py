@@ -33,7 +33,11 @@ SOFTMAX: dict[Any, dict[str, Any]] = {
     SparseLinearAttention: {"critical": 1.0, "negligible": 0.0},
 }
 WITHOUT_MASKS = SOFTMAX
-EVERY: dict[Any, dict[str, Any]] = SOFTMAX | {SigmoidAttention: {}, SoftplusAttention: {}, DisentangledSelfAttention: {"span": 4}}
+EVERY: dict[Any, dict[str, Any]] = SOFTMAX | {
+    SigmoidAttention: {},
+    SoftplusAttention: {},
+    DisentangledSelfAttention: {"span": 4},
+}
 
 
 def names(module: Any) -> str:

@@ -1,4 +1,4 @@
-"""Softplus attention, plain and sharpened: definition, gradients, rows without weights, lengths, refusals, the module."""
+"""Softplus attention, plain and sharpened: definition, gradients, rows without weights, lengths, the module."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def eager(
         above = keys * weights - (keys > 3).to(weights.dtype)
         rounding = 1e-12 if query.dtype == torch.float64 else 0.0
         above = above.where(visible & (above > rounding), 0.0)
-        most = above.amax(-1, keepdim=True).detach()
+        most = above.amax(-1, keepdim=True).detach() if above.shape[-1] else total
         powers = (above / most.where(most > 0, 1.0)) ** sharpen
         total = powers.flip(-1).sum(-1, keepdim=True)
         weights = powers / (total.detach() if constant_sums else total).where(most > 0, 1.0)
@@ -81,9 +81,13 @@ def check(
     expected = forward_backward(getattr(reference, name), *exact, **options)
     baseline = forward_backward(plain, inputs, grad_output, **options)
     terms = forward_backward(plain, *exact, **options, constant_sums=True)
+    # A power multiplies the relative rounding of its base, which plain PyTorch may be lucky with.
+    power = options.get("sharpen") or 1
+    units = {16: 2.0, 32: 8.0, 64: 16.0}[torch.finfo(grad_output.dtype).bits]
+    floor = units * power if power > 3 else units
     for of, x in actual.items():
         sizes = terms[of] if of.startswith("grad_") else None
-        assert_close(x, expected[of], baseline[of], terms=sizes, name=of, dtype=grad_output.dtype)
+        assert_close(x, expected[of], baseline[of], terms=sizes, floor=floor, name=of, dtype=grad_output.dtype)
     return actual
 
 
@@ -124,9 +128,7 @@ def test_lengths_of_keys(dtype: torch.dtype, sharpen: int | None, device: torch.
     for b, (end, first) in enumerate(zip(used["seqused_k"], used["leftpad_k"], strict=True)):
         for name in ("key", "value"):
             inputs[name][b, :, :first] = inputs[name][b, :, end:] = math.nan
-    actual = forward_backward(
-        attnx.softplus_attention, inputs, grad_output, sharpen=sharpen, is_causal=True, **used
-    )
+    actual = forward_backward(attnx.softplus_attention, inputs, grad_output, sharpen=sharpen, is_causal=True, **used)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
@@ -233,7 +235,9 @@ def test_tiles_without_a_weight_are_left_out(sharpen: int, device: torch.device)
     inputs["key"][:, :, 96:288, 0] = -40.0
     expected = reference.softplus_attention(**inputs, sharpen=sharpen)
     inputs["value"][:, :, 96:288] = math.nan
-    torch.testing.assert_close(attnx.softplus_attention(**inputs, sharpen=sharpen).double(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        attnx.softplus_attention(**inputs, sharpen=sharpen).double(), expected, rtol=0, atol=1e-4
+    )
 
 
 def test_logits_grow_with_the_keys_that_a_row_sees() -> None:
@@ -268,7 +272,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no whole power": ({"sharpen": 2.5}, "sharpen: expected None or a whole number from 1 to 64, got 2.5"),
     "logsumexp": ({"sharpen": 3, "return_logsumexp": True}, "return_logsumexp: expected False with sharpen, got True"),
     "scale": ({"scale": "1"}, "scale: expected None, a number"),
-    "scales": ({"scale": torch.ones(3)}, r"scale: expected None, a number, or a floating point tensor of shape \(\) or"),
+    "scales": (
+        {"scale": torch.ones(3)},
+        r"scale: expected None, a number, or a floating point tensor of shape \(\) or",
+    ),
     "window": ({"window": 3}, "window: expected None or a pair"),
     "causal": ({"is_causal": 1}, "is_causal: expected True or False, got 1"),
     "key": ({"key": torch.zeros(1, 2, 33, 8)}, "key: expected"),
@@ -287,12 +294,12 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
 
 def test_the_operator_checks_its_power() -> None:
     inputs, _ = random_inputs(Shape(), torch.float32, torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="^power: expected a whole number from 1 to 64, got 65"):
+    with pytest.raises(RuntimeError, match=r"^power: expected a whole number from 1 to 64, got 65"):
         torch.ops.attnx.sharpened_softplus_attention(*inputs.values(), None, None, 1.0, False, -1, -1, 0, 65)
 
 
-def test_other_devices_are_refused_by_name() -> None:
-    inputs, _ = random_inputs(Shape(), torch.float32, torch.device("meta"))
+def test_operators_with_a_choice_of_scores_do_not_offer_it() -> None:
+    inputs, _ = random_inputs(Shape(), torch.float32, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="score: expected"):
         attnx.attention_key_weights(inputs["query"], inputs["key"], score="softplus")  # type: ignore[arg-type]
 
@@ -327,7 +334,7 @@ def test_module(sharpen: int | None) -> None:
     torch.testing.assert_close(module(x), module.merge(expected))
     assert "window=(5, 0)" in repr(module)
     assert ("sharpen=15" in repr(module)) == (sharpen == 15)
-    with pytest.raises(ValueError, match="^attn_mask: "):
+    with pytest.raises(ValueError, match=r"^attn_mask: "):
         module(x, attn_mask=torch.zeros(9, 9))
-    with pytest.raises(ValueError, match="^sharpen: expected None or a whole number from 1 to 64, got 0"):
+    with pytest.raises(ValueError, match=r"^sharpen: expected None or a whole number from 1 to 64, got 0"):
         SoftplusAttention(24, 4, sharpen=0)

@@ -131,8 +131,8 @@ struct LogitTerms {
   }
 };
 
-// The weight of a logit t is max(gain * softplus(t) - shift, 0) to this power, over the sum of these. Gain and shift are
-// numbers of the row, like a logsumexp, and make the largest base of a row 1.
+// The weight of a logit t is max(gain * softplus(t) - shift, 0) to this power, over the sum of these. Gain and shift
+// are numbers of the row, like a logsumexp, and make the largest base of a row 1.
 struct Sharpening {
   std::int64_t power = 0;
   Tensor gain, shift;

@@ -2,9 +2,9 @@
 
 A row of policies.json is a score. It has a "name" and says whether it is "normalised"; it may have "parameters", each
 with a "name" and whether it has a "gradient". "variant_of" is the score that users name to get this one, where a
-parameter of theirs chooses it. "backward" is the score whose backward kernels serve this one, where it has none. A score that
-is "band_only" has no loop but those over a band, so that operators with a choice of scores do not offer it. "cuda" says
-whether there are CUDA kernels, which is so where it is left out.
+parameter of theirs chooses it. "backward" is the score whose backward kernels serve this one, where it has none. A
+score that is "band_only" has no loop but those over a band, so that operators with a choice of scores do not offer it.
+"cuda" says whether there are CUDA kernels, which is so where it is left out.
 """
 
 from __future__ import annotations

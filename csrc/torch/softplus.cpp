@@ -1,6 +1,6 @@
-// This file registers torch.ops.attnx.softplus_attention and sharpened_softplus_attention, and their packed and backward
-// forms. Queries and keys come normalised and scaled; the sharpened form raises what weighs more than the mean of its
-// row to a power.
+// This file registers torch.ops.attnx.softplus_attention and sharpened_softplus_attention, and their packed and
+// backward forms. Queries and keys come normalised and scaled; the sharpened form raises what weighs more than the mean
+// of its row to a power.
 #include <torch/csrc/stable/ops.h>
 
 #include "results.h"

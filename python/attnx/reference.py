@@ -1048,6 +1048,7 @@ def softplus_attention_varlen(
     def attention(q: Tensor, k: Tensor, v: Tensor, sequence: int, **own: Any) -> tuple[Tensor, Tensor]:
         if own.get("sharpen") is not None:
             output = softplus_attention(q, k, v, **own)
+            assert isinstance(output, Tensor)
             return output, output[..., 0]
         output, logsumexp = softplus_attention(q, k, v, return_logsumexp=True, **own)
         return output, logsumexp

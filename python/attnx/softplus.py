@@ -91,11 +91,11 @@ def softplus_attention(
     lengths = ends, starts = _arguments.key_lengths(seqused_k, leftpad_k, query, key)
     if query.dim() == key.dim() == 4:
         used: Any = key.shape[2]
-        if ends is not None and starts is not None and ends.dim() == 1:
+        if ends is not None and starts is not None and ends.shape == starts.shape == query.shape[:1]:
             used = (ends - starts)[:, None].long()
         position = torch.arange(query.shape[2], device=query.device)
         keys = _keys_seen(position - query.shape[2] + used, used, band)
-        query, key, scale = _normalised(query, key, keys[..., None, :, None] if keys.dim() > 1 else keys[:, None], scale)
+        query, key, scale = _normalised(query, key, keys[..., None, :, None], scale)
     return _attend("softplus_attention", (query, key, value, *lengths, scale, *band), power, return_logsumexp)
 
 
@@ -156,10 +156,9 @@ def _band(is_causal: Any, window: Window, position_offset: Any) -> tuple[bool, i
 def _keys_seen(position: Tensor, used: Any, band: tuple[bool, int, int, int]) -> Tensor:
     """How many of the used keys the rows see that stand at these positions, before the offset."""
     is_causal, left, right, offset = band
-    used = torch.as_tensor(used, device=position.device) if not isinstance(used, Tensor) else used
     right = 0 if is_causal else right
-    zero = torch.zeros_like(position)
-    first = zero if left < 0 else torch.minimum((position + (offset - left)).clamp(min=0), used)
+    used = torch.zeros_like(position) + used
+    first = torch.zeros_like(used) if left < 0 else torch.minimum((position + (offset - left)).clamp(min=0), used)
     end = used if right < 0 else torch.minimum(torch.maximum(position + (offset + right + 1), first), used)
     return end - first
 
@@ -184,7 +183,10 @@ def _normalised(
 
 
 def _unit(x: Tensor, length: Tensor) -> Tensor:
-    """Rows of this length in the direction of x, in the type of sums. One that is not finite is NaN and gets no gradient."""
+    """Rows of this length in the direction of x, in the type of sums.
+
+    A row that is not finite is NaN, and gets no gradient, as its key may be hidden from all queries.
+    """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=length.dtype)
     if torch.is_grad_enabled() and x.requires_grad:
         finite = norm.isfinite()

@@ -1,4 +1,6 @@
-// Compiled for each instruction set and dtype; picks the policies of the scores that have no loops but those over a band.
+// Compiled for each instruction set and dtype; picks the policies of the scores that have no loops but those over a
+// band.
+#include "tiles/band.h"
 #include "backward.h"
 #include "cpu/kernel/scores.h"
 #include "dtype.h"
@@ -6,7 +8,6 @@
 #include "lanes/keys.h"
 #include "lanes/queries.h"
 #include "storage/strided.h"
-#include "tiles/band.h"
 
 namespace attnx::cpu::ATTNX_ISA::ATTNX_DTYPE {
 

@@ -11,7 +11,6 @@ from attnx import _capability
 from attnx._operators.description import Operator
 from attnx._operators.schema import Arguments, Signature, signature, sum_dtype
 
-
 # A number for each row: (batch, heads, length), or (heads, rows) of packed sequences.
 OF_ROWS = ("logsumexp", "gain", "shift")
 

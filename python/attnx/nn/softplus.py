@@ -58,7 +58,9 @@ class SoftplusAttention(ProjectedAttention):
         **projection: Unpack[ProjectionArguments],
     ) -> None:
         super().__init__(embed_dim, num_heads, **projection)
-        if sharpen is not None and (isinstance(sharpen, bool) or not isinstance(sharpen, int) or not 1 <= sharpen <= 64):
+        if sharpen is not None and (
+            isinstance(sharpen, bool) or not isinstance(sharpen, int) or not 1 <= sharpen <= 64
+        ):
             raise ValueError(f"sharpen: expected None or a whole number from 1 to 64, got {sharpen!r}")
         self.sharpen = sharpen
         self.scale = scale

@@ -188,9 +188,7 @@ class SharpenedSoftplusBackward : public NormalisedBackward<A> {
   }
 
  private:
-  ATTNX_INLINE Vec<Sum> lower_power(Vec<Sum> v) const {
-    return v == 0 ? Vec<Sum>{} : power(v, rows_.power() - 1);
-  }
+  ATTNX_INLINE Vec<Sum> lower_power(Vec<Sum> v) const { return v == 0 ? Vec<Sum>{} : power(v, rows_.power() - 1); }
 
   SharpenedRows<A> rows_;
   alignas(kVectorBytes) Sum inverse_[kPanelLanes<Sum>], factor_[kPanelLanes<Sum>];  // 1 / S, p / S

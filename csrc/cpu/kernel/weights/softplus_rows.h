@@ -23,7 +23,8 @@ class SoftplusRows {
 
  public:
   void begin(const WeightsParams&, const Sequence&, const Panel<Sum>&) {
-    for (int lane = 0; lane < Tile::kWidth; ++lane) sum_[lane] = 0, largest_[lane] = -kInfinity, smallest_[lane] = kInfinity;
+    for (int lane = 0; lane < Tile::kWidth; ++lane)
+      sum_[lane] = 0, largest_[lane] = -kInfinity, smallest_[lane] = kInfinity;
   }
   void add(const WeightsParams&, const Sequence&, Tile& tile, KeyTile keys, std::int64_t i) {
     Vec<Sum> sum[kPanelVectors] = {};
@@ -51,7 +52,8 @@ class SoftplusRows {
   }
   void finish(const WeightsParams& p, const Sequence& s, const Panel<Sum>& panel) const {
     for (int lane = 0; lane < panel.rows; ++lane) {
-      const std::int64_t keys = panel.visible[lane].end - panel.visible[lane].first, row = s.result_row(panel.query[lane]);
+      const std::int64_t keys = panel.visible[lane].end - panel.visible[lane].first,
+                         row = s.result_row(panel.query[lane]);
       const double sum = sum_[lane], mean = keys > kKeysWithoutMean ? 1 : 0, x = largest_[lane];
       const double softplus = (x > 0 ? x : 0) + __builtin_log1p(__builtin_exp(x > 0 ? -x : x));
       const double most = double(keys) * softplus / sum - mean;

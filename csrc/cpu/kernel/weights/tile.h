@@ -48,8 +48,8 @@ class WeightsTile {
     storage.load_keys(tile.first, tile.count, keys_ + place * kKeys * stride_, stride_);
   }
 
-  // Calls body(key, vector, x, visible, masked) for the logits of panel i and the tile that was loaded at this place, as
-  // for_each_logit does; key counts from the tile's first.
+  // Calls body(key, vector, x, visible, masked) for the logits of panel i and the tile that was loaded at this place,
+  // as for_each_logit does; key counts from the tile's first.
   template <class Body>
   void for_each(const KeyTile& tile, std::int64_t place, Body body, std::int64_t i = 0) {
     const std::int64_t keys = round_up(tile.count, A::kStep);
