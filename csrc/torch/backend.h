@@ -36,6 +36,7 @@ struct Target {
   X(row_weights, RowWeightsParams)                    \
   X(max_logits, MaxLogitsParams)                      \
   X(chosen_keys, ChosenKeysParams)                    \
+  X(softplus_rows, SoftplusRowsParams)                \
   X(label_blocks, LabelBlocksParams)                  \
   X(critical_blocks, CriticalBlocksParams)            \
   X(linear_forward, LinearForwardParams)              \

@@ -23,6 +23,7 @@ from attnx import (
     pointer,
     probabilistic,
     routing,
+    softplus,
     sparse_linear,
     staircase,
     weights,
@@ -74,7 +75,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     """
     name = getattr(function, "__name__", str(function))
     modules = [delta_rule, disentangled, functional, linear, pointer]
-    modules += [probabilistic, routing, sparse_linear, staircase, weights]
+    modules += [probabilistic, routing, softplus, sparse_linear, staircase, weights]
     operators = {row.operator for row in _capability.table()}
     if name.removesuffix("_varlen") not in operators or all(getattr(m, name, None) is not function for m in modules):
         raise ValueError(f"function: expected an operator of attnx, such as attnx.sigmoid_attention, got {function!r}")
@@ -82,6 +83,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     bound.apply_defaults()
     arguments = dict(bound.arguments)
     arguments |= arguments.pop("terms", {})  # disentangled attention takes them as they are named
+    if arguments.get("sharpen") is not None:  # it is an operator of its own
+        name = f"sharpened_{name}"
     if "cache" in arguments:
         arguments["key"] = arguments["value"] = arguments["cache"]._memory.tail[:, :, 0, 0]
     if isinstance(mask := arguments.get("block_mask"), BlockMask):  # what it hides within blocks are terms, too
