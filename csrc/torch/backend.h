@@ -63,4 +63,7 @@ struct Target {
 ATTNX_FOR_EACH_RUN(ATTNX_DECLARE)
 #undef ATTNX_DECLARE
 
+// These two need nothing of each other. The CPU runs them in one parallel region.
+void run(const ForwardParams& params, const LinearForwardParams& linear, const Target& target);
+
 }  // namespace attnx::ops

@@ -55,9 +55,8 @@ class Backward {
         return;
       }
     }
-    // The fewest splits that keep nine tenths of the threads' time busy.
-    const std::int64_t heads = units(), threads = executor.threads;
-    while (splits_ < threads && heads * splits_ * 10 < round_up(heads * splits_, threads) * 9) ++splits_;
+    const std::int64_t heads = units();
+    while (splits_ < executor.threads && !keeps_busy(heads * splits_, executor.threads)) ++splits_;
   }
 
   std::int64_t workspace_bytes() const {
