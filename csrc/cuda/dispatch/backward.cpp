@@ -27,27 +27,32 @@ void launch(const BackwardPlan& plan, const BackwardCall& call) {
   const auto& p = call.params;
   const GradQueryArguments grad_query{plan.geometry, call.scaling.scale, plan.scratch.grad_query_sum, p.grad_query,
                                       p.grad_query_addend};
-  with_dtype(p.dtype, [&]<DType kDType>() {
-    if (plan.variant.terms) {
-      with_head_dim<kTermsHeadDims>(p, [&]<int kHeadDim>() {
-        with_backward_score(p.score, [&]<Score kScore>() {
+  with_backward_score(p.score, [&]<Score kScore>() {
+    with_dtype(p.dtype, [&]<DType kDType>() {
+      const auto on_sm80 = [&]<const auto& kTable>(const auto& launch) {
+        with_head_dim<kTable>(p, [&]<int kHeadDim>() {
+          launch.template operator()<kHeadDim>();
+          launch_grad_query_sm80<kDType, kHeadDim>(grad_query, call.variant, call.stream);
+        });
+      };
+      const auto plain = [&]<int kHeadDim>() { launch_backward_sm80<kScore, kDType, kHeadDim>(call); };
+      if constexpr (is_band_only(kScore)) {
+        on_sm80.template operator()<kBandHeadDims>(plain);
+      } else if (plan.variant.terms) {
+        on_sm80.template operator()<kTermsHeadDims>([&]<int kHeadDim>() {
           if constexpr (kScore == Score::kSoftmax)
             if (plan.variant.tables) return launch_tables_backward_sm80<kScore, kDType, kHeadDim>(call);
           launch_terms_backward_sm80<kScore, kDType, kHeadDim>(call);
         });
-        launch_grad_query_sm80<kDType, kHeadDim>(grad_query, call.variant, call.stream);
-      });
-    } else if (plan.mainloop == Mainloop::kSm80) {
-      with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() {
-        with_backward_score(p.score, [&]<Score kScore>() { launch_backward_sm80<kScore, kDType, kHeadDim>(call); });
-        launch_grad_query_sm80<kDType, kHeadDim>(grad_query, call.variant, call.stream);
-      });
-    } else if constexpr (ATTNX_CUDA_SM90) {
-      with_head_dim<kTmaHeadDims>(p, [&]<int kHeadDim>() {
-        with_backward_score(p.score, [&]<Score kScore>() { launch_backward_sm90<kScore, kDType, kHeadDim>(call); });
-        launch_grad_query_sm90<kDType, kHeadDim>(grad_query, call.variant, call.stream);
-      });
-    }
+      } else if (plan.mainloop == Mainloop::kSm80) {
+        on_sm80.template operator()<kHeadDims>(plain);
+      } else if constexpr (ATTNX_CUDA_SM90) {
+        with_head_dim<kTmaHeadDims>(p, [&]<int kHeadDim>() {
+          launch_backward_sm90<kScore, kDType, kHeadDim>(call);
+          launch_grad_query_sm90<kDType, kHeadDim>(grad_query, call.variant, call.stream);
+        });
+      }
+    });
   });
 }
 

@@ -49,6 +49,7 @@ std::string plan_sm90(const BackwardParams& p, BackwardPlan& plan) {
   static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, group);
   if (!ATTNX_CUDA_SM90) return "attnx was built without it";
   if (plan.variant.terms) return kTermsReason;
+  if (is_band_only(p.score)) return kBandOnlyReason;
   const TmaBackwardViews views = tma_views(p, group);
   if (const std::string why = why_not_tma(
           {{"query", views.query}, {"key", views.key}, {"value", views.value}, {"grad_output", views.grad_output}});
@@ -79,6 +80,7 @@ BackwardPlan make_plan(const BackwardParams& p, std::optional<Mainloop> asked, b
   plan.variant.aligned = are_aligned(p, {p.query, p.grad_query}, {p.key, p.grad_key}, {p.value, p.grad_value}) &&
                          is_aligned(p, p.grad_output, p.heads_q, p.value_dim);
   const auto on_sm80 = [&] {
+    if (is_band_only(p.score)) return plan_sm80<kBandHeadDims, BackwardTiles>(p, plan);
     plan.variant.terms ? plan_sm80<kTermsHeadDims, TermsBackwardTiles>(p, plan)
                        : plan_sm80<kHeadDims, BackwardTiles>(p, plan);
   };

@@ -44,7 +44,9 @@ void launch(const ForwardPlan& plan, const ForwardCall& call) {
   const auto& p = call.params;
   with_score(p.score, [&]<Score kScore>() {
     with_dtype(p.dtype, [&]<DType kDType>() {
-      if (plan.variant.terms) {
+      if constexpr (is_band_only(kScore)) {
+        with_head_dim<kBandHeadDims>(p, [&]<int kHeadDim>() { launch_forward_sm80<kScore, kDType, kHeadDim>(call); });
+      } else if (plan.variant.terms) {
         // One kernel serves softmax with a sink and without, because terms have kernels enough.
         constexpr Score kOrSink = kScore == Score::kSoftmax ? Score::kSoftmaxSink : kScore;
         with_head_dim<kTermsHeadDims>(p, [&]<int kHeadDim>() {

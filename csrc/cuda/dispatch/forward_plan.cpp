@@ -50,6 +50,7 @@ std::string plan_sm90(const ForwardParams& p, ForwardPlan& plan) {
   static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, group);
   if (!ATTNX_CUDA_SM90) return "attnx was built without it";
   if (plan.variant.terms) return kTermsReason;
+  if (is_band_only(p.score)) return kBandOnlyReason;
   if (!plan.variant.listed && rows <= 64)
     return "at most 64 rows of query share their keys, got " + std::to_string(rows);
   const TmaForwardViews views = tma_views(p, group);
@@ -80,6 +81,7 @@ ForwardPlan make_plan(const ForwardParams& p, std::optional<Mainloop> asked, voi
   plan.variant.aligned =
       are_aligned(p, {p.query}, {p.key}, {p.value}) && is_aligned(p, p.output, p.heads_q, p.value_dim);
   const auto on_sm80 = [&] {
+    if (is_band_only(p.score)) return plan_sm80<kBandHeadDims, ForwardTiles>(p, plan);
     if (plan.variant.tables) return plan_sm80<kTermsHeadDims, TablesForwardTiles>(p, plan);
     plan.variant.terms ? plan_sm80<kTermsHeadDims, TermsForwardTiles>(p, plan)
                        : plan_sm80<kHeadDims, ForwardTiles>(p, plan);

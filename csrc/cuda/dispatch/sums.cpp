@@ -16,9 +16,11 @@ namespace {
 template <const auto& kHeadDims, class Launch>
 void with_unit(const AttentionParams& p, const Launch& launch) {
   with_backward_score(p.score, [&]<Score kScore>() {
-    with_dtype(p.dtype, [&]<DType kDType>() {
-      with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() { launch.template operator()<kScore, kDType, kHeadDim>(); });
-    });
+    if constexpr (!is_band_only(kScore)) {
+      with_dtype(p.dtype, [&]<DType kDType>() {
+        with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() { launch.template operator()<kScore, kDType, kHeadDim>(); });
+      });
+    }
   });
 }
 

@@ -87,6 +87,8 @@ class SoftmaxForward {
 struct Softmax {
   // Rows have a logsumexp, which is an output and what the backward starts from, and a delta there.
   static constexpr bool kNormalised = true;
+  // It has loops over lists, too.
+  static constexpr bool kBandOnly = false;
 
   struct Parameters {};  // what rows read in the forward
   static Parameters parameters(const AttentionParams&) { return {}; }
@@ -97,6 +99,7 @@ struct Softmax {
   // The backward sees a logit with its row's offset, -logsumexp, times log2(e).
   template <class Input>
   struct Backward {
+    static constexpr bool kScalesRows = false;  // a logit comes with its row's offset
     static constexpr float kWeightScale = 1;
     // This returns the weight, and sets what the gradient of the weight less the row's delta is multiplied with.
     static __device__ __forceinline__ float weight(float logit, float& factor) {

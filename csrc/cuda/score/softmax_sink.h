@@ -10,7 +10,7 @@ namespace attnx::cuda {
 
 // This is the score policy. Softmax's backward serves it, as the sink changes nothing there but the logsumexp.
 struct SoftmaxSink {
-  static constexpr bool kNormalised = true;
+  static constexpr bool kNormalised = true, kBandOnly = false;
 
   struct Parameters {
     PerHead sink;

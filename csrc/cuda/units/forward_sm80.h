@@ -28,7 +28,7 @@ struct ForwardSm80 {
 
   static void run(const ForwardCall& call) {
     if (call.variant.listed) {
-      if constexpr (Logits::kHasLists) {
+      if constexpr (Logits::kHasLists && !Score::kBandOnly) {
         if (!call.variant.aligned) return launch<Listed, false, typename Sizes::Narrow>(call);
         call.variant.wide ? launch<Listed, true, typename Sizes::WideListed>(call)
                           : launch<Listed, true, typename Sizes::Narrow>(call);

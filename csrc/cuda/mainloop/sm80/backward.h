@@ -133,6 +133,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       for (int r = 0; r < kRows; ++r) {
         const std::int64_t row = row_tile * kM + score_row + lane / 4 + row_of(r);
         offset[r] = __ldg(args.offset + row) + (Tiles::kHasBias ? tiles.bias(tile) * kLog2E : 0.0f);
+        if constexpr (ScorePolicy::kScalesRows) offset[r] = exp2_approx(offset[r]);
         delta[r] = Score::kNormalised ? __ldg(args.delta + row) : 0;
       }
 
@@ -160,7 +161,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             float (&pair)[4] = s[m][n];
             const auto weight = [&](int e) {
               float& x = pair[half * 2 + e];
-              const float weight = ScorePolicy::weight(fmaf(x, multiplier, offset[m * 2 + half]), x);
+              float weight;
+              if constexpr (ScorePolicy::kScalesRows) {
+                weight = ScorePolicy::weight(x * multiplier, offset[m * 2 + half], x);
+              } else {
+                weight = ScorePolicy::weight(fmaf(x, multiplier, offset[m * 2 + half]), x);
+              }
               x = logits.weight(x, n, e);
               return logits.weight(weight, n, e);
             };
