@@ -45,6 +45,19 @@ def test_example_runs(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run(example, "README.md", tmp_path, monkeypatch)
 
 
+LISTED = (ROOT / "docs" / "papers.md").read_text()
+LINES = re.findall(r"\| `([^`]+)` \|$", LISTED, flags=re.MULTILINE)
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("line", LINES)
+def test_line_of_a_paper_runs(line: str) -> None:
+    names: dict[str, object] = {}
+    exec(BLOCK.findall(LISTED)[0], names)
+    eval(line, names)
+
+
 DOCUMENTED = [
     pytest.param(page, example, id=f"{page.relative_to(ROOT)}-{i}")
     for page in PAGES

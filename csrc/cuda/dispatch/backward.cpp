@@ -29,7 +29,7 @@ void launch(const BackwardPlan& plan, const BackwardCall& call) {
                                       p.grad_query_addend};
   with_backward_score(p.score, [&]<Score kScore>() {
     with_dtype(p.dtype, [&]<DType kDType>() {
-      const auto on_sm80 = [&]<const auto& kTable>(const auto& launch) {
+      const auto on_sm80 = [&]<const auto & kTable>(const auto& launch) {
         with_head_dim<kTable>(p, [&]<int kHeadDim>() {
           launch.template operator()<kHeadDim>();
           launch_grad_query_sm80<kDType, kHeadDim>(grad_query, call.variant, call.stream);
