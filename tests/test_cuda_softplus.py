@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -12,7 +13,7 @@ import attnx
 from attnx import reference
 from cases import MASKS, Shape, pack, random_inputs, visible_pairs
 from compare import forward_backward
-from test_softplus import SHAPES, check
+from test_softplus import POWERS, SHAPES, check
 
 pytestmark = pytest.mark.backends("cuda", "emulated")
 
@@ -21,29 +22,41 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sharpen", POWERS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_definition(shape: Shape, dtype: torch.dtype, mask: str, device: torch.device) -> None:
-    check(*random_inputs(shape, dtype, device), **MASKS[mask])
+def test_definition(shape: Shape, sharpen: int | None, dtype: torch.dtype, mask: str, device: torch.device) -> None:
+    check(*random_inputs(shape, dtype, device), sharpen=sharpen, **MASKS[mask])
 
 
 @pytest.mark.parametrize("has_padding", [False, True])
-def test_packed(has_padding: bool, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("sharpen", [None, 3])
+def test_packed(sharpen: int | None, has_padding: bool, dtype: torch.dtype, device: torch.device) -> None:
     inputs, grad_output, sizes = pack(([3, 0, 70, 1], [4, 2, 90, 0]), dtype, device)
     if has_padding:
         inputs = {name: torch.cat([x, torch.full_like(x[:5], 7.0)]) for name, x in inputs.items()}
         grad_output = torch.cat([grad_output, torch.ones_like(grad_output[:5])])
-    check(inputs, grad_output, "softplus_attention_varlen", is_causal=True, has_padding=has_padding, **sizes)
+    check(
+        inputs,
+        grad_output,
+        "softplus_attention_varlen",
+        is_causal=True,
+        has_padding=has_padding,
+        sharpen=sharpen,
+        **sizes,
+    )
 
 
-def test_lengths_of_keys(dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("sharpen", [None, 3])
+def test_lengths_of_keys(sharpen: int | None, dtype: torch.dtype, device: torch.device) -> None:
     inputs, grad_output = random_inputs(Shape(length_q=30, length_k=120, batch=3, heads=4, kv_heads=2), dtype, device)
     used = {"seqused_k": torch.tensor([120, 0, 37]).int(), "leftpad_k": torch.tensor([5, 0, 31]).int()}
-    check(inputs, grad_output, is_causal=True, **{name: x.to(device) for name, x in used.items()})
+    check(inputs, grad_output, is_causal=True, sharpen=sharpen, **{name: x.to(device) for name, x in used.items()})
 
 
-def test_few_rows_over_many_keys(dtype: torch.dtype, device: torch.device) -> None:
-    """The keys are cut into parts, which merge by ln Z."""
-    check(*random_inputs(Shape(length_q=2, length_k=3000, head_dim=64), dtype, device))
+@pytest.mark.parametrize("sharpen", [None, 3])
+def test_few_rows_over_many_keys(sharpen: int | None, dtype: torch.dtype, device: torch.device) -> None:
+    """The keys are cut into parts, which merge by ln Z, or by the logarithm of the sum of powers."""
+    check(*random_inputs(Shape(length_q=2, length_k=3000, head_dim=64), dtype, device), sharpen=sharpen)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -59,17 +72,21 @@ def test_logsumexp(mask: str, dtype: torch.dtype, device: torch.device) -> None:
     torch.testing.assert_close(actual[finite].double(), expected[finite], rtol=0, atol=tolerance)
 
 
-def test_logits_that_are_large(dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("sharpen", [None, 3])
+def test_logits_that_are_large(sharpen: int | None, dtype: torch.dtype, device: torch.device) -> None:
     """Softplus is its logit there, and 0 at the other end."""
     inputs, grad_output = random_inputs(Shape(length_q=40, length_k=70, head_dim=64), dtype, device)
-    check(inputs, grad_output, scale=9.0)
+    check(inputs, grad_output, scale=9.0, sharpen=sharpen)
 
 
-def test_deterministic_backward_repeats_its_bits(dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("sharpen", [None, 3])
+def test_deterministic_backward_repeats_its_bits(sharpen: int | None, dtype: torch.dtype, device: torch.device) -> None:
     inputs, grad_output = random_inputs(Shape(length_q=150, length_k=260, head_dim=64), dtype, device)
     torch.use_deterministic_algorithms(True)
     try:
-        first, second = (forward_backward(attnx.softplus_attention, inputs, grad_output) for _ in range(2))
+        first, second = (
+            forward_backward(attnx.softplus_attention, inputs, grad_output, sharpen=sharpen) for _ in range(2)
+        )
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -83,9 +100,25 @@ def test_a_hidden_key_that_is_no_number_shows_in_no_weight(dtype: torch.dtype, d
     assert torch.equal(attnx.softplus_attention(**inputs, **options), expected)
 
 
-def test_the_sharpened_form_is_refused(dtype: torch.dtype, device: torch.device) -> None:
-    inputs, _ = random_inputs(Shape(), dtype, device)
-    if device.type != "cuda":
-        pytest.skip("tensors on the host run the CPU's kernel of an operator that has none on CUDA")
-    with pytest.raises(RuntimeError, match="sharpened_softplus_attention: expected tensors on cpu"):
-        attnx.softplus_attention(**inputs, sharpen=3)
+@pytest.mark.parametrize("length_q", [1, 40])
+def test_rows_of_equal_weights(length_q: int, dtype: torch.dtype, device: torch.device) -> None:
+    """No weight is above the mean: 0, and no gradient but in rows of three keys, from which no mean is taken."""
+    inputs, grad_output = random_inputs(Shape(length_q=length_q, length_k=300), dtype, device)
+    inputs["key"] = inputs["key"][:, :, :1].expand_as(inputs["key"]).contiguous()
+    results = forward_backward(attnx.softplus_attention, inputs, grad_output, sharpen=15)
+    assert all((x == 0).all() for x in results.values())
+    mean = attnx.softplus_attention(**inputs, sharpen=15, window=(2, 0))
+    expected = inputs["value"].double().unfold(2, 3, 1).mean(-1)[:, :, -length_q:]
+    torch.testing.assert_close(mean.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("sharpen", [3, 15])
+def test_tiles_without_a_weight(sharpen: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Keys that point away weigh nothing: the tensor cores do not see their values."""
+    inputs, _ = random_inputs(Shape(length_q=70, length_k=600, head_dim=64), dtype, device)
+    inputs["query"][..., 0], inputs["key"][..., 0] = 40.0, 40.0
+    inputs["key"][:, :, 128:512, 0] = -40.0
+    expected = reference.softplus_attention(**inputs, sharpen=sharpen)
+    inputs["value"][:, :, 256:384] = math.nan
+    actual = attnx.softplus_attention(**inputs, sharpen=sharpen)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=sharpen * 2 * torch.finfo(dtype).eps)

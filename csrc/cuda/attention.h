@@ -36,6 +36,8 @@ std::size_t chosen_keys_workspace(const ChosenKeysParams& params, const Launch& 
 void key_weights(const KeyWeightsParams& params, const Launch& launch);
 void row_weights(const RowWeightsParams& params, const Launch& launch);
 void max_logits(const MaxLogitsParams& params, const Launch& launch);
+std::size_t softplus_rows_workspace(const SoftplusRowsParams& params, const Launch& launch);
+void softplus_rows(const SoftplusRowsParams& params, const Launch& launch);
 void chosen_keys(const ChosenKeysParams& params, const Launch& launch);
 
 // This describes the kernel that a call would run.

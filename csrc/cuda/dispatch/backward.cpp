@@ -82,6 +82,7 @@ void backward(const BackwardParams& p, const Launch& where) {
   BackwardCall row_terms = call;  // it reads the output as well
   row_terms.variant.aligned = call.variant.aligned && is_aligned(p, p.output, p.heads_q, p.value_dim);
   with_backward_score(p.score, [&]<Score kScore>() { launch_row_terms<kScore>(row_terms); });
+  launch_sharpened_sums(p, plan, stream);
   if (plan.list_order) order_lists(p, plan.list_order, stream);
   launch(plan, call);
   launch_grad_sums(p, plan, stream);

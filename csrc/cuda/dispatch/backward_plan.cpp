@@ -98,6 +98,7 @@ BackwardPlan make_plan(const BackwardParams& p, std::optional<Mainloop> asked, b
   WorkspaceLayout layout;
   scratch.offset = layout.place<float>(workspace, rows);
   if (is_normalised(p.score)) scratch.delta = layout.place<float>(workspace, rows);
+  if (p.score == Score::kSharpenedSoftplus) scratch.sharpened = layout.place<SharpenedRow>(workspace, rows);
   scratch.deterministic = deterministic;
   if (deterministic && plan.variant.listed) plan.list_order = layout.place<int>(workspace, list_entries(p));
   const bool adds_by_key = p.grad_key_bias.data || (p.grad_attn_mask.data && p.grad_attn_mask.row_stride == 0);

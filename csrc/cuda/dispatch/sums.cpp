@@ -61,6 +61,33 @@ void chosen_keys(const ChosenKeysParams& p, const Launch& where) {
   launch<kChosenKeysHeadDims>({.chosen_keys = &p}, p, where);
 }
 
+std::size_t softplus_rows_workspace(const SoftplusRowsParams&, const Launch&) { return 0; }
+
+static void launch_softplus_rows(const AttentionParams& p, const SoftplusRowsCall& call) {
+  with_dtype(p.dtype, [&]<DType kDType>() {
+    with_head_dim<kBandHeadDims>(
+        p, [&]<int kHeadDim>() { launch_softplus_rows_sm80<Score::kSharpenedSoftplus, kDType, kHeadDim>(call); });
+  });
+}
+
+void softplus_rows(const SoftplusRowsParams& p, const Launch& where) {
+  const Range range("attnx::sharpened_softplus_attention rows");
+  launch_softplus_rows(p, {.forward = &p,
+                           .geometry = geometry_of(p, 1, 1),
+                           .scaling = scaling_of(p),
+                           .stream = static_cast<cudaStream_t>(where.stream)});
+}
+
+void launch_sharpened_sums(const BackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
+  if (!plan.scratch.sharpened) return;
+  const RowsOfBackward rows{plan.geometry, plan.tile.rows, plan.scratch.offset, plan.scratch.delta};
+  launch_softplus_rows(p, {.backward = &p,
+                           .geometry = geometry_of(p, 1, 1),
+                           .scaling = scaling_of(p),
+                           .rows = {rows, plan.scratch.sharpened},
+                           .stream = stream});
+}
+
 void launch_grad_sums(const BackwardParams& p, const BackwardPlan& plan, cudaStream_t stream) {
   if (!p.grad_block_bias && !p.grad_attn_mask.data && !plan.added_sums && !plan.factor_sums &&
       !p.grad_query_table.data && !p.grad_key_table.data)

@@ -11,10 +11,17 @@ struct BackwardGeometry : Geometry {
   std::int64_t row_tiles;         // to a head
 };
 
+// A sharpened row has these numbers beside its logsumexp and delta: gain and shift of the pass before the forward, what
+// all of its gradients have subtracted, and the power.
+struct alignas(16) SharpenedRow {
+  float gain, shift, of_mean, power;
+};
+
 // These are partial results by tile of rows, [head][row tile][...], in the workspace.
 struct BackwardScratch {
   float* offset;  // [row]: what a row's logits get, times log2(e): the bias of a pointwise score, or -logsumexp
-  float* delta;   // [row]: a normalised score's rowsum(grad_output * output) - grad_logsumexp
+  SharpenedRow* sharpened;  // [row]: null for other scores
+  float* delta;             // [row]: a normalised score's rowsum(grad_output * output) - grad_logsumexp
   // This is the tile's grad_query / scale, by threads of the main kernel: [element of a thread][thread].
   float* grad_query_sum;
   float *bias_sum, *slope_sum;  // [warp][row]: sums of grad_logits, and of them times distance; null: not wanted

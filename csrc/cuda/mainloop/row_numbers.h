@@ -17,17 +17,48 @@ class HeadOfBackward {
   __device__ __forceinline__ HeadOfBackward(const RowsOfBackward& rows, int batch, const Sequence& sequence,
                                             int query_head)
       : stride_(rows.layout.group.divisor()) {
+    const std::int64_t first = first_row(rows, batch, sequence, query_head);
+    offset_ = rows.offset + first;
+    delta_ = rows.delta ? rows.delta + first : nullptr;
+  }
+  // This is the place of the head's first row.
+  static __device__ __forceinline__ std::int64_t first_row(const RowsOfBackward& rows, int batch,
+                                                           const Sequence& sequence, int query_head) {
     const int head = rows.layout.group.divide(query_head);
     const std::int64_t tile =
         head * rows.layout.row_tiles + row_tile_of(rows.layout, batch, sequence, 0, rows.rows_of_tile);
-    const std::int64_t first = tile * rows.rows_of_tile + query_head - head * stride_;
-    offset_ = rows.offset + first;
-    delta_ = rows.delta ? rows.delta + first : nullptr;
+    return tile * rows.rows_of_tile + query_head - head * rows.layout.group.divisor();
   }
   __device__ __forceinline__ float offset(int row) const { return __ldg(offset_ + std::int64_t(row) * stride_); }
   __device__ __forceinline__ float other(int row) const {
     return delta_ ? __ldg(delta_ + std::int64_t(row) * stride_) : 0;
   }
+};
+
+// These are the numbers of sharpened rows of one query head.
+class HeadOfSharpened {
+  const float* delta_;
+  SharpenedRow* rows_;
+  int stride_;
+
+ public:
+  struct Numbers {
+    SharpenedRow row;
+    float delta;
+  };
+
+  __device__ __forceinline__ HeadOfSharpened(const RowsOfSharpened& rows, int batch, const Sequence& sequence,
+                                             int query_head)
+      : stride_(rows.layout.group.divisor()) {
+    const std::int64_t first = HeadOfBackward::first_row(rows, batch, sequence, query_head);
+    delta_ = rows.delta + first;
+    rows_ = rows.sharpened + first;
+  }
+  __device__ __forceinline__ float offset(int) const { return 0; }
+  __device__ __forceinline__ Numbers other(int row) const {
+    return {this->row(row), __ldg(delta_ + std::int64_t(row) * stride_)};
+  }
+  __device__ __forceinline__ SharpenedRow& row(int row) const { return rows_[std::int64_t(row) * stride_]; }
 };
 
 // These are the numbers of rows of weights: their logsumexp, or their bias, and what a row counts.

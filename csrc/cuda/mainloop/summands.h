@@ -47,6 +47,23 @@ struct GradTerms {
   }
 };
 
+// This is w D, of which a sharpened row needs the sum before its first gradient.
+struct SharpenedProducts {
+  static constexpr bool kHasGradient = true, kHasFactor = false;
+
+  template <class Score>
+  using Rows = RowsOfSharpened;
+  template <class Score>
+  using Head = HeadOfSharpened;
+
+  template <class Score, class Input>
+  static __device__ __forceinline__ float of(const Rows<Score>&, float logit, float grad_weight,
+                                             const HeadOfSharpened::Numbers& x) {
+    float v, slope;
+    return Score::template Backward<Input>::lower_power(logit, x.row, v, slope) * (grad_weight - x.delta);
+  }
+};
+
 // This is P, the weight. The row's other number is what it counts.
 struct Weights {
   static constexpr bool kHasGradient = false, kHasFactor = true;

@@ -12,6 +12,10 @@ struct RowsOfBackward {
   const float *offset, *delta;
 };
 
+struct RowsOfSharpened : RowsOfBackward {
+  SharpenedRow* sharpened;
+};
+
 struct RowsOfTerms : RowsOfBackward {
   bool of_factors;  // gradients are those of factors of weights, not of logits; the same where weights are normalised
 };

@@ -13,7 +13,8 @@ template <class Score>
 struct RowTermsArguments : BackwardGeometry {
   Tensor output, grad_output, logsumexp, grad_logsumexp;  // of normalised scores
   typename Score::Parameters score;
-  float *offset, *delta;  // as in BackwardScratch
+  float *offset, *delta;  // as in BackwardScratch, and so is this
+  SharpenedRow* sharpened;
   int rows_of_tile;
 };
 
@@ -34,6 +35,7 @@ __global__ void __launch_bounds__(256) attnx_row_terms(const __grid_constant__ R
   for (int r = threadIdx.x / kLanes; r < args.rows_of_tile; r += blockDim.x / kLanes) {
     const int row = row_begin + r, lane = threadIdx.x % kLanes;
     float offset = Score::kNormalised ? -INFINITY : 0, delta = 0;
+    SharpenedRow sharpened = {0, 0, 0, 1};
     if (row < row_end) {
       const int query = args.group.divide(row);
       const int query_head = query_head_of(args, head) + row - query * args.group.divisor();
@@ -61,6 +63,9 @@ __global__ void __launch_bounds__(256) attnx_row_terms(const __grid_constant__ R
         const float logsumexp = *row_of(args.logsumexp, static_cast<const float*>(nullptr));
         if (logsumexp != -INFINITY) offset = -logsumexp * kLog2E;  // else the row sees no key and has no sink
         if (lane == 0) delta -= *row_of(args.grad_logsumexp, static_cast<const float*>(nullptr));
+        if constexpr (requires { args.score.gain; })
+          sharpened = {*row_of(args.score.gain, static_cast<const float*>(nullptr)),
+                       *row_of(args.score.shift, static_cast<const float*>(nullptr)), 0, args.score.power};
       }
     }
     if constexpr (Score::kNormalised) {
@@ -70,6 +75,7 @@ __global__ void __launch_bounds__(256) attnx_row_terms(const __grid_constant__ R
     if (lane == 0) {
       args.offset[row_tile * args.rows_of_tile + r] = offset;
       if (Score::kNormalised) args.delta[row_tile * args.rows_of_tile + r] = delta;
+      if constexpr (requires { args.score.gain; }) args.sharpened[row_tile * args.rows_of_tile + r] = sharpened;
     }
   }
 }

@@ -80,7 +80,7 @@ struct Sigmoid {
   // The backward sees a logit with its row's offset, its bias, times log2(e).
   template <class Input>
   struct Backward {
-    static constexpr bool kScalesRows = false;
+    static constexpr bool kHasRows = false;
     static constexpr float kWeightScale = cuda::kWeightScale<Input>;
 
     // This returns the weight times kWeightScale, and sets what the gradient of the weight is multiplied with.

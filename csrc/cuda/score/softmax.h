@@ -99,7 +99,7 @@ struct Softmax {
   // The backward sees a logit with its row's offset, -logsumexp, times log2(e).
   template <class Input>
   struct Backward {
-    static constexpr bool kScalesRows = false;  // a logit comes with its row's offset
+    static constexpr bool kHasRows = false;  // a logit comes with its row's offset, which is all
     static constexpr float kWeightScale = 1;
     // This returns the weight, and sets what the gradient of the weight less the row's delta is multiplied with.
     static __device__ __forceinline__ float weight(float logit, float& factor) {

@@ -6,6 +6,7 @@
 #include "cuda/common/ptx.h"
 #include "cuda/common/reduce.h"
 #include "cuda/common/sequence.h"
+#include "cuda/mainloop/backward_arguments.h"
 #include "cuda/score/sigmoid_formulas.h"
 
 namespace attnx::cuda {
@@ -72,18 +73,24 @@ struct Softplus {
   // The backward sees a logit, times log2(e), and 1 / Z of its row.
   template <class Input>
   struct Backward {
-    static constexpr bool kScalesRows = true;
+    static constexpr bool kHasRows = true;
     // Weights near 1 / length would be subnormal in float16.
     static constexpr float kWeightScale = cuda::kWeightScale<Input>;
 
-    // This returns the weight times kWeightScale, and sets what the gradient of the weight less the row's delta is
+    using Row = float;
+    static __device__ __forceinline__ Row row(const BackwardScratch&, std::int64_t, float offset) {
+      return exp2_approx(offset);
+    }
+
+    // This returns the weight times kWeightScale, and keeps what the gradient of the weight less the row's delta is
     // multiplied with: sigmoid(logit) / Z.
-    static __device__ __forceinline__ float weight(float logit, float inverse, float& factor) {
+    static __device__ __forceinline__ float weight(float logit, Row inverse, float& kept) {
       float power;
       const float softplus = softplus_of_log2(logit, power);
-      factor = (logit < 0 ? power : 1) * reciprocal_approx(1 + power) * inverse;
+      kept = (logit < 0 ? power : 1) * reciprocal_approx(1 + power) * inverse;
       return softplus * inverse * kWeightScale;
     }
+    static __device__ __forceinline__ float gradient(float kept, float grad_weight, Row) { return kept * grad_weight; }
   };
 };
 

@@ -14,7 +14,8 @@ struct RowTerms {
     const auto launch = [&](auto* kernel) {
       const RowTermsArguments<Score> args{call.geometry,       p.output,           p.grad_output,
                                           p.logsumexp,         p.grad_logsumexp,   Score::parameters(p),
-                                          call.scratch.offset, call.scratch.delta, call.rows_of_tile};
+                                          call.scratch.offset, call.scratch.delta, call.scratch.sharpened,
+                                          call.rows_of_tile};
       launch_kernel("attnx_row_terms", kernel, args.batch * args.heads.divisor() * args.query_blocks.divisor(), 256, 0,
                     call.stream, args);
     };

@@ -42,6 +42,18 @@ struct GradSumsCall {
   cudaStream_t stream;
 };
 
+// This makes what sharpened rows need, before a forward or before a backward.
+struct SoftplusRowsCall {
+  const SoftplusRowsParams* forward;
+  const BackwardParams* backward;
+  Geometry geometry;
+  LogitScaling scaling;
+  RowsOfSharpened rows;  // of a backward
+  cudaStream_t stream;
+};
+
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_softplus_rows_sm80(const SoftplusRowsCall& call);
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_sums_sm80(const SumsCall& call);
 template <Score kScore, DType kDType, int kHeadDim>

@@ -133,9 +133,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       for (int r = 0; r < kRows; ++r) {
         const std::int64_t row = row_tile * kM + score_row + lane / 4 + row_of(r);
         offset[r] = __ldg(args.offset + row) + (Tiles::kHasBias ? tiles.bias(tile) * kLog2E : 0.0f);
-        if constexpr (ScorePolicy::kScalesRows) offset[r] = exp2_approx(offset[r]);
         delta[r] = Score::kNormalised ? __ldg(args.delta + row) : 0;
       }
+      // Some scores need more of a row than an offset.
+      const auto row_of_score = [&](auto r) {
+        return ScorePolicy::row(args, row_tile * kM + score_row + lane / 4 + row_of(r), offset[r]);
+      };
 
       // S is computed first, and then becomes what dP - delta is multiplied with.
       Accumulators<kScoreRows, kScoreKeys> s;
@@ -162,8 +165,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             const auto weight = [&](int e) {
               float& x = pair[half * 2 + e];
               float weight;
-              if constexpr (ScorePolicy::kScalesRows) {
-                weight = ScorePolicy::weight(x * multiplier, offset[m * 2 + half], x);
+              if constexpr (ScorePolicy::kHasRows) {
+                weight = ScorePolicy::weight(x * multiplier, row_of_score(m * 2 + half), x);
               } else {
                 weight = ScorePolicy::weight(fmaf(x, multiplier, offset[m * 2 + half]), x);
               }
@@ -196,7 +199,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             float& x = grad_logits[m][n][e];
-            x = s[m][n][e] * (Score::kNormalised ? x - delta[m * 2 + e / 2] : x);
+            const int r = m * 2 + e / 2;
+            if constexpr (ScorePolicy::kHasRows) {
+              x = ScorePolicy::gradient(s[m][n][e], x - delta[r], row_of_score(r));
+            } else {
+              x = s[m][n][e] * (Score::kNormalised ? x - delta[r] : x);
+            }
           }
       store_accumulators<ScoreTile, Input>(shared_grad_logits, score_row, score_key, lane,
                                            logits.of_products(grad_logits), 1);

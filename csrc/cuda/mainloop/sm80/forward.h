@@ -110,7 +110,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   for (int r = 0; r < kRows; ++r) {
     const int row = min(row_begin + warp_row_now() + lane_now() / 4 + row_of(r), row_end - 1),
               query = args.group.divide(row);
-    score.set_row(r, args.score, band, query_head_of(args, head) + row - query * args.group.divisor(), query, split);
+    const int query_head = query_head_of(args, head) + row - query * args.group.divisor();
+    if constexpr (requires { score.read_row(r, args.score, batch, sequence, query_head, query); }) {
+      score.read_row(r, args.score, batch, sequence, query_head, query);
+    } else {
+      score.set_row(r, args.score, band, query_head, query, split);
+    }
   }
   // For all rows, the logits of these keys are a positive multiple of the products.
   Visible plain = band.seen_by_all(first_query, last_query);
@@ -147,6 +152,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
       multiplier = 1;
     }
     score.template begin<Tiles::kHasBias>(s, output, multiplier, tiles.bias(tile) * kLog2E, tiles.divisor(tile));
+    if constexpr (requires { score.weighs(s); })
+      if (!score.weighs(s)) continue;  // of a band, whose tiles do not come from memory
     multiply<Input, kN>(output, Weights<decltype(score), decltype(logits), kRows / 2, kN / 8>{s, score, logits},
                         TransposedB<KeyTile>(shared_value + stage * KeyTile::kBytes, lane_now()));
 

@@ -93,13 +93,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) attnx_sums
     const Sequence& sequence = walk.sequence(step);
     const int row = walk.row(step), key = walk.key(step), head = walk.head(step);
     // Rows past the sequence weigh nothing.
-    float offset[kRows], other[kRows];
     const typename Summand::template Head<Score> numbers(args.rows, walk.batch(step), sequence, head);
+    using Other = decltype(numbers.other(0));
+    float offset[kRows];
+    Other other[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int own = row + warp_row + lane / 4 + row_of(r);
       offset[r] = own < sequence.length_q ? numbers.offset(own) : -INFINITY;
-      other[r] = own < sequence.length_q ? numbers.other(own) : 0;
+      other[r] = own < sequence.length_q ? numbers.other(own) : Other{};
       if constexpr (Reduction::kHasBias) offset[r] += walk.bias(step) * kLog2E;
     }
 

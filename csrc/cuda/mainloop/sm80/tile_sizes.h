@@ -162,6 +162,7 @@ struct SumsTiles<64> {
   using Rows = SumsTile<64, 64, 64, 4, 1, 2, 1, 2, 4>;
   using GradBlocks = SumsTile<64, 64, 64, 2, 2, 1, 2, 2, 3>;
   using GradTerms = SumsTile<64, 64, 64, 1, 4, 1, 2, 2, 3>;
+  using GradRows = SumsTile<64, 64, 64, 4, 1, 1, 2, 2, 3>;
 };
 template <>
 struct SumsTiles<128> {
@@ -170,6 +171,7 @@ struct SumsTiles<128> {
   using Rows = SumsTile<128, 64, 64, 4, 1, 2, 1, 2, 3>;
   using GradBlocks = SumsTile<128, 64, 64, 2, 2, 1, 2, 2, 2>;
   using GradTerms = SumsTile<128, 64, 64, 1, 4, 1, 2, 2, 2>;
+  using GradRows = SumsTile<128, 64, 64, 4, 1, 1, 2, 2, 2>;
 };
 template <>
 struct SumsTiles<256> {
@@ -178,6 +180,7 @@ struct SumsTiles<256> {
   using Rows = SumsTile<256, 64, 64, 4, 1, 2, 1, 2, 1>;
   using GradBlocks = SumsTile<256, 32, 64, 2, 2, 1, 2, 2, 1>;
   using GradTerms = SumsTile<256, 32, 64, 1, 4, 1, 2, 2, 1>;
+  using GradRows = SumsTile<256, 32, 64, 2, 1, 1, 2, 2, 1>;
 };
 
 // These are for calls with terms in their logits: what the logits leave to the gradients needs the registers of a
