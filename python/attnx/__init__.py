@@ -31,6 +31,7 @@ from attnx.probabilistic import (  # noqa: E402
     probabilistic_attention_varlen,
     probabilistic_block_mask,
 )
+from attnx.rectified import rectified_attention  # noqa: E402
 from attnx.relative import relative_bias_attention, relative_position_buckets  # noqa: E402
 from attnx.routing import (  # noqa: E402
     Routes,
@@ -83,6 +84,7 @@ __all__ = [
     "probabilistic_attention",
     "probabilistic_attention_varlen",
     "probabilistic_block_mask",
+    "rectified_attention",
     "redistribute_attention",
     "reference",
     "relative_bias_attention",

@@ -39,6 +39,8 @@ __all__ = [
     "probabilistic_attention",
     "probabilistic_attention_varlen",
     "probabilistic_block_mask",
+    "rectified_attention",
+    "rectified_blocks",
     "route",
     "routing_attention",
     "sigmoid_attention",
@@ -1038,6 +1040,84 @@ def affine_attention(
     visible = visible_keys(query.shape[2], key.shape[2], query.device, is_causal=is_causal, window=window).double()
     sums = visible @ value.double().repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     return rows + addend.double()[..., None] * sums
+
+
+def rectified_blocks(
+    query: Tensor,
+    key: Tensor,
+    *,
+    text_length: int = 0,
+    top_p: float = 0.3,
+    drop: float = 0.8,
+    neighbours: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The shares A of blocks and, last, of the text; which blocks are critical; and for which their mean is a gain."""
+    batch, heads, length, head_dim = query.shape
+    query, key = query.double(), key.double().repeat_interleave(heads // key.shape[1], 1)
+    video = length - text_length
+    of_block = [slice(first, min(first + 128, video)) for first in range(0, video, 128)]
+    mean_q, mean_k = (torch.stack([x[:, :, rows].mean(2) for rows in of_block], 2) for x in (query, key))
+    off_q, off_k = (
+        torch.stack([(x[:, :, rows] - x[:, :, rows].mean(2, keepdim=True)).abs().mean(2) for rows in of_block], 2)
+        for x in (query, key)
+    )
+    products = mean_q @ mean_k.mT
+    gains = products.abs() > (off_q @ mean_k.mT).abs() + (mean_q @ off_k.mT).abs()
+    of_text = mean_q @ key[:, :, video:].mT
+    if seqused_k is not None:
+        padding = torch.arange(video, length, device=key.device) >= seqused_k[:, None]
+        of_text = of_text.masked_fill(padding[:, None, None], -math.inf)
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    weights = (torch.cat((products, of_text), -1) * scale).softmax(-1)
+    sizes = torch.tensor([rows.stop - rows.start for rows in of_block], device=key.device)
+    blocks = len(of_block)
+    shares = torch.cat((weights[..., :blocks] * sizes, weights[..., blocks:].sum(-1, keepdim=True)), -1)
+    shares = shares / shares.sum(-1, keepdim=True)
+    critical = torch.zeros_like(gains)
+    least = math.floor((1 - drop) * blocks + 1e-6)
+    for row, chosen in zip(shares.detach().flatten(0, -2), critical.flatten(0, -2), strict=True):
+        total, ranked = 0.0, row.argsort(descending=True, stable=True).tolist()
+        for j in ranked:
+            chosen[[j] if j < blocks else []] = True
+            total += float(row[j])
+            if total > top_p:
+                break
+        chosen[[j for j in ranked if j < blocks][:least]] = True
+    if neighbours is not None:
+        critical |= neighbours
+    if text_length and video % 128:
+        critical[..., -1] = True
+    return shares, critical, gains
+
+
+def rectified_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    text_length: int = 0,
+    seqused_k: Tensor | None = None,
+    scale: float | None = None,
+    blocks: tuple[Tensor, Tensor] | None = None,
+    **options: Any,
+) -> Tensor:
+    """``blocks`` are which are critical, and for which their mean is a gain, where the inputs do not decide."""
+    heads, video = query.shape[1], query.shape[2] - text_length
+    common: dict[str, Any] = {"seqused_k": seqused_k, "scale": scale}
+    shares, critical, gains = rectified_blocks(query, key, text_length=text_length, **common, **options)
+    critical, gains = (critical, gains) if blocks is None else blocks
+    hidden = ~critical.repeat_interleave(128, 2)[:, :, :video].repeat_interleave(128, 3)[..., :video]
+    visible = torch.cat((~hidden, torch.ones(*hidden.shape[:3], text_length, dtype=torch.bool)), -1)
+    output = softmax_attention(query[:, :, :video], key, value, attn_mask=visible, **common)
+    of_text = softmax_attention(query[:, :, video:], key, value, **common)
+    value = value.double().repeat_interleave(heads // value.shape[1], 1)
+    means = [x.mean(2) for x in value[:, :, :video].split(128, 2)]
+    moved = shares[..., : len(means)] * (gains & ~critical)
+    gate, addend = 1 - moved.sum(-1, keepdim=True), moved @ torch.stack(means, 2)
+    gate, addend = (x.repeat_interleave(128, 2)[:, :, :video] for x in (gate, addend))
+    return torch.cat((gate * output + addend, of_text), 2)
 
 
 def pointer_log_prob(
