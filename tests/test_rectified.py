@@ -199,11 +199,11 @@ def test_compiled(backend: object) -> None:
         ({"query": None}, "query: expected a tensor, got None"),
         ({"query": torch.ones(2, 4)}, "query: expected (batch, heads, length, head_dim), got a tensor of shape (2, 4)"),
         ({"key": torch.ones(2, 2, 690, 32)}, "key: expected the 700 tokens of query, got"),
-        ({"key": torch.ones(2, 2, 700, 16)}, "key: expected the head_dim and a divisor of the heads of query (2, 4, 700"),
+        ({"key": torch.ones(2, 2, 700, 16)}, "key: expected the head_dim and a divisor of the heads of query"),
         ({"text_length": 701}, "text_length: expected an int from 0 to 700, got 701"),
         ({"top_p": 1.5}, "top_p: expected a share of the weights from 0 to 1, got 1.5"),
         ({"drop": -0.1}, "drop: expected a share of the blocks from 0 to 1, got -0.1"),
-        ({"neighbours": torch.ones(6, 6)}, "neighbours: expected bool of shape (6, 6) or (2, 4, 6, 6), got torch.float32"),
+        ({"neighbours": torch.ones(6, 6)}, "neighbours: expected bool of shape (6, 6) or (2, 4, 6, 6), got"),
         ({"neighbours": torch.ones(5, 5).bool()}, "neighbours: expected bool of shape (6, 6) or (2, 4, 6, 6), got"),
         ({"seqused_k": torch.tensor([700])}, "seqused_k: expected int32 of shape (2,), got torch.int64 of shape (1,)"),
         (

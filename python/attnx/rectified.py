@@ -47,17 +47,18 @@ def rectified_attention(
     scale: float | Tensor | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    r"""Attention of a video over its critical blocks and a text, with the weights that attention over all would give.
+    r"""Attention of a video over its critical blocks and a text, weighted as attention over everything would be.
 
-    Softmax over a few blocks gives each of them too much weight. Blocks of 128 tokens are pooled to their means, and the
-    softmax of a mean query over the mean keys and each single key of the text,
+    Softmax over a few blocks gives each of them too much weight. Blocks of 128 tokens are pooled to their means, and
+    the softmax of a mean query over the mean keys and each single key of the text,
 
     .. math:: A_{IJ} = \frac{n_J \hat P_{IJ}}{\sum_J n_J \hat P_{IJ} + \tau}, \qquad A_{I,t} = \frac{\tau}{\ldots},
         \qquad \tau = \sum_{j \in t} \hat P_{Ij}
 
     with the n_J tokens of block J, says what share of a row it would have. Critical, C_I, are the largest shares, until
-    their sum exceeds ``top_p``, and at least (1 - ``drop``) of the blocks; the text is one of the shares, and is attended
-    to whatever its rank. The mean value of another block stands for it where this gains more than pooling errs,
+    their sum exceeds ``top_p``, and at least (1 - ``drop``) of the blocks. The text is one of the shares, and is
+    attended to whatever its rank. The mean value of another block stands for it where this gains more than pooling
+    errs,
 
     .. math:: G_{IJ}: |\bar q_I \cdot \bar k_J| > \bigl|\overline{|q - \bar q_I|} \cdot \bar k_J\bigr| +
         \bigl|\bar q_I \cdot \overline{|k - \bar k_J|}\bigr|
@@ -70,23 +71,23 @@ def rectified_attention(
     Queries of the text see everything. With ``drop=0`` all blocks are critical, and it is softmax attention.
 
     Args:
-        query: (batch, heads, length, head_dim): the tokens of a video, which are best ordered such that those of a block
-            are alike, and then those of a text.
+        query: (batch, heads, length, head_dim): the tokens of a video, best ordered such that those of a block are
+            alike, and then those of a text.
         key: (batch, kv_heads, length, head_dim); heads is a multiple of kv_heads.
         value: (batch, kv_heads, length, value_dim).
         text_length: how many of the tokens are the text's; 0 for none. Where the video's do not fill blocks, their last
             block, which then holds some of the text, is critical for all.
         top_p: a share of the weights of a row, from 0 to 1.
         drop: the share of the video's blocks, from 0 to 1, that need not be critical.
-        neighbours: bool, (blocks, blocks) or what broadcasts to (batch, heads, blocks, blocks) from four dimensions:
-            blocks of keys that are critical besides, such as those beside the block of queries in space.
+        neighbours: bool, (blocks, blocks), or (batch, heads, blocks, blocks), where the first two may be 1: blocks of
+            keys that are critical besides, such as those beside the block of queries in space.
         seqused_k: (batch,) int32, as in :func:`attnx.softmax_attention`: text beyond the first so many tokens is
-            padding. All of the video is in use. Queries beyond are attended from like others.
+            padding. All of the video is in use.
         scale: of the logits; 1/sqrt(head_dim) by default; or a tensor as in :func:`attnx.sigmoid_attention`, positive.
 
-    ``enable_gqa`` and other layouts of query, key and value are taken as by :func:`attnx.sigmoid_attention`. Pooled sums
-    and shares are float32 (float64 for float64): a number for each pair of blocks and, of the text, of a block and a
-    token.
+    ``enable_gqa`` and other layouts of query, key and value are taken as by :func:`attnx.sigmoid_attention`. Pooled
+    sums and shares are float32 (float64 for float64): a number for each pair of blocks and, of the text, of a block and
+    a token. Memory is taken for them, and for queries and keys in that type while their deviations are pooled.
 
     Returns:
         (batch, heads, length, value_dim) in the dtype of query. Gradients flow through O, the shares and the mean

@@ -1054,7 +1054,7 @@ def rectified_blocks(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The shares A of blocks and, last, of the text; which blocks are critical; and for which their mean is a gain."""
-    batch, heads, length, head_dim = query.shape
+    _, heads, length, head_dim = query.shape
     query, key = query.double(), key.double().repeat_interleave(heads // key.shape[1], 1)
     video = length - text_length
     of_block = [slice(first, min(first + 128, video)) for first in range(0, video, 128)]
