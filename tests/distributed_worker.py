@@ -512,6 +512,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "routing_attention": lambda x: attnx.routing_attention(x, x, x, torch.randn(4, 4, 8)),
     "route": lambda x: attnx.route(x, x, torch.randn(4, 4, 8)),
     "affine_attention": lambda x: attnx.affine_attention(x, x, x, x[..., 0]),
+    "rectified_attention": lambda x: attnx.rectified_attention(x, x, x),
     "attention_key_weights": lambda x: attnx.attention_key_weights(x, x),
     "attention_row_weights": lambda x: attnx.attention_row_weights(x, x),
     "attention_max_logits": lambda x: attnx.attention_max_logits(x, x),

@@ -169,6 +169,17 @@ def test_layouts_and_learned_scale(dtype: torch.dtype, device: torch.device) -> 
     assert scale.grad.all()
 
 
+def test_explain(dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _ = _inputs(dtype, device)
+    answer = attnx.explain(attnx.rectified_attention, **inputs, text_length=TEXT, seqused_k=USED.to(device))
+    assert answer.supported
+    assert answer.operator == "rectified_attention"
+    assert answer.kernel is not None
+    assert answer.kernel.startswith("block_sparse_attention [")
+    missing = attnx.explain(attnx.rectified_attention, *(x[..., :1].expand(2, -1, -1, 300) for x in inputs.values()))
+    assert not missing.supported
+
+
 @pytest.mark.backends("cpu")
 def test_gradients(backend: object) -> None:
     """The choice of blocks does not change within the differences."""

@@ -22,6 +22,7 @@ from attnx import (
     linear,
     pointer,
     probabilistic,
+    rectified,
     routing,
     sparse_linear,
     staircase,
@@ -32,6 +33,9 @@ from attnx.block_mask import BlockMask
 # What a call does whatever kernel serves it, and may surprise.
 _NOTES = {"routing_attention": ["a centroid with a NaN has no product that is a number: its cluster holds no token"]}
 
+
+# These are made of an operator and of what tensor operations do; the operator's kernel is theirs.
+_MADE_OF = {"rectified_attention": "block_sparse_attention"}
 
 # These keep everything but rows in float32, products too.
 _IN_FLOAT32 = {"gated_delta_rule", "linear_attention"}
@@ -73,10 +77,13 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         TypeError: the arguments do not fit its signature.
     """
     name = getattr(function, "__name__", str(function))
+    made_of = _MADE_OF.get(name)
     modules = [delta_rule, disentangled, functional, linear, pointer]
-    modules += [probabilistic, routing, sparse_linear, staircase, weights]
+    modules += [probabilistic, rectified, routing, sparse_linear, staircase, weights]
     operators = {row.operator for row in _capability.table()}
-    if name.removesuffix("_varlen") not in operators or all(getattr(m, name, None) is not function for m in modules):
+    if (made_of or name).removesuffix("_varlen") not in operators or all(
+        getattr(m, name, None) is not function for m in modules
+    ):
         raise ValueError(f"function: expected an operator of attnx, such as attnx.sigmoid_attention, got {function!r}")
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -94,7 +101,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     if not isinstance(arguments.get("bias"), Tensor):
         arguments["bias"] = None  # a rule or a number, which every kernel adds
 
-    requirement = _capability.Requirement.of(name, arguments)
+    requirement = _capability.Requirement.of(made_of or name, arguments)
     row = _capability.nearest(requirement)
     missing = requirement.missing(row)
     if missing:

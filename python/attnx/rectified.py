@@ -126,7 +126,7 @@ def rectified_attention(
     if text_length:
         of_text = softmax_attention(query[:, :, video:], key, value, seqused_k=seqused_k, scale=scale)
         rows = [*rows, of_text]
-    return torch.cat(rows, 2)
+    return torch.cat(rows, 2) if len(rows) > 1 else rows[0]
 
 
 def pool(
