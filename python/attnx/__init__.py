@@ -21,6 +21,7 @@ from attnx.functional import (  # noqa: E402
     softmax_attention,
     softmax_attention_varlen,
 )
+from attnx.hierarchical import hierarchical_attention, hierarchical_routes  # noqa: E402
 from attnx.linear import linear_attention  # noqa: E402
 from attnx.mainloop import cuda_mainloop  # noqa: E402
 from attnx.merging import merge_attention, redistribute_attention  # noqa: E402
@@ -71,6 +72,8 @@ __all__ = [
     "disentangled_attention",
     "explain",
     "gated_delta_rule",
+    "hierarchical_attention",
+    "hierarchical_routes",
     "importance",
     "keep_probabilities",
     "linear_attention",

@@ -31,6 +31,8 @@ __all__ = [
     "dropout_factors",
     "gated_delta_rule",
     "gumbel_noise",
+    "hierarchical_attention",
+    "hierarchical_tokens",
     "linear_attention",
     "philox",
     "pointer_argmax",
@@ -1118,6 +1120,60 @@ def rectified_attention(
     gate, addend = 1 - moved.sum(-1, keepdim=True), moved @ torch.stack(means, 2)
     gate, addend = (x.repeat_interleave(128, 2)[:, :, :video] for x in (gate, addend))
     return torch.cat((gate * output + addend, of_text), 2)
+
+
+def hierarchical_tokens(
+    query: Tensor,
+    key: Tensor,
+    chunk_starts: Tensor,
+    *,
+    budget: int = 2048,
+    block_size: int = 256,
+    recent: int = 64,
+    share_heads: bool = False,
+) -> Tensor:
+    """bool (batch, heads, length_q, length_k): the tokens that each query's block chooses, later ones among them."""
+    batch, heads, length_q, _ = query.shape
+    length_k = key.shape[2]
+    query, key = query.double(), key.double().repeat_interleave(heads // key.shape[1], 1)
+    if share_heads:
+        query, key = (x.mean(1, keepdim=True).expand_as(x) for x in (query, key))
+    chosen = torch.zeros(batch, heads, length_q, length_k, dtype=torch.bool, device=query.device)
+    for b, h, first in itertools.product(range(batch), range(heads), range(0, length_q, block_size)):
+        last = min(first + block_size, length_q)
+        ahead = length_k - length_q
+        newest, end = max(first + ahead + 1 - recent, 0), last + ahead
+        tokens, left = list(range(newest, end)), budget - (end - newest)
+        of_block = query[b, h, first:last].mean(0) * math.sqrt(last - first)
+        starts = chunk_starts[b if len(chunk_starts) > 1 else 0].tolist()
+        ranked = []
+        for start, stop in itertools.pairwise(starts):
+            rows = key[b, h, start : min(stop, end)]
+            if start < min(stop, newest):
+                score = float(of_block @ rows.mean(0)) * math.sqrt(len(rows))
+                ranked.append((-score, start, min(stop, newest)))
+        for _, start, stop in sorted(ranked):
+            tokens += list(range(start, stop))[:left]
+            left = max(left - (stop - start), 0)
+        chosen[b, h, first:last, tokens] = True
+    return chosen
+
+
+def hierarchical_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    chunk_starts: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    tokens: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """``tokens`` are those of :func:`hierarchical_tokens`, where the inputs do not decide."""
+    if tokens is None:
+        assert chunk_starts is not None
+        tokens = hierarchical_tokens(query, key, chunk_starts, **options)
+    return softmax_attention(query, key, value, attn_mask=tokens, is_causal=True, scale=scale)
 
 
 def pointer_log_prob(
