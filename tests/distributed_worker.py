@@ -493,6 +493,7 @@ def check_debug() -> None:
 
 PACKED = {"cu_seqlens_q": torch.tensor([0, 4]).int(), "cu_seqlens_k": torch.tensor([0, 4]).int()}
 SIZES: dict[str, Any] = PACKED | {"max_seqlen_q": 4, "max_seqlen_k": 4}
+CHUNKS = torch.tensor([[0, 30, 64]], dtype=torch.int32)
 FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "softmax_attention_varlen": lambda x: attnx.softmax_attention_varlen(*[x[0]] * 3, **SIZES),
     "sigmoid_attention_varlen": lambda x: attnx.sigmoid_attention_varlen(*[x[0]] * 3, **SIZES),
@@ -512,6 +513,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "routing_attention": lambda x: attnx.routing_attention(x, x, x, torch.randn(4, 4, 8)),
     "route": lambda x: attnx.route(x, x, torch.randn(4, 4, 8)),
     "affine_attention": lambda x: attnx.affine_attention(x, x, x, x[..., 0]),
+    "hierarchical_attention": lambda x: attnx.hierarchical_attention(x, x, x, CHUNKS),
+    "hierarchical_routes": lambda x: attnx.hierarchical_routes(x, x, CHUNKS),
     "rectified_attention": lambda x: attnx.rectified_attention(x, x, x),
     "attention_key_weights": lambda x: attnx.attention_key_weights(x, x),
     "attention_row_weights": lambda x: attnx.attention_row_weights(x, x),
