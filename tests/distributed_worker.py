@@ -375,6 +375,14 @@ def _labels(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return labels.to(value.dtype) @ value + nearest[..., None] * (query + key).mean(-1, keepdim=True)
 
 
+def _pooled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Blocks of rows, and ranges that all sequences share."""
+    means, deviations = torch.ops.attnx.block_statistics(query, 64)
+    ranges = torch.tensor([[[0, 5], [3, 128]]], dtype=torch.int32)
+    chosen = torch.ops.attnx.range_means(key.detach(), ranges)
+    return torch.ops.attnx.block_means(value, 64) * (means + deviations + chosen) * (query + key)[:, :, :2]
+
+
 def _draws(*inputs: Tensor) -> Tensor:
     return attnx.probabilistic_attention(*inputs, seed=1, offset=2)
 
@@ -671,7 +679,7 @@ def checks_for(size: int) -> dict[str, Callable[[], None]]:
     checks["sparse_linear-lengths"] = partial(check_sparse_linear, False, across, critical=0.3, smooth_k=True)
     apart: list[tuple[Placement, Placement]] = [(Shard(0), Replicate()), (Shard(0), Shard(1)), (Replicate(), Shard(1))]
     kept = (_with_terms, _sigmoid, _block_sparse, _sparse_linear, _routing_of_all, _key_weights, _row_weights, _draws)
-    kept = (*kept, _delta_rule, _linear, _disentangled, _drawn_lists, _labels)
+    kept = (*kept, _delta_rule, _linear, _disentangled, _drawn_lists, _labels, _pooled)
     for attention, placements in itertools.product(kept, apart):
         for kv_heads in (4, 1) if attention in (_with_terms, _sparse_linear) else (4,):
             shape = Shape(128, 128, head_dim=16, batch=4, heads=4, kv_heads=kv_heads)

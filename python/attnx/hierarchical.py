@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnx import _arguments, _shards
 from attnx._layouts import takes_layouts
-from attnx.pooling import range_means
+from attnx.pooling import pair_products, range_means
 from attnx.routing import Routes, routing_attention
 
 __all__ = ["hierarchical_attention", "hierarchical_routes"]
@@ -175,11 +175,11 @@ def _scores(query: Tensor, key: Tensor, chunk_starts: Tensor, blocks: _Blocks, s
     if share_heads:
         of_queries, of_keys = of_queries.mean(1, keepdim=True), of_keys.mean(1, keepdim=True)
     of_queries = of_queries * (blocks.last - blocks.first).to(of_queries.dtype).sqrt()[:, None]
-    of_queries = of_queries.unflatten(1, (of_keys.shape[1], -1))
     sizes = torch.cat((ends - starts, of_cut[..., 1] - of_cut[..., 0]), 1).to(of_keys.dtype).sqrt()
-    whole, last = (of_keys * sizes[:, None, :, None])[:, :, None].split([starts.shape[1], cut.shape[1]], 3)
-    scores = (of_queries @ whole.mT).flatten(1, 2)
-    own = (of_queries * last).sum(-1, keepdim=True).flatten(1, 2)
+    whole, last = (of_keys * sizes[:, None, :, None]).split([starts.shape[1], cut.shape[1]], 2)
+    scores = pair_products(of_queries, whole)
+    last = last.repeat_interleave(of_queries.shape[1] // last.shape[1], 1)
+    own = (of_queries * last).sum(-1, keepdim=True)
     return scores.scatter(3, cut[:, None, :, None].expand(own.shape), own)
 
 

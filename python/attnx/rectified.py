@@ -12,10 +12,13 @@ from attnx import _arguments, _shards
 from attnx._layouts import takes_layouts
 from attnx.block_mask import BlockMask
 from attnx.functional import block_sparse_attention, softmax_attention
+from attnx.pooling import block_means, block_statistics, pair_products
 
 __all__ = ["rectified_attention"]
 
 BLOCK = 128
+
+_ONE = 2**40  # a share of 1, as a whole number
 
 
 class Pooled(NamedTuple):
@@ -87,7 +90,7 @@ def rectified_attention(
 
     ``enable_gqa`` and other layouts of query, key and value are taken as by :func:`attnx.sigmoid_attention`. Pooled
     sums and shares are float32 (float64 for float64): a number for each pair of blocks and, of the text, of a block and
-    a token. Memory is taken for them, and for queries and keys in that type while their deviations are pooled.
+    a token.
 
     Returns:
         (batch, heads, length, value_dim) in the dtype of query. Gradients flow through O, the shares and the mean
@@ -140,11 +143,11 @@ def pool(
     scale: float | None,
 ) -> Pooled:
     heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
-    of_queries, of_keys = _means(query[:, :, :video]), _means(key[:, :, :video])
-    products = _products(of_queries, of_keys)
+    of_queries, off_queries = block_statistics(query[:, :, :video], BLOCK)
+    of_keys, off_keys = block_statistics(key[:, :, :video], BLOCK)
+    products = pair_products(of_queries, of_keys)
     with torch.no_grad():
-        errors = _products(_deviations(query[:, :, :video], of_queries), of_keys).abs()
-        errors += _products(of_queries, _deviations(key[:, :, :video], of_keys)).abs()
+        errors = pair_products(off_queries, of_keys).abs_() + pair_products(of_queries, off_keys).abs_()
         gains = products.abs() > errors
         del errors
     logits, blocks = products, products.shape[-1]
@@ -163,10 +166,10 @@ def _of_text(of_queries: Tensor, text: Tensor, video: int, seqused_k: Tensor | N
     """Products of mean queries and single tokens of the text, -inf for padding."""
     text = text.to(of_queries.dtype)
     if seqused_k is None:
-        return _products(of_queries, text)
+        return pair_products(of_queries, text)
     unused = torch.arange(text.shape[2], device=text.device) >= (seqused_k - video)[:, None]
     text = text.masked_fill(unused[:, None, :, None], 0.0)  # what it holds has no effect, on gradients neither
-    return _products(of_queries, text).masked_fill(unused[:, None, None], -torch.inf)
+    return pair_products(of_queries, text).masked_fill(unused[:, None, None], -torch.inf)
 
 
 def _critical(shares: Tensor, video: int, length: int, top_p: float, drop: float, neighbours: Tensor | None) -> Tensor:
@@ -175,7 +178,9 @@ def _critical(shares: Tensor, video: int, length: int, top_p: float, drop: float
     largest, order = shares.sort(dim=-1, descending=True, stable=True)
     place = torch.arange(shares.shape[-1], device=shares.device)
     among_blocks = place - (order == blocks).cumsum(-1)  # the text has a share, and is no block
-    taken = (place <= (largest.cumsum(-1) <= top_p).sum(-1, keepdim=True)) | (among_blocks < least)
+    # Whole numbers have one sum, whatever its order.
+    sums = largest.double().mul(_ONE).round().long().cumsum(-1)
+    taken = (place <= (sums <= top_p * _ONE).sum(-1, keepdim=True)) | (among_blocks < least)
     critical = torch.empty_like(taken).scatter_(-1, order, taken)[..., :blocks]
     if neighbours is not None:
         critical = critical | _checked_neighbours(neighbours, critical)
@@ -196,8 +201,8 @@ def _rectified(output: Tensor, value: Tensor, pooled: Pooled) -> list[Tensor]:
     stands_in = gains & ~critical
     moved = shares[..., : critical.shape[-1]].masked_fill(~stands_in, 0.0)
     gate = 1 - moved.sum(-1, keepdim=True)
-    means = _means(value)
-    addend = (moved.unflatten(1, (value.shape[1], -1)) @ means[:, :, None]).flatten(1, 2)
+    means = block_means(value, BLOCK)
+    addend = pair_products(moved, means.mT)
     full = output.shape[2] // BLOCK
     cut = full * BLOCK
     in_blocks = output[:, :, :cut].unflatten(2, (full, BLOCK))
@@ -206,39 +211,10 @@ def _rectified(output: Tensor, value: Tensor, pooled: Pooled) -> list[Tensor]:
     return [x.to(output.dtype) for x in (rows, ragged) if x.shape[2]]
 
 
-def _products(of_queries: Tensor, of_keys: Tensor) -> Tensor:
-    """(batch, heads, rows, columns) of (batch, heads, rows, dim) and (batch, kv_heads, columns, dim)."""
-    return (of_queries.unflatten(1, (of_keys.shape[1], -1)) @ of_keys[:, :, None].mT).flatten(1, 2)
-
-
 def _sizes(length: int, like: Tensor) -> Tensor:
     """How many tokens each block has."""
     blocks = -(-length // BLOCK)
     return (length - BLOCK * torch.arange(blocks, device=like.device)).clamp(max=BLOCK).to(like.dtype)
-
-
-def _in_blocks(x: Tensor) -> list[Tensor]:
-    """(batch, heads, blocks, rows, dim) of the full blocks, and of the ragged one, where there are any."""
-    full = x.shape[2] // BLOCK
-    cut = full * BLOCK
-    parts = [x[:, :, :cut].unflatten(2, (full, BLOCK))] if full else []
-    return parts if cut == x.shape[2] else [*parts, x[:, :, cut:][:, :, None]]
-
-
-def _means(x: Tensor) -> Tensor:
-    """(batch, heads, blocks, dim): the mean row of each block."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.cat([rows.mean(3, dtype=dtype) for rows in _in_blocks(x)], 2)
-
-
-def _deviations(x: Tensor, means: Tensor) -> Tensor:
-    """(batch, heads, blocks, dim): how far the rows of each block are from their mean, on average."""
-    parts, first = [], 0
-    for rows in _in_blocks(x):
-        last = first + rows.shape[2]
-        parts.append((rows - means[:, :, first:last, None]).abs_().mean(3))
-        first = last
-    return torch.cat(parts, 2)
 
 
 def _check_rows(query: Tensor, key: Tensor) -> None:
