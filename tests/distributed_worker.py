@@ -380,7 +380,8 @@ def _pooled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     means, deviations = torch.ops.attnx.block_statistics(query, 64)
     ranges = torch.tensor([[[0, 5], [3, 128]]], dtype=torch.int32)
     chosen = torch.ops.attnx.range_means(key.detach(), ranges)
-    return torch.ops.attnx.block_means(value, 64) * (means + deviations + chosen) * (query + key)[:, :, :2]
+    sums = (torch.ops.attnx.block_means(value, 64) * (means + deviations + chosen)).sum(2, keepdim=True)
+    return sums * (query + key)
 
 
 def _draws(*inputs: Tensor) -> Tensor:

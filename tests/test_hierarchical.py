@@ -125,6 +125,16 @@ def test_gradients(backend: object) -> None:
 
 
 @pytest.mark.backends("cpu")
+def test_autocast(backend: object) -> None:
+    inputs, _ = _inputs(300, torch.float32, torch.device("cpu"))
+    options: dict[str, Any] = {"chunk_starts": STARTS, **CASES["few"]}
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attnx.hierarchical_attention(**inputs, **options)
+    half = {name: x.bfloat16() for name, x in inputs.items()}
+    assert torch.equal(got, attnx.hierarchical_attention(**half, **options))
+
+
+@pytest.mark.backends("cpu")
 def test_compiled(backend: object) -> None:
     inputs, _ = _inputs(300, torch.float32, torch.device("cpu"))
     compiled = torch.compile(attnx.hierarchical_attention, fullgraph=True, backend="aot_eager")

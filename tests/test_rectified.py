@@ -196,6 +196,22 @@ def test_gradients(backend: object) -> None:
 
 
 @pytest.mark.backends("cpu")
+def test_autocast(backend: object) -> None:
+    """Attention is in the dtype of autocast, and what is made of pooled rows in float32."""
+    inputs, _ = _inputs(torch.float32, torch.device("cpu"))
+    half = {name: x.bfloat16() for name, x in inputs.items()}
+    options = _options("padded_text", torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attnx.rectified_attention(**inputs, **options)
+        shares, *blocks = _selected(inputs, options)
+    assert got.dtype == torch.bfloat16
+    want_shares, *want_blocks = _selected(half, options)
+    torch.testing.assert_close(shares, want_shares, rtol=1e-2, atol=1e-4)
+    assert all(torch.equal(x, y) for x, y in zip(blocks, want_blocks, strict=True))
+    torch.testing.assert_close(got, attnx.rectified_attention(**half, **options), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.backends("cpu")
 def test_compiled(backend: object) -> None:
     inputs, _ = _inputs(torch.float32, torch.device("cpu"))
     compiled = torch.compile(attnx.rectified_attention, fullgraph=True, backend="aot_eager")
