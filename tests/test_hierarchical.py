@@ -15,6 +15,7 @@ from attnx.testing import assert_close, eager_softmax_attention
 from cases import DTYPES, Shape, random_inputs
 from compare import forward_backward
 
+CPU = torch.device("cpu")
 STARTS = torch.tensor([[0, 7, 40, 41, 150, 150, 200, 290, 300], [0, 64, 65, 66, 67, 240, 260, 299, 300]])
 STARTS = STARTS.to(torch.int32)
 CASES: dict[str, dict[str, Any]] = {
@@ -140,6 +141,21 @@ def test_compiled(backend: object) -> None:
     compiled = torch.compile(attnx.hierarchical_attention, fullgraph=True, backend="aot_eager")
     options: dict[str, Any] = {"chunk_starts": STARTS, **CASES["few"]}
     assert torch.equal(compiled(**inputs, **options), attnx.hierarchical_attention(**inputs, **options))
+
+
+@pytest.mark.backends("cpu")
+def test_compiled_for_any_length(backend: object) -> None:
+    options: dict[str, Any] = {"budget": 90, "block_size": 40, "recent": 9}
+
+    def attention(chunk_starts: Tensor, **inputs: Tensor) -> Tensor:
+        return attnx.hierarchical_attention(**inputs, chunk_starts=chunk_starts, **options)
+
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (300, 333, 512, 640):
+        inputs, _ = random_inputs(Shape(length, length, 16, 24, batch=2, heads=4, kv_heads=2), torch.float32, CPU)
+        starts = torch.tensor([[0, 30, 200, length]], dtype=torch.int32)
+        with torch.compiler.set_stance("default" if length == 300 else "fail_on_recompile"):
+            assert torch.equal(compiled(starts, **inputs), attention(starts, **inputs))
 
 
 def test_explain(dtype: torch.dtype, device: torch.device) -> None:

@@ -137,15 +137,14 @@ def hierarchical_routes(
     recent = _arguments.integer("recent", recent, 1)
     _arguments.flag("share_heads", share_heads)
     budget = _arguments.integer("budget", budget, 1)
-    forced = min(min(block_size, length_q) + recent - 1, length_k)
+    forced = torch.sym_min(torch.sym_min(block_size, length_q) + recent - 1, length_k)
     if budget < forced:
         _arguments.refuse("budget", f"at least the {forced} tokens that the queries of a block have for sure", budget)
     blocks = _Blocks.of(length_q, length_k, block_size, recent, query.device)
     chunk_starts = chunk_starts.long()
     scores = _scores(query, key, chunk_starts, blocks, share_heads)
     taken = _taken(scores, chunk_starts, blocks, budget)
-    ends = (min(first + block_size, length_q) + length_k - length_q for first in range(0, length_q, block_size))
-    tokens = _lists(taken, chunk_starts, blocks, budget, sum(min(budget, end) for end in ends))
+    tokens = _lists(taken, chunk_starts, blocks, budget, _slots(length_q, length_k, block_size, budget))
     counts = blocks.end.clamp(max=budget)
     own = torch.arange(length_q, device=query.device)
     return Routes(
@@ -196,6 +195,15 @@ def _taken(scores: Tensor, chunk_starts: Tensor, blocks: _Blocks, budget: int) -
 def _chosen(blocks: _Blocks, budget: int) -> Tensor:
     """How many tokens of each block come from chunks."""
     return torch.minimum(budget - (blocks.end - blocks.recent), blocks.recent)
+
+
+def _slots(length_q: int, length_k: int, block_size: int, budget: int) -> int:
+    """How many tokens all blocks have: each as many as it sees, at most the budget."""
+    ahead, full = length_k - length_q, length_q // block_size
+    small = torch.sym_min(torch.sym_max(budget - ahead, 0) // block_size, full)  # these see less than the budget
+    of_ragged = (-(-length_q // block_size) - full) * torch.sym_min(length_k, budget)
+    slots: int = small * (small + 1) // 2 * block_size + small * ahead + (full - small) * budget + of_ragged
+    return slots
 
 
 def _lists(taken: Tensor, chunk_starts: Tensor, blocks: _Blocks, budget: int, slots: int) -> Tensor:

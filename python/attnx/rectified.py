@@ -174,7 +174,8 @@ def _of_text(of_queries: Tensor, text: Tensor, video: int, seqused_k: Tensor | N
 
 def _critical(shares: Tensor, video: int, length: int, top_p: float, drop: float, neighbours: Tensor | None) -> Tensor:
     blocks = -(-video // BLOCK)
-    least = math.floor((1 - drop) * blocks + 1e-6)  # a product that should be whole may lie below
+    # A product that should be whole may lie a little below.
+    least = (round((1 - drop) * 2**30) * blocks + 2**10) // 2**30
     largest, order = shares.sort(dim=-1, descending=True, stable=True)
     place = torch.arange(shares.shape[-1], device=shares.device)
     among_blocks = place - (order == blocks).cumsum(-1)  # the text has a share, and is no block
@@ -184,8 +185,8 @@ def _critical(shares: Tensor, video: int, length: int, top_p: float, drop: float
     critical = torch.empty_like(taken).scatter_(-1, order, taken)[..., :blocks]
     if neighbours is not None:
         critical = critical | _checked_neighbours(neighbours, critical)
-    if video < length and video % BLOCK:
-        critical = critical | (place[:blocks] == blocks - 1)
+    if video < length:
+        critical = critical | (_sizes(video, shares) < BLOCK)
     return critical
 
 
