@@ -81,7 +81,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     Nothing is computed, and the values of the tensors are not looked at.
 
     Args:
-        function: an operator of attnx, such as ``attnx.sigmoid_attention``.
+        function: an operator of attnx, such as ``attnx.sigmoid_attention``, or what is made of one, as
+            ``attnx.rectified_attention`` is.
         args, kwargs: what it would be called with.
 
     Returns:
