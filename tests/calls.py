@@ -81,6 +81,10 @@ def differentiable_calls(dtype: torch.dtype, device: torch.device) -> dict[str, 
         "move_centroids_in_backward": Call(moving, {"query": inputs["query"]}),
         "move_average_in_backward": Call(averaging, {"x": inputs["query"]}),
     }
+    if has_kernel("softplus_attention", device):
+        for name, options in {"softplus_attention": {}, "sharpened_softplus_attention": {"sharpen": 3}}.items():
+            calls[name] = call("softplus_attention", inputs, is_causal=True, **options)
+            calls[f"{name}_varlen"] = call("softplus_attention_varlen", packed, **sizes, **options)
     if has_kernel("disentangled_attention", device):
         positions = {name: random_positions((4, 8, 32), dtype, device) for name in ("pos_key", "pos_query")}
         calls["disentangled_attention"] = Call(disentangled, inputs | positions)

@@ -331,7 +331,8 @@ def _packed(*inputs: Tensor) -> Tensor:
     lists = attnx.BlockMask.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool).tril(), (64, 64))
     listed = attnx.block_sparse_attention_varlen(*rows, ends, ends, 78, 78, lists)
     drawn = attnx.probabilistic_attention_varlen(*rows, ends, ends, 78, 78, seed=1, offset=2)
-    return (softmax + sigmoid + sparse + linear + listed + drawn).transpose(0, 1)[None]
+    softplus = sum(attnx.softplus_attention_varlen(*rows, ends, ends, 78, 78, sharpen=power) for power in (None, 3))
+    return (softmax + sigmoid + sparse + linear + listed + drawn + softplus).transpose(0, 1)[None]
 
 
 def _disentangled(query: Tensor, key: Tensor, value: Tensor, pos_key: Tensor, pos_query: Tensor) -> Tensor:
@@ -350,6 +351,10 @@ def _delta_rule(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _linear(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     _, state = attnx.linear_attention(query[:, :, :70], key[:, :, :70], value[:, :, :70], return_state=True)
     return attnx.linear_attention(query, key, value, initial_state=state)
+
+
+def _softplus(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return sum(attnx.softplus_attention(query, key, value, sharpen=power, is_causal=True) for power in (None, 3))
 
 
 def _row_weights(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -504,6 +509,8 @@ PACKED = {"cu_seqlens_q": torch.tensor([0, 4]).int(), "cu_seqlens_k": torch.tens
 SIZES: dict[str, Any] = PACKED | {"max_seqlen_q": 4, "max_seqlen_k": 4}
 CHUNKS = torch.tensor([[0, 30, 64]], dtype=torch.int32)
 FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
+    "softplus_attention": lambda x: attnx.softplus_attention(x, x, x),
+    "softplus_attention_varlen": lambda x: attnx.softplus_attention_varlen(*[x[0]] * 3, **SIZES),
     "softmax_attention_varlen": lambda x: attnx.softmax_attention_varlen(*[x[0]] * 3, **SIZES),
     "sigmoid_attention_varlen": lambda x: attnx.sigmoid_attention_varlen(*[x[0]] * 3, **SIZES),
     "sparse_linear_attention_varlen": lambda x: attnx.sparse_linear_attention_varlen(*[x[0]] * 3, **SIZES),
@@ -680,7 +687,7 @@ def checks_for(size: int) -> dict[str, Callable[[], None]]:
     checks["sparse_linear-lengths"] = partial(check_sparse_linear, False, across, critical=0.3, smooth_k=True)
     apart: list[tuple[Placement, Placement]] = [(Shard(0), Replicate()), (Shard(0), Shard(1)), (Replicate(), Shard(1))]
     kept = (_with_terms, _sigmoid, _block_sparse, _sparse_linear, _routing_of_all, _key_weights, _row_weights, _draws)
-    kept = (*kept, _delta_rule, _linear, _disentangled, _drawn_lists, _labels, _pooled)
+    kept = (*kept, _delta_rule, _linear, _softplus, _disentangled, _drawn_lists, _labels, _pooled)
     for attention, placements in itertools.product(kept, apart):
         for kv_heads in (4, 1) if attention in (_with_terms, _sparse_linear) else (4,):
             shape = Shape(128, 128, head_dim=16, batch=4, heads=4, kv_heads=kv_heads)

@@ -40,6 +40,9 @@ def _pointwise(dtype: torch.dtype) -> None:
     _differentiate(attnx.sigmoid_attention, dense, **used, is_causal=True, position_offset=3)
     bounds = torch.randint(0, 30, (1, 4, 20, 2), dtype=torch.int32)
     _differentiate(attnx.softmax_attention, dense, **used, window=(9, None), row_bounds=bounds)
+    for sharpen in (None, 3):
+        _differentiate(attnx.softplus_attention, dense, sharpen=sharpen, **used, is_causal=True)
+        _differentiate(attnx.softplus_attention_varlen, packed, *offsets, 30, 30, sharpen=sharpen, window=(5, 3))
     index = attnx.log_distance_buckets(20, 30, span=4, max_distance=16)
     _differentiate(
         lambda q, k, v, c2p, p2c: attnx.disentangled_attention(q, k, v, index, pos_key=c2p, pos_query=p2c),

@@ -35,6 +35,14 @@ def packed(attention: Callable[..., Any], **options: Any) -> Callable[..., Tenso
     return attend
 
 
+def softplus(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return attnx.softplus_attention(query, key, value, is_causal=True)
+
+
+def sharpened_softplus(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return attnx.softplus_attention(query, key, value, sharpen=3)
+
+
 def disentangled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     length = query.shape[2]
     index = INDEX[1200 - length : 1199 + length]
@@ -66,6 +74,8 @@ ATTENTIONS: dict[str, Callable[..., Tensor]] = {
     "routing": lambda query, key, value: attnx.routing_attention(
         query, key, value, CENTROIDS, routing="argmax", is_causal=True
     ),
+    "softplus": softplus,
+    "sharpened_softplus": sharpened_softplus,
     "disentangled": disentangled,
     "gated delta rule": delta_rule,
     "linear": attnx.linear_attention,

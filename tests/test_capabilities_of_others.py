@@ -130,6 +130,20 @@ def disentangled(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: t
     return call_of("disentangled_attention", inputs, **options)
 
 
+def softplus(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
+    shape = shapes(draw, row)
+    inputs, _ = random_inputs(shape, dtype, device)
+    # tests/test_softplus.py tries the other features.
+    options: dict[str, Any] = {"is_causal": draw(st.booleans())}
+    if draw(st.booleans()):
+        options["window"] = draw(st.tuples(st.integers(-1, 99), st.integers(-1, 99)))
+    if row.operator.startswith("sharpened"):
+        options["sharpen"] = draw(st.integers(2, 3))  # a higher power says more of the rounding of inputs
+    own, definition = (one(module.softplus_attention, **options) for module in (attnx, reference))
+    terms = one(reference.softplus_attention, **options)
+    return Call(own, definition, terms, inputs)
+
+
 def weights(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.device) -> Call:
     shape, options = shapes(draw, row), of_score(draw, row)
     inputs, _ = random_inputs(shape, dtype, device)
@@ -218,6 +232,7 @@ def routing(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: torch.
     return Call(one(own, **options), one(definition, **options), terms, inputs)
 
 
+SOFTPLUS = {"grouped_queries", "value_dim", "causal", "window", "varlen", "key_lengths", "position_offset", "padding"}
 # The features that the calls above make use of: a row that promises another is not tried.
 DRAWN: dict[str, tuple[Callable[..., Call], set[str]]] = {
     "attention_key_weights": (weights, {"grouped_queries", "causal", "window"}),
@@ -240,6 +255,8 @@ DRAWN: dict[str, tuple[Callable[..., Call], set[str]]] = {
     ),
     "gated_delta_rule": (delta_rule, {"grouped_values", "value_dim", "initial_state"}),
     "linear_attention": (linear, {"grouped_queries", "value_dim", "causal", "initial_state"}),
+    "softplus_attention": (softplus, SOFTPLUS | {"logsumexp"}),
+    "sharpened_softplus_attention": (softplus, SOFTPLUS),
     "probabilistic_attention": (
         probabilistic,
         # tests/test_packed_lists.py tries the last three

@@ -17,6 +17,7 @@ from attnx.nn import (
     ProbabilisticAttention,
     RoutingAttention,
     SigmoidAttention,
+    SoftplusAttention,
     SparseLinearAttention,
 )
 
@@ -32,7 +33,11 @@ SOFTMAX: dict[Any, dict[str, Any]] = {
     SparseLinearAttention: {"critical": 1.0, "negligible": 0.0},
 }
 WITHOUT_MASKS = SOFTMAX
-EVERY: dict[Any, dict[str, Any]] = SOFTMAX | {SigmoidAttention: {}, DisentangledSelfAttention: {"span": 4}}
+EVERY: dict[Any, dict[str, Any]] = SOFTMAX | {
+    SigmoidAttention: {},
+    SoftplusAttention: {},
+    DisentangledSelfAttention: {"span": 4},
+}
 
 
 def names(module: Any) -> str:

@@ -22,6 +22,7 @@ from attnx.nn import (
     ProbabilisticAttention,
     RoutingAttention,
     SigmoidAttention,
+    SoftplusAttention,
     SparseLinearAttention,
 )
 
@@ -44,6 +45,7 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "alibi_trained": lambda **x: SigmoidAttention(24, 4, alibi="trainable", **x),
     "sparse_linear": lambda **x: SparseLinearAttention(24, 4, output_norm=True, **x),
     "sparse_linear_sla2": lambda **x: SparseLinearAttention(24, 4, mix="sla2", linear_bias=True, **x),
+    "softplus": lambda **x: SoftplusAttention(24, 4, sharpen=3, is_causal=True, **x),
     "affine": lambda **x: AffineScaledAttention(24, 4, is_causal=True, **x),
     "bottleneck": lambda **x: DiscreteKeyValueBottleneck(24, 4, 10, **x),
     "bottleneck_projected": lambda **x: DiscreteKeyValueBottleneck(24, 3, 10, key_dim=5, **x),

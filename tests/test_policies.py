@@ -29,7 +29,7 @@ def policies() -> ModuleType:
 
 def test_python_sees_the_scores_that_users_name() -> None:
     rows = json.loads((FOLDER / "policies.json").read_text())
-    named = [row for row in rows if row.get("variant_of", row["name"]) == row["name"]]
+    named = [row for row in rows if row.get("variant_of", row["name"]) == row["name"] and not row.get("band_only")]
     assert get_args(ScoreName) == tuple(SCORES) == tuple(row["name"] for row in named)
     for row in named:
         variants = [v for v in rows if v.get("variant_of", v["name"]) == row["name"]]
@@ -46,6 +46,8 @@ GOOD = {"name": "a", "normalised": True}
         ({}, "the file: expected a list of scores, got {}"),
         ([3], "row 0: expected an object, got 3"),
         ([{"name": "a"}], "row 0.normalised: expected bool, got nothing"),
+        ([{**GOOD, "cuda": 1}], "row 0.cuda: expected bool, got 1"),
+        ([{**GOOD, "band_only": "yes"}], 'row 0.band_only: expected bool, got "yes"'),
         ([{**GOOD, "normalised": 1}], "row 0.normalised: expected bool, got 1"),
         ([{**GOOD, "normalized": True}], "row 0: expected the keys name, normalised, .*, got normalized"),
         ([{**GOOD, "name": "SoftMax"}], 'row 0.name: expected a name like softmax_sink, got "SoftMax"'),

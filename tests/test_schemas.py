@@ -59,6 +59,8 @@ PART_GRADS = "Tensor grad_sparse, Tensor grad_linear, Tensor grad_logsumexp"
 
 ROUTES = "Tensor query_indices, Tensor query_offsets, Tensor key_indices, Tensor key_offsets"
 ROUTED = f"{ROUTES}, Tensor? memory_key, Tensor? memory_value"
+SHARPENED_RESULTS = f"{SOFTMAX_RESULTS}, Tensor gain, Tensor shift"
+SHARPENED_SAVED = f"Tensor grad_output, {QKV}, {SHARPENED_RESULTS}"
 
 DELTA = f"{QKV}, Tensor log_decay, Tensor beta, Tensor? initial_state, float? scale"
 
@@ -95,6 +97,16 @@ SCHEMAS = [
     f"gated_delta_rule({DELTA}) -> (Tensor output, Tensor state)",
     f"gated_delta_rule_backward(Tensor? grad_output, Tensor? grad_state, {DELTA}) -> ({GRADS}, Tensor grad_log_decay, "
     "Tensor grad_beta, Tensor grad_initial_state)",
+    f"softplus_attention({QKV}, {LENGTHS}, {MASK}) -> ({SOFTMAX_RESULTS})",
+    f"softplus_attention_varlen({QKV}, {PADDED}, {MASK}) -> ({SOFTMAX_RESULTS})",
+    f"softplus_attention_backward({SOFTMAX_SAVED}, {LENGTHS}, {MASK}, bool deterministic) -> ({GRADS})",
+    f"softplus_attention_varlen_backward({SOFTMAX_SAVED}, {PADDED}, {MASK}, bool deterministic) -> ({GRADS})",
+    f"sharpened_softplus_attention({QKV}, {LENGTHS}, {MASK}, int power) -> ({SHARPENED_RESULTS})",
+    f"sharpened_softplus_attention_varlen({QKV}, {PADDED}, {MASK}, int power) -> ({SHARPENED_RESULTS})",
+    f"sharpened_softplus_attention_backward({SHARPENED_SAVED}, {LENGTHS}, {MASK}, int power, bool deterministic) -> "
+    f"({GRADS})",
+    f"sharpened_softplus_attention_varlen_backward({SHARPENED_SAVED}, {PADDED}, {MASK}, int power, bool deterministic) "
+    f"-> ({GRADS})",
     f"attention_key_weights({QK}, Tensor? logsumexp, Tensor? row_weights, {RULE}, {MASK}) -> Tensor",
     f"attention_row_weights({QK}, Tensor? logsumexp, {RULE}, {MASK}) -> Tensor",
     f"attention_max_logits({QK}, {MASK}) -> Tensor",

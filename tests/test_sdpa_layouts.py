@@ -122,6 +122,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sparse_linear": partial(attnx.sparse_linear_attention, critical=1.0, negligible=0.0, linear_scope="all"),
     "routing": _routing,
     "disentangled": _disentangled,
+    "softplus": partial(attnx.softplus_attention, return_logsumexp=True),
+    "sharpened_softplus": partial(attnx.softplus_attention, sharpen=3),
 }
 
 

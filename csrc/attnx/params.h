@@ -132,6 +132,13 @@ struct LogitTerms {
   }
 };
 
+// The weight of a logit t is max(gain * softplus(t) - shift, 0) to this power, over the sum of these. Gain and shift
+// are numbers of the row, like a logsumexp, and make the largest base of a row 1.
+struct Sharpening {
+  std::int64_t power = 0;
+  Tensor gain, shift;
+};
+
 struct AttentionParams {
   DType dtype = DType::kFloat32;
   Score score = Score::kSigmoid;
@@ -177,6 +184,8 @@ struct AttentionParams {
   // softmax_sink has it.
   PerHead sink;
 
+  Sharpening sharpening;  // only sharpened_softplus has it
+
   // With lists only the listed blocks take part, under the same window. With cu_seqlens each sequence has lists.
   std::int64_t block_q = 0, block_k = 0;  // rows and keys of a block
   BlockList key_blocks;                   // of each block of queries; null counts: every block takes part
@@ -194,7 +203,7 @@ struct AttentionParams {
 struct ForwardParams : AttentionParams {
   Tensor output;  // [batch, heads_q, length_q, value_dim]
   // It is [batch, heads_q, length_q] in the accumulator's type, or [batch, heads_q, slots] where rows are gathered. Its
-  // row_stride is 1, and only softmax has it.
+  // row_stride is 1, and only normalised scores have it.
   Tensor logsumexp;
 };
 
@@ -202,9 +211,9 @@ struct BackwardParams : AttentionParams {
   BlockList query_blocks;  // key_blocks transposed: of each block of keys
 
   Tensor grad_output;     // [batch, heads_q, length_q, value_dim]
-  Tensor output;          // as from the forward; softmax only; null where a query may be in several clusters
-  Tensor logsumexp;       // as from the forward; softmax only
-  Tensor grad_logsumexp;  // like logsumexp; softmax only
+  Tensor output;          // as from the forward; of normalised scores; null where a query may be in several clusters
+  Tensor logsumexp;       // as from the forward; of normalised scores
+  Tensor grad_logsumexp;  // like logsumexp; of normalised scores
 
   Tensor grad_query;  // like query
   Tensor grad_key;    // like key

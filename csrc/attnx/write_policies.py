@@ -2,7 +2,9 @@
 
 A row of policies.json is a score. It has a "name" and says whether it is "normalised"; it may have "parameters", each
 with a "name" and whether it has a "gradient". "variant_of" is the score that users name to get this one, where a
-parameter of theirs chooses it. "backward" is the score whose backward kernels serve this one, where it has none.
+parameter of theirs chooses it. "backward" is the score whose backward kernels serve this one, where it has none. A
+score that is "band_only" has no loop but those over a band, so that operators with a choice of scores do not offer it.
+"cuda" says whether there are CUDA kernels, which is so where it is left out.
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ class Score:
     normalised: bool
     variant_of: str
     backward: str
+    band_only: bool
+    cuda: bool
     parameters: dict[str, bool]  # whether each has a gradient
+
+    @property
+    def named(self) -> bool:
+        """Whether users name it where they have a choice."""
+        return self.variant_of == self.name and not self.band_only
 
     @property
     def class_name(self) -> str:
@@ -59,11 +68,13 @@ def read(path: Path) -> list[Score]:
         raise SystemExit(f"policies.json: {error}") from None
     if not isinstance(rows, list) or not rows:
         fail("the file", "a list of scores", json.dumps(rows)[:80])
-    kinds = {"name": str, "normalised": bool, "variant_of": str, "backward": str, "parameters": list}
+    kinds = {"name": str, "normalised": bool, "variant_of": str, "backward": str, "band_only": bool, "cuda": bool}
+    kinds["parameters"] = list
     scores: dict[str, Score] = {}
     for i, row in enumerate(rows):
         own = row.get("name") if isinstance(row, dict) else None
-        values = take(f"row {i}", row, kinds, {"variant_of": own, "backward": own, "parameters": []})
+        defaults = {"variant_of": own, "backward": own, "band_only": False, "cuda": True, "parameters": []}
+        values = take(f"row {i}", row, kinds, defaults)
         parameters = [
             take(f"row {i}.parameters.{j}", parameter, {"name": str, "gradient": bool}, {})
             for j, parameter in enumerate(values.pop())
@@ -92,37 +103,42 @@ def cpp(scores: list[Score]) -> dict[str, str]:
     """The texts that replace the names between @ in the headers' templates."""
     enum = {score.name: f"k{score.class_name}" for score in scores}
 
-    def cases(answer: Any) -> str:
-        return "\n".join(f"    case Score::{enum[score.name]}: return {answer(score)};" for score in scores)
+    def cases(answer: Any, those: list[Score] = scores) -> str:
+        return "\n".join(f"    case Score::{enum[score.name]}: return {answer(score)};" for score in those)
 
     def row(score: Score) -> str:
         return (
             f'    {{Score::{enum[score.name]}, "{score.name}", Score::{enum[score.variant_of]}, '
-            f"{quoted(score.parameters)}}},"
+            f"{str(score.named).lower()}, {quoted(score.parameters)}}},"
         )
 
     return {
         "VALUES": ", ".join(enum.values()),
-        "CASES": cases(lambda score: f"action.template operator()<Score::{enum[score.name]}>()"),
+        "CUDA_CASES": cases(
+            lambda score: f"action.template operator()<Score::{enum[score.name]}>()", [x for x in scores if x.cuda]
+        ),
         "NORMALISED": cases(lambda score: str(score.normalised).lower()),
+        "BAND_ONLY": cases(lambda score: str(score.band_only).lower()),
         "BACKWARD": cases(lambda score: f"Score::{enum[score.backward]}"),
         "ROWS": "\n".join(map(row, scores)),
-        "NAMES": quoted(score.name for score in scores if score.variant_of == score.name),
+        "NAMES": quoted(score.name for score in scores if score.named),
     }
 
 
 def cmake(scores: list[Score]) -> str:
-    lines = ["# Written from policies.json.", "set_property(GLOBAL PROPERTY ATTNX_SCORES"]
-    lines[-1] += "".join(f" {score.name}" for score in scores) + ")"
+    lines = ["# Written from policies.json."]
+    for name, those in {"SCORES": scores, "CUDA_SCORES": [x for x in scores if x.cuda]}.items():
+        lines.append(f"set_property(GLOBAL PROPERTY ATTNX_{name} {' '.join(score.name for score in those)})")
     for score in scores:
         facts = {"CLASS": score.class_name, "ENUM": f"k{score.class_name}", "BACKWARD": score.backward}
+        facts["BAND_ONLY"] = str(score.band_only).upper()
         for fact, value in facts.items():
             lines.append(f"set_property(GLOBAL PROPERTY ATTNX_SCORE_{score.name}_{fact} {value})")
     return "\n".join(lines) + "\n"
 
 
 def python(scores: list[Score]) -> str:
-    names = [score.name for score in scores if score.variant_of == score.name]
+    names = [score.name for score in scores if score.named]
     literal = ", ".join(f'"{name}"' for name in names)
     rows = []
     for name in names:

@@ -33,6 +33,8 @@ void range_means(const RangeMeansParams& p, const Executor& executor) {
 void forward(const ForwardParams& p, const Executor& executor) {
   if (p.gather) {
     run(&Kernels::routed_forward_workspace, &Kernels::routed_forward, p, executor, operations(p));
+  } else if (is_band_only(p.score)) {
+    run(&Kernels::band_forward_workspace, &Kernels::band_forward, p, executor, operations(p));
   } else if (p.terms.any()) {
     run(&Kernels::forward_with_terms_workspace, &Kernels::forward_with_terms, p, executor, operations(p));
   } else {
@@ -43,6 +45,8 @@ void forward(const ForwardParams& p, const Executor& executor) {
 void backward(const BackwardParams& p, const Executor& executor) {
   if (p.gather) {
     run(&Kernels::routed_backward_workspace, &Kernels::routed_backward, p, executor, operations(p));
+  } else if (is_band_only(p.score)) {
+    run(&Kernels::band_backward_workspace, &Kernels::band_backward, p, executor, operations(p));
   } else if (p.terms.any()) {
     run(&Kernels::backward_with_terms_workspace, &Kernels::backward_with_terms, p, executor, operations(p));
   } else {
@@ -64,6 +68,10 @@ void max_logits(const MaxLogitsParams& p, const Executor& executor) {
 
 void chosen_keys(const ChosenKeysParams& p, const Executor& executor) {
   run(&Kernels::chosen_keys_workspace, &Kernels::chosen_keys, p, executor, operations(p) / 2);
+}
+
+void softplus_rows(const SoftplusRowsParams& p, const Executor& executor) {
+  run(&Kernels::softplus_rows_workspace, &Kernels::softplus_rows, p, executor, operations(p) / 2);
 }
 
 void linear_forward(const LinearForwardParams& p, const Executor& executor) {

@@ -26,6 +26,7 @@ void key_weights(const KeyWeightsParams& params, const Executor& executor);
 void row_weights(const RowWeightsParams& params, const Executor& executor);
 void max_logits(const MaxLogitsParams& params, const Executor& executor);
 void chosen_keys(const ChosenKeysParams& params, const Executor& executor);
+void softplus_rows(const SoftplusRowsParams& params, const Executor& executor);
 
 // These make the map of sparse-linear attention, and its linear part.
 void block_map(const BlockMapParams& params, const Executor& executor);

@@ -7,6 +7,7 @@ namespace attnx::cpu {
 struct Executor {
   int threads;
   void (*start)(const Executor& self, void (*task)(void* context, int worker), void* context);
+  void* state = nullptr;  // of the function
 
   template <class Task>
   void run(const Task& task) const {
@@ -15,5 +16,9 @@ struct Executor {
         const_cast<void*>(static_cast<const void*>(&task)));
   }
 };
+
+// It runs what it is given on the thread that gives it.
+inline constexpr Executor kOnCaller{
+    1, [](const Executor&, void (*task)(void* context, int worker), void* context) { task(context, 0); }};
 
 }  // namespace attnx::cpu

@@ -17,6 +17,8 @@ namespace attnx::cpu {
 #define ATTNX_FOR_EACH_LOOP(X)           \
   X(forward, ForwardParams)              \
   X(backward, BackwardParams)            \
+  X(band_forward, ForwardParams)         \
+  X(band_backward, BackwardParams)       \
   X(forward_with_terms, ForwardParams)   \
   X(backward_with_terms, BackwardParams) \
   X(routed_forward, ForwardParams)       \
@@ -29,6 +31,7 @@ namespace attnx::cpu {
   X(row_weights, RowWeightsParams)                    \
   X(max_logits, MaxLogitsParams)                      \
   X(chosen_keys, ChosenKeysParams)                    \
+  X(softplus_rows, SoftplusRowsParams)                \
   X(linear_forward, LinearForwardParams)              \
   X(linear_backward, LinearBackwardParams)            \
   X(delta_rule_forward, DeltaRuleForwardParams)       \

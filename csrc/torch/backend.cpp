@@ -11,6 +11,7 @@
 #include "attnx/capability.h"
 #include "attnx/environment.h"
 #include "cpu/attention.h"
+#include "cpu/joined.h"
 #include "cpu/own_threads.h"
 #include "cuda/attention.h"
 
@@ -142,5 +143,16 @@ const Capability& Target::capability() const {
   }
 ATTNX_FOR_EACH_RUN(ATTNX_DEFINE)
 #undef ATTNX_DEFINE
+
+void run(const ForwardParams& params, const LinearForwardParams& linear, const Target& target) {
+  if (target.on_cuda()) {
+    run(params, target);
+    run(linear, target);
+    return;
+  }
+  cpu::run_joined(
+      executor(), [&](const cpu::Executor& executor) { cpu::forward(params, executor); },
+      [&](const cpu::Executor& executor) { cpu::linear_forward(linear, executor); });
+}
 
 }  // namespace attnx::ops

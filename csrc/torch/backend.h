@@ -37,6 +37,7 @@ struct Target {
   X(row_weights, RowWeightsParams)                    \
   X(max_logits, MaxLogitsParams)                      \
   X(chosen_keys, ChosenKeysParams)                    \
+  X(softplus_rows, SoftplusRowsParams)                \
   X(label_blocks, LabelBlocksParams)                  \
   X(critical_blocks, CriticalBlocksParams)            \
   X(linear_forward, LinearForwardParams)              \
@@ -63,5 +64,8 @@ struct Target {
 #define ATTNX_DECLARE(name, Params) void run(const Params& params, const Target& target);
 ATTNX_FOR_EACH_RUN(ATTNX_DECLARE)
 #undef ATTNX_DECLARE
+
+// These two need nothing of each other. The CPU runs them in one parallel region.
+void run(const ForwardParams& params, const LinearForwardParams& linear, const Target& target);
 
 }  // namespace attnx::ops

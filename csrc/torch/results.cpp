@@ -28,7 +28,7 @@ StableTensor empty_output(const Inputs& x, ForwardParams& p) {
   return output;
 }
 
-Outputs run_forward(const Target& target, const Inputs& x, ForwardParams& p) {
+Outputs empty_outputs(const Inputs& x, ForwardParams& p) {
   Outputs y{empty_output(x, p), empty_logsumexp(x.query)};
   if (!is_normalised(p.score)) {
     torch::stable::zero_(y.logsumexp);
@@ -36,6 +36,11 @@ Outputs run_forward(const Target& target, const Inputs& x, ForwardParams& p) {
     if (p.has_padding) torch::stable::fill_(y.logsumexp, -std::numeric_limits<double>::infinity());
     p.logsumexp = view_logsumexp(y.logsumexp);
   }
+  return y;
+}
+
+Outputs run_forward(const Target& target, const Inputs& x, ForwardParams& p) {
+  Outputs y = empty_outputs(x, p);
   run(p, target);
   return y;
 }

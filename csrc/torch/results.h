@@ -29,7 +29,10 @@ InputGradients empty_gradients(const Inputs& inputs, BackwardParams& params);
 // It allocates the output and tells the kernel where it is.
 StableTensor empty_output(const Inputs& inputs, ForwardParams& params);
 
-// It allocates the outputs and runs the forward kernel. The logsumexp of scores without one is 0.
+// It allocates the outputs and tells the forward kernel where they are. The logsumexp of scores without one is 0.
+Outputs empty_outputs(const Inputs& inputs, ForwardParams& params);
+
+// It allocates the outputs and runs the forward kernel.
 Outputs run_forward(const Target& target, const Inputs& inputs, ForwardParams& params);
 
 // These read a tensor that a backward gets, which has the shape of the output, or a number for each of its rows.

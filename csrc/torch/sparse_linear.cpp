@@ -137,8 +137,8 @@ Parts forward(const Inputs& x, const Layout& layout, const Map& map, const Linea
   const CriticalBlocks critical = read(target, x, layout, map, options, causal, sparse, linear);
   StableTensor linear_output = empty_rows(x.query, sparse.value_dim);
   linear.output = view_rows(linear_output);
-  const Outputs y = run_forward(target, x, sparse);
-  run(linear, target);
+  const Outputs y = empty_outputs(x, sparse);
+  run(sparse, linear, target);
   return {y.output, linear_output, y.logsumexp};
 }
 

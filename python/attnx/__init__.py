@@ -42,6 +42,7 @@ from attnx.routing import (  # noqa: E402
     routing_attention,
     update_centroids_,
 )
+from attnx.softplus import softplus_attention, softplus_attention_varlen  # noqa: E402
 from attnx.sparse_linear import (  # noqa: E402
     SparseLinearMap,
     sparse_linear_attention,
@@ -98,6 +99,8 @@ __all__ = [
     "sigmoid_attention_varlen",
     "softmax_attention",
     "softmax_attention_varlen",
+    "softplus_attention",
+    "softplus_attention_varlen",
     "sparse_linear_attention",
     "sparse_linear_attention_varlen",
     "sparse_linear_block_map",

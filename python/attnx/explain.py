@@ -25,6 +25,7 @@ from attnx import (
     probabilistic,
     rectified,
     routing,
+    softplus,
     sparse_linear,
     staircase,
     weights,
@@ -95,7 +96,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     name = getattr(function, "__name__", str(function))
     operator, arguments_of = _MADE_OF.get(name, (name, dict))
     modules = [delta_rule, disentangled, functional, hierarchical, linear, pointer]
-    modules += [probabilistic, rectified, routing, sparse_linear, staircase, weights]
+    modules += [probabilistic, rectified, routing, softplus, sparse_linear, staircase, weights]
     operators = {row.operator for row in _capability.table()}
     if operator.removesuffix("_varlen") not in operators or all(
         getattr(m, name, None) is not function for m in modules
@@ -105,6 +106,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     bound.apply_defaults()
     arguments = dict(bound.arguments)
     arguments |= arguments.pop("terms", {})  # disentangled attention takes them as they are named
+    if arguments.get("sharpen") is not None:  # it is an operator of its own
+        name = f"sharpened_{name}"
     if "cache" in arguments:
         arguments["key"] = arguments["value"] = arguments["cache"]._memory.tail[:, :, 0, 0]
     if isinstance(mask := arguments.get("block_mask"), BlockMask):  # what it hides within blocks are terms, too

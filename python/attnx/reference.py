@@ -49,6 +49,8 @@ __all__ = [
     "sigmoid_attention_varlen",
     "softmax_attention",
     "softmax_attention_varlen",
+    "softplus_attention",
+    "softplus_attention_varlen",
     "sparse_linear_attention",
     "sparse_linear_attention_varlen",
     "sparse_linear_block_map",
@@ -330,6 +332,42 @@ def softmax_attention(
 
 def _times(head_mask: Tensor | None, output: Tensor) -> Tensor:
     return output if head_mask is None else output * head_mask.double()[..., None, None]
+
+
+def softplus_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    sharpen: int | None = None,
+    scale: float | Tensor | None = None,
+    is_causal: bool = False,
+    window: Window = None,
+    position_offset: int = 0,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    return_logsumexp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    distance, visible, _ = _band(query, key, is_causal, window, position_offset, seqused_k, leftpad_k)
+    keys = visible.sum(-1, keepdim=True).double()
+    scale = math.log(query.shape[3]) if scale is None else scale
+    logits = _logits(_unit(query) * keys.clamp(min=1).log(), _unit(key), scale, None, distance)
+    visible = visible.expand(logits.shape)
+    a = logits.where(visible, 0.0).logaddexp(torch.zeros((), dtype=logits.dtype)).where(visible, 0.0)
+    total = a.sum(-1, keepdim=True)
+    weights = a / total.where(keys > 0, 1.0)
+    if sharpen is not None:
+        above = keys * weights - (keys > 3).double()
+        above = above.where(visible & (above > 1e-12), 0.0)  # where all weigh the same, what is left is rounding
+        most = above.amax(-1, keepdim=True).detach() if above.shape[-1] else total
+        powers = (above / most.where(most > 0, 1.0)) ** sharpen
+        weights = powers / powers.sum(-1, keepdim=True).where(most > 0, 1.0)
+    output = _weighted(weights, visible, value)
+    return (output, total.log()[..., 0]) if return_logsumexp else output
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x.double() / x.double().norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def disentangled_attention(
@@ -1270,6 +1308,31 @@ def softmax_attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     def attention(q: Tensor, k: Tensor, v: Tensor, **own: Any) -> tuple[Tensor, Tensor]:
         output, logsumexp = softmax_attention(q, k, v, return_logsumexp=True, **own)
+        return output, logsumexp
+
+    both = _each_sequence_with_logsumexp(attention, query, key, value, cu_seqlens_q, cu_seqlens_k, options)
+    return both if return_logsumexp else both[0]
+
+
+def softplus_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    has_padding: bool = False,
+    return_logsumexp: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    def attention(q: Tensor, k: Tensor, v: Tensor, sequence: int, **own: Any) -> tuple[Tensor, Tensor]:
+        if own.get("sharpen") is not None:
+            output = softplus_attention(q, k, v, **own)
+            assert isinstance(output, Tensor)
+            return output, output[..., 0]
+        output, logsumexp = softplus_attention(q, k, v, return_logsumexp=True, **own)
         return output, logsumexp
 
     both = _each_sequence_with_logsumexp(attention, query, key, value, cu_seqlens_q, cu_seqlens_k, options)

@@ -55,9 +55,8 @@ class Backward {
         return;
       }
     }
-    // The fewest splits that keep nine tenths of the threads' time busy.
-    const std::int64_t heads = units(), threads = executor.threads;
-    while (splits_ < threads && heads * splits_ * 10 < round_up(heads * splits_, threads) * 9) ++splits_;
+    const std::int64_t heads = units();
+    while (splits_ < executor.threads && !keeps_busy(heads * splits_, executor.threads)) ++splits_;
   }
 
   std::int64_t workspace_bytes() const {
@@ -156,6 +155,8 @@ class Backward {
     return round_up(larger<std::int64_t>(p.length_k, 1), kRowMultiple);
   }
   bool needs_output_of_cluster() const { return Source::kGathered && Score::kNormalised && !p_.output.data; }
+  // Whether rows need sums over all of their keys before the first gradient.
+  bool needs_products() const { return Score::kSumsProducts || needs_output_of_cluster(); }
   std::int64_t worker_bytes() const { return Buffers(p_, sizes_, nullptr).bytes; }
   std::int64_t sums_bytes() const { return Sums(sizes_, nullptr).bytes; }
   // Key heads of a sequence, and query heads of one of them; a cluster is about one head.
@@ -260,10 +261,10 @@ class Backward {
         }
       });
     };
-    // The output of one cluster alone is not kept. What its rows need of it comes from the products of one tile, or
-    // else from those of all, which are then made twice.
-    const bool needs_output = needs_output_of_cluster(), at_once = any.end <= sizes_.tile_keys;
-    if (needs_output && !at_once) {
+    // The output of one cluster alone is not kept, and some scores have sums of their own. What rows need of it comes
+    // from the products of one tile, or else from those of all, which are then made twice.
+    const bool needs_sums = needs_products(), at_once = any.end <= sizes_.tile_keys;
+    if (needs_sums && !at_once) {
       for_each_tile([&](Rows& r, const KeyTile& tile) {
         const std::int64_t padded = round_up(tile.count, A::kStep);
         work.multiply(b, r, padded);
@@ -271,7 +272,7 @@ class Backward {
       });
     }
     for_each_tile([&](Rows& r, const KeyTile& tile) {
-      work.visit(sums, b, r, tile, needs_output && at_once);
+      work.visit(sums, b, r, tile, needs_sums && at_once);
       if constexpr (Tiles::kListed)
         if (p_.grad_block_bias) r.move_grad_bias(bias_of_block(sequence.batch, x.head, x.first, tile.place));
     });
@@ -327,7 +328,7 @@ class Backward {
       convert_row(row_of<Result>(p_.grad_query, s.batch, head, row), sum, p_.head_dim);
       sums.grad_bias[head % sizes_.group] += r.grad_bias[lane];
       sums.grad_slope[head % sizes_.group] += r.grad_slope[lane];
-      if constexpr (Score::kNormalised)
+      if constexpr (Score::kHasSink)
         if (p_.grad_sink) sums.grad_sink[head % sizes_.group] += r.score->grad_sink(p_, *r.panel, lane);
     }
   }

@@ -6,6 +6,7 @@
 
 #include "../executor.h"
 #include "arena.h"
+#include "units.h"
 
 namespace attnx::cpu::ATTNX_ISA {
 
@@ -49,6 +50,34 @@ class Phases {
 
   std::int64_t count_, distance_;
   Counter* counters_;
+};
+
+// Heads that need nothing of each other go through phases. Where there are enough of them for the threads, each is one
+// thread's, which waits for nobody; else all threads go through the phases of all heads together.
+class HeadsInPhases {
+ public:
+  HeadsInPhases(std::int64_t heads, const Executor& executor)
+      : heads_(heads), executor_(executor), apart_(keeps_busy(heads, executor.threads)) {}
+
+  std::int64_t together() const { return apart_ ? 1 : heads_; }
+
+  std::int64_t workspace_bytes(std::int64_t shared_bytes, std::int64_t worker_bytes) const {
+    return (apart_ ? executor_.threads : 1) * shared_bytes + executor_.threads * worker_bytes;
+  }
+
+  // It calls task(first, executor, shared, workers) for heads first .. first + together() - 1. They share memory, and
+  // each worker of the executor has some of its own.
+  template <class Task>
+  void run(char* workspace, std::int64_t shared_bytes, std::int64_t worker_bytes, const Task& task) const {
+    if (!apart_) return task(0, executor_, workspace, workspace + shared_bytes);
+    for_each_unit(executor_, heads_, workspace, shared_bytes + worker_bytes,
+                  [&](std::int64_t head, char* memory) { task(head, kOnCaller, memory, memory + shared_bytes); });
+  }
+
+ private:
+  std::int64_t heads_;
+  const Executor& executor_;
+  bool apart_;
 };
 
 }  // namespace attnx::cpu::ATTNX_ISA

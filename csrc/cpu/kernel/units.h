@@ -6,6 +6,9 @@
 
 namespace attnx::cpu::ATTNX_ISA {
 
+// It tells whether whole units keep nine tenths of the threads' time busy.
+inline bool keeps_busy(std::int64_t units, std::int64_t threads) { return units * 10 >= round_up(units, threads) * 9; }
+
 // Calls task(unit, worker's memory) for every unit, on all threads.
 template <class Task>
 inline void for_each_unit(const Executor& executor, std::int64_t units, char* memory, std::int64_t worker_bytes,

@@ -4,6 +4,7 @@
 #include "weights/by_key.h"
 #include "weights/by_row.h"
 #include "weights/chosen_keys.h"
+#include "weights/softplus_rows.h"
 
 namespace attnx::cpu::ATTNX_ISA {
 
@@ -23,6 +24,8 @@ template <class Input, class>
 using MaxLogitsKernel = ByRow<Input, MaxLogits<Input>>;
 template <class Input, class>
 using ChosenKeysKernel = ByRow<Input, ChosenKeys<Input>>;
+template <class Input>
+using SoftplusRowsKernel = ByRow<Input, SoftplusRows<Input>>;
 
 }  // namespace
 
@@ -38,5 +41,12 @@ ATTNX_WEIGHTS(row_weights, RowWeightsParams, RowWeightsKernel)
 ATTNX_WEIGHTS(max_logits, MaxLogitsParams, MaxLogitsKernel)
 ATTNX_WEIGHTS(chosen_keys, ChosenKeysParams, ChosenKeysKernel)
 #undef ATTNX_WEIGHTS
+
+std::size_t softplus_rows_workspace(const SoftplusRowsParams& p, const Executor& executor) {
+  return with_kernel<SoftplusRowsKernel>(p, executor, [](const auto& f) { return std::size_t(f.workspace_bytes()); });
+}
+void softplus_rows(const SoftplusRowsParams& p, const Executor& executor, char* workspace) {
+  with_kernel<SoftplusRowsKernel>(p, executor, [&](const auto& f) { f.run(workspace); });
+}
 
 }  // namespace attnx::cpu::ATTNX_ISA

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnx._operators.description import Operator
 from attnx._operators.schema import Signature, signature
+from attnx._operators.shapes import OF_ROWS
 from attnx._operators.terms import BY_HEAD, TENSORS
 
 Rule: TypeAlias = Callable[..., tuple[Any, Any]]
@@ -44,7 +45,7 @@ def _by_heads(of: Signature) -> Rule:
         kind = tensor.removeprefix("grad_")
         if kind in BY_HEAD:
             return 0 if packed else 1
-        return 0 if kind in of.optional or (kind == "logsumexp" and packed) else 1
+        return 0 if kind in of.optional or (kind in OF_ROWS and packed) else 1
 
     def fold(tensor: str, x: Any, dim: int | None, examples: int, heads: int) -> Any:
         if not isinstance(x, Tensor) or (dim is None and (x.dim() == 0 or tensor in shared)):

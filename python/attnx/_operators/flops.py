@@ -67,6 +67,12 @@ def band(a: Arguments, backward: bool) -> int:
     return of_pairs(a, pairs_in_band(a), backward)
 
 
+def sharpened(a: Arguments, backward: bool) -> int:
+    """A pass before makes S, and before the backward S and the products with the gradient of O."""
+    pairs, d, value_dim = pairs_in_band(a), a["query"].shape[-1], a["value"].shape[-1]
+    return of_pairs(a, pairs, backward) + 2 * pairs * (d + value_dim if backward else d)
+
+
 def _of_blocks(a: Arguments, blocks: int, backward: bool) -> int:
     return of_pairs(a, blocks * a["block_q"] * a["block_k"], backward)
 

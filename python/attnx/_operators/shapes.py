@@ -11,6 +11,9 @@ from attnx import _capability
 from attnx._operators.description import Operator
 from attnx._operators.schema import Arguments, Signature, signature, sum_dtype
 
+# A number for each row: (batch, heads, length), or (heads, rows) of packed sequences.
+OF_ROWS = ("logsumexp", "gain", "shift")
+
 
 def empty_rows(like: Tensor, dim: int) -> Tensor:
     """A row of dim features for each row of like, with the heads inside the rows in memory where like has them so."""
@@ -24,7 +27,7 @@ def empty_rows(like: Tensor, dim: int) -> Tensor:
 
 def _by_rule(result: str, of: Signature, arguments: Arguments) -> Tensor:
     query, name = arguments["query"], result.removeprefix("grad_")
-    if result == "logsumexp":
+    if result in OF_ROWS:
         shape = query.shape[:3] if query.dim() == 4 else (query.shape[1], query.shape[0])
         return query.new_empty(shape, dtype=sum_dtype(query))
     if result == name:

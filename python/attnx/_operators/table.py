@@ -26,6 +26,14 @@ _STATISTICS = NoDerivative("centroids move by an average of the tokens")
 OPERATORS = (
     Operator("sigmoid_attention", varlen=True, shapes=terms.GRADIENTS, vmap="heads", autocast=_QKV, flops=flops.band),
     Operator("softmax_attention", varlen=True, shapes=terms.GRADIENTS, vmap="heads", autocast=_QKV, flops=flops.band),
+    Operator("softplus_attention", varlen=True, vmap="heads", autocast=_QKV, flops=flops.band),
+    Operator(
+        "sharpened_softplus_attention",
+        varlen=True,
+        vmap="heads",
+        autocast=_QKV,
+        flops=flops.sharpened,
+    ),
     Operator(
         "block_sparse_attention",
         BackwardOperator(more=block_sparse.transposed_lists),

@@ -26,6 +26,14 @@ _OPERATORS = (
     "sigmoid_attention_varlen_backward",
     "softmax_attention_varlen",
     "softmax_attention_varlen_backward",
+    "softplus_attention",
+    "softplus_attention_backward",
+    "softplus_attention_varlen",
+    "softplus_attention_varlen_backward",
+    "sharpened_softplus_attention",
+    "sharpened_softplus_attention_backward",
+    "sharpened_softplus_attention_varlen",
+    "sharpened_softplus_attention_varlen_backward",
     "block_sparse_attention",
     "block_sparse_attention_backward",
     "block_sparse_attention_varlen",
@@ -65,7 +73,7 @@ _OPERATORS = (
     "pointer_sample",
 )
 # Packed sequences begin with tokens, and have heads second, too; these begin with heads, and these have none.
-_PACKED_BY_HEAD = ("logsumexp", "key_bias", "key_mask")
+_PACKED_BY_HEAD = ("logsumexp", "gain", "shift", "key_bias", "key_mask")
 _OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
 # These are for each head, these for each sequence, and these for all. Every other tensor begins with (batch, heads).
 _BY_HEAD = (

@@ -9,6 +9,7 @@ from attnx.nn.pointer import PointerHead
 from attnx.nn.probabilistic import ProbabilisticAttention
 from attnx.nn.routing import RoutingAttention
 from attnx.nn.sigmoid import SigmoidAttention
+from attnx.nn.softplus import SoftplusAttention
 from attnx.nn.sparse_linear import SparseLinearAttention
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "ProbabilisticAttention",
     "RoutingAttention",
     "SigmoidAttention",
+    "SoftplusAttention",
     "SparseLinearAttention",
 ]

@@ -5,7 +5,8 @@
 
 namespace attnx::cpu::ATTNX_ISA {
 
-// The output of a row, which a normalised score needs, may be missing where rows are gathered.
+// What a score must know of a row before its first gradient may be a sum over its keys: the output, where rows are
+// gathered, or what the score says.
 template <class A, class Score, class Logits, bool kGathered>
 class BackwardTile {
   using Element = typename A::Element;
@@ -26,9 +27,9 @@ class BackwardTile {
             r.panel->vectors, (p_.value_dim + kStep - 1) / kStep, false);
   }
 
-  // What the rows need of their outputs comes from the products of the tile.
+  // What the rows need comes from the products of the tile.
   void add_products(Buffers& b, Rows& r, const PanelOnTile<Sum>& on_tile, std::int64_t keys) const {
-    if constexpr (kGathered && Score::kNormalised) {
+    if constexpr (Score::kSumsProducts || (kGathered && Score::kNormalised)) {
       for (int v = 0; v < r.panel->vectors; ++v) {
         const int lane = v * kLanes<Sum>;
         Vec<Sum> sum = {};
@@ -36,7 +37,7 @@ class BackwardTile {
                           [&](auto key, auto& x, auto& visible, auto masked) {
                             for (int k = 0; k < A::kStep; ++k) {
                               const Vec<Sum> dp = load(b.grad_weights + (key + k) * kWidth + lane);
-                              const Vec<Sum> product = r.score->weight(x[k], lane) * dp;
+                              const Vec<Sum> product = r.score->product(x[k], dp, lane);
                               if constexpr (masked.kValue) {
                                 sum += visible[k] ? product : Vec<Sum>{};
                               } else {
@@ -49,7 +50,7 @@ class BackwardTile {
     }
   }
 
-  void visit(const BackwardSums<Sum, Logits>& sums, Buffers& b, Rows& r, const KeyTile& tile, bool needs_output) const {
+  void visit(const BackwardSums<Sum, Logits>& sums, Buffers& b, Rows& r, const KeyTile& tile, bool needs_sums) const {
     constexpr int kStep = A::kStep;
     const Panel<Sum>& panel = *r.panel;
     const std::int64_t key0 = tile.first, keys = panel.keys_seen(tile, A::kStep);
@@ -57,7 +58,7 @@ class BackwardTile {
     if (b.logits.hide(int(&r - b.panel), panel, tile, padded)) return;
     const auto on_tile = b.logits.on_tile(panel, tile, padded, b.products);
     multiply(b, r, padded);
-    if (needs_output) add_products(b, r, on_tile, padded);
+    if (needs_sums) add_products(b, r, on_tile, padded);
     for (int v = 0; v < panel.vectors; ++v) weigh(b, r, on_tile, padded, v);
     b.logits.add_gradients(panel, tile, keys, sums.terms);
 

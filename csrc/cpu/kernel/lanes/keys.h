@@ -39,7 +39,7 @@ class KeysOnLanes {
   }
 
   template <class Sequence, class Row>
-  void begin(int, const Panel<Sum>& panel, const Sequence&, bool first_keys, Row row) {
+  void begin(int, const Panel<Sum>& panel, const Sequence& sequence, bool first_keys, Row row) {
     load_rows<A>(row, panel.rows, p_.head_dim, query_, head_stride_);
     // gemm reads these for rows that there are not.
     const std::int64_t padded = round_up(panel.rows, kFewRowMultiple);
@@ -48,7 +48,7 @@ class KeysOnLanes {
     __builtin_memset(products_, 0, std::size_t(padded * kKeys) * sizeof(Sum));
     __builtin_memset(weights_, 0, std::size_t(padded * kKeys) * sizeof(Element));
     __builtin_memset(output_, 0, std::size_t(padded * value_stride_) * sizeof(Sum));
-    scores_[0].begin(p_, panel, first_keys);
+    scores_[0].begin(p_, sequence, panel, first_keys);
   }
 
   template <class Storage>
@@ -86,6 +86,12 @@ class KeysOnLanes {
       gemm_dots<A>(query_, head_stride_, key_rows_, products_, kKeys, panel.rows, padded, features);
     }
     const PanelOnTile<Sum> on_tile(panel, tile, padded);
+    if constexpr (Score::kSkipsTiles) {
+      bool any = false;
+      for (int row = 0; row < panel.rows && !any; ++row)
+        any = scores_[0].weighs_row(products_ + row * kKeys, padded, Sum(p_.scale), panel, on_tile, row);
+      if (!any) return;
+    }
     for (int row = 0; row < panel.rows; ++row)
       scores_[0].weigh_row(products_ + row * kKeys, padded, Sum(p_.scale), panel, on_tile, row, weights_ + row * kKeys,
                            output_ + row * value_stride_, p_.value_dim);

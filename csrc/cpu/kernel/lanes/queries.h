@@ -45,7 +45,7 @@ class QueriesOnLanes {
     load_rows<A>(row, panel.rows, p_.head_dim, rows_, head_stride_);
     transpose_rows<A>(rows_, panel.rows, p_.head_dim, head_stride_, query_[i]);
     __builtin_memset(output_[i], 0, std::size_t(value_stride_ * kWidth) * sizeof(Sum));
-    scores_[i].begin(p_, panel, first_keys);
+    scores_[i].begin(p_, sequence, panel, first_keys);
     logits_.begin(i, panel, sequence);
   }
 
@@ -73,6 +73,8 @@ class QueriesOnLanes {
     gemm<A>({keys_, key_row_, key_step_, query_[i], kWidth * A::kStep, products_, kWidth}, padded, panel.vectors,
             (p_.head_dim + A::kStep - 1) / A::kStep, false);
     const auto on_tile = logits_.on_tile(panel, tile, padded);
+    if constexpr (Score::kSkipsTiles)
+      if (!scores_[i].weighs(products_, padded, Sum(p_.scale), panel, on_tile)) return;
     scores_[i].weigh(products_, padded, Sum(p_.scale), panel, on_tile, weights_, output_[i], p_.value_dim);
     const GemmOperands<A> g{values_by_step_, A::kStep, value_stride_ * A::kStep, weights_, kWidth * A::kStep,
                             output_[i],      kWidth};

@@ -24,47 +24,17 @@ class LinearBackward {
   LinearBackward(const LinearBackwardParams& p, const Executor& executor)
       : p_(p),
         x_(p),
-        executor_(executor),
+        heads_(p.batch * p.heads_k, executor),
         query_blocks_((p.length_q + p.block_q - 1) / p.block_q),
         key_blocks_((p.length_k + p.block_k - 1) / p.block_k) {}
 
-  std::int64_t workspace_bytes() const { return Shared(*this, nullptr).bytes + executor_.threads * worker_bytes(); }
+  std::int64_t workspace_bytes() const { return heads_.workspace_bytes(shared_bytes(), worker_bytes()); }
 
-  // Each head of keys has these phases one after the other: the h_j, their prefixes, three for each of its heads of
-  // queries, and the gradients of its keys and values.
   void run(char* workspace) const {
-    const Shared shared(*this, workspace);
-    const std::int64_t of_head = phases_of_head();
-    const auto batches = [](std::int64_t blocks) { return (blocks + kRowBlocks - 1) / kRowBlocks; };
-    const auto units = [&](std::int64_t phase) {
-      const Sequence s(p_, phase / of_head / p_.heads_k);
-      switch (kind_of(phase % of_head)) {
-        case kSumKeys:
-        case kKeys: return x_.key_blocks(s);
-        case kQueries: return batches(x_.query_blocks(s));
-        case kSumQueries: return batches(x_.key_blocks(s));
-        default: return BlockSums<Sum>(nullptr, 0, elements()).slices();
-      }
-    };
-    shared.phases.run(executor_, units, [&](std::int64_t phase, std::int64_t unit, int worker) {
-      const Sequence s(p_, phase / of_head / p_.heads_k);
-      const std::int64_t key_head = phase / of_head % p_.heads_k,
-                         head = key_head * x_.group + (phase % of_head - kPhasesBefore) / kPhasesOfQueries;
-      const BlockSums<Sum> by_key(shared.by_key, x_.key_blocks(s), elements());
-      const BlockSums<Sum> by_query(shared.by_query, x_.query_blocks(s), elements());
-      const Buffers b(*this, workspace + shared.bytes + worker * worker_bytes());
-      Sum* const grad = shared.grad + unit * by_key.size();
-      switch (kind_of(phase % of_head)) {
-        case kSumKeys:
-          __builtin_memset(grad, 0, std::size_t(by_key.size()) * sizeof(Sum));
-          return sum_keys(s, key_head, unit, by_key, b);
-        case kAddUpKeys: return by_key.add_up(unit);
-        case kQueries: return differentiate_queries(s, head, unit * kRowBlocks, by_key, by_query, shared, b);
-        case kAddUpQueries: return by_query.add_up(unit);
-        case kSumQueries: return sum_queries(s, head, unit * kRowBlocks, by_query, shared.grad, b);
-        case kKeys: return differentiate_keys(s, key_head, unit, grad, shared, b);
-      }
-    });
+    heads_.run(workspace, shared_bytes(), worker_bytes(),
+               [&](std::int64_t head, const Executor& executor, char* memory, char* workers) {
+                 run_heads(head, executor, Shared(*this, memory), workers);
+               });
   }
 
  private:
@@ -93,7 +63,7 @@ class LinearBackward {
     Shared(const LinearBackward& f, char* memory) : Shared(f, Arena(memory)) {}
 
    private:
-    Shared(const LinearBackward& f, Arena arena) : phases(arena, f.p_.batch * f.p_.heads_k * f.phases_of_head(), 1) {
+    Shared(const LinearBackward& f, Arena arena) : phases(arena, f.heads_.together() * f.phases_of_head(), 1) {
       const BlockSums<Sum> keys(nullptr, f.key_blocks_, f.elements());
       by_key = arena.take<Sum>(keys.total());
       by_query = arena.take<Sum>(BlockSums<Sum>(nullptr, f.query_blocks_, f.elements()).total());
@@ -138,7 +108,44 @@ class LinearBackward {
   };
 
   std::int64_t elements() const { return x_.head_lanes * x_.value_lanes; }
+  std::int64_t shared_bytes() const { return Shared(*this, nullptr).bytes; }
   std::int64_t worker_bytes() const { return Buffers(*this, nullptr).bytes; }
+
+  // Each head of keys has these phases one after the other: the h_j, their prefixes, three for each of its heads of
+  // queries, and the gradients of its keys and values.
+  void run_heads(std::int64_t first, const Executor& executor, const Shared& shared, char* workers) const {
+    const std::int64_t of_head = phases_of_head();
+    const auto batches = [](std::int64_t blocks) { return (blocks + kRowBlocks - 1) / kRowBlocks; };
+    const auto units = [&](std::int64_t phase) {
+      const Sequence s(p_, (first + phase / of_head) / p_.heads_k);
+      switch (kind_of(phase % of_head)) {
+        case kSumKeys:
+        case kKeys: return x_.key_blocks(s);
+        case kQueries: return batches(x_.query_blocks(s));
+        case kSumQueries: return batches(x_.key_blocks(s));
+        default: return BlockSums<Sum>(nullptr, 0, elements()).slices();
+      }
+    };
+    shared.phases.run(executor, units, [&](std::int64_t phase, std::int64_t unit, int worker) {
+      const Sequence s(p_, (first + phase / of_head) / p_.heads_k);
+      const std::int64_t key_head = (first + phase / of_head) % p_.heads_k,
+                         head = key_head * x_.group + (phase % of_head - kPhasesBefore) / kPhasesOfQueries;
+      const BlockSums<Sum> by_key(shared.by_key, x_.key_blocks(s), elements());
+      const BlockSums<Sum> by_query(shared.by_query, x_.query_blocks(s), elements());
+      const Buffers b(*this, workers + worker * worker_bytes());
+      Sum* const grad = shared.grad + unit * by_key.size();
+      switch (kind_of(phase % of_head)) {
+        case kSumKeys:
+          __builtin_memset(grad, 0, std::size_t(by_key.size()) * sizeof(Sum));
+          return sum_keys(s, key_head, unit, by_key, b);
+        case kAddUpKeys: return by_key.add_up(unit);
+        case kQueries: return differentiate_queries(s, head, unit * kRowBlocks, by_key, by_query, shared, b);
+        case kAddUpQueries: return by_query.add_up(unit);
+        case kSumQueries: return sum_queries(s, head, unit * kRowBlocks, by_query, shared.grad, b);
+        case kKeys: return differentiate_keys(s, key_head, unit, grad, shared, b);
+      }
+    });
+  }
 
   // h_j^T
   void sum_keys(const Sequence& s, std::int64_t key_head, std::int64_t block, const BlockSums<Sum>& by_key,
@@ -292,7 +299,7 @@ class LinearBackward {
 
   const LinearBackwardParams& p_;
   Operands x_;
-  const Executor& executor_;
+  HeadsInPhases heads_;
   std::int64_t query_blocks_, key_blocks_;  // of the longest sequence
 };
 

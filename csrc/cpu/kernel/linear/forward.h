@@ -20,39 +20,15 @@ class LinearForward {
 
  public:
   LinearForward(const LinearForwardParams& p, const Executor& executor)
-      : p_(p), x_(p), executor_(executor), blocks_((p.length_k + p.block_k - 1) / p.block_k) {}
+      : p_(p), x_(p), heads_(p.batch * p.heads_k, executor), blocks_((p.length_k + p.block_k - 1) / p.block_k) {}
 
-  std::int64_t workspace_bytes() const { return Shared(*this, nullptr).bytes + executor_.threads * worker_bytes(); }
+  std::int64_t workspace_bytes() const { return heads_.workspace_bytes(shared_bytes(), worker_bytes()); }
 
-  // Each head of keys has three phases: the h_j, their prefixes, and outputs. Two heads have memory, so that the h_j of
-  // a head are made before the outputs of the one before it: a phase needs all but its predecessor.
   void run(char* workspace) const {
-    const Shared shared(*this, workspace);
-    char* const workers = workspace + shared.bytes;
-    // Phase 3 i + 1 is about the head before that of the others.
-    const auto of = [](std::int64_t phase) { return phase / 3 - (phase % 3 == kAttend); };
-    const auto batches = [&](const Sequence& s) { return (x_.query_blocks(s) + kRowBlocks - 1) / kRowBlocks; };
-    const auto sums_of = [&](const Sequence& s, std::int64_t head) {
-      return BlockSums<Sum>(shared.sums[head % 2], x_.key_blocks(s), elements());
-    };
-    shared.phases.run(
-        executor_,
-        [&](std::int64_t phase) -> std::int64_t {
-          const std::int64_t head = of(phase);
-          if (head < 0 || head == heads()) return 0;
-          const Sequence s(p_, head / p_.heads_k);
-          if (phase % 3 == kSum) return x_.key_blocks(s);
-          return phase % 3 == kAttend ? batches(s) * x_.group : sums_of(s, head).slices();
-        },
-        [&](std::int64_t phase, std::int64_t unit, int worker) {
-          const std::int64_t head = of(phase), key_head = head % p_.heads_k;
-          const Sequence s(p_, head / p_.heads_k);
-          const BlockSums<Sum> sums = sums_of(s, head);
-          if (phase % 3 == kAddUp) return sums.add_up(unit);
-          const Buffers b(*this, workers + worker * worker_bytes());
-          if (phase % 3 == kSum) return sum_block(s, key_head, unit, sums, b);
-          attend(s, key_head * x_.group + unit / batches(s), unit % batches(s) * kRowBlocks, sums, b);
-        });
+    heads_.run(workspace, shared_bytes(), worker_bytes(),
+               [&](std::int64_t head, const Executor& executor, char* memory, char* workers) {
+                 run_heads(head, executor, Shared(*this, memory), workers);
+               });
   }
 
  private:
@@ -66,8 +42,9 @@ class LinearForward {
     Shared(const LinearForward& f, char* memory) : Shared(f, Arena(memory)) {}
 
    private:
-    Shared(const LinearForward& f, Arena arena) : phases(arena, 3 * (f.heads() + 1), 2) {
-      for (Sum*& x : sums) x = arena.take<Sum>(BlockSums<Sum>(nullptr, f.blocks_, f.elements()).total());
+    Shared(const LinearForward& f, Arena arena) : phases(arena, 3 * (f.heads_.together() + 1), 2) {
+      for (std::int64_t i = 0; i < smaller<std::int64_t>(f.heads_.together(), 2); ++i)
+        sums[i] = arena.take<Sum>(BlockSums<Sum>(nullptr, f.blocks_, f.elements()).total());
       bytes = arena.used();
     }
   };
@@ -93,8 +70,37 @@ class LinearForward {
   };
 
   std::int64_t elements() const { return p_.head_dim * x_.value_lanes; }
-  std::int64_t heads() const { return p_.batch * p_.heads_k; }
+  std::int64_t shared_bytes() const { return Shared(*this, nullptr).bytes; }
   std::int64_t worker_bytes() const { return Buffers(*this, nullptr).bytes; }
+
+  // Each head of keys has three phases: the h_j, their prefixes, and outputs. Two heads have memory, so that the h_j of
+  // a head are made before the outputs of the one before it: a phase needs all but its predecessor.
+  void run_heads(std::int64_t first, const Executor& executor, const Shared& shared, char* workers) const {
+    // Phase 3 i + 1 is about the head before that of the others.
+    const auto of = [](std::int64_t phase) { return phase / 3 - (phase % 3 == kAttend); };
+    const auto batches = [&](const Sequence& s) { return (x_.query_blocks(s) + kRowBlocks - 1) / kRowBlocks; };
+    const auto sums_of = [&](const Sequence& s, std::int64_t head) {
+      return BlockSums<Sum>(shared.sums[head % 2], x_.key_blocks(s), elements());
+    };
+    shared.phases.run(
+        executor,
+        [&](std::int64_t phase) -> std::int64_t {
+          const std::int64_t head = of(phase);
+          if (head < 0 || head == heads_.together()) return 0;
+          const Sequence s(p_, (first + head) / p_.heads_k);
+          if (phase % 3 == kSum) return x_.key_blocks(s);
+          return phase % 3 == kAttend ? batches(s) * x_.group : sums_of(s, head).slices();
+        },
+        [&](std::int64_t phase, std::int64_t unit, int worker) {
+          const std::int64_t head = of(phase), key_head = (first + head) % p_.heads_k;
+          const Sequence s(p_, (first + head) / p_.heads_k);
+          const BlockSums<Sum> sums = sums_of(s, head);
+          if (phase % 3 == kAddUp) return sums.add_up(unit);
+          const Buffers b(*this, workers + worker * worker_bytes());
+          if (phase % 3 == kSum) return sum_block(s, key_head, unit, sums, b);
+          attend(s, key_head * x_.group + unit / batches(s), unit % batches(s) * kRowBlocks, sums, b);
+        });
+  }
 
   void sum_block(const Sequence& s, std::int64_t key_head, std::int64_t block, const BlockSums<Sum>& sums,
                  const Buffers& b) const {
@@ -142,7 +148,7 @@ class LinearForward {
 
   const LinearForwardParams& p_;
   Operands x_;
-  const Executor& executor_;
+  HeadsInPhases heads_;
   std::int64_t blocks_;  // of the longest sequence
 };
 

@@ -9,7 +9,6 @@
 #include "../products.h"
 #include "../rows.h"
 #include "../tiles/band.h"
-#include "../units.h"
 #include "block_sums.h"
 #include "features.h"
 

@@ -30,7 +30,8 @@ class SigmoidForward {
   using Sum = typename A::Sum;
 
  public:
-  void begin(const AttentionParams&, const Panel<Sum>&, bool /*first_keys*/) {}
+  template <class Sequence>
+  void begin(const AttentionParams&, const Sequence&, const Panel<Sum>&, bool /*first_keys*/) {}
 
   // It turns the products s[keys][lanes] into weights, a B operand over keys.
   template <class OnTile>
@@ -90,7 +91,7 @@ class SigmoidBackward {
 };
 
 struct Sigmoid {
-  static constexpr bool kNormalised = false;
+  static constexpr bool kNormalised = false, kSkipsTiles = false, kHasSink = false, kSumsProducts = false;
   template <class A>
   using Forward = SigmoidForward<A>;
   template <class A>

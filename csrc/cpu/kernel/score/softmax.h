@@ -3,14 +3,9 @@
 #pragma once
 
 #include "../math.h"
-#include "../rows.h"
+#include "normalised.h"
 
 namespace attnx::cpu::ATTNX_ISA {
-
-template <class Sum>
-inline bool sees_nothing(const Panel<Sum>& panel, int lane) {
-  return panel.visible[lane].first == panel.visible[lane].end;
-}
 
 template <class A>
 class SoftmaxForward {
@@ -20,7 +15,8 @@ class SoftmaxForward {
  public:
   // A row begins with its sink, which plain softmax does not have. It does so only with the first part of its keys, so
   // that the sink counts once.
-  void begin(const AttentionParams& p, const Panel<Sum>& panel, bool first_keys) {
+  template <class Sequence>
+  void begin(const AttentionParams& p, const Sequence&, const Panel<Sum>& panel, bool first_keys) {
     for (int lane = 0; lane < kPanelLanes<Sum>; ++lane) {
       maximum_[lane] = first_keys ? panel.per_head(p.sink, panel.head[lane], -kInfinity) : -kInfinity;
       sum_[lane] = maximum_[lane] == -kInfinity ? 0 : 1;
@@ -109,39 +105,15 @@ class SoftmaxForward {
 };
 
 template <class A>
-class SoftmaxBackward {
+class SoftmaxBackward : public NormalisedBackward<A> {
   using Sum = typename A::Sum;
+  using NormalisedBackward<A>::logsumexp_;
+  using NormalisedBackward<A>::offset_;
   static constexpr Sum kInfinity = __builtin_huge_valf();
 
  public:
-  // It finds, for each row, the logsumexp and what dP is measured from: sum_j P_ij dP_ij, which is dO . O, less the
-  // gradient of the logsumexp, whose derivative by a logit is P itself.
-  template <class Input, class Sequence>
-  void begin(const BackwardParams& p, const Sequence& s, const Panel<Sum>& panel) {
-    Sum products[kPanelLanes<Sum>] = {};
-    if (p.output.data) {
-      const auto rows_of = [&](const Tensor& x) {
-        return
-            [&](std::int64_t i) { return row_of<const Input>(x, s.batch, panel.head[i], s.query_row(panel.query[i])); };
-      };
-      dots_of_rows(rows_of(p.output), rows_of(p.grad_output), panel.rows, p.value_dim, products);
-    }
-    for (int lane = 0; lane < kPanelLanes<Sum>; ++lane) {
-      const std::int64_t head = panel.head[lane], result = s.result_row(panel.query[lane]);
-      offset_[lane] =
-          products[smaller(lane, panel.rows - 1)] - *row_of<const Sum>(p.grad_logsumexp, s.batch, head, result);
-      const Sum logsumexp = *row_of<const Sum>(p.logsumexp, s.batch, head, result);
-      // A row that sees nothing has no weights.
-      logsumexp_[lane] = sees_nothing(panel, lane) || logsumexp == -kInfinity ? kInfinity : logsumexp;
-    }
-  }
-
-  // It adds P dP over some of the keys, where that is not known from the output.
-  ATTNX_INLINE void add_products(int lane, Vec<Sum> products) {
-    store(offset_ + lane, load(offset_ + lane) + products);
-  }
-
   ATTNX_INLINE Vec<Sum> weight(Vec<Sum> x, int lane) const { return exp(x - load(logsumexp_ + lane)); }
+  ATTNX_INLINE Vec<Sum> product(Vec<Sum> x, Vec<Sum> dp, int lane) const { return weight(x, lane) * dp; }
 
   ATTNX_INLINE void differentiate(Vec<Sum> x, Vec<Sum> dp, int lane, const PanelOnTile<Sum>&, Vec<Sum>& p,
                                   Vec<Sum>& ds) const {
@@ -163,13 +135,10 @@ class SoftmaxBackward {
     const double weight = sees_nothing(panel, lane) ? 1 : __builtin_exp(double(sink) - double(logsumexp_[lane]));
     return -weight * double(offset_[lane]);
   }
-
- private:
-  alignas(kVectorBytes) Sum logsumexp_[kPanelLanes<Sum>], offset_[kPanelLanes<Sum>];
 };
 
 struct Softmax {
-  static constexpr bool kNormalised = true;
+  static constexpr bool kNormalised = true, kSkipsTiles = false, kHasSink = true, kSumsProducts = false;
   template <class A>
   using Forward = SoftmaxForward<A>;
   template <class A>

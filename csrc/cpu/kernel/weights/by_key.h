@@ -37,7 +37,7 @@ class KeyWeights {
 
     Buffers(const KeyWeightsParams& p, char* block)
         : arena(block),
-          tile(p, kTiles, arena),
+          tile(p, kTiles, 1, arena),
           weight(arena.take<RowWeight<Sum, Score>>(1)),
           sums(arena.take<Sum>(kUnitKeys * kLanes<Sum>)) {}
   };

@@ -1,5 +1,5 @@
-// Weights, or the largest logit, of each row: a unit of work owns a panel of rows, and walks over the keys that they
-// see.
+// Weights, or what is known by all logits, of each row: a unit of work owns a few panels of rows, and walks over the
+// keys that they see.
 #pragma once
 
 #include "../units.h"
@@ -19,18 +19,19 @@ class RowWeights {
     weight_.begin(p, {}, s, panel);
     for (int lane = 0; lane < panel.rows; ++lane) set_zero(row(p, s, panel, lane), p.length_k);
   }
-  void add(const WeightsParams& p, const Sequence& s, Tile& tile, const KeyTile& keys) {
+  void add(const WeightsParams& p, const Sequence& s, Tile& tile, const KeyTile& keys, std::int64_t i) {
     Sum* const weights = tile.products();  // each takes the place of its product
-    tile.for_each(keys, 0, [&](auto key, int vector, auto& x, auto& visible, auto masked) {
+    const auto weigh = [&](auto key, int vector, auto& x, auto& visible, auto masked) {
       const int lane = vector * kLanes<Sum>;
       for (int k = 0; k < Tile::A::kStep; ++k) {
         Vec<Sum> weight = weight_.weight(x[k], lane);
         if constexpr (masked.kValue) weight = visible[k] ? weight : Vec<Sum>{};
         store(weights + (key + k) * Tile::kWidth + lane, weight);
       }
-    });
-    for (int lane = 0; lane < tile.panel().rows; ++lane) {
-      Sum* const to = row(p, s, tile.panel(), lane) + keys.first;
+    };
+    tile.for_each(keys, 0, weigh, i);
+    for (int lane = 0; lane < tile.panel(i).rows; ++lane) {
+      Sum* const to = row(p, s, tile.panel(i), lane) + keys.first;
       for (std::int64_t key = 0; key < keys.count; ++key) to[key] = weights[key * Tile::kWidth + lane];
     }
   }
@@ -56,8 +57,8 @@ class MaxLogits {
   void begin(const WeightsParams&, const Sequence&, const Panel<Sum>&) {
     for (Sum& x : largest_) x = -kInfinity;
   }
-  void add(const WeightsParams&, const Sequence&, Tile& tile, const KeyTile& keys) {
-    tile.for_each(keys, 0, [&](auto key, int vector, auto& x, auto& visible, auto masked) {
+  void add(const WeightsParams&, const Sequence&, Tile& tile, const KeyTile& keys, std::int64_t i) {
+    const auto compare = [&](auto key, int vector, auto& x, auto& visible, auto masked) {
       const int lane = vector * kLanes<Sum>;
       Vec<Sum> largest = load(largest_ + lane);
       for (int k = 0; k < Tile::A::kStep; ++k) {
@@ -67,7 +68,8 @@ class MaxLogits {
         largest = maximum(largest, logit);
       }
       store(largest_ + lane, largest);
-    });
+    };
+    tile.for_each(keys, 0, compare, i);
   }
   void finish(const WeightsParams& p, const Sequence& s, const Panel<Sum>& panel) const {
     for (int lane = 0; lane < panel.rows; ++lane) {
@@ -88,15 +90,17 @@ class ByRow {
   using A = typename Tile::A;
 
  public:
-  ByRow(const Params& p, const Executor& executor) : p_(p), executor_(executor) {}
+  ByRow(const Params& p, const Executor& executor) : p_(p), executor_(executor) {
+    while (panels_ > 1 && units() < 4 * executor.threads) panels_ /= 2;
+  }
 
-  std::int64_t workspace_bytes() const { return executor_.threads * Buffers(p_, nullptr).arena.used(); }
+  std::int64_t workspace_bytes() const { return executor_.threads * Buffers(p_, panels_, nullptr).arena.used(); }
 
   void run(char* workspace) const {
-    const std::int64_t panels = (p_.length_q + Tile::kWidth - 1) / Tile::kWidth;
-    for_each_unit(executor_, p_.batch * p_.heads_q * panels, workspace, Buffers(p_, nullptr).arena.used(),
+    for_each_unit(executor_, units(), workspace, Buffers(p_, panels_, nullptr).arena.used(),
                   [&](std::int64_t unit, char* memory) {
-                    visit(unit / panels / p_.heads_q, unit / panels % p_.heads_q, unit % panels * Tile::kWidth, memory);
+                    const std::int64_t head = unit / units_of_head();
+                    visit(head / p_.heads_q, head % p_.heads_q, unit % units_of_head() * unit_rows(), memory);
                   });
   }
 
@@ -104,27 +108,42 @@ class ByRow {
   struct Buffers {
     Arena arena;
     Tile tile;
-    Result* result;
+    Result* result;  // of each panel
 
-    Buffers(const Params& p, char* block) : arena(block), tile(p, 1, arena), result(arena.take<Result>(1)) {}
+    Buffers(const Params& p, std::int64_t panels, char* block)
+        : arena(block), tile(p, 1, panels, arena), result(arena.take<Result>(panels)) {}
   };
 
-  void visit(std::int64_t batch, std::int64_t head, std::int64_t row, char* memory) const {
-    Buffers b(p_, memory);
+  std::int64_t unit_rows() const { return panels_ * Tile::kWidth; }
+  std::int64_t units_of_head() const { return (p_.length_q + unit_rows() - 1) / unit_rows(); }
+  std::int64_t units() const { return p_.batch * p_.heads_q * units_of_head(); }
+
+  void visit(std::int64_t batch, std::int64_t head, std::int64_t row0, char* memory) const {
+    Buffers b(p_, panels_, memory);
     const Sequence s(p_, batch);
     const BandTiles tiles(p_, s, head, 0);
     const StridedStorage<Input, A> storage(p_, s, head / (p_.heads_q / p_.heads_k));
-    b.tile.load_rows(s, tiles, head, row);
-    b.result->begin(p_, s, b.tile.panel());
-    tiles.for_each(b.tile.panel().any, Tile::kKeys, [&](const KeyTile& tile) {
+    std::int64_t panels = 0;
+    KeyRange any{s.length_k, 0};
+    for (std::int64_t row = row0; row < smaller(s.length_q, row0 + unit_rows()); row += Tile::kWidth, ++panels) {
+      b.tile.load_rows(s, tiles, head, row, panels);
+      const KeyRange seen = b.tile.panel(panels).any;
+      any = {smaller(any.first, seen.first), larger(any.end, seen.end)};
+      b.result[panels].begin(p_, s, b.tile.panel(panels));
+    }
+    tiles.for_each(any, Tile::kKeys, [&](const KeyTile& tile) {
       b.tile.load_keys(storage, tile, 0);
-      b.result->add(p_, s, b.tile, tile);
+      for (std::int64_t i = 0; i < panels; ++i) {
+        const KeyRange seen = b.tile.panel(i).any;
+        if (seen.first < tile.first + tile.count && seen.end > tile.first) b.result[i].add(p_, s, b.tile, tile, i);
+      }
     });
-    b.result->finish(p_, s, b.tile.panel());
+    for (std::int64_t i = 0; i < panels; ++i) b.result[i].finish(p_, s, b.tile.panel(i));
   }
 
   const Params& p_;
   const Executor& executor_;
+  std::int64_t panels_ = Tile::kMostPanels;  // of a unit
 };
 
 }  // namespace attnx::cpu::ATTNX_ISA

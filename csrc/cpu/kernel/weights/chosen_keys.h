@@ -17,11 +17,11 @@ class ChosenKeys {
   void begin(const Params&, const Sequence&, const Panel<Sum>&) {
     for (int lane = 0; lane < Tile::kWidth; ++lane) largest_[lane] = -kInfinity, key_[lane] = -1;
   }
-  void add(const Params& p, const Sequence& s, Tile& tile, const KeyTile& keys) {
+  void add(const Params& p, const Sequence& s, Tile& tile, const KeyTile& keys, std::int64_t i) {
     const bool draws = p.temperature != 0;
-    if (draws) draw(p, s, tile.panel(), keys);
+    if (draws) draw(p, s, tile.panel(i), keys);
     for (MaskInt<Sum>& x : place_) x = -1;
-    tile.for_each(keys, 0, [&](auto key, int vector, auto& x, auto& visible, auto masked) {
+    const auto compare = [&](auto key, int vector, auto& x, auto& visible, auto masked) {
       const int lane = vector * kLanes<Sum>;
       Vec<Sum> largest = load(largest_ + lane);
       Mask<Sum> place = load(place_ + lane);
@@ -36,8 +36,9 @@ class ChosenKeys {
       }
       store(largest_ + lane, largest);
       store(place_ + lane, place);
-    });
-    for (int lane = 0; lane < tile.panel().rows; ++lane)
+    };
+    tile.for_each(keys, 0, compare, i);
+    for (int lane = 0; lane < tile.panel(i).rows; ++lane)
       if (place_[lane] >= 0) key_[lane] = keys.first + place_[lane];
   }
   void finish(const Params& p, const Sequence& s, const Panel<Sum>& panel) const {

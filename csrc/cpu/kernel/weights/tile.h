@@ -1,4 +1,4 @@
-// Logits of a panel of rows and a tile of keys, without values: S^T = K Q^T, with the rows on the lanes.
+// Logits of panels of rows and a tile of keys, without values: S^T = K Q^T, with the rows on the lanes.
 #pragma once
 
 #include "../arena.h"
@@ -26,45 +26,47 @@ class WeightsTile {
   static constexpr std::int64_t kKeys = 96;  // of a tile; a multiple of kRowMultiple
   static_assert(kKeys % kRowMultiple == 0 && kKeys % A::kStep == 0);
 
-  // It holds `tiles` tiles of keys.
-  WeightsTile(const WeightsParams& p, std::int64_t tiles, Arena& arena)
-      : p_(p), logits_(p, 1, arena), stride_(round_up(p.head_dim, kRowMultiple)) {
+  static constexpr std::int64_t kMostPanels = 4;
+
+  // It holds `tiles` tiles of keys, and `panels` of rows.
+  WeightsTile(const WeightsParams& p, std::int64_t tiles, std::int64_t panels, Arena& arena)
+      : p_(p), logits_(p, panels, arena), stride_(round_up(p.head_dim, kRowMultiple)) {
     keys_ = arena.take<Element>(tiles * kKeys * stride_);
     rows_ = arena.take<Element>(kWidth * stride_);
-    query_ = arena.take<Element>(kWidth * stride_);
+    for (std::int64_t i = 0; i < panels; ++i) query_[i] = arena.take<Element>(kWidth * stride_);
     products_ = arena.take<Sum>(kKeys * kWidth);
-    panel_ = arena.take<Panel<Sum>>(1);
+    panel_ = arena.take<Panel<Sum>>(panels);
   }
 
-  const Panel<Sum>& panel() const { return *panel_; }
+  const Panel<Sum>& panel(std::int64_t i = 0) const { return panel_[i]; }
   Sum* products() const { return products_; }
 
-  // Rows from this one on, of one query head.
-  void load_rows(const Sequence& s, const BandTiles& tiles, std::int64_t head, std::int64_t row) {
-    panel_->set(p_, s, tiles, head, 1, row, smaller<std::int64_t>(kWidth, s.length_q - row));
-    logits_.begin(0, *panel_, s);
+  // Rows from this one on, of one query head, become panel i.
+  void load_rows(const Sequence& s, const BandTiles& tiles, std::int64_t head, std::int64_t row, std::int64_t i = 0) {
+    panel_[i].set(p_, s, tiles, head, 1, row, smaller<std::int64_t>(kWidth, s.length_q - row));
+    logits_.begin(i, panel_[i], s);
     ATTNX_ISA::load_rows<A>(
-        [&](std::int64_t i) { return row_of<const Input>(p_.query, s.batch, head, s.first_q + row + i); }, panel_->rows,
-        p_.head_dim, rows_, stride_);
-    transpose_rows<A>(rows_, panel_->rows, p_.head_dim, stride_, query_);
+        [&](std::int64_t n) { return row_of<const Input>(p_.query, s.batch, head, s.first_q + row + n); },
+        panel_[i].rows, p_.head_dim, rows_, stride_);
+    transpose_rows<A>(rows_, panel_[i].rows, p_.head_dim, stride_, query_[i]);
   }
 
   void load_keys(const StridedStorage<Input, A>& storage, const KeyTile& tile, std::int64_t place) {
     storage.load_keys(tile.first, tile.count, keys_ + place * kKeys * stride_, stride_);
   }
 
-  // Calls body(key, vector, x, visible, masked) for the logits of the tile that was loaded at this place, as
-  // for_each_logit does; key counts from the tile's first.
+  // Calls body(key, vector, x, visible, masked) for the logits of panel i and the tile that was loaded at this place,
+  // as for_each_logit does; key counts from the tile's first.
   template <class Body>
-  void for_each(const KeyTile& tile, std::int64_t place, Body body) {
+  void for_each(const KeyTile& tile, std::int64_t place, Body body, std::int64_t i = 0) {
     const std::int64_t keys = round_up(tile.count, A::kStep);
     logits_.set_tile(tile);
-    if (logits_.hide(0, *panel_, tile, keys)) return;
-    gemm<A>({keys_ + place * kKeys * stride_, stride_, A::kStep, query_, kWidth * A::kStep, products_, kWidth}, keys,
-            panel_->vectors, (p_.head_dim + A::kStep - 1) / A::kStep, false);
-    const auto on_tile = logits_.on_tile(*panel_, tile, keys);
-    for (int v = 0; v < panel_->vectors; ++v)
-      for_each_logit<A>(products_, keys, Sum(p_.scale), *panel_, on_tile, v,
+    if (logits_.hide(i, panel_[i], tile, keys)) return;
+    gemm<A>({keys_ + place * kKeys * stride_, stride_, A::kStep, query_[i], kWidth * A::kStep, products_, kWidth}, keys,
+            panel_[i].vectors, (p_.head_dim + A::kStep - 1) / A::kStep, false);
+    const auto on_tile = logits_.on_tile(panel_[i], tile, keys);
+    for (int v = 0; v < panel_[i].vectors; ++v)
+      for_each_logit<A>(products_, keys, Sum(p_.scale), panel_[i], on_tile, v,
                         [&](auto key, auto& x, auto& visible, auto masked) { body(key, v, x, visible, masked); });
   }
 
@@ -72,7 +74,7 @@ class WeightsTile {
   const WeightsParams& p_;
   typename Logits::template Forward<A, OfLogits> logits_;
   std::int64_t stride_;
-  Element *keys_, *rows_, *query_;
+  Element *keys_, *rows_, *query_[kMostPanels];
   Sum* products_;
   Panel<Sum>* panel_;
 };
