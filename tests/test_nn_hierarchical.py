@@ -126,6 +126,8 @@ def test_bad_calls() -> None:
         predictor()(torch.ones(2, 3, 5, 6))
     with pytest.raises(ValueError, match=r"^attn_mask: expected None"):
         HierarchicalSparseAttention(24, 4, **OPTIONS).double()(tokens(), attn_mask=torch.ones(100, 100))
+    with pytest.raises(ValueError, match=r"^chunks: expected a positive int, got 0"):
+        predictor().chunk_starts(keys(), 0)
     for name in ("window", "hidden"):
         with pytest.raises(ValueError, match=f"^{name}: expected a positive int, got 0"):
             BoundaryPredictor(12, **{name: 0})

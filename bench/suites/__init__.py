@@ -34,6 +34,7 @@ SUITES: dict[str, Suite] = {
         probabilistic.SUITE,
         probabilistic.GPU_SUITE,
         rectified.SUITE,
+        rectified.GPU_SUITE,
         routing.SUITE,
         routing.LENGTHS_SUITE,
         routing_gpu.SUITE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,4 +74,11 @@ SUITE = Suite(
     ),
     baseline="sdpa",
     memory_case=Case("memory", 1, 32768, 32768, 64),
+)
+
+# The size of a video of Wan 2.1.
+GPU_SUITE = replace(
+    SUITE,
+    name="rectified-gpu",
+    cases=(Case("32760-d128", 12, 32760, 32760, 128), Case("1024-d128", 4, 1024, 1024, 128, quick=True)),
 )

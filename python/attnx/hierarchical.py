@@ -73,7 +73,8 @@ def hierarchical_attention(
         chunk_starts: int32 (batch or 1, chunks + 1), rising from 0 to length_k: where chunks start, and the last one
             ends. A chunk of no tokens, whose start is that of the next, is never chosen.
             :class:`attnx.nn.BoundaryPredictor` makes them. On the GPU, where it would wait for the device, nothing
-            checks what they hold, but under ``ATTNX_DEBUG=1``.
+            checks what they hold: with wrong ones the kernels read out of bounds. ``ATTNX_DEBUG=1`` in the environment
+            has the ranges of keys and the lists that come of them checked there as on the CPU.
         budget: tokens for each block of queries, at least ``block_size`` + ``recent`` - 1, or what there are.
         block_size: queries of a block; the last may be smaller.
         recent: how many of the newest keys, itself among them, every query has for sure; 1 or more.

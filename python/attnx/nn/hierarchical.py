@@ -85,7 +85,8 @@ class BoundaryPredictor(nn.Module):
         Returns:
             (batch, chunks + 1) int32, from 0 to length. Of more chunks than tokens the last have none.
         """
-        positive("chunks", chunks)
+        if not isinstance(chunks, torch.SymInt):
+            positive("chunks", chunks)
         inside = self(key)[:, 1:]
         # Of equal logits the earlier place counts, on every device.
         order = inside.argsort(dim=1, descending=True, stable=True)[:, : chunks - 1]
