@@ -44,10 +44,12 @@ def _eager(case: Case, inputs: Inputs) -> Attention:
         return torch.stack([rows.mean(2) for rows in x.split(BLOCK_SIZE[0], 2)], 2)
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        shares = (means(query) @ means(key).mT / query.shape[-1] ** 0.5).softmax(-1)
-        moved = shares.masked_fill(chosen.critical | ~chosen.gains, 0.0)
+        sizes = torch.tensor([rows.shape[2] for rows in key.split(BLOCK_SIZE[0], 2)], device=key.device)
+        shares = (means(query) @ means(key).mT / query.shape[-1] ** 0.5).softmax(-1) * sizes.to(key.dtype)
+        moved = (shares / shares.sum(-1, keepdim=True)).masked_fill(chosen.critical | ~chosen.gains, 0.0)
         gate, addend = (
-            x.repeat_interleave(BLOCK_SIZE[0], 2) for x in (1 - moved.sum(-1, keepdim=True), moved @ means(value))
+            x.repeat_interleave(BLOCK_SIZE[0], 2)[:, :, : query.shape[2]]
+            for x in (1 - moved.sum(-1, keepdim=True), moved @ means(value))
         )
         return gate * blocks.softmax(query, key, value, visible) + addend
 
