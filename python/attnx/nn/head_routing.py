@@ -188,7 +188,7 @@ def _routes(heads: Tensor, num_heads: int, length_k: int) -> Routes:
     lists = torch.zeros(batch, num_heads * length, dtype=torch.int32, device=heads.device)
     lists.scatter_(1, of_tokens * length + place, tokens.to(torch.int32))
     keys = torch.arange(length_k, dtype=torch.int32, device=heads.device)
-    ends = torch.tensor([0, length_k], dtype=torch.int32).to(heads.device)
+    ends = length_k * torch.arange(2, dtype=torch.int32, device=heads.device)
     return Routes(
         lists.unflatten(1, (num_heads, length)),
         torch.nn.functional.pad(counts[..., None], (1, 0)).to(torch.int32),
