@@ -142,7 +142,6 @@ def pool(
     seqused_k: Tensor | None,
     scale: float | None,
 ) -> Pooled:
-    heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
     of_queries, off_queries = block_statistics(query[:, :, :video], BLOCK)
     of_keys, off_keys = block_statistics(key[:, :, :video], BLOCK)
     products = pair_products(of_queries, of_keys)
@@ -153,12 +152,11 @@ def pool(
     logits, blocks = products, products.shape[-1]
     if video < key.shape[2]:
         logits = torch.cat((products, _of_text(of_queries, key[:, :, video:], video, seqused_k)), -1)
-    weights = (logits * (1 / math.sqrt(head_dim) if scale is None else scale)).softmax(-1)
+    weights = (logits * (1 / math.sqrt(query.shape[3]) if scale is None else scale)).softmax(-1)
     shares = weights[..., :blocks] * _sizes(video, weights)
     if video < key.shape[2]:
         shares = torch.cat((shares, weights[..., blocks:].sum(-1, keepdim=True)), -1)
     shares = shares / shares.sum(-1, keepdim=True)
-    assert heads % kv_heads == 0
     return Pooled(shares, _critical(shares.detach(), video, key.shape[2], top_p, drop, neighbours), gains)
 
 
