@@ -380,6 +380,15 @@ def _labels(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return labels.to(value.dtype) @ value + nearest[..., None] * (query + key).mean(-1, keepdim=True)
 
 
+def _pooled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Blocks of rows, and ranges that all sequences share."""
+    means, deviations = torch.ops.attnx.block_statistics(query, 64)
+    ranges = torch.tensor([[[0, 5], [3, 128]]], dtype=torch.int32)
+    chosen = torch.ops.attnx.range_means(key.detach(), ranges)
+    sums = (torch.ops.attnx.block_means(value, 64) * (means + deviations + chosen)).sum(2, keepdim=True)
+    return sums * (query + key)
+
+
 def _draws(*inputs: Tensor) -> Tensor:
     return attnx.probabilistic_attention(*inputs, seed=1, offset=2)
 
@@ -498,6 +507,7 @@ def check_debug() -> None:
 
 PACKED = {"cu_seqlens_q": torch.tensor([0, 4]).int(), "cu_seqlens_k": torch.tensor([0, 4]).int()}
 SIZES: dict[str, Any] = PACKED | {"max_seqlen_q": 4, "max_seqlen_k": 4}
+CHUNKS = torch.tensor([[0, 30, 64]], dtype=torch.int32)
 FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "softplus_attention": lambda x: attnx.softplus_attention(x, x, x),
     "softplus_attention_varlen": lambda x: attnx.softplus_attention_varlen(*[x[0]] * 3, **SIZES),
@@ -519,6 +529,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "routing_attention": lambda x: attnx.routing_attention(x, x, x, torch.randn(4, 4, 8)),
     "route": lambda x: attnx.route(x, x, torch.randn(4, 4, 8)),
     "affine_attention": lambda x: attnx.affine_attention(x, x, x, x[..., 0]),
+    "hierarchical_attention": lambda x: attnx.hierarchical_attention(x, x, x, CHUNKS),
+    "hierarchical_routes": lambda x: attnx.hierarchical_routes(x, x, CHUNKS),
+    "rectified_attention": lambda x: attnx.rectified_attention(x, x, x),
     "attention_key_weights": lambda x: attnx.attention_key_weights(x, x),
     "attention_row_weights": lambda x: attnx.attention_row_weights(x, x),
     "attention_max_logits": lambda x: attnx.attention_max_logits(x, x),
@@ -674,7 +687,7 @@ def checks_for(size: int) -> dict[str, Callable[[], None]]:
     checks["sparse_linear-lengths"] = partial(check_sparse_linear, False, across, critical=0.3, smooth_k=True)
     apart: list[tuple[Placement, Placement]] = [(Shard(0), Replicate()), (Shard(0), Shard(1)), (Replicate(), Shard(1))]
     kept = (_with_terms, _sigmoid, _block_sparse, _sparse_linear, _routing_of_all, _key_weights, _row_weights, _draws)
-    kept = (*kept, _delta_rule, _linear, _softplus, _disentangled, _drawn_lists, _labels)
+    kept = (*kept, _delta_rule, _linear, _softplus, _disentangled, _drawn_lists, _labels, _pooled)
     for attention, placements in itertools.product(kept, apart):
         for kv_heads in (4, 1) if attention in (_with_terms, _sparse_linear) else (4,):
             shape = Shape(128, 128, head_dim=16, batch=4, heads=4, kv_heads=kv_heads)

@@ -133,6 +133,14 @@ def _routing(dtype: torch.dtype) -> None:
     torch.ops.attnx.move_average_in_backward(inputs[0], torch.zeros(4), torch.rand(4), 0.9)
 
 
+def _pooling(dtype: torch.dtype) -> None:
+    rows = _draw(2, 4, 40, 16, dtype=dtype)
+    ranges = torch.tensor([[[0, 3], [3, 3], [2, 40]]], dtype=torch.int32)
+    torch.ops.attnx.range_means(rows, ranges)
+    torch.ops.attnx.block_means(rows, 16)
+    torch.ops.attnx.block_statistics(rows, 16)
+
+
 def _staircase(dtype: torch.dtype) -> None:
     cache = attnx.StaircaseCache(2, 2, 32, 300, window=32, group=32, residual=5, dtype=dtype)
     key, value = _draw(2, 2, 120, 32, dtype=dtype), _draw(2, 2, 120, 32, dtype=dtype)
@@ -151,7 +159,7 @@ def valid_calls() -> dict[str, list[Arguments]]:
     torch.manual_seed(0)
     with RecordedCalls() as recorded:
         for dtype in (torch.float32, torch.bfloat16):
-            for record in (_pointwise, _blocks, _delta_rule, _linear, _weights, _maps, _routing, _staircase):
+            for record in (_pointwise, _blocks, _delta_rule, _linear, _weights, _maps, _routing, _pooling, _staircase):
                 record(dtype)
     calls: dict[str, list[Arguments]] = {name: [] for name in NAMES}
     for operator, args, _ in recorded.seen:

@@ -45,6 +45,9 @@ GATHERED, ROUTED, PLACES = K + "storage/gathered.h", K + "routing/attention.h", 
 TERMS, TERM_TILE, TERM_SUMS = "csrc/torch/terms.cpp", K + "logits/tile.h", K + "logits/sums.h"
 TERM_LOOPS, TABLES = K + "logits/terms.h", K + "logits/table_rows.h"
 DISENTANGLED = "csrc/torch/disentangled.cpp"
+RANGES, RANGE_CHECKS = K + "range_means.h", "csrc/torch/range_means.cpp"
+RECTIFIED, HIERARCHICAL = "python/attnx/rectified.py", "python/attnx/hierarchical.py"
+HEADS = "python/attnx/nn/head_routing.py"
 MAP, DROPOUT = K + "block_products.h", K + "random.h"
 SELECT, NEAREST, PRODUCTS = K + "routing/select.h", K + "routing/nearest.h", K + "routing/products.h"
 FEATURES, OPERANDS, BLOCK_SUMS = K + "linear/features.h", K + "linear/operands.h", K + "linear/block_sums.h"
@@ -342,4 +345,36 @@ _STATES = (
     Mutant(STATES_FORWARD, "p_.is_causal && «key == first»", "true", "test_linear_attention.py -k without_a_state"),
     Mutant(STATES_BACKWARD, "«-dot» * factor", "dot", "test_linear_attention.py -k gradcheck"),
 )
-MUTANTS = (*_INPUT, *_FORWARD, *_BACKWARD, *_TERMS, *_SPARSE_LINEAR, *_STATES, *_SAMPLING, *_ROUTING, *_STAIRCASE)
+_POOLING = (
+    Mutant(
+        RANGES,
+        "i < «smaller(first + kBlock, count)»;",
+        "smaller(first + kBlock, count - 1)",
+        "test_pooling.py -k blocks",
+    ),
+    Mutant(RANGES, "off < 0 ? «-off» : off", "off", "test_pooling.py -k blocks"),
+    Mutant(RANGES, "smaller(first + p_.block, «p_.length»)", "first + p_.block", "test_pooling.py -k strides"),
+    Mutant(RANGES, "batch * «p_.ranges_batch_stride»", "0", "test_pooling.py -k ranges"),
+    Mutant(RANGE_CHECKS, "pair[1] <= p.length", "true", "test_pooling.py -k bad"),
+    Mutant(RECTIFIED, "«products.abs() > errors»", "errors > products.abs()", "test_rectified.py -k test_blocks"),
+    Mutant(RECTIFIED, "1 - «moved.sum(-1, keepdim=True)»", "0", "test_rectified.py -k float64"),
+    Mutant(RECTIFIED, "among_blocks < «least»", "least - 1", "test_rectified.py -k dropped"),
+    Mutant(RECTIFIED, "«_sizes(video, shares) < BLOCK»", "False", "test_rectified.py -k test_blocks"),
+    Mutant(HIERARCHICAL, "ahead + «1» - recent", "2", "test_hierarchical.py -k tokens"),
+    Mutant(HIERARCHICAL, "torch.searchsorted(starts.contiguous(), seen) - «1»", "2", "test_hierarchical.py -k tokens"),
+    Mutant(HIERARCHICAL, "«left.clamp(min=0)»", "left.abs()", "test_hierarchical.py -k tokens"),
+    Mutant(HEADS, "left = «int(self.head_mask.sum())»", "self.num_heads", "test_nn_head_routing.py"),
+    Mutant(HEADS, "output * «weights[:, None, :, None]»", "1", "test_nn_head_routing.py -k one_head"),
+)
+MUTANTS = (
+    *_INPUT,
+    *_FORWARD,
+    *_BACKWARD,
+    *_TERMS,
+    *_SPARSE_LINEAR,
+    *_STATES,
+    *_POOLING,
+    *_SAMPLING,
+    *_ROUTING,
+    *_STAIRCASE,
+)

@@ -145,6 +145,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "SigmoidAttention": lambda: attnx.nn.SigmoidAttention(32, 2, is_causal=True, bias="trainable", bias_length=64),
     "SparseLinearAttention": lambda: attnx.nn.SparseLinearAttention(32, 2, critical=0.3),
     "ProbabilisticAttention": lambda: attnx.nn.ProbabilisticAttention(32, 2, density=0.5, mode="topm", eval_seed=1),
+    "HeadRoutedAttention": lambda: attnx.nn.HeadRoutedAttention(32, 2, is_causal=True),
     "RoutingAttention": lambda: attnx.nn.RoutingAttention(32, 2, num_clusters=4, routing="argmax", is_causal=True),
 }
 

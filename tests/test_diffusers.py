@@ -1,4 +1,5 @@
-"""attnx in diffusers: backends compute what diffusers' own does, and sparse-linear attention trains and is saved."""
+"""attnx in diffusers: backends compute what diffusers' own does, sparse-linear attention trains and is saved, and
+rectified sparse attention is put in place of dense."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ diffusers = pytest.importorskip("diffusers", minversion="0.42")
 
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn  # noqa: E402
 
-from attnx.integrations.diffusers import apply_sparse_linear, load_sparse_linear, register  # noqa: E402
+from attnx.integrations.diffusers import (  # noqa: E402
+    apply_rectified,
+    apply_sparse_linear,
+    load_sparse_linear,
+    register,
+)
 
 register()
 
@@ -343,3 +349,68 @@ def test_what_sparse_linear_refuses(tmp_path: Path) -> None:
     autoencoder = diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4)
     with pytest.raises(ValueError, match=r"^model: expected attention without group_norm, residual_connection"):
         apply_sparse_linear(autoencoder)
+
+
+# Rectified sparse attention -------------------------------------------------------------------------------------------
+
+
+def hunyuan_video(text: int = 20) -> tuple[Any, dict[str, Tensor]]:
+    model = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_single_layers=2, num_refiner_layers=1, patch_size=1, text_embed_dim=16,
+        pooled_projection_dim=8, rope_axes_dim=(8, 12, 12), guidance_embeds=False, **HEADS,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": torch.randn(2, 4, 3, 10, 10),  # 300 tokens
+        "timestep": torch.tensor([3, 7]),
+        "encoder_hidden_states": torch.randn(2, text, 16),
+        "encoder_attention_mask": torch.arange(text) < torch.tensor([[text], [11]]),
+        "pooled_projections": torch.randn(2, 8),
+    }
+
+
+RECTIFIED = {"wan": (wan, 2), "hunyuan_video": (hunyuan_video, 4)}
+
+
+def rectified_model(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, dict[str, Tensor]]:
+    monkeypatch.setitem(MODELS, name, RECTIFIED[name][0])
+    return tiny(name)
+
+
+@pytest.mark.parametrize("name", RECTIFIED)
+def test_nothing_dropped_is_the_dense_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = rectified_model(name, monkeypatch)
+    want = output(model, inputs)
+    apply_rectified(model, drop=0.0)
+    expect_close(output(model, inputs), want)
+
+
+@pytest.mark.parametrize("name", RECTIFIED)
+def test_every_attention_to_a_video_is_rectified(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = rectified_model(name, monkeypatch)
+    dense = output(model, inputs)
+    beside = torch.eye(3, dtype=torch.bool)
+    apply_rectified(model, top_p=0.0, drop=1.0, neighbours=beside)
+    seen = []
+    own = attnx.integrations.diffusers.rectified.rectified_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        seen.append((query.shape[2], options["top_p"], options["drop"], options.get("text_length")))
+        assert options["neighbours"] is not None
+        if name == "hunyuan_video":
+            assert options["seqused_k"].tolist() == [320, 311]
+        return own(query, key, value, **options)
+
+    monkeypatch.setattr(attnx.integrations.diffusers.rectified, "rectified_attention", attend)
+    few = output(model, inputs)
+    assert seen == [(300, 0.0, 1.0, None) if name == "wan" else (320, 0.0, 1.0, 20)] * RECTIFIED[name][1]
+    assert (few - dense).norm() / dense.norm() > 1e-4
+    few.square().mean().backward()
+    assert all(x.grad is None or x.grad.isfinite().all() for x in model.parameters())
+
+
+def test_what_rectified_refuses() -> None:
+    model, _ = tiny("pixart")
+    with pytest.raises(ValueError, match=r"^model: expected a transformer with processors of Wan.*, got PixArt"):
+        apply_rectified(model)
+    with pytest.raises(RuntimeError, match=r"^drop: expected a share"):
+        apply_rectified(tiny("wan")[0], drop=2.0)

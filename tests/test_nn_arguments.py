@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from attnx.nn import ProbabilisticAttention, RoutingAttention, SigmoidAttention, SparseLinearAttention
+from attnx.nn import (
+    HeadRoutedAttention,
+    HierarchicalSparseAttention,
+    ProbabilisticAttention,
+    RoutingAttention,
+    SigmoidAttention,
+    SparseLinearAttention,
+)
 from attnx.nn.arguments import DEFAULTS, ProjectionArguments
 from attnx.nn.projections import ProjectedAttention
 
@@ -20,6 +27,8 @@ MODULES: dict[Any, tuple[int, ...]] = {
     SparseLinearAttention: (24, 4),
     ProbabilisticAttention: (24, 4),
     RoutingAttention: (24, 4, 3),
+    HierarchicalSparseAttention: (24, 4),
+    HeadRoutedAttention: (24, 4),
 }
 EVERY = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 

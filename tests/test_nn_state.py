@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from attnx.nn import (
     AffineScaledAttention,
+    BoundaryPredictor,
     DiscreteKeyValueBottleneck,
+    HeadRoutedAttention,
+    HierarchicalSparseAttention,
     ProbabilisticAttention,
     RoutingAttention,
     SigmoidAttention,
@@ -24,6 +27,17 @@ from attnx.nn import (
 )
 
 pytestmark = pytest.mark.backends("cpu")
+
+
+class Boundaries(BoundaryPredictor):
+    """It takes tokens as those of one head."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(24, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, None])
+
 
 KEEP = torch.tensor([1.0, 0.5, 0.25])
 MODULES: dict[str, Callable[..., nn.Module]] = {
@@ -35,6 +49,11 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "affine": lambda **x: AffineScaledAttention(24, 4, is_causal=True, **x),
     "bottleneck": lambda **x: DiscreteKeyValueBottleneck(24, 4, 10, **x),
     "bottleneck_projected": lambda **x: DiscreteKeyValueBottleneck(24, 3, 10, key_dim=5, **x),
+    "boundaries": lambda **x: Boundaries(hidden=8, **x),
+    "head_routed": lambda **x: HeadRoutedAttention(24, 4, **x),
+    "hierarchical": lambda **x: HierarchicalSparseAttention(
+        24, 4, budget=4, block_size=2, recent=2, chunk_length=3, **x
+    ),
     "probabilistic": lambda **x: ProbabilisticAttention(24, 4, eval_seed=3, **x),
     "probabilistic_table": lambda **x: ProbabilisticAttention(24, 4, keep=KEEP, eval_seed=3, **x),
     "routing": lambda **x: RoutingAttention(24, 4, 3, num_memory=2, cluster_size=5, **x),

@@ -24,6 +24,12 @@ double operations(const LinearStateParams& p) {
 
 }  // namespace
 
+void range_means(const RangeMeansParams& p, const Executor& executor) {
+  // Ranges may be of any rows; those of all are a guess.
+  const double operations = double(p.batch * p.heads) * double(p.length * p.dim) * (p.deviations ? 4 : 1);
+  run(&Kernels::range_means_workspace, &Kernels::range_means, p, executor, operations);
+}
+
 void forward(const ForwardParams& p, const Executor& executor) {
   if (p.gather) {
     run(&Kernels::routed_forward_workspace, &Kernels::routed_forward, p, executor, operations(p));

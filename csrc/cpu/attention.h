@@ -10,6 +10,7 @@
 #include "attnx/delta_rule_params.h"
 #include "attnx/linear_state_params.h"
 #include "attnx/params.h"
+#include "attnx/range_means_params.h"
 #include "attnx/weights_params.h"
 #include "executor.h"
 
@@ -41,6 +42,9 @@ void delta_rule_backward(const DeltaRuleBackwardParams& params, const Executor& 
 // These run linear attention with a state.
 void linear_state_forward(const LinearStateForwardParams& params, const Executor& executor);
 void linear_state_backward(const LinearStateBackwardParams& params, const Executor& executor);
+
+// This pools rows.
+void range_means(const RangeMeansParams& params, const Executor& executor);
 
 // This draws the blocks of probabilistic attention, and makes up for the others.
 void sample_blocks(const SampleBlocksParams& params, const Executor& executor);

@@ -6,6 +6,7 @@
 #include "attnx/delta_rule_params.h"
 #include "attnx/linear_state_params.h"
 #include "attnx/params.h"
+#include "attnx/range_means_params.h"
 #include "attnx/weights_params.h"
 #include "block_products.h"
 #include "executor.h"
@@ -37,6 +38,7 @@ namespace attnx::cpu {
   X(delta_rule_backward, DeltaRuleBackwardParams)     \
   X(linear_state_forward, LinearStateForwardParams)   \
   X(linear_state_backward, LinearStateBackwardParams) \
+  X(range_means, RangeMeansParams)                    \
   X(select, SelectParams)                             \
   X(nearest, NearestParams)                           \
   X(centroid_sums, CentroidSumsParams)                \

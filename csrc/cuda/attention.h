@@ -13,6 +13,7 @@
 #include "cuda/labels/label_blocks.h"
 #include "cuda/linear/linear.h"
 #include "cuda/passes/sum_over_batch.h"
+#include "cuda/pooling/range_means.h"
 #include "cuda/routing/routing.h"
 #include "cuda/sampling/sample_blocks.h"
 #include "cuda/score/sigmoid_weights.h"

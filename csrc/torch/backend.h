@@ -6,6 +6,7 @@
 #include "attnx/delta_rule_params.h"
 #include "attnx/linear_state_params.h"
 #include "attnx/params.h"
+#include "attnx/range_means_params.h"
 #include "attnx/weights_params.h"
 #include "check.h"
 #include "memory.h"
@@ -45,6 +46,7 @@ struct Target {
   X(delta_rule_backward, DeltaRuleBackwardParams)     \
   X(linear_state_forward, LinearStateForwardParams)   \
   X(linear_state_backward, LinearStateBackwardParams) \
+  X(range_means, RangeMeansParams)                    \
   X(sample_blocks, SampleBlocksParams)                \
   X(select, SelectParams)                             \
   X(compact_clusters, CompactClustersParams)          \

@@ -21,6 +21,7 @@ from attnx.functional import (  # noqa: E402
     softmax_attention,
     softmax_attention_varlen,
 )
+from attnx.hierarchical import hierarchical_attention, hierarchical_routes  # noqa: E402
 from attnx.linear import linear_attention  # noqa: E402
 from attnx.mainloop import cuda_mainloop  # noqa: E402
 from attnx.merging import merge_attention, redistribute_attention  # noqa: E402
@@ -31,6 +32,7 @@ from attnx.probabilistic import (  # noqa: E402
     probabilistic_attention_varlen,
     probabilistic_block_mask,
 )
+from attnx.rectified import rectified_attention  # noqa: E402
 from attnx.relative import relative_bias_attention, relative_position_buckets  # noqa: E402
 from attnx.routing import (  # noqa: E402
     Routes,
@@ -71,6 +73,8 @@ __all__ = [
     "disentangled_attention",
     "explain",
     "gated_delta_rule",
+    "hierarchical_attention",
+    "hierarchical_routes",
     "importance",
     "keep_probabilities",
     "linear_attention",
@@ -84,6 +88,7 @@ __all__ = [
     "probabilistic_attention",
     "probabilistic_attention_varlen",
     "probabilistic_block_mask",
+    "rectified_attention",
     "redistribute_attention",
     "reference",
     "relative_bias_attention",

@@ -19,9 +19,11 @@ from attnx import (
     delta_rule,
     disentangled,
     functional,
+    hierarchical,
     linear,
     pointer,
     probabilistic,
+    rectified,
     routing,
     softplus,
     sparse_linear,
@@ -33,6 +35,23 @@ from attnx.block_mask import BlockMask
 # What a call does whatever kernel serves it, and may surprise.
 _NOTES = {"routing_attention": ["a centroid with a NaN has no product that is a number: its cluster holds no token"]}
 
+
+def _of_lists(arguments: dict[str, Any]) -> dict[str, Any]:
+    return arguments | {"block_size": (rectified.BLOCK, rectified.BLOCK)}
+
+
+def _of_clusters(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A block of queries is a cluster, and each query is in one, as of centroids under arg-max routing."""
+    blocks = -(-arguments["query"].shape[-2] // arguments["block_size"])
+    routes = torch.empty(1, blocks, 0)
+    return arguments | {"routes": routes, "routing": "argmax", "is_causal": True, "block_size": (0, 0)}
+
+
+# These are made of an operator, whose kernel is theirs, and of tensor operations. It has these arguments then.
+_MADE_OF = {
+    "rectified_attention": ("block_sparse_attention", _of_lists),
+    "hierarchical_attention": ("routing_attention", _of_clusters),
+}
 
 # These keep everything but rows in float32, products too.
 _IN_FLOAT32 = {"gated_delta_rule", "linear_attention"}
@@ -63,7 +82,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     Nothing is computed, and the values of the tensors are not looked at.
 
     Args:
-        function: an operator of attnx, such as ``attnx.sigmoid_attention``.
+        function: an operator of attnx, such as ``attnx.sigmoid_attention``, or what is made of one, as
+            ``attnx.rectified_attention`` is.
         args, kwargs: what it would be called with.
 
     Returns:
@@ -74,10 +94,13 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         TypeError: the arguments do not fit its signature.
     """
     name = getattr(function, "__name__", str(function))
-    modules = [delta_rule, disentangled, functional, linear, pointer]
-    modules += [probabilistic, routing, softplus, sparse_linear, staircase, weights]
+    operator, arguments_of = _MADE_OF.get(name, (name, dict))
+    modules = [delta_rule, disentangled, functional, hierarchical, linear, pointer]
+    modules += [probabilistic, rectified, routing, softplus, sparse_linear, staircase, weights]
     operators = {row.operator for row in _capability.table()}
-    if name.removesuffix("_varlen") not in operators or all(getattr(m, name, None) is not function for m in modules):
+    if operator.removesuffix("_varlen") not in operators or all(
+        getattr(m, name, None) is not function for m in modules
+    ):
         raise ValueError(f"function: expected an operator of attnx, such as attnx.sigmoid_attention, got {function!r}")
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -93,11 +116,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     names = ("query", "key", "value")
     if all(name in arguments for name in names) and name != "gated_delta_rule":
         arguments |= zip(names, _layouts.four_dimensions(*(arguments[name] for name in names)), strict=True)
+    arguments = arguments_of(arguments)
     arguments["window_left"], arguments["window_right"] = _arguments.window(arguments.pop("window", None))
     if not isinstance(arguments.get("bias"), Tensor):
         arguments["bias"] = None  # a rule or a number, which every kernel adds
 
-    requirement = _capability.Requirement.of(name, arguments)
+    requirement = _capability.Requirement.of(operator, arguments)
     row = _capability.nearest(requirement)
     missing = requirement.missing(row)
     if missing:

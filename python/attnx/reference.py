@@ -31,6 +31,8 @@ __all__ = [
     "dropout_factors",
     "gated_delta_rule",
     "gumbel_noise",
+    "hierarchical_attention",
+    "hierarchical_tokens",
     "linear_attention",
     "philox",
     "pointer_argmax",
@@ -39,6 +41,8 @@ __all__ = [
     "probabilistic_attention",
     "probabilistic_attention_varlen",
     "probabilistic_block_mask",
+    "rectified_attention",
+    "rectified_blocks",
     "route",
     "routing_attention",
     "sigmoid_attention",
@@ -1076,6 +1080,138 @@ def affine_attention(
     visible = visible_keys(query.shape[2], key.shape[2], query.device, is_causal=is_causal, window=window).double()
     sums = visible @ value.double().repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     return rows + addend.double()[..., None] * sums
+
+
+def rectified_blocks(
+    query: Tensor,
+    key: Tensor,
+    *,
+    text_length: int = 0,
+    top_p: float = 0.3,
+    drop: float = 0.8,
+    neighbours: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The shares A of blocks and, last, of the text; which blocks are critical; and for which their mean is a gain."""
+    _, heads, length, head_dim = query.shape
+    query, key = query.double(), key.double().repeat_interleave(heads // key.shape[1], 1)
+    video = length - text_length
+    of_block = [slice(first, min(first + 128, video)) for first in range(0, video, 128)]
+    mean_q, mean_k = (torch.stack([x[:, :, rows].mean(2) for rows in of_block], 2) for x in (query, key))
+    off_q, off_k = (
+        torch.stack([(x[:, :, rows] - x[:, :, rows].mean(2, keepdim=True)).abs().mean(2) for rows in of_block], 2)
+        for x in (query, key)
+    )
+    products = mean_q @ mean_k.mT
+    gains = products.abs() > (off_q @ mean_k.mT).abs() + (mean_q @ off_k.mT).abs()
+    of_text = mean_q @ key[:, :, video:].mT
+    if seqused_k is not None:
+        padding = torch.arange(video, length, device=key.device) >= seqused_k[:, None]
+        of_text = of_text.masked_fill(padding[:, None, None], -math.inf)
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    weights = (torch.cat((products, of_text), -1) * scale).softmax(-1)
+    sizes = torch.tensor([rows.stop - rows.start for rows in of_block], device=key.device)
+    blocks = len(of_block)
+    shares = torch.cat((weights[..., :blocks] * sizes, weights[..., blocks:].sum(-1, keepdim=True)), -1)
+    shares = shares / shares.sum(-1, keepdim=True)
+    critical = torch.zeros_like(gains)
+    least = math.floor((1 - drop) * blocks + 1e-6)
+    for row, chosen in zip(shares.detach().flatten(0, -2), critical.flatten(0, -2), strict=True):
+        total, ranked = 0.0, row.argsort(descending=True, stable=True).tolist()
+        for j in ranked:
+            chosen[[j] if j < blocks else []] = True
+            total += float(row[j])
+            if total > top_p:
+                break
+        chosen[[j for j in ranked if j < blocks][:least]] = True
+    if neighbours is not None:
+        critical |= neighbours
+    if text_length and video % 128:
+        critical[..., -1] = True
+    return shares, critical, gains
+
+
+def rectified_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    text_length: int = 0,
+    seqused_k: Tensor | None = None,
+    scale: float | None = None,
+    blocks: tuple[Tensor, Tensor] | None = None,
+    **options: Any,
+) -> Tensor:
+    """``blocks`` are which are critical, and for which their mean is a gain, where the inputs do not decide."""
+    heads, video = query.shape[1], query.shape[2] - text_length
+    common: dict[str, Any] = {"seqused_k": seqused_k, "scale": scale}
+    shares, critical, gains = rectified_blocks(query, key, text_length=text_length, **common, **options)
+    critical, gains = (critical, gains) if blocks is None else blocks
+    hidden = ~critical.repeat_interleave(128, 2)[:, :, :video].repeat_interleave(128, 3)[..., :video]
+    visible = torch.cat((~hidden, torch.ones(*hidden.shape[:3], text_length, dtype=torch.bool)), -1)
+    output = softmax_attention(query[:, :, :video], key, value, attn_mask=visible, **common)
+    of_text = softmax_attention(query[:, :, video:], key, value, **common)
+    value = value.double().repeat_interleave(heads // value.shape[1], 1)
+    means = [x.mean(2) for x in value[:, :, :video].split(128, 2)]
+    moved = shares[..., : len(means)] * (gains & ~critical)
+    gate, addend = 1 - moved.sum(-1, keepdim=True), moved @ torch.stack(means, 2)
+    gate, addend = (x.repeat_interleave(128, 2)[:, :, :video] for x in (gate, addend))
+    return torch.cat((gate * output + addend, of_text), 2)
+
+
+def hierarchical_tokens(
+    query: Tensor,
+    key: Tensor,
+    chunk_starts: Tensor,
+    *,
+    budget: int = 2048,
+    block_size: int = 256,
+    recent: int = 64,
+    share_heads: bool = False,
+) -> Tensor:
+    """bool (batch, heads, length_q, length_k): the tokens that each query's block chooses, later ones among them."""
+    batch, heads, length_q, _ = query.shape
+    length_k = key.shape[2]
+    query, key = query.double(), key.double().repeat_interleave(heads // key.shape[1], 1)
+    if share_heads:
+        query, key = (x.mean(1, keepdim=True).expand_as(x) for x in (query, key))
+    chosen = torch.zeros(batch, heads, length_q, length_k, dtype=torch.bool, device=query.device)
+    for b, h, first in itertools.product(range(batch), range(heads), range(0, length_q, block_size)):
+        last = min(first + block_size, length_q)
+        ahead = length_k - length_q
+        newest, end = max(first + ahead + 1 - recent, 0), last + ahead
+        tokens, left = list(range(newest, end)), budget - (end - newest)
+        of_block = query[b, h, first:last].mean(0) * math.sqrt(last - first)
+        starts = chunk_starts[b if len(chunk_starts) > 1 else 0].tolist()
+        ranked = []
+        for start, stop in itertools.pairwise(starts):
+            rows = key[b, h, start : min(stop, end)]
+            if start < min(stop, newest):
+                score = float(of_block @ rows.mean(0)) * math.sqrt(len(rows))
+                ranked.append((-score, start, min(stop, newest)))
+        for _, start, stop in sorted(ranked):
+            tokens += list(range(start, stop))[:left]
+            left = max(left - (stop - start), 0)
+        chosen[b, h, first:last, tokens] = True
+    return chosen
+
+
+def hierarchical_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    chunk_starts: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    tokens: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """``tokens`` are those of :func:`hierarchical_tokens`, where the inputs do not decide."""
+    if tokens is None:
+        assert chunk_starts is not None
+        tokens = hierarchical_tokens(query, key, chunk_starts, **options)
+    return softmax_attention(query, key, value, attn_mask=tokens, is_causal=True, scale=scale)
 
 
 def pointer_log_prob(

@@ -64,6 +64,9 @@ _OPERATORS = (
     "update_centroids_",
     "move_centroids_in_backward",
     "move_average_in_backward",
+    "block_means",
+    "block_statistics",
+    "range_means",
     "attention_key_weights",
     "attention_row_weights",
     "attention_max_logits",
@@ -77,7 +80,7 @@ _BY_HEAD = (
     *("alibi_slopes", "sink", "bias", "memory_key", "memory_value"),
     *("centroids", "counts", "sums", "members", "average", "target"),
 )
-_BY_SEQUENCE = ("seqused_k", "leftpad_k")
+_BY_SEQUENCE = ("seqused_k", "leftpad_k", "ranges")
 _FOR_ALL = ("keep", "seed", "offset", "table_index")
 # These get a gradient on request, which is empty without one.
 _ON_REQUEST = ("attn_mask", "distance_bias", "key_bias", "key_mask", "block_bias", "query_table", "key_table")

@@ -3,6 +3,8 @@
 from attnx.nn.affine import AffineScaledAttention
 from attnx.nn.bottleneck import DiscreteKeyValueBottleneck
 from attnx.nn.disentangled import DisentangledSelfAttention
+from attnx.nn.head_routing import HeadRoutedAttention
+from attnx.nn.hierarchical import BoundaryPredictor, HierarchicalSparseAttention
 from attnx.nn.pointer import PointerHead
 from attnx.nn.probabilistic import ProbabilisticAttention
 from attnx.nn.routing import RoutingAttention
@@ -12,8 +14,11 @@ from attnx.nn.sparse_linear import SparseLinearAttention
 
 __all__ = [
     "AffineScaledAttention",
+    "BoundaryPredictor",
     "DiscreteKeyValueBottleneck",
     "DisentangledSelfAttention",
+    "HeadRoutedAttention",
+    "HierarchicalSparseAttention",
     "PointerHead",
     "ProbabilisticAttention",
     "RoutingAttention",

@@ -1,4 +1,4 @@
-"""These processors give the self-attentions of diffusers' transformers sparse-linear attention."""
+"""These processors give the self-attentions of diffusers' transformers an attention of attnx."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers import transformer_flux, transformer_wan
 from torch import Tensor, nn
 
-from attnx.integrations.sparse_linear import SparseLinear
-
-__all__ = ["PROCESSORS", "SparseLinearProcessor"]
+__all__ = ["PROCESSORS", "HunyuanVideoProcessor", "Processor", "WanProcessor"]
 
 
-class SparseLinearProcessor(nn.Module):
+class Processor(nn.Module):
     """This is what the processors share. Each is a submodule of its attention, and so are its parameters.
 
     Tokens are (batch, length, features) here, and heads (batch, heads, length, head_dim).
+
+    Args:
+        name: of the attention, in messages.
+        attention: takes heads of query, key and value, and gives those of the output.
     """
 
     _parallel_config: Any = None  # diffusers sets it under context parallelism
 
-    def __init__(self, head_dim: int, **options: Any) -> None:
+    def __init__(self, name: str, attention: nn.Module) -> None:
         super().__init__()
-        self.attention = SparseLinear(head_dim, **options)
+        self.name = name
+        self.attention = attention
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any) -> Tensor:
         """Returns the tokens that come of heads."""
         asked = {"attention_mask": attention_mask, "context parallelism": self._parallel_config}
         if refused := [name for name, x in asked.items() if x is not None]:
             raise NotImplementedError(
-                f"sparse-linear attention: has no {', '.join(refused)}, which the model asks of its self-attention"
+                f"{self.name}: has no {', '.join(refused)}, which the model asks of its self-attention"
             )
-        return self.attention(query, key, value).transpose(1, 2).flatten(2)
+        return self.attention(query, key, value, **given).transpose(1, 2).flatten(2)
 
 
 def _heads(attn: Any, *tokens: Tensor) -> list[Tensor]:
@@ -46,7 +49,7 @@ def _out(attn: Any, tokens: Tensor) -> Tensor:
     return dropout(projection(tokens))
 
 
-class WanProcessor(SparseLinearProcessor):
+class WanProcessor(Processor):
     """Wan's tokens are those of a video alone."""
 
     def forward(
@@ -71,7 +74,7 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
 
 
-class FluxProcessor(SparseLinearProcessor):
+class FluxProcessor(Processor):
     """Flux puts the tokens of an image behind those of a text."""
 
     def forward(
@@ -100,7 +103,7 @@ class FluxProcessor(SparseLinearProcessor):
         return _out(attn, output[:, length:]), attn.to_add_out(output[:, :length])
 
 
-class JointProcessor(SparseLinearProcessor):
+class JointProcessor(Processor):
     """SD3 puts the tokens of an image before those of a text, and PixArt has no text here."""
 
     def forward(
@@ -130,7 +133,59 @@ def _normalised(heads: list[Tensor], norm_q: nn.Module | None, norm_k: nn.Module
     return [query if norm_q is None else norm_q(query), key if norm_k is None else norm_k(key), value]
 
 
-PROCESSORS: dict[type, type[SparseLinearProcessor]] = {
+class HunyuanVideoProcessor(Processor):
+    """HunyuanVideo puts the tokens of a text behind those of a video, and padding behind the text.
+
+    The attention is told how many tokens the text has, and how many of all are in use.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """diffusers looks at this signature for what a processor takes."""
+        result: tuple[Tensor, Tensor] = super().__call__(
+            attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+        )
+        return result
+
+    def forward(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        video, text = hidden_states.shape[1], encoder_hidden_states.shape[1]
+        joint = attn.add_q_proj is None  # one projection then serves both
+        tokens = torch.cat((hidden_states, encoder_hidden_states), 1) if joint else hidden_states
+        own = (projection(tokens) for projection in (attn.to_q, attn.to_k, attn.to_v))
+        query, key, value = _normalised(_heads(attn, *own), attn.norm_q, attn.norm_k)
+        if image_rotary_emb is not None:
+            query, key = (
+                torch.cat((apply_rotary_emb(x[:, :, :video], image_rotary_emb), x[:, :, video:]), 2)
+                for x in (query, key)
+            )
+        if not joint:
+            projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+            added = _heads(attn, *(projection(encoder_hidden_states) for projection in projections))
+            added = _normalised(added, attn.norm_added_q, attn.norm_added_k)
+            query, key, value = (torch.cat(both, 2) for both in zip((query, key, value), added, strict=True))
+        used = None if attention_mask is None else attention_mask.flatten(1).sum(-1, dtype=torch.int32)
+        output = self.attend(query, key, value, None, text_length=text, seqused_k=used)
+        of_video, of_text = output[:, :video], output[:, video:]
+        # The model's own processor projects no output of attention that has no projections.
+        if attn.to_out is not None:
+            of_video = _out(attn, of_video)
+        return of_video, of_text if attn.to_add_out is None else attn.to_add_out(of_text)
+
+
+PROCESSORS: dict[type, type[Processor]] = {
     transformer_wan.WanAttnProcessor: WanProcessor,
     transformer_flux.FluxAttnProcessor: FluxProcessor,
     JointAttnProcessor2_0: JointProcessor,

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from diffusers import ModelMixin
 from torch import nn
 
-from attnx.integrations.diffusers.processors import PROCESSORS, SparseLinearProcessor
+from attnx.integrations.diffusers.processors import PROCESSORS, Processor
+from attnx.integrations.sparse_linear import SparseLinear
 from attnx.sparse_linear import FeatureMap, LinearScope, Rounding
 
 __all__ = ["apply_sparse_linear", "load_sparse_linear"]
@@ -86,11 +87,11 @@ def _self_attentions(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _make(attention: Any, options: dict[str, Any]) -> SparseLinearProcessor:
+def _make(attention: Any, options: dict[str, Any]) -> Processor:
     weight = attention.to_q.weight
-    return PROCESSORS[type(attention.processor)](
-        attention.inner_dim // attention.heads, device=weight.device, dtype=weight.dtype, **options
-    )
+    head_dim = attention.inner_dim // attention.heads
+    made = SparseLinear(head_dim, device=weight.device, dtype=weight.dtype, **options)
+    return PROCESSORS[type(attention.processor)]("sparse-linear attention", made)
 
 
 def load_sparse_linear(model_class: type[_Model], path: str, **options: Any) -> _Model:
