@@ -1,8 +1,10 @@
 """The attention operators as modules."""
 
 from attnx.nn.affine import AffineScaledAttention
+from attnx.nn.based import BasedAttention
 from attnx.nn.bottleneck import DiscreteKeyValueBottleneck
 from attnx.nn.disentangled import DisentangledSelfAttention
+from attnx.nn.gated_delta_net import GatedDeltaNet
 from attnx.nn.pointer import PointerHead
 from attnx.nn.probabilistic import ProbabilisticAttention
 from attnx.nn.routing import RoutingAttention
@@ -11,8 +13,10 @@ from attnx.nn.sparse_linear import SparseLinearAttention
 
 __all__ = [
     "AffineScaledAttention",
+    "BasedAttention",
     "DiscreteKeyValueBottleneck",
     "DisentangledSelfAttention",
+    "GatedDeltaNet",
     "PointerHead",
     "ProbabilisticAttention",
     "RoutingAttention",
