@@ -30,6 +30,7 @@ def delta_inputs(
     *,
     decay: float = 0.1,
     with_state: bool = True,
+    with_carry: bool = False,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Queries and keys of norm 1, as models make them; log decays are ``-decay`` on average."""
@@ -45,6 +46,9 @@ def delta_inputs(
     inputs["beta"] = draw(*gates).sigmoid().to(parameter_dtype(dtype))
     if with_state:
         inputs["initial_state"] = draw(*shape.state()).to(parameter_dtype(dtype))
+    if with_carry:  # whole chunks, none, and what lies between
+        drawn = draw(shape.batch, shape.value_heads, -(-shape.length // 64))
+        inputs["carry"] = (1.5 * drawn + 0.5).clamp(0, 1).to(parameter_dtype(dtype))
     return {name: x.to(device) for name, x in inputs.items()}
 
 
@@ -67,6 +71,7 @@ def plain_gated_delta_rule(
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
+    carry: Tensor | None = None,
     return_state: bool = False,
     chunk: int = 64,
 ) -> Any:
@@ -103,6 +108,7 @@ def plain_gated_delta_rule(
         pairs = (q @ k.mT) * decays[:, :, n]
         outputs.append((q * total.exp()[..., None]) @ state + pairs @ correction)
         last = total[..., -1:]
-        state = state * last.exp()[..., None] + (k * (last - total).exp()[..., None]).mT @ correction
+        added = (k * (last - total).exp()[..., None]).mT @ correction
+        state = state * last.exp()[..., None] + (added if carry is None else carry[:, :, n, None, None] * added)
     output = torch.cat(outputs, 2)[:, :, :length].to(dtype) if outputs else value.flatten(2, 3).to(dtype)
     return (output, state) if return_state else output

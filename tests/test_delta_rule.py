@@ -52,6 +52,24 @@ def test_definition(dtype: torch.dtype, shape: DeltaShape, with_initial_state: b
     check(delta_inputs(shape, dtype, with_state=with_initial_state), dtype)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_carry(dtype: torch.dtype, shape: DeltaShape) -> None:
+    """Chunks that the state takes on in part, or not at all."""
+    check(delta_inputs(shape, dtype, with_carry=True), dtype)
+
+
+def test_carry_of_ones_and_zeros() -> None:
+    """Ones change no bit, and zeros leave the state that decays take of it alone."""
+    inputs = delta_inputs(DeltaShape(length=200), torch.float32)
+    shape = 2, 2, 4
+    expected = with_state(attnx.gated_delta_rule)(**inputs)
+    assert torch.equal(with_state(attnx.gated_delta_rule)(**inputs, carry=torch.ones(shape)), expected)
+    _, state = attnx.gated_delta_rule(**inputs, carry=torch.zeros(shape), return_state=True)
+    decay = inputs["log_decay"].double().sum(2).exp()[..., None, None]
+    torch.testing.assert_close(state.double(), decay * inputs["initial_state"].double())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_instruction_sets(dtype: torch.dtype, instruction_set: str) -> None:
     check(delta_inputs(SHAPES[1], dtype), dtype)
@@ -104,9 +122,11 @@ def test_keys_that_repeat() -> None:
     torch.testing.assert_close(output, inputs["value"], rtol=1e-5, atol=1e-5)
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("with_carry", [False, True])
+def test_gradcheck(with_carry: bool) -> None:
     for shape in (DeltaShape(1, 1, 2, 67, 3, 2), DeltaShape(1, 1, 1, 3, 2, 3)):
-        leaves = {name: x.requires_grad_() for name, x in delta_inputs(shape, torch.float64).items()}
+        inputs = delta_inputs(shape, torch.float64, with_carry=with_carry)
+        leaves = {name: x.requires_grad_() for name, x in inputs.items()}
 
         def both(*tensors: Tensor, leaves: dict[str, Tensor] = leaves) -> Any:
             return attnx.gated_delta_rule(**dict(zip(leaves, tensors, strict=True)), return_state=True)
@@ -158,7 +178,7 @@ def test_decode() -> None:
 @pytest.mark.parametrize("shape", [DeltaShape(1, 1, 1, 150, 128, 200), DeltaShape(length=1, value_dim=200)], ids=str)
 def test_threads_do_not_change_a_bit(shape: DeltaShape, threads: int) -> None:
     """Threads that outnumber the heads share their columns."""
-    inputs = delta_inputs(shape, torch.float32)
+    inputs = delta_inputs(shape, torch.float32, with_carry=True)
     grad = torch.ones(*inputs["value"].shape[:2], shape.length + shape.key_dim, shape.value_dim)
     results = forward_backward(with_state(attnx.gated_delta_rule), inputs, grad)
     torch.set_num_threads(1)
@@ -235,6 +255,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "gate of half": ({"log_decay": GOOD["log_decay"].half()}, "log_decay: expected float32 .*, got float16"),
     "growth": ({"log_decay": GOOD["beta"]}, r"log_decay: expected numbers of 0 or below, .*, got 0.* at \(0, 0, 0\)"),
     "nan": ({"log_decay": GOOD["beta"] * torch.nan}, r"log_decay: expected numbers of 0 or below, .*, got nan"),
+    "carry": ({"carry": torch.ones(2, 4, 2)}, r"carry: expected shape \(2, 4, 1\), got \(2, 4, 2\)"),
+    "carry of half": ({"carry": torch.ones(2, 4, 1).half()}, "carry: expected float32 .*, got float16"),
     "state": ({"initial_state": torch.zeros(2, 4, 3, 8)}, r"initial_state: expected shape \(2, 4, 8, 3\), got"),
     "state of half": ({"initial_state": torch.zeros(2, 4, 8, 3).bfloat16()}, "initial_state: expected float32 .*, got"),
     "scale": ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
@@ -260,9 +282,11 @@ def test_the_operator_checks_values() -> None:
         ("gated_delta_rule_backward", (GOOD["value"], GOOD["initial_state"])),
     ):
         with pytest.raises(RuntimeError, match=r"^log_decay: expected .* got 1e-06 at \(1, 2, 3\)"):
-            getattr(torch.ops.attnx, operator)(*more, *(GOOD | {"log_decay": log_decay}).values(), None)
+            getattr(torch.ops.attnx, operator)(*more, *(GOOD | {"log_decay": log_decay}).values(), None, None)
     with pytest.raises(RuntimeError, match=r"^grad_state: expected shape \(2, 4, 8, 3\), got \(2, 4, 8, 2\)"):
-        torch.ops.attnx.gated_delta_rule_backward(GOOD["value"], GOOD["initial_state"][..., :2], *GOOD.values(), None)
+        torch.ops.attnx.gated_delta_rule_backward(
+            GOOD["value"], GOOD["initial_state"][..., :2], *GOOD.values(), None, None
+        )
 
 
 def test_autocast() -> None:

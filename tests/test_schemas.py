@@ -60,7 +60,7 @@ PART_GRADS = "Tensor grad_sparse, Tensor grad_linear, Tensor grad_logsumexp"
 ROUTES = "Tensor query_indices, Tensor query_offsets, Tensor key_indices, Tensor key_offsets"
 ROUTED = f"{ROUTES}, Tensor? memory_key, Tensor? memory_value"
 
-DELTA = f"{QKV}, Tensor log_decay, Tensor beta, Tensor? initial_state, float? scale"
+DELTA = f"{QKV}, Tensor log_decay, Tensor beta, Tensor? initial_state, Tensor? carry, float? scale"
 
 STATE = f"{QKV}, Tensor? initial_state, str feature_map, float? scale, bool is_causal"
 
@@ -94,7 +94,7 @@ SCHEMAS = [
     "Tensor grad_initial_state)",
     f"gated_delta_rule({DELTA}) -> (Tensor output, Tensor state)",
     f"gated_delta_rule_backward(Tensor? grad_output, Tensor? grad_state, {DELTA}) -> ({GRADS}, Tensor grad_log_decay, "
-    "Tensor grad_beta, Tensor grad_initial_state)",
+    "Tensor grad_beta, Tensor grad_initial_state, Tensor grad_carry)",
     f"attention_key_weights({QK}, Tensor? logsumexp, Tensor? row_weights, {RULE}, {MASK}) -> Tensor",
     f"attention_row_weights({QK}, Tensor? logsumexp, {RULE}, {MASK}) -> Tensor",
     f"attention_max_logits({QK}, {MASK}) -> Tensor",

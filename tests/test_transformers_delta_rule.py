@@ -156,7 +156,7 @@ def test_other_models() -> None:
             expected = qwen(ids).logits
             assert use_gated_delta_rule(qwen) == 3
             assert hasattr(theirs.torch_chunk_gated_delta_rule, "in_place_of")
-            torch.testing.assert_close(qwen(ids).logits, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(qwen(ids).logits, expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
     finally:
         for name, function in before.items():
             setattr(theirs, name, function)

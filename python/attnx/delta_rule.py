@@ -24,6 +24,7 @@ def gated_delta_rule(
     *,
     scale: float | Tensor | None = ...,
     initial_state: Tensor | None = ...,
+    carry: Tensor | None = ...,
     return_state: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -38,6 +39,7 @@ def gated_delta_rule(
     *,
     scale: float | Tensor | None = ...,
     initial_state: Tensor | None = ...,
+    carry: Tensor | None = ...,
     return_state: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -52,6 +54,7 @@ def gated_delta_rule(
     *,
     scale: float | Tensor | None = ...,
     initial_state: Tensor | None = ...,
+    carry: Tensor | None = ...,
     return_state: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -65,6 +68,7 @@ def gated_delta_rule(
     *,
     scale: float | Tensor | None = None,
     initial_state: Tensor | None = None,
+    carry: Tensor | None = None,
     return_state: bool = False,
 ) -> Any:
     r"""The gated delta rule, as Gated DeltaNet, Qwen3-Next and Qwen3.5 have it.
@@ -89,6 +93,10 @@ def gated_delta_rule(
         beta: the same shape and dtype.
         scale: of the query, key_dim ** -0.5 by default; a number, or a tensor of shape () or (heads,) with a gradient.
         initial_state: (batch, value_heads, key_dim, value_dim), the dtype of beta; zeros by default.
+        carry: (batch, value_heads, chunks), the dtype of beta: how much of what each chunk of 64 tokens adds to the
+            state goes on behind it, where the last chunk may be shorter; 1 by default. Within a chunk a token meets
+            those before it all the same. With 0 a chunk leaves the state decayed and otherwise as it was, as NAtS-L
+            (arXiv 2602.03681) has it for chunks whose keys and values are kept.
         return_state: whether to return the state after the last token, too.
 
     Returns:
@@ -103,8 +111,8 @@ def gated_delta_rule(
     """
     _shards.expect_whole("gated_delta_rule")
     _arguments.tensors(query=query, key=key, value=value, log_decay=log_decay, beta=beta)
-    _arguments.optional_tensors(initial_state=initial_state)
+    _arguments.optional_tensors(initial_state=initial_state, carry=carry)
     query, number = _arguments.with_scale(query, scale)
     wants_state = _arguments.flag("return_state", return_state)
-    output, state = _ops.gated_delta_rule(query, key, value, log_decay, beta, initial_state, number)
+    output, state = _ops.gated_delta_rule(query, key, value, log_decay, beta, initial_state, carry, number)
     return (output, state) if wants_state else output

@@ -5,6 +5,7 @@ from attnx.nn.based import BasedAttention
 from attnx.nn.bottleneck import DiscreteKeyValueBottleneck
 from attnx.nn.disentangled import DisentangledSelfAttention
 from attnx.nn.gated_delta_net import GatedDeltaNet
+from attnx.nn.hybrid_chunk import HybridChunkAttention
 from attnx.nn.pointer import PointerHead
 from attnx.nn.probabilistic import ProbabilisticAttention
 from attnx.nn.routing import RoutingAttention
@@ -17,6 +18,7 @@ __all__ = [
     "DiscreteKeyValueBottleneck",
     "DisentangledSelfAttention",
     "GatedDeltaNet",
+    "HybridChunkAttention",
     "PointerHead",
     "ProbabilisticAttention",
     "RoutingAttention",

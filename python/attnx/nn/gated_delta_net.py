@@ -143,7 +143,7 @@ class GatedDeltaNet(StatefulAttention):
         query, key, value = mixed.to(log_decay.dtype).split(
             [heads * self.head_dim, heads * self.head_dim, heads * group * self.value_dim], 2
         )
-        query, key = (_unit(y.unflatten(2, (heads, -1))).transpose(1, 2) for y in (query, key))
+        query, key = (unit_rows(y.unflatten(2, (heads, -1))).transpose(1, 2) for y in (query, key))
         value = value.unflatten(2, (heads * group, -1)).transpose(1, 2)
         output, after = gated_delta_rule(query, key, value, log_decay, beta, initial_state=before, return_state=True)
         output = self.norm(output.transpose(1, 2), gate)
@@ -156,13 +156,11 @@ class GatedDeltaNet(StatefulAttention):
         parts = self.in_proj_qkvz(x).unflatten(2, (heads, -1)).split([self.head_dim, self.head_dim, values, values], 3)
         mixed = torch.cat([part.flatten(2) for part in parts[:3]], 2)
         b, a = (y.flatten(1, 2) for y in self.in_proj_ba(x).mT.unflatten(1, (heads, 2, group)).unbind(2))
-        sums = sum_dtype(x)
-        log_decay = -self.A_log.to(sums).exp()[:, None] * F.softplus(a.to(sums) + self.dt_bias[:, None])
         return (
             mixed,
             parts[3].reshape(*x.shape[:2], heads * group, self.value_dim),
-            log_decay,
-            b.to(sums).sigmoid(),
+            log_decays(a, self.A_log, self.dt_bias),
+            b.to(sum_dtype(b)).sigmoid(),
         )
 
     def _convolve(self, mixed: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -188,6 +186,14 @@ class GatedDeltaNet(StatefulAttention):
         )
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit_rows(x: Tensor) -> Tensor:
     """Rows of norm 1, but for those near 0."""
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def log_decays(x: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
+    """Those of (batch, heads, length) numbers of tokens, in float32 (float64 for float64)."""
+    sums = sum_dtype(x)
+    # Of tensors that lie differently in memory, softplus_backward gives other strides than torch.compile takes it to.
+    numbers = x.to(sums).contiguous() + dt_bias.to(sums)[:, None]
+    return -A_log.to(sums).exp()[:, None] * F.softplus(numbers)

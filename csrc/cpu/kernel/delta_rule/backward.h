@@ -2,13 +2,13 @@
 // values: it goes forward through the chunks, keeps the state before each and its differences D, and goes back. With dS
 // the gradient of the state after a chunk, and W, P, D and G as in chunk.h,
 //
-//     Z = P^T dO + e^(G_n - G) K dS - W^T beta Z       dV = beta Z      dbeta_i = d_i . z_i
+//     Z = P^T dO + c e^(G_n - G) K dS - W^T beta Z     dV = beta Z      dbeta_i = d_i . z_i
 //     dW = -dV (beta D)^T (j < i)                      dP = dO (beta D)^T (j <= i)
 //     dQ = scale e^G dO S^T + (scale e^(G_i - G_j) dP) K
-//     dK = e^(G_n - G) beta D dS^T - e^G dV S^T + (scale e^(G_i - G_j) dP)^T Q + (M + M^T) K,  M = e^(G_i - G_j) dW
+//     dK = c e^(G_n - G) beta D dS^T - e^G dV S^T + (scale e^(G_i - G_j) dP)^T Q + (M + M^T) K,  M = e^(G_i - G_j) dW
 //     dS <- e^G_n dS + (scale e^G Q)^T dO - (e^G K)^T dV
 //
-// and dG_i is what each exponential adds: a product with its own gradient.
+// and dG_i is what each exponential adds: a product with its own gradient. dc is that of e^(G_n - G) K and beta D dS^T.
 #pragma once
 
 #include "../units.h"
@@ -26,7 +26,7 @@ class DeltaRuleBackward {
       : p_(p),
         executor_(executor),
         group_(p.heads_v / p.heads_k),
-        chunks_((p.length + kChunk - 1) / kChunk),
+        chunks_(p.chunks()),
         key_lanes_(round_up(p.key_dim, kLanes<Sum>)),
         value_lanes_(round_up(p.value_dim, kLanes<Sum>)) {}
 
@@ -148,7 +148,8 @@ class DeltaRuleBackward {
     c.scale_rows(b.z, value_lanes_, c.gates->beta, Sum(1), b.grad_values);
     c.store_tokens(b.grad_values, p_.grad_value, batch, head, first, columns());
 
-    add_by_states(before, grad_state, grad_outputs, b);
+    const Sum grad_carry = add_by_states(before, grad_state, grad_outputs, b);
+    static_cast<Sum*>(p_.grad_carry)[(batch * p_.heads_v + head) * chunks_ + chunk] = grad_carry;
     add_by_pairs(b);
     pass_state(grad_outputs, grad_state, b);
     store_gates(batch, head, first, b);
@@ -159,7 +160,7 @@ class DeltaRuleBackward {
     Chunk& c = b.chunk;
     for (std::int64_t i = 0; i < c.count * kChunk; ++i) b.pairs[i] = Sum(p_.scale) * c.decays[i] * c.of_queries[i];
     multiply_lower_transposed(b.pairs, kChunk, grad_outputs, value_lanes_, b.z, c.count, false);
-    c.scale_rows(c.keys, key_lanes_, c.gates->to_end, Sum(1), c.scaled);
+    c.scale_rows(c.keys, key_lanes_, c.gates->to_state, Sum(1), c.scaled);
     Chunk::multiply(c.scaled, key_lanes_, grad_state, value_lanes_, b.z, c.count, p_.key_dim, true);
     for (std::int64_t i = 0; i < c.count; ++i) {
       Sum *const to = b.pairs + i * kChunk, *const decays = c.decays + i * kChunk,
@@ -169,8 +170,8 @@ class DeltaRuleBackward {
     solve_lower_transposed(b.pairs, kChunk, b.z, value_lanes_, c.count);
   }
 
-  // This adds what reaches queries and keys by the states before and after the chunk.
-  void add_by_states(const Sum* before, const Sum* grad_state, const Sum* grad_outputs, Buffers& b) const {
+  // This adds what reaches queries and keys by the states before and after the chunk, and returns the gradient of c.
+  Sum add_by_states(const Sum* before, const Sum* grad_state, const Sum* grad_outputs, Buffers& b) const {
     Chunk& c = b.chunk;
     Sum* const to_keys = b.of_states + c.count * key_lanes_;
     Chunk::transpose(before, value_lanes_, p_.key_dim, p_.value_dim, b.by_column, key_lanes_);
@@ -187,12 +188,16 @@ class DeltaRuleBackward {
     Chunk::multiply(b.corrections, value_lanes_, b.by_column, key_lanes_, to_keys, c.count, p_.value_dim, false);
     c.scale_rows(to_keys, key_lanes_, c.gates->to_end, Sum(1), to_keys);
     // These are the gradients of e^(G_n - G_i), which is 1 for the last token.
-    for (std::int64_t i = 0; i < c.count - 1; ++i) {
+    Sum grad_carry = 0;
+    for (std::int64_t i = 0; i < c.count; ++i) {
       const Sum both = dot_of_rows(to_keys, c.keys, i);
-      b.grad_sums[i] -= both;
-      b.grad_sums[c.count - 1] += both;
+      grad_carry += both;
+      if (i == c.count - 1) break;
+      b.grad_sums[i] -= c.gates->carry * both;
+      b.grad_sums[c.count - 1] += c.gates->carry * both;
     }
-    for (std::int64_t i = 0; i < size; ++i) b.grad_inputs[size + i] += to_keys[i];
+    for (std::int64_t i = 0; i < size; ++i) b.grad_inputs[size + i] += c.gates->carry * to_keys[i];
+    return grad_carry;
   }
   Sum dot_of_rows(const Sum* x, const Sum* y, std::int64_t i) const {
     return dot(x + i * key_lanes_, y + i * key_lanes_, key_lanes_);

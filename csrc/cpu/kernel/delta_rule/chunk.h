@@ -7,7 +7,9 @@
 // what is stored of token i is beta_i k_i d_i^T, of the difference d_i = v_i - S_(i-1)^T k_i between its value and
 // what the state holds for its key. The differences solve a triangular system:
 //
-//     D = V - e^G K S - W beta D      O = scale e^G Q S + P beta D      S' = e^G_n S + (e^(G_n - G) K)^T beta D
+//     D = V - e^G K S - W beta D      O = scale e^G Q S + P beta D      S' = e^G_n S + (c e^(G_n - G) K)^T beta D
+//
+// where c is the share of the chunk that the state carries on, 1 but for chunks whose tokens are kept elsewhere.
 #pragma once
 
 #include "attnx/delta_rule_params.h"
@@ -19,7 +21,7 @@
 
 namespace attnx::cpu::ATTNX_ISA {
 
-inline constexpr std::int64_t kChunk = 64;
+inline constexpr std::int64_t kChunk = kDeltaRuleChunk;
 
 // These are the exponentials of the sums of log decays of a chunk, and beta.
 template <class Sum>
@@ -31,17 +33,17 @@ struct Gates {
   Sum from_start[kChunk];  // e^G_i
   Sum to_end[kChunk];      // e^(G_n - G_i)
   Sum beta[kChunk];
+  Sum to_state[kChunk];  // c e^(G_n - G_i)
 
   void read(const DeltaRuleParams& p, std::int64_t batch, std::int64_t head, std::int64_t first, std::int64_t count) {
     const auto number = [&](const PerToken& x, std::int64_t i) {
-      return static_cast<const Sum*>(
-          x.data)[batch * x.batch_stride + head * x.head_stride + (first + i) * x.row_stride];
+      return static_cast<const Sum*>(x.data)[batch * x.batch_stride + head * x.head_stride + i * x.row_stride];
     };
     double sum = 0;
     for (std::int64_t i = 0; i < kChunk; ++i) {
-      if (i < count) sum += larger(kForgets, double(number(p.log_decay, i)));
+      if (i < count) sum += larger(kForgets, double(number(p.log_decay, first + i)));
       sums[i] = sum;
-      beta[i] = i < count ? number(p.beta, i) : 0;
+      beta[i] = i < count ? number(p.beta, first + i) : 0;
     }
     for (std::int64_t i = 0; i < kChunk; ++i) from_start[i] = Sum(sums[i]), to_end[i] = Sum(sum - sums[i]);
     for (std::int64_t i = 0; i < kChunk; i += kLanes<Sum>) {
@@ -49,6 +51,8 @@ struct Gates {
       store(to_end + i, exp(load(to_end + i)));
     }
     whole = from_start[kChunk - 1];
+    carry = p.carry.data ? number(p.carry, first / kChunk) : 1;
+    for (std::int64_t i = 0; i < kChunk; ++i) to_state[i] = carry * to_end[i];
   }
 
   // to[count][kChunk] are the e^(G_i - G_j), 0 where j > i.
@@ -65,6 +69,7 @@ struct Gates {
   }
 
   Sum whole;  // e^G_n
+  Sum carry;  // c
 };
 
 // These are some columns of the values, and so of states and outputs: columns of a state do not meet.
@@ -163,7 +168,7 @@ class DeltaRuleChunk : public Products<typename Arithmetic<Input>::Sum> {
 
   // This turns the state before the chunk into that after it, by beta D.
   void advance(const Sum* corrections, Sum* state) {
-    scale_rows(keys, key_lanes, gates->to_end, Sum(1), scaled);
+    scale_rows(keys, key_lanes, gates->to_state, Sum(1), scaled);
     for (std::int64_t i = 0; i < p.key_dim * value_lanes; ++i) state[i] *= gates->whole;
     this->multiply_transposed(scaled, key_lanes, corrections, value_lanes, state, p.key_dim, count, true);
   }

@@ -49,7 +49,8 @@ class DeltaRuleForward {
 
   void visit(std::int64_t batch, std::int64_t head, ValueColumns columns, Buffers& b) const {
     Chunk& c = b.chunk;
-    if (p_.length > 0 && p_.length <= kFewTokens) return DeltaRuleSteps<Input>(p_, batch, head, columns).run(c.keys);
+    if (p_.length > 0 && p_.length <= kFewTokens && !p_.carry.data)
+      return DeltaRuleSteps<Input>(p_, batch, head, columns).run(c.keys);
     c.load_state(p_.initial_state, batch, head, columns, b.state);
     for (std::int64_t first = 0; first < p_.length; first += kChunk) {
       c.begin(batch, head / c.group, first, true);
