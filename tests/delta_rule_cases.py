@@ -72,12 +72,15 @@ def plain_gated_delta_rule(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     carry: Tensor | None = None,
+    normalize_qk: bool = False,
     return_state: bool = False,
     chunk: int = 64,
 ) -> Any:
     """In float32, or in float64 for float64: triangular systems of all chunks first, then chunk by chunk."""
     dtype, group, length = value.dtype, value.shape[1] // query.shape[1], query.shape[2]
     query, key, value = (x.to(beta.dtype) for x in (query, key, value))
+    if normalize_qk:
+        query, key = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (query, key))
     query = query * (query.shape[3] ** -0.5 if scale is None else scale)
     query, key = (x.repeat_interleave(group, 1) for x in (query, key))
     padding = -length % chunk

@@ -122,14 +122,15 @@ def test_keys_that_repeat() -> None:
     torch.testing.assert_close(output, inputs["value"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("with_carry", [False, True])
-def test_gradcheck(with_carry: bool) -> None:
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "normalised, carry"])
+def test_gradcheck(more: bool) -> None:
     for shape in (DeltaShape(1, 1, 2, 67, 3, 2), DeltaShape(1, 1, 1, 3, 2, 3)):
-        inputs = delta_inputs(shape, torch.float64, with_carry=with_carry)
+        inputs = delta_inputs(shape, torch.float64, with_carry=more)
         leaves = {name: x.requires_grad_() for name, x in inputs.items()}
 
         def both(*tensors: Tensor, leaves: dict[str, Tensor] = leaves) -> Any:
-            return attnx.gated_delta_rule(**dict(zip(leaves, tensors, strict=True)), return_state=True)
+            inputs = dict(zip(leaves, tensors, strict=True))
+            return attnx.gated_delta_rule(**inputs, normalize_qk=more, return_state=True)
 
         # A central difference of a log decay of 0 would be positive.
         leaves["log_decay"].data.sub_(1e-3)
@@ -227,6 +228,25 @@ def test_scale() -> None:
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES[:2], SHAPES[4], SHAPES[6]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normalised_rows(dtype: torch.dtype, shape: DeltaShape) -> None:
+    """Of any length, 0 among them."""
+    inputs = delta_inputs(shape, dtype, with_carry=True)
+    for name, place in (("query", 0), ("key", -1)):
+        inputs[name] = inputs[name] * torch.linspace(0.1, 8, shape.length).to(dtype)[:, None]
+        inputs[name][:, :, place] = 0
+    check(inputs, dtype, normalize_qk=True)
+    inputs |= {name: inputs[name].double() for name in inputs}
+    scale = torch.linspace(-1, 2, shape.heads, dtype=torch.float64, requires_grad=True)
+    for factor in (scale, scale[0]):
+        grads = [
+            torch.autograd.grad(with_state(f)(**inputs, scale=factor, normalize_qk=True).square().sum(), scale)[0]
+            for f in (attnx.gated_delta_rule, reference.gated_delta_rule)
+        ]
+        torch.testing.assert_close(*grads)
+
+
 def test_gradient_of_what_is_asked_for() -> None:
     """Of the state alone, and of some inputs alone."""
     inputs = delta_inputs(DeltaShape(length=100), torch.float32)
@@ -262,6 +282,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "scale": ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
     "large scale": ({"scale": 1e39}, "scale: expected a number in the range of float32"),
     "no tensor": ({"beta": 0.5}, "beta: expected a tensor, got 0.5"),
+    "no scale": ({"scale": torch.ones(3), "normalize_qk": True}, "scale: expected"),
+    "no choice": ({"normalize_qk": None}, "normalize_qk: expected True or False, got None"),
     "no flag": ({"return_state": 1}, "return_state: expected True or False, got 1"),
     "no state": ({"initial_state": [1]}, "initial_state: expected a tensor, got"),
 }
@@ -282,10 +304,10 @@ def test_the_operator_checks_values() -> None:
         ("gated_delta_rule_backward", (GOOD["value"], GOOD["initial_state"])),
     ):
         with pytest.raises(RuntimeError, match=r"^log_decay: expected .* got 1e-06 at \(1, 2, 3\)"):
-            getattr(torch.ops.attnx, operator)(*more, *(GOOD | {"log_decay": log_decay}).values(), None, None)
+            getattr(torch.ops.attnx, operator)(*more, *(GOOD | {"log_decay": log_decay}).values(), None, None, False)
     with pytest.raises(RuntimeError, match=r"^grad_state: expected shape \(2, 4, 8, 3\), got \(2, 4, 8, 2\)"):
         torch.ops.attnx.gated_delta_rule_backward(
-            GOOD["value"], GOOD["initial_state"][..., :2], *GOOD.values(), None, None
+            GOOD["value"], GOOD["initial_state"][..., :2], *GOOD.values(), None, None, False
         )
 
 

@@ -60,7 +60,7 @@ PART_GRADS = "Tensor grad_sparse, Tensor grad_linear, Tensor grad_logsumexp"
 ROUTES = "Tensor query_indices, Tensor query_offsets, Tensor key_indices, Tensor key_offsets"
 ROUTED = f"{ROUTES}, Tensor? memory_key, Tensor? memory_value"
 
-DELTA = f"{QKV}, Tensor log_decay, Tensor beta, Tensor? initial_state, Tensor? carry, float? scale"
+DELTA = f"{QKV}, Tensor log_decay, Tensor beta, Tensor? initial_state, Tensor? carry, float? scale, bool normalize_qk"
 
 STATE = f"{QKV}, Tensor? initial_state, str feature_map, float? scale, bool is_causal"
 

@@ -28,16 +28,17 @@ def _gates(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     return {"log_decay": -DECAY * decay.abs(), "beta": beta.sigmoid()}
 
 
-def _delta(function: Any) -> Any:
+def _delta(function: Any, **options: Any) -> Any:
     def prepare(case: Case, inputs: Inputs) -> Attention:
         gates = _gates(case, inputs)
-        return lambda query, key, value: function(normalize(query, dim=-1), normalize(key, dim=-1), value, **gates)
+        return functools.partial(function, **gates, **options)
 
     return prepare
 
 
 def _token_by_token(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
-    """The definition in the dtype of query."""
+    """The definition, of rows of norm 1, in the dtype of query."""
+    query, key = normalize(query, dim=-1), normalize(key, dim=-1)
     state, outputs = query.new_zeros(*query.shape[:2], query.shape[3], value.shape[3]), []
     for t in range(query.shape[2]):
         q, k, v = (x[:, :, t, :, None] for x in (query * query.shape[3] ** -0.5, key, value))
@@ -82,7 +83,7 @@ def _taylor_eager(case: Case, inputs: Inputs) -> Attention:
     return _matrix_of_weights
 
 
-DELTA = Formula(_delta(attnx.reference.gated_delta_rule), _delta(_token_by_token))
+DELTA = Formula(_delta(attnx.reference.gated_delta_rule, normalize_qk=True), _delta(_token_by_token))
 TAYLOR = Formula(_taylor(attnx.reference.linear_attention), _taylor_eager)
 
 DELTA_SUITE = Suite(
@@ -92,7 +93,7 @@ DELTA_SUITE = Suite(
         Case("token", 16, 1, 1, 128, is_causal=True, directions=("forward",)),
     ),
     (
-        Contender("attnx-delta-rule", DELTA, _delta(attnx.gated_delta_rule)),
+        Contender("attnx-delta-rule", DELTA, _delta(attnx.gated_delta_rule, normalize_qk=True)),
         Contender("transformers", DELTA, _transformers),
     ),
     baseline="transformers",

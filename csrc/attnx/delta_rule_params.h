@@ -9,6 +9,9 @@ namespace attnx {
 // Longer sequences go through chunks of so many tokens.
 inline constexpr std::int64_t kDeltaRuleChunk = 64;
 
+// A row that is brought to norm 1 is divided by the square root of this and its sum of squares.
+inline constexpr double kDeltaRuleEpsilon = 1e-6;
+
 // This is one number for each token, or chunk, of a head, in the accumulator's type. Strides count elements.
 struct PerToken {
   void* data = nullptr;
@@ -22,6 +25,7 @@ struct DeltaRuleParams {
   DType dtype = DType::kFloat32;
   std::int64_t batch = 0, heads_k = 0, heads_v = 0, length = 0, key_dim = 0, value_dim = 0;
   double scale = 1;
+  bool normalize = false;    // queries and keys come to a norm of 1, see kDeltaRuleEpsilon
   Tensor query, key;         // [batch, heads_k, length, key_dim]
   Tensor value;              // [batch, heads_v, length, value_dim]
   PerToken log_decay, beta;  // [batch, heads_v, length]; no log_decay is above 0

@@ -13,9 +13,10 @@ struct DeltaInputs {
   std::optional<StableTensor> initial_state, carry;
   ATTNX_FIELDS(query, key, value, log_decay, beta, initial_state, carry)
 };
-struct Scale {
+struct DeltaOptions {
   std::optional<double> scale;
-  ATTNX_FIELDS(scale)
+  bool normalize_qk;
+  ATTNX_FIELDS(scale, normalize_qk)
 };
 
 struct OutputAndState {
@@ -65,7 +66,7 @@ Tensor read_state(const char* name, const StableTensor& x, const StableTensor& q
   return view_rows(x);
 }
 
-void read(const DeltaInputs& x, const Scale& options, DeltaRuleParams& p) {
+void read(const DeltaInputs& x, const DeltaOptions& options, DeltaRuleParams& p) {
   const Capability& row = target_of(x).capability();
   check(lists(row.dtypes, dtype_of(x.query)), "query: expected one of ", row.dtypes, " (", row.op, " on ", row.backend,
         "), got ", dtype_of(x.query));
@@ -99,9 +100,10 @@ void read(const DeltaInputs& x, const Scale& options, DeltaRuleParams& p) {
   if (x.initial_state) p.initial_state = read_state("initial_state", *x.initial_state, x.query, p);
   if (x.carry) p.carry = read_gate("carry", *x.carry, x.query, p, p.chunks());
   p.scale = read_scale(options.scale, p.dtype, p.key_dim);
+  p.normalize = options.normalize_qk;
 }
 
-OutputAndState forward(const DeltaInputs& x, const Scale& options) {
+OutputAndState forward(const DeltaInputs& x, const DeltaOptions& options) {
   DeltaRuleForwardParams p;
   read(x, options, p);
   OutputAndState y{empty_rows(x.value, p.value_dim),
@@ -112,7 +114,7 @@ OutputAndState forward(const DeltaInputs& x, const Scale& options) {
   return y;
 }
 
-DeltaGradients backward(const GradOutputAndState& grads, const DeltaInputs& x, const Scale& options) {
+DeltaGradients backward(const GradOutputAndState& grads, const DeltaInputs& x, const DeltaOptions& options) {
   DeltaRuleBackwardParams p;
   read(x, options, p);
   if (grads.grad_output) {

@@ -468,10 +468,13 @@ def gated_delta_rule(
     scale: float | Tensor | None = None,
     initial_state: Tensor | None = None,
     carry: Tensor | None = None,
+    normalize_qk: bool = False,
     return_state: bool = False,
 ) -> Any:
     group = value.shape[1] // query.shape[1]
     query, key, value, log_decay, beta = (x.double() for x in (query, key, value, log_decay, beta))
+    if normalize_qk:
+        query, key = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (query, key))
     if isinstance(scale, Tensor):
         scale = scale.double() if scale.dim() == 0 else scale.double()[:, None, None]
     query = query * (query.shape[3] ** -0.5 if scale is None else scale)

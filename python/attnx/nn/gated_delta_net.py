@@ -140,12 +140,12 @@ class GatedDeltaNet(StatefulAttention):
         mixed, gate, log_decay, beta = self._project(x)
         mixed, tokens = self._convolve(mixed, tokens)
         heads, group = self.num_heads, self.num_value_heads // self.num_heads
-        query, key, value = mixed.to(log_decay.dtype).split(
-            [heads * self.head_dim, heads * self.head_dim, heads * group * self.value_dim], 2
-        )
-        query, key = (unit_rows(y.unflatten(2, (heads, -1))).transpose(1, 2) for y in (query, key))
+        query, key, value = mixed.split([heads * self.head_dim] * 2 + [heads * group * self.value_dim], 2)
+        query, key = (y.unflatten(2, (heads, -1)).transpose(1, 2) for y in (query, key))
         value = value.unflatten(2, (heads * group, -1)).transpose(1, 2)
-        output, after = gated_delta_rule(query, key, value, log_decay, beta, initial_state=before, return_state=True)
+        output, after = gated_delta_rule(
+            query, key, value, log_decay, beta, initial_state=before, normalize_qk=True, return_state=True
+        )
         output = self.norm(output.transpose(1, 2), gate)
         return self.out_proj(output.flatten(2)), (tokens, after) if wants_state else ()
 
@@ -184,11 +184,6 @@ class GatedDeltaNet(StatefulAttention):
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_value_heads={self.num_value_heads}, "
             f"head_dim={self.head_dim}, value_dim={self.value_dim}, conv_size={self.conv_size}"
         )
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """Rows of norm 1, but for those near 0."""
-    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def log_decays(x: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,13 +14,15 @@ from attnx.block_mask import BlockMask
 from attnx.delta_rule import gated_delta_rule
 from attnx.functional import block_sparse_attention, softmax_attention
 from attnx.merging import merge_attention
-from attnx.nn.gated_delta_net import log_decays, unit_rows
+from attnx.nn.gated_delta_net import log_decays
 from attnx.nn.projections import positive
 from attnx.nn.stateful import State, StatefulAttention, sum_dtype
 
 __all__ = ["HybridChunkAttention"]
 
 CHUNK = 64
+
+_rule = functools.partial(gated_delta_rule, normalize_qk=True)
 
 
 class HybridChunkAttention(StatefulAttention):
@@ -147,7 +150,7 @@ class HybridChunkAttention(StatefulAttention):
         learned = logits.softmax(-1)
         learned = self._of_heads(types + (learned - learned.detach()))
         missing = -(-x.shape[1] // CHUNK) - learned.shape[2]  # 1 where the last chunk is not full, and has no type
-        linear = gated_delta_rule(*rows.of_rule(), carry=F.pad(learned[..., 1], (0, missing)))
+        linear = _rule(*rows.of_rule(), carry=F.pad(learned[..., 1], (0, missing)))
         kept = self._of_heads(types[..., 0])
         # It is 0, and its gradient is the sum of those of the keys' logits.
         bias = F.pad(kept * (learned[..., 0] - kept), (0, missing)).repeat_interleave(CHUNK, 2)[..., : x.shape[1]]
@@ -174,15 +177,15 @@ class HybridChunkAttention(StatefulAttention):
         is_softmax = self._of_heads(logits[..., 0] >= logits[..., 1])
 
         if started:
-            linear, now = gated_delta_rule(*rows.of_rule(), initial_state=now, return_state=True)
+            linear, now = _rule(*rows.of_rule(), initial_state=now, return_state=True)
             decay_sum = decay_sum + decay_sums.sum(2)
             if full:
                 before = now.where(~is_softmax[..., None], before * decay_sum.exp()[..., None, None])
         else:
             carry = is_softmax.logical_not().to(before.dtype)
             whole, rest = rows.of_rule(stop=full), rows.of_rule(start=full)
-            linear, before = gated_delta_rule(*whole, initial_state=before, carry=carry, return_state=True)
-            last, now = gated_delta_rule(*rest, initial_state=before, return_state=True)
+            linear, before = _rule(*whole, initial_state=before, carry=carry, return_state=True)
+            last, now = _rule(*rest, initial_state=before, return_state=True)
             linear, decay_sum = torch.cat((linear, last), 2), decay_sums[:, :, full:].sum(2)
         softmax = self._attend_to_kept(rows.query, key, value, is_softmax, (kept_key, kept_value, kept_count))
 
@@ -270,9 +273,8 @@ class _Rows(NamedTuple):
 
     def of_rule(self, start: int | None = None, stop: int | None = None) -> tuple[Tensor, ...]:
         """What the gated delta rule takes of the tokens from the first to the last."""
-        rows = [y[:, :, start:stop].to(self.beta.dtype) for y in (self.raw_query, self.raw_key, self.value)]
-        gates = (y[:, :, start:stop] for y in (self.log_decay, self.beta))
-        return (unit_rows(rows[0]), unit_rows(rows[1]), rows[2], *gates)
+        parts = (self.raw_query, self.raw_key, self.value, self.log_decay, self.beta)
+        return tuple(y[:, :, start:stop] for y in parts)
 
 
 def _means(x: Tensor) -> Tensor:

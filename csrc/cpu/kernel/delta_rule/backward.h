@@ -104,6 +104,7 @@ class DeltaRuleBackward {
       c.begin(batch, key_head, first, true);
       set_zero(b.grad_inputs, 2 * c.count * key_lanes_);
       for (std::int64_t g = 0; g < group_; ++g) go_back(batch, key_head * group_ + g, g, chunk, b);
+      if (p_.normalize) pass_norms(b);
       const ValueColumns features{0, p_.key_dim, key_lanes_};
       c.store_tokens(b.grad_inputs, p_.grad_query, batch, key_head, first, features);
       c.store_tokens(b.grad_inputs + c.count * key_lanes_, p_.grad_key, batch, key_head, first, features);
@@ -233,6 +234,18 @@ class DeltaRuleBackward {
     for (std::int64_t i = 0; i < count; ++i)
       for (std::int64_t j = 0; j < i; ++j) of_keys[j * kChunk + i] = of_keys[i * kChunk + j];
     Chunk::multiply(b.pairs, kChunk, c.keys, key_lanes_, b.grad_inputs, 2 * count, count, true);
+  }
+
+  // Gradients of x / |x| become those of x. Those of queries are first, and the rows of keys.
+  void pass_norms(Buffers& b) const {
+    const Chunk& c = b.chunk;
+    for (std::int64_t i = 0; i < 2 * c.count; ++i) {
+      const std::int64_t place = (i + c.count) % (2 * c.count);
+      const Sum* const row = c.keys + place * key_lanes_;
+      Sum* const grad = b.grad_inputs + i * key_lanes_;
+      const Sum product = dot(grad, row, key_lanes_), factor = c.inverse_norms[place];
+      for (std::int64_t d = 0; d < key_lanes_; ++d) grad[d] = factor * (grad[d] - product * row[d]);
+    }
   }
 
   // The gradient of the state before the chunk takes the place of that after it.

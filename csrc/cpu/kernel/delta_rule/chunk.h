@@ -72,6 +72,16 @@ struct Gates {
   Sum carry;  // c
 };
 
+// It divides a row of whole vectors by its norm, and returns by what it multiplied.
+template <class Sum>
+inline Sum normalize(Sum* row, std::int64_t lanes) {
+  Vec<Sum> squares = {};
+  for (std::int64_t d = 0; d < lanes; d += kLanes<Sum>) squares += load(row + d) * load(row + d);
+  const Sum factor = 1 / __builtin_sqrt(sum_of_lanes<Sum>(squares) + kDeltaRuleEpsilon);
+  for (std::int64_t d = 0; d < lanes; ++d) row[d] *= factor;
+  return factor;
+}
+
 // These are some columns of the values, and so of states and outputs: columns of a state do not meet.
 struct ValueColumns {
   std::int64_t first, count, lanes;
@@ -89,7 +99,8 @@ class DeltaRuleChunk : public Products<typename Arithmetic<Input>::Sum> {
 
   Sum *keys, *queries;         // [count][key_lanes]; queries follow the last key
   Sum* keys_by_feature;        // [key_dim][kChunk]
-  Sum *of_keys, *of_queries;   // products with the keys, [count][kChunk]; those of queries follow the last key
+  Sum* inverse_norms;          // of keys, then of queries, where they are normalised
+  Sum *of_keys, *of_queries;   // products with the keys, [count][kChunk], lower triangles; those of queries follow
   Sum* decays;                 // [count][kChunk]
   Sum* coupling;               // -W beta below the diagonal, which alone is read, [count][kChunk]
   Sum *differences, *outputs;  // [count][value_lanes]; outputs follow the last difference
@@ -107,6 +118,7 @@ class DeltaRuleChunk : public Products<typename Arithmetic<Input>::Sum> {
     };
     keys = take(2 * kChunk, key_lanes);
     keys_by_feature = take(p.key_dim, kChunk);
+    inverse_norms = arena.take<Sum>(2 * kChunk);
     of_keys = take(2 * kChunk, kChunk);
     decays = take(kChunk, kChunk);
     coupling = take(kChunk, kChunk);
@@ -123,8 +135,12 @@ class DeltaRuleChunk : public Products<typename Arithmetic<Input>::Sum> {
     outputs = differences + count * value_lanes;
     load_tokens(p.key, batch, key_head, first, {0, p.key_dim, key_lanes}, keys);
     if (with_queries) load_tokens(p.query, batch, key_head, first, {0, p.key_dim, key_lanes}, queries);
+    if (p.normalize)
+      for (std::int64_t i = 0; i < (with_queries ? 2 : 1) * count; ++i)
+        inverse_norms[i] = normalize(keys + i * key_lanes, key_lanes);
     this->transpose(keys, key_lanes, count, p.key_dim, keys_by_feature, kChunk);
-    this->multiply(keys, key_lanes, keys_by_feature, kChunk, of_keys, (with_queries ? 2 : 1) * count, p.key_dim, false);
+    multiply_to_lower(keys, key_lanes, keys_by_feature, kChunk, of_keys, count, p.key_dim);
+    if (with_queries) multiply_to_lower(queries, key_lanes, keys_by_feature, kChunk, of_queries, count, p.key_dim);
   }
 
   void load_tokens(const Tensor& from, std::int64_t batch, std::int64_t head, std::int64_t first, ValueColumns columns,
@@ -146,30 +162,36 @@ class DeltaRuleChunk : public Products<typename Arithmetic<Input>::Sum> {
     gates->decays(count, decays);
     for (std::int64_t i = 0; i < count; ++i) {
       Sum* const row = coupling + i * kChunk;
-      for (std::int64_t j = 0; j < kChunk; j += kLanes<Sum>)
+      for (std::int64_t j = 0; j <= i; j += kLanes<Sum>)
         store(row + j, -load(decays + i * kChunk + j) * load(of_keys + i * kChunk + j) * load(gates->beta + j));
     }
   }
 
-  // This solves for the differences. With queries it leaves scale e^G Q S as outputs.
+  // This solves for the differences. With queries it leaves scale e^G Q S as outputs. Without a state it is 0.
   void find_differences(std::int64_t batch, std::int64_t head, std::int64_t first, ValueColumns columns,
                         const Sum* state, bool with_queries) {
-    this->multiply(keys, key_lanes, state, value_lanes, differences, (with_queries ? 2 : 1) * count, p.key_dim, false);
+    if (state)
+      this->multiply(keys, key_lanes, state, value_lanes, differences, (with_queries ? 2 : 1) * count, p.key_dim,
+                     false);
     for (std::int64_t i = 0; i < count; ++i) {
       Sum* const row = differences + i * value_lanes;
       const Input* const value = row_of<const Input>(p.value, batch, head, first + i) + columns.first;
       convert_row(scaled, value, columns.count);
       for (std::int64_t d = columns.count; d < value_lanes; ++d) scaled[d] = 0;
-      for (std::int64_t d = 0; d < value_lanes; ++d) row[d] = scaled[d] - gates->from_start[i] * row[d];
+      const Sum decay = state ? gates->from_start[i] : 0;
+      if (!state) set_zero(row, value_lanes);
+      for (std::int64_t d = 0; d < value_lanes; ++d) row[d] = scaled[d] - decay * row[d];
     }
-    if (with_queries) scale_rows(outputs, value_lanes, gates->from_start, Sum(p.scale), outputs);
+    if (with_queries && !state) set_zero(outputs, count * value_lanes);
+    if (with_queries && state) scale_rows(outputs, value_lanes, gates->from_start, Sum(p.scale), outputs);
     solve_lower(coupling, kChunk, differences, value_lanes, count);
   }
 
   // This turns the state before the chunk into that after it, by beta D.
   void advance(const Sum* corrections, Sum* state) {
     scale_rows(keys, key_lanes, gates->to_state, Sum(1), scaled);
-    for (std::int64_t i = 0; i < p.key_dim * value_lanes; ++i) state[i] *= gates->whole;
+    const Sum whole = gates->whole;
+    for (std::int64_t i = 0; i < p.key_dim * value_lanes; ++i) state[i] *= whole;
     this->multiply_transposed(scaled, key_lanes, corrections, value_lanes, state, p.key_dim, count, true);
   }
 

@@ -74,12 +74,13 @@ def _replacement(function: Callable[..., Any]) -> Callable[..., Any]:
             return result
         sums = torch.float64 if query.dtype == torch.float64 else torch.float32
         # Behind the convolution rows lie feature by feature.
-        rows = [x.to(sums).contiguous().transpose(1, 2) for x in (query, key, value, g, beta)]
-        if use_qk_l2norm_in_kernel:
-            rows[:2] = [x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in rows[:2]]
+        rows = [x.contiguous().transpose(1, 2) for x in (query, key, value)]
+        gates = [x.transpose(1, 2).to(sums) for x in (g, beta)]
         before = None if initial_state is None else initial_state.to(sums)
-        output, state = gated_delta_rule(*rows, initial_state=before, return_state=True)
-        return output.transpose(1, 2).to(query.dtype), state if output_final_state else None
+        output, state = gated_delta_rule(
+            *rows, *gates, initial_state=before, normalize_qk=use_qk_l2norm_in_kernel, return_state=True
+        )
+        return output.transpose(1, 2), state if output_final_state else None
 
     rule.in_place_of = function  # type: ignore[attr-defined]
     return rule
