@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -176,14 +177,23 @@ def test_decode() -> None:
     torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [DeltaShape(1, 1, 1, 150, 128, 200), DeltaShape(length=1, value_dim=200)], ids=str)
+THREADED = [
+    DeltaShape(1, 1, 1, 150, 128, 200),
+    DeltaShape(1, 1, 3, 700, 40, 70),
+    DeltaShape(1, 2, 2, 300, 64, 33),
+    DeltaShape(length=1, value_dim=200),
+]
+
+
+@pytest.mark.parametrize("shape", THREADED, ids=str)
 def test_threads_do_not_change_a_bit(shape: DeltaShape, threads: int) -> None:
-    """Threads that outnumber the heads share their columns."""
+    """Threads that outnumber the heads share their columns, and the backward's chunks."""
     inputs = delta_inputs(shape, torch.float32, with_carry=True)
     grad = torch.ones(*inputs["value"].shape[:2], shape.length + shape.key_dim, shape.value_dim)
-    results = forward_backward(with_state(attnx.gated_delta_rule), inputs, grad)
+    rule = functools.partial(attnx.gated_delta_rule, normalize_qk=True)
+    results = forward_backward(with_state(rule), inputs, grad)
     torch.set_num_threads(1)
-    alone = forward_backward(with_state(attnx.gated_delta_rule), inputs, grad)
+    alone = forward_backward(with_state(rule), inputs, grad)
     for name, x in results.items():
         assert torch.equal(x, alone[name]), name
 
