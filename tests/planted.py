@@ -50,7 +50,8 @@ SELECT, NEAREST, PRODUCTS = K + "routing/select.h", K + "routing/nearest.h", K +
 FEATURES, OPERANDS, BLOCK_SUMS = K + "linear/features.h", K + "linear/operands.h", K + "linear/block_sums.h"
 LINEAR, LINEAR_BACKWARD = K + "linear/forward.h", K + "linear/backward.h"
 TRIANGLE, DELTA, DELTA_STEP = K + "triangle.h", K + "delta_rule/chunk.h", K + "delta_rule/step.h"
-DELTA_GRADIENTS, GATED = K + "delta_rule/gradients.h", "csrc/torch/gated_delta_rule.cpp"
+DELTA_GRADIENTS, GATED = K + "delta_rule/gradients.h"
+DELTA_BACKWARD = K + "delta_rule/backward.h", "csrc/torch/gated_delta_rule.cpp"
 STATES, STATES_FORWARD = K + "linear_state/chunk.h", K + "linear_state/forward.h"
 STATES_BACKWARD = K + "linear_state/backward.h"
 STAIRCASE, ENCODE, DECODE = K + "staircase.cpp", K + "staircase/encode.h", K + "storage/staircase.h"
@@ -342,6 +343,11 @@ _STATES = (
     Mutant(STATES, "«pairs[0] *= kDiagonal»;", "pairs[0] *= 1", "test_linear_attention.py -k definition"),
     Mutant(STATES, "Sum sum = «kDiagonal» * pairs[0]", "1", "test_linear_attention.py -k gradcheck"),
     Mutant(STATES_FORWARD, "p_.is_causal && «key == first»", "true", "test_linear_attention.py -k without_a_state"),
+    Mutant(
+        STATES_FORWARD, "const std::int64_t state = «p_.is_causal» ?", "false", "test_linear_attention.py -k threads"
+    ),
     Mutant(STATES_BACKWARD, "«-dot» * factor", "dot", "test_linear_attention.py -k gradcheck"),
+    Mutant(STATES_BACKWARD, "states + («p_.is_causal» ? chunk : 0)", "false", "test_linear_attention.py -k threads"),
+    Mutant(DELTA_BACKWARD, "x.z, of_head.z + «chunk» * chunk_size()", "0", "test_delta_rule.py -k threads"),
 )
 MUTANTS = (*_INPUT, *_FORWARD, *_BACKWARD, *_TERMS, *_SPARSE_LINEAR, *_STATES, *_SAMPLING, *_ROUTING, *_STAIRCASE)
