@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from attnx.nn import (
     AffineScaledAttention,
+    BasedAttention,
     DiscreteKeyValueBottleneck,
+    GatedDeltaNet,
+    HybridChunkAttention,
     ProbabilisticAttention,
     RoutingAttention,
     SigmoidAttention,
@@ -31,6 +34,10 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
     "sparse_linear": lambda **x: SparseLinearAttention(24, 4, output_norm=True, **x),
     "sparse_linear_sla2": lambda **x: SparseLinearAttention(24, 4, mix="sla2", linear_bias=True, **x),
     "affine": lambda **x: AffineScaledAttention(24, 4, is_causal=True, **x),
+    "based": lambda **x: BasedAttention(24, 4, **x),
+    "based_window": lambda **x: BasedAttention(24, 4, window=5, **x),
+    "gated_delta_net": lambda **x: GatedDeltaNet(24, 2, head_dim=6, **x),
+    "hybrid_chunk": lambda **x: HybridChunkAttention(24, 4, num_groups=2, **x),
     "bottleneck": lambda **x: DiscreteKeyValueBottleneck(24, 4, 10, **x),
     "bottleneck_projected": lambda **x: DiscreteKeyValueBottleneck(24, 3, 10, key_dim=5, **x),
     "probabilistic": lambda **x: ProbabilisticAttention(24, 4, eval_seed=3, **x),
