@@ -45,7 +45,8 @@ struct DeltaRuleBackwardParams : DeltaRuleParams {
   Tensor grad_state;   // like initial_state; null: zeros
   Tensor grad_query, grad_key, grad_value;
   // These are contiguous, in the accumulator's type.
-  void *grad_log_decay = nullptr, *grad_beta = nullptr, *grad_initial_state = nullptr, *grad_carry = nullptr;
+  void *grad_log_decay = nullptr, *grad_beta = nullptr, *grad_initial_state = nullptr;
+  void* grad_carry = nullptr;  // likewise; null where there is no carry
 };
 
 }  // namespace attnx

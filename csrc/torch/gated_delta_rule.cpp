@@ -132,14 +132,14 @@ DeltaGradients backward(const GradOutputAndState& grads, const DeltaInputs& x, c
                    make_empty(x.query, of_gates, sums),
                    make_empty(x.query, of_gates, sums),
                    make_empty(x.query, std::vector{p.batch, p.heads_v, p.key_dim, p.value_dim}, sums),
-                   make_empty(x.query, std::vector{p.batch, p.heads_v, p.chunks()}, sums)};
+                   make_empty(x.query, std::vector{p.batch, p.heads_v, x.carry ? p.chunks() : 0}, sums)};
   p.grad_query = view_rows(y.grad_query);
   p.grad_key = view_rows(y.grad_key);
   p.grad_value = view_rows(y.grad_value);
   p.grad_log_decay = y.grad_log_decay.data_ptr();
   p.grad_beta = y.grad_beta.data_ptr();
   p.grad_initial_state = y.grad_initial_state.data_ptr();
-  p.grad_carry = y.grad_carry.data_ptr();
+  if (x.carry) p.grad_carry = y.grad_carry.data_ptr();
   run(p, target_of(x));
   return y;
 }

@@ -26,8 +26,9 @@ def gate(arguments: Arguments) -> Tensor:
 
 
 def per_chunk(arguments: Arguments) -> Tensor:
-    query, value = arguments["query"], arguments["value"]
-    return query.new_empty((*value.shape[:2], (value.shape[2] + _CHUNK - 1) // _CHUNK), dtype=sum_dtype(query))
+    """It is empty where there is no carry."""
+    query, value, carry = arguments["query"], arguments["value"], arguments["carry"]
+    return query.new_empty((*value.shape[:2], 0 if carry is None else carry.shape[2]), dtype=sum_dtype(query))
 
 
 SHAPES = {

@@ -101,8 +101,9 @@ class DeltaRuleGradients {
     set_zero(grad_sums_, kChunk);
     grad_sums_[count - 1] = chunk.gates->whole * dot(before, grad_state, p_.key_dim * lanes);
     for (std::int64_t i = 0; i < count; ++i) grad_beta_[i] = dot(differences + i * lanes, z + i * lanes, lanes);
-    static_cast<Sum*>(p_.grad_carry)[(batch * p_.heads_v + head) * p_.chunks() + first / kChunk] =
-        add_by_states(before, grad_state);
+    const Sum grad_carry = add_by_states(before, grad_state);
+    const std::int64_t place = (batch * p_.heads_v + head) * p_.chunks() + first / kChunk;
+    if (p_.grad_carry) static_cast<Sum*>(p_.grad_carry)[place] = grad_carry;
     add_by_pairs();
     store_gates(batch, head, first);
   }
