@@ -30,6 +30,7 @@ def delta_inputs(
     *,
     decay: float = 0.1,
     with_state: bool = True,
+    with_carry: bool = False,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Queries and keys of norm 1, as models make them; log decays are ``-decay`` on average."""
@@ -45,6 +46,9 @@ def delta_inputs(
     inputs["beta"] = draw(*gates).sigmoid().to(parameter_dtype(dtype))
     if with_state:
         inputs["initial_state"] = draw(*shape.state()).to(parameter_dtype(dtype))
+    if with_carry:  # whole chunks, none, and what lies between
+        drawn = draw(shape.batch, shape.value_heads, -(-shape.length // 64))
+        inputs["carry"] = (1.5 * drawn + 0.5).clamp(0, 1).to(parameter_dtype(dtype))
     return {name: x.to(device) for name, x in inputs.items()}
 
 
@@ -67,12 +71,16 @@ def plain_gated_delta_rule(
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
+    carry: Tensor | None = None,
+    normalize_qk: bool = False,
     return_state: bool = False,
     chunk: int = 64,
 ) -> Any:
     """In float32, or in float64 for float64: triangular systems of all chunks first, then chunk by chunk."""
     dtype, group, length = value.dtype, value.shape[1] // query.shape[1], query.shape[2]
     query, key, value = (x.to(beta.dtype) for x in (query, key, value))
+    if normalize_qk:
+        query, key = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (query, key))
     query = query * (query.shape[3] ** -0.5 if scale is None else scale)
     query, key = (x.repeat_interleave(group, 1) for x in (query, key))
     padding = -length % chunk
@@ -103,6 +111,7 @@ def plain_gated_delta_rule(
         pairs = (q @ k.mT) * decays[:, :, n]
         outputs.append((q * total.exp()[..., None]) @ state + pairs @ correction)
         last = total[..., -1:]
-        state = state * last.exp()[..., None] + (k * (last - total).exp()[..., None]).mT @ correction
+        added = (k * (last - total).exp()[..., None]).mT @ correction
+        state = state * last.exp()[..., None] + (added if carry is None else carry[:, :, n, None, None] * added)
     output = torch.cat(outputs, 2)[:, :, :length].to(dtype) if outputs else value.flatten(2, 3).to(dtype)
     return (output, state) if return_state else output

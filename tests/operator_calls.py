@@ -88,6 +88,10 @@ def _delta_rule(dtype: torch.dtype) -> None:
         lambda q, k, v, g, b, s: attnx.gated_delta_rule(q, k, v, g, b, initial_state=s, return_state=True),
         [query[:, :, :3], key[:, :, :3], value[:, :, :3], *(x[:, :, :3] for x in gates), state],
     )
+    _differentiate(
+        lambda q, k, v, g, b, c: attnx.gated_delta_rule(q, k, v, g, b, carry=c, return_state=True),
+        [query, key / 4, value, *gates, torch.rand(2, 4, 1)],
+    )
 
 
 def _linear(dtype: torch.dtype) -> None:

@@ -53,7 +53,8 @@ SELECT, NEAREST, PRODUCTS = K + "routing/select.h", K + "routing/nearest.h", K +
 FEATURES, OPERANDS, BLOCK_SUMS = K + "linear/features.h", K + "linear/operands.h", K + "linear/block_sums.h"
 LINEAR, LINEAR_BACKWARD = K + "linear/forward.h", K + "linear/backward.h"
 TRIANGLE, DELTA, DELTA_STEP = K + "triangle.h", K + "delta_rule/chunk.h", K + "delta_rule/step.h"
-DELTA_BACKWARD, GATED = K + "delta_rule/backward.h", "csrc/torch/gated_delta_rule.cpp"
+DELTA_GRADIENTS, DELTA_BACKWARD = K + "delta_rule/gradients.h", K + "delta_rule/backward.h"
+GATED = "csrc/torch/gated_delta_rule.cpp"
 STATES, STATES_FORWARD = K + "linear_state/chunk.h", K + "linear_state/forward.h"
 STATES_BACKWARD = K + "linear_state/backward.h"
 STAIRCASE, ENCODE, DECODE = K + "staircase.cpp", K + "staircase/encode.h", K + "storage/staircase.h"
@@ -337,13 +338,20 @@ _STATES = (
     Mutant(DELTA, "larger(«kForgets», double", "-__builtin_huge_val()", "test_delta_rule.py -k forgotten"),
     Mutant(DELTA_STEP, "s.beta * (x[v] - «s.decay» * of_key[v])", "1", "test_delta_rule.py -k pieces"),
     Mutant(DELTA_STEP, "«s.decay» * of_query[v]", "1", "test_delta_rule.py -k pieces"),
-    Mutant(DELTA_BACKWARD, "«c.gates->whole» * dot(", "1", "test_delta_rule.py -k gradcheck"),
-    Mutant(DELTA_BACKWARD, "b.grad_sums[i] -= «both»;", "0", "test_delta_rule.py -k gradcheck"),
+    Mutant(DELTA_GRADIENTS, "«chunk.gates->whole» * dot(", "1", "test_delta_rule.py -k gradcheck"),
+    Mutant(DELTA_GRADIENTS, "grad_sums_[i] -= «chunk.gates->carry» * both;", "0", "test_delta_rule.py -k gradcheck"),
+    Mutant(DELTA_GRADIENTS, "factor * (grad[d] - «product * row[d]»)", "0", "test_delta_rule.py -k normalised"),
+    Mutant(DELTA, "to_state[i] = «carry» * to_end[i]", "1", "test_delta_rule.py -k carry"),
     Mutant(TRIANGLE, "i = «end - 2»; i >= first", "end - 3", "test_delta_rule.py -k gradcheck"),
     Mutant(STATES, "«pairs[0] *= kDiagonal»;", "pairs[0] *= 1", "test_linear_attention.py -k definition"),
     Mutant(STATES, "Sum sum = «kDiagonal» * pairs[0]", "1", "test_linear_attention.py -k gradcheck"),
     Mutant(STATES_FORWARD, "p_.is_causal && «key == first»", "true", "test_linear_attention.py -k without_a_state"),
+    Mutant(
+        STATES_FORWARD, "const std::int64_t state = «p_.is_causal» ?", "false", "test_linear_attention.py -k threads"
+    ),
     Mutant(STATES_BACKWARD, "«-dot» * factor", "dot", "test_linear_attention.py -k gradcheck"),
+    Mutant(STATES_BACKWARD, "states + («p_.is_causal» ? chunk : 0)", "false", "test_linear_attention.py -k threads"),
+    Mutant(DELTA_BACKWARD, "x.z, of_head.z + «chunk» * chunk_size()", "0", "test_delta_rule.py -k threads"),
 )
 _POOLING = (
     Mutant(

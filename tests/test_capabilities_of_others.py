@@ -163,7 +163,11 @@ def delta_rule(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: tor
     shape = DeltaShape(draw(st.integers(1, 2)), heads, heads * group, draw(st.integers(1, 200)), draw(dims), draw(dims))
     decay = draw(st.sampled_from([0.0, 0.01, 0.1, 3.0]))
     inputs = delta_inputs(shape, dtype, device, decay=decay, with_state=draw(st.booleans()))
-    own, definition = (with_state(module.gated_delta_rule) for module in (attnx, reference))
+    options = {"normalize_qk": draw(st.booleans())}
+    if draw(st.booleans()):
+        chunks = shape.batch, shape.value_heads, -(-shape.length // 64)
+        inputs["carry"] = random_parameter(chunks, dtype, device)
+    own, definition = (with_state(partial(module.gated_delta_rule, **options)) for module in (attnx, reference))
     return Call(own, definition, definition, inputs)
 
 
@@ -253,7 +257,7 @@ DRAWN: dict[str, tuple[Callable[..., Call], set[str]]] = {
         {"grouped_queries", "value_dim", "causal", "window", "logsumexp", "softcap", "dropout"}
         | {"key_bias", "key_bias_gradient", "key_mask", "key_mask_gradient"},
     ),
-    "gated_delta_rule": (delta_rule, {"grouped_values", "value_dim", "initial_state"}),
+    "gated_delta_rule": (delta_rule, {"grouped_values", "value_dim", "initial_state", "carry"}),
     "linear_attention": (linear, {"grouped_queries", "value_dim", "causal", "initial_state"}),
     "softplus_attention": (softplus, SOFTPLUS | {"logsumexp"}),
     "sharpened_softplus_attention": (softplus, SOFTPLUS),

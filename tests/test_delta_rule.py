@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -50,6 +51,24 @@ def check(inputs: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> dict
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_definition(dtype: torch.dtype, shape: DeltaShape, with_initial_state: bool) -> None:
     check(delta_inputs(shape, dtype, with_state=with_initial_state), dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_carry(dtype: torch.dtype, shape: DeltaShape) -> None:
+    """Chunks that the state takes on in part, or not at all."""
+    check(delta_inputs(shape, dtype, with_carry=True), dtype)
+
+
+def test_carry_of_ones_and_zeros() -> None:
+    """Ones change no bit, and zeros leave the state that decays take of it alone."""
+    inputs = delta_inputs(DeltaShape(length=200), torch.float32)
+    shape = 2, 2, 4
+    expected = with_state(attnx.gated_delta_rule)(**inputs)
+    assert torch.equal(with_state(attnx.gated_delta_rule)(**inputs, carry=torch.ones(shape)), expected)
+    _, state = attnx.gated_delta_rule(**inputs, carry=torch.zeros(shape), return_state=True)
+    decay = inputs["log_decay"].double().sum(2).exp()[..., None, None]
+    torch.testing.assert_close(state.double(), decay * inputs["initial_state"].double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,12 +123,15 @@ def test_keys_that_repeat() -> None:
     torch.testing.assert_close(output, inputs["value"], rtol=1e-5, atol=1e-5)
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "normalised, carry"])
+def test_gradcheck(more: bool) -> None:
     for shape in (DeltaShape(1, 1, 2, 67, 3, 2), DeltaShape(1, 1, 1, 3, 2, 3)):
-        leaves = {name: x.requires_grad_() for name, x in delta_inputs(shape, torch.float64).items()}
+        inputs = delta_inputs(shape, torch.float64, with_carry=more)
+        leaves = {name: x.requires_grad_() for name, x in inputs.items()}
 
         def both(*tensors: Tensor, leaves: dict[str, Tensor] = leaves) -> Any:
-            return attnx.gated_delta_rule(**dict(zip(leaves, tensors, strict=True)), return_state=True)
+            inputs = dict(zip(leaves, tensors, strict=True))
+            return attnx.gated_delta_rule(**inputs, normalize_qk=more, return_state=True)
 
         # A central difference of a log decay of 0 would be positive.
         leaves["log_decay"].data.sub_(1e-3)
@@ -155,14 +177,23 @@ def test_decode() -> None:
     torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [DeltaShape(1, 1, 1, 150, 128, 200), DeltaShape(length=1, value_dim=200)], ids=str)
+THREADED = [
+    DeltaShape(1, 1, 1, 150, 128, 200),
+    DeltaShape(1, 1, 3, 700, 40, 70),
+    DeltaShape(1, 2, 2, 300, 64, 33),
+    DeltaShape(length=1, value_dim=200),
+]
+
+
+@pytest.mark.parametrize("shape", THREADED, ids=str)
 def test_threads_do_not_change_a_bit(shape: DeltaShape, threads: int) -> None:
-    """Threads that outnumber the heads share their columns."""
-    inputs = delta_inputs(shape, torch.float32)
+    """Threads that outnumber the heads share their columns, and the backward's chunks."""
+    inputs = delta_inputs(shape, torch.float32, with_carry=True)
     grad = torch.ones(*inputs["value"].shape[:2], shape.length + shape.key_dim, shape.value_dim)
-    results = forward_backward(with_state(attnx.gated_delta_rule), inputs, grad)
+    rule = functools.partial(attnx.gated_delta_rule, normalize_qk=True)
+    results = forward_backward(with_state(rule), inputs, grad)
     torch.set_num_threads(1)
-    alone = forward_backward(with_state(attnx.gated_delta_rule), inputs, grad)
+    alone = forward_backward(with_state(rule), inputs, grad)
     for name, x in results.items():
         assert torch.equal(x, alone[name]), name
 
@@ -207,6 +238,25 @@ def test_scale() -> None:
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES[:2], SHAPES[4], SHAPES[6]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normalised_rows(dtype: torch.dtype, shape: DeltaShape) -> None:
+    """Of any length, 0 among them."""
+    inputs = delta_inputs(shape, dtype, with_carry=True)
+    for name, place in (("query", 0), ("key", -1)):
+        inputs[name] = inputs[name] * torch.linspace(0.1, 8, shape.length).to(dtype)[:, None]
+        inputs[name][:, :, place] = 0
+    check(inputs, dtype, normalize_qk=True)
+    inputs |= {name: inputs[name].double() for name in inputs}
+    scale = torch.linspace(-1, 2, shape.heads, dtype=torch.float64, requires_grad=True)
+    for factor in (scale, scale[0]):
+        grads = [
+            torch.autograd.grad(with_state(f)(**inputs, scale=factor, normalize_qk=True).square().sum(), scale)[0]
+            for f in (attnx.gated_delta_rule, reference.gated_delta_rule)
+        ]
+        torch.testing.assert_close(*grads)
+
+
 def test_gradient_of_what_is_asked_for() -> None:
     """Of the state alone, and of some inputs alone."""
     inputs = delta_inputs(DeltaShape(length=100), torch.float32)
@@ -235,11 +285,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "gate of half": ({"log_decay": GOOD["log_decay"].half()}, "log_decay: expected float32 .*, got float16"),
     "growth": ({"log_decay": GOOD["beta"]}, r"log_decay: expected numbers of 0 or below, .*, got 0.* at \(0, 0, 0\)"),
     "nan": ({"log_decay": GOOD["beta"] * torch.nan}, r"log_decay: expected numbers of 0 or below, .*, got nan"),
+    "carry": ({"carry": torch.ones(2, 4, 2)}, r"carry: expected shape \(2, 4, 1\), got \(2, 4, 2\)"),
+    "carry of half": ({"carry": torch.ones(2, 4, 1).half()}, "carry: expected float32 .*, got float16"),
     "state": ({"initial_state": torch.zeros(2, 4, 3, 8)}, r"initial_state: expected shape \(2, 4, 8, 3\), got"),
     "state of half": ({"initial_state": torch.zeros(2, 4, 8, 3).bfloat16()}, "initial_state: expected float32 .*, got"),
     "scale": ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
     "large scale": ({"scale": 1e39}, "scale: expected a number in the range of float32"),
     "no tensor": ({"beta": 0.5}, "beta: expected a tensor, got 0.5"),
+    "no scale": ({"scale": torch.ones(3), "normalize_qk": True}, "scale: expected"),
+    "no choice": ({"normalize_qk": None}, "normalize_qk: expected True or False, got None"),
     "no flag": ({"return_state": 1}, "return_state: expected True or False, got 1"),
     "no state": ({"initial_state": [1]}, "initial_state: expected a tensor, got"),
 }
@@ -260,9 +314,11 @@ def test_the_operator_checks_values() -> None:
         ("gated_delta_rule_backward", (GOOD["value"], GOOD["initial_state"])),
     ):
         with pytest.raises(RuntimeError, match=r"^log_decay: expected .* got 1e-06 at \(1, 2, 3\)"):
-            getattr(torch.ops.attnx, operator)(*more, *(GOOD | {"log_decay": log_decay}).values(), None)
+            getattr(torch.ops.attnx, operator)(*more, *(GOOD | {"log_decay": log_decay}).values(), None, None, False)
     with pytest.raises(RuntimeError, match=r"^grad_state: expected shape \(2, 4, 8, 3\), got \(2, 4, 8, 2\)"):
-        torch.ops.attnx.gated_delta_rule_backward(GOOD["value"], GOOD["initial_state"][..., :2], *GOOD.values(), None)
+        torch.ops.attnx.gated_delta_rule_backward(
+            GOOD["value"], GOOD["initial_state"][..., :2], *GOOD.values(), None, None, False
+        )
 
 
 def test_autocast() -> None:

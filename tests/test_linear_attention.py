@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -200,9 +201,25 @@ def test_layouts(length: int, poisoned_allocations: None) -> None:
         assert torch.equal(x, expected[name]), name
 
 
-def test_threads_do_not_change_a_bit(threads: int) -> None:
-    inputs = inputs_of(Shape(300, 300, batch=3, kv_heads=1), torch.float32, "taylor")
-    function = both(attnx.linear_attention)
+THREADED = [
+    (Shape(300, 300, batch=3, kv_heads=1), {}),
+    (Shape(700, 700, head_dim=16, value_dim=64, heads=2, kv_heads=1), {}),
+    (Shape(330, 330, head_dim=16, value_dim=30, heads=2, kv_heads=2), {}),
+    (Shape(330, 330, head_dim=64, value_dim=30, heads=2, kv_heads=1), {"feature_map": "elu"}),
+    (Shape(200, 450, head_dim=16, value_dim=30, heads=2, kv_heads=1), {"is_causal": False}),
+    (Shape(1, 450, head_dim=16, value_dim=30, heads=1, kv_heads=1), {"is_causal": False}),
+]
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize(("shape", "options"), THREADED, ids=str)
+def test_threads_do_not_change_a_bit(
+    shape: Shape, options: dict[str, Any], with_state: bool, threads: int, poisoned_allocations: None
+) -> None:
+    """Threads that outnumber the heads share the rows of states, and the chunks."""
+    inputs = inputs_of(shape, torch.float32, options.get("feature_map", "taylor"), initial=with_state)
+    function = partial(attnx.linear_attention, **options)
+    function = both(function) if with_state else function
     grad = torch.ones(function(**inputs).shape)
     results = forward_backward(function, inputs, grad)
     torch.set_num_threads(1)

@@ -62,7 +62,7 @@ ROUTED = f"{ROUTES}, Tensor? memory_key, Tensor? memory_value"
 SHARPENED_RESULTS = f"{SOFTMAX_RESULTS}, Tensor gain, Tensor shift"
 SHARPENED_SAVED = f"Tensor grad_output, {QKV}, {SHARPENED_RESULTS}"
 
-DELTA = f"{QKV}, Tensor log_decay, Tensor beta, Tensor? initial_state, float? scale"
+DELTA = f"{QKV}, Tensor log_decay, Tensor beta, Tensor? initial_state, Tensor? carry, float? scale, bool normalize_qk"
 
 STATE = f"{QKV}, Tensor? initial_state, str feature_map, float? scale, bool is_causal"
 
@@ -96,7 +96,7 @@ SCHEMAS = [
     "Tensor grad_initial_state)",
     f"gated_delta_rule({DELTA}) -> (Tensor output, Tensor state)",
     f"gated_delta_rule_backward(Tensor? grad_output, Tensor? grad_state, {DELTA}) -> ({GRADS}, Tensor grad_log_decay, "
-    "Tensor grad_beta, Tensor grad_initial_state)",
+    "Tensor grad_beta, Tensor grad_initial_state, Tensor grad_carry)",
     f"softplus_attention({QKV}, {LENGTHS}, {MASK}) -> ({SOFTMAX_RESULTS})",
     f"softplus_attention_varlen({QKV}, {PADDED}, {MASK}) -> ({SOFTMAX_RESULTS})",
     f"softplus_attention_backward({SOFTMAX_SAVED}, {LENGTHS}, {MASK}, bool deterministic) -> ({GRADS})",

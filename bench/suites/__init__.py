@@ -42,6 +42,7 @@ SUITES: dict[str, Suite] = {
         staircase.SUITE,
         staircase.GPU_SUITE,
         states.DELTA_SUITE,
+        states.HYBRID_SUITE,
         states.TAYLOR_SUITE,
         terms.SUITE,
     )

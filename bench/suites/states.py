@@ -16,6 +16,8 @@ from suite import Attention, Case, Contender, Formula, Inputs, Suite, Unsupporte
 from suites import dense
 
 LENGTHS = (512, 2048, 8192)
+CHUNK = 64
+KEPT = 8  # of NAtS-L's chunks one in so many is a softmax chunk
 DECAY = 0.1  # of a token, on average
 
 
@@ -28,22 +30,28 @@ def _gates(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     return {"log_decay": -DECAY * decay.abs(), "beta": beta.sigmoid()}
 
 
-def _delta(function: Any) -> Any:
+def _delta(function: Any, **options: Any) -> Any:
     def prepare(case: Case, inputs: Inputs) -> Attention:
         gates = _gates(case, inputs)
-        return lambda query, key, value: function(normalize(query, dim=-1), normalize(key, dim=-1), value, **gates)
+        return functools.partial(function, **gates, **options)
 
     return prepare
 
 
-def _token_by_token(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
-    """The definition in the dtype of query."""
+def _token_by_token(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor, carry: Tensor | None = None
+) -> Tensor:
+    """The definition, of rows of norm 1, in the dtype of query."""
+    query, key = normalize(query, dim=-1), normalize(key, dim=-1)
     state, outputs = query.new_zeros(*query.shape[:2], query.shape[3], value.shape[3]), []
+    before = state
     for t in range(query.shape[2]):
         q, k, v = (x[:, :, t, :, None] for x in (query * query.shape[3] ** -0.5, key, value))
-        state = state * log_decay[:, :, t, None, None].exp().to(state.dtype)
+        before, state = (x * log_decay[:, :, t, None, None].exp().to(x.dtype) for x in (before, state))
         state = state + k @ (beta[:, :, t, None, None].to(state.dtype) * (v - state.mT @ k)).mT
         outputs.append((state.mT @ q).mT)
+        if carry is not None and t % CHUNK == CHUNK - 1:
+            before = state = before + carry[:, :, t // CHUNK, None, None].to(state.dtype) * (state - before)
     return torch.cat(outputs, 2)
 
 
@@ -82,17 +90,63 @@ def _taylor_eager(case: Case, inputs: Inputs) -> Attention:
     return _matrix_of_weights
 
 
-DELTA = Formula(_delta(attnx.reference.gated_delta_rule), _delta(_token_by_token))
+def _routes(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Which chunks see which by softmax, and what share of each the state carries on."""
+    kept = torch.arange(-(-query.shape[2] // CHUNK), device=query.device) % KEPT == 0
+    own = torch.eye(len(kept), dtype=torch.bool, device=query.device)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return own | (kept & own.logical_not().tril(-1)), kept.logical_not().to(dtype).expand(*query.shape[:2], -1)
+
+
+def _hybrid(softmax: Any, rule: Any) -> Any:
+    """The two parts of NAtS-L, added up."""
+
+    def prepare(case: Case, inputs: Inputs) -> Attention:
+        gates = _gates(case, inputs)
+        visited, carry = _routes(inputs.query)
+        attend, delta = softmax(visited, inputs.query.shape[2]), functools.partial(rule, carry=carry, **gates)
+        return lambda query, key, value: attend(query, key, value) + delta(query, key, value)
+
+    return prepare
+
+
+def _lists(visited: Tensor, length: int) -> Any:
+    mask = attnx.BlockMask.from_dense(visited[None, None], (CHUNK, CHUNK), (length, length))
+    return functools.partial(attnx.block_sparse_attention, block_mask=mask, is_causal=True)
+
+
+def _pairs(function: Any) -> Any:
+    def prepare(visited: Tensor, length: int) -> Any:
+        pairs = visited.repeat_interleave(CHUNK, 0).repeat_interleave(CHUNK, 1)[:length, :length].tril()
+        return functools.partial(function, attn_mask=pairs[None, None])
+
+    return prepare
+
+
+def _eager_softmax(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> Tensor:
+    logits = query * query.shape[3] ** -0.5 @ key.mT
+    return logits.masked_fill(~attn_mask, -torch.inf).softmax(-1) @ value
+
+
+DELTA = Formula(_delta(attnx.reference.gated_delta_rule, normalize_qk=True), _delta(_token_by_token))
+HYBRID = Formula(
+    _hybrid(
+        _pairs(attnx.reference.softmax_attention),
+        functools.partial(attnx.reference.gated_delta_rule, normalize_qk=True),
+    ),
+    _hybrid(_pairs(_eager_softmax), _token_by_token),
+)
 TAYLOR = Formula(_taylor(attnx.reference.linear_attention), _taylor_eager)
 
 DELTA_SUITE = Suite(
     "delta-rule",
     (
         *(Case(str(n), 16, n, n, 128, is_causal=True, quick=n == LENGTHS[0]) for n in LENGTHS),
+        Case("one-head", 1, 8192, 8192, 128, is_causal=True),
         Case("token", 16, 1, 1, 128, is_causal=True, directions=("forward",)),
     ),
     (
-        Contender("attnx-delta-rule", DELTA, _delta(attnx.gated_delta_rule)),
+        Contender("attnx-delta-rule", DELTA, _delta(attnx.gated_delta_rule, normalize_qk=True)),
         Contender("transformers", DELTA, _transformers),
     ),
     baseline="transformers",
@@ -100,7 +154,10 @@ DELTA_SUITE = Suite(
 )
 TAYLOR_SUITE = Suite(
     "taylor",
-    tuple(Case(str(n), 16, n, n, 16, is_causal=True, quick=n == LENGTHS[0]) for n in LENGTHS),
+    (
+        *(Case(str(n), 16, n, n, 16, is_causal=True, quick=n == LENGTHS[0]) for n in (128, *LENGTHS)),
+        Case("one-head", 1, 8192, 8192, 16, is_causal=True),
+    ),
     (
         Contender("attnx-taylor", TAYLOR, _taylor(attnx.linear_attention)),
         Contender("attnx-softmax", dense.SOFTMAX, dense.softmax),
@@ -108,4 +165,16 @@ TAYLOR_SUITE = Suite(
     ),
     baseline="eager-taylor",
     memory_case=Case("memory", 16, 2048, 2048, 16, is_causal=True),
+)
+HYBRID_SUITE = Suite(
+    "hybrid-chunks",
+    tuple(Case(str(n), 8, n, n, 128, is_causal=True, quick=n == 2048) for n in (2048, 8192, 32768)),
+    (
+        Contender(
+            "attnx-hybrid", HYBRID, _hybrid(_lists, functools.partial(attnx.gated_delta_rule, normalize_qk=True))
+        ),
+        Contender("attnx-softmax", dense.SOFTMAX, dense.softmax),
+    ),
+    baseline="attnx-softmax",
+    memory_case=Case("memory", 8, 8192, 8192, 128, is_causal=True),
 )

@@ -10,12 +10,13 @@ namespace {
 
 struct DeltaInputs {
   StableTensor query, key, value, log_decay, beta;
-  std::optional<StableTensor> initial_state;
-  ATTNX_FIELDS(query, key, value, log_decay, beta, initial_state)
+  std::optional<StableTensor> initial_state, carry;
+  ATTNX_FIELDS(query, key, value, log_decay, beta, initial_state, carry)
 };
-struct Scale {
+struct DeltaOptions {
   std::optional<double> scale;
-  ATTNX_FIELDS(scale)
+  bool normalize_qk;
+  ATTNX_FIELDS(scale, normalize_qk)
 };
 
 struct OutputAndState {
@@ -28,8 +29,8 @@ struct GradOutputAndState {
   ATTNX_FIELDS(grad_output, grad_state)
 };
 struct DeltaGradients {
-  StableTensor grad_query, grad_key, grad_value, grad_log_decay, grad_beta, grad_initial_state;
-  ATTNX_FIELDS(grad_query, grad_key, grad_value, grad_log_decay, grad_beta, grad_initial_state)
+  StableTensor grad_query, grad_key, grad_value, grad_log_decay, grad_beta, grad_initial_state, grad_carry;
+  ATTNX_FIELDS(grad_query, grad_key, grad_value, grad_log_decay, grad_beta, grad_initial_state, grad_carry)
 };
 
 Target target_of(const DeltaInputs& x) { return {"gated_delta_rule", x.query}; }
@@ -38,9 +39,10 @@ double number_at(const StableTensor& x, std::int64_t place) {
   return x.scalar_type() == ScalarType::Double ? data<const double>(x)[place] : data<const float>(x)[place];
 }
 
-PerToken read_gate(const char* name, const StableTensor& x, const StableTensor& query, const DeltaRuleParams& p) {
+PerToken read_gate(const char* name, const StableTensor& x, const StableTensor& query, const DeltaRuleParams& p,
+                   std::int64_t numbers) {
   check_dtype(name, x, sum_type(query), " (the type of the sums)");
-  check_shape(name, x, {p.batch, p.heads_v, p.length});
+  check_shape(name, x, {p.batch, p.heads_v, numbers});
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
@@ -64,7 +66,7 @@ Tensor read_state(const char* name, const StableTensor& x, const StableTensor& q
   return view_rows(x);
 }
 
-void read(const DeltaInputs& x, const Scale& options, DeltaRuleParams& p) {
+void read(const DeltaInputs& x, const DeltaOptions& options, DeltaRuleParams& p) {
   const Capability& row = target_of(x).capability();
   check(lists(row.dtypes, dtype_of(x.query)), "query: expected one of ", row.dtypes, " (", row.op, " on ", row.backend,
         "), got ", dtype_of(x.query));
@@ -92,14 +94,16 @@ void read(const DeltaInputs& x, const Scale& options, DeltaRuleParams& p) {
   p.query = view_rows(x.query);
   p.key = view_rows(x.key);
   p.value = view_rows(x.value);
-  p.log_decay = read_gate("log_decay", x.log_decay, x.query, p);
-  p.beta = read_gate("beta", x.beta, x.query, p);
+  p.log_decay = read_gate("log_decay", x.log_decay, x.query, p, p.length);
+  p.beta = read_gate("beta", x.beta, x.query, p, p.length);
   check_decays(x.log_decay);
   if (x.initial_state) p.initial_state = read_state("initial_state", *x.initial_state, x.query, p);
+  if (x.carry) p.carry = read_gate("carry", *x.carry, x.query, p, p.chunks());
   p.scale = read_scale(options.scale, p.dtype, p.key_dim);
+  p.normalize = options.normalize_qk;
 }
 
-OutputAndState forward(const DeltaInputs& x, const Scale& options) {
+OutputAndState forward(const DeltaInputs& x, const DeltaOptions& options) {
   DeltaRuleForwardParams p;
   read(x, options, p);
   OutputAndState y{empty_rows(x.value, p.value_dim),
@@ -110,7 +114,7 @@ OutputAndState forward(const DeltaInputs& x, const Scale& options) {
   return y;
 }
 
-DeltaGradients backward(const GradOutputAndState& grads, const DeltaInputs& x, const Scale& options) {
+DeltaGradients backward(const GradOutputAndState& grads, const DeltaInputs& x, const DeltaOptions& options) {
   DeltaRuleBackwardParams p;
   read(x, options, p);
   if (grads.grad_output) {
@@ -127,13 +131,15 @@ DeltaGradients backward(const GradOutputAndState& grads, const DeltaInputs& x, c
                    empty_rows(x.value, p.value_dim),
                    make_empty(x.query, of_gates, sums),
                    make_empty(x.query, of_gates, sums),
-                   make_empty(x.query, std::vector{p.batch, p.heads_v, p.key_dim, p.value_dim}, sums)};
+                   make_empty(x.query, std::vector{p.batch, p.heads_v, p.key_dim, p.value_dim}, sums),
+                   make_empty(x.query, std::vector{p.batch, p.heads_v, x.carry ? p.chunks() : 0}, sums)};
   p.grad_query = view_rows(y.grad_query);
   p.grad_key = view_rows(y.grad_key);
   p.grad_value = view_rows(y.grad_value);
   p.grad_log_decay = y.grad_log_decay.data_ptr();
   p.grad_beta = y.grad_beta.data_ptr();
   p.grad_initial_state = y.grad_initial_state.data_ptr();
+  if (x.carry) p.grad_carry = y.grad_carry.data_ptr();
   run(p, target_of(x));
   return y;
 }

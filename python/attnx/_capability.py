@@ -87,6 +87,7 @@ class Requirement:
             "block_bias": arguments.get("block_bias") is not None,
             "block_bias_gradient": _requires_grad(arguments.get("block_bias")),
             "initial_state": arguments.get("initial_state") is not None,
+            "carry": arguments.get("carry") is not None,
             "importance": arguments.get("importance", False),
             "softcap": arguments.get("softcap") is not None,
             "dropout": arguments.get("dropout_p", 0.0) > 0,

@@ -509,10 +509,14 @@ def gated_delta_rule(
     *,
     scale: float | Tensor | None = None,
     initial_state: Tensor | None = None,
+    carry: Tensor | None = None,
+    normalize_qk: bool = False,
     return_state: bool = False,
 ) -> Any:
     group = value.shape[1] // query.shape[1]
     query, key, value, log_decay, beta = (x.double() for x in (query, key, value, log_decay, beta))
+    if normalize_qk:
+        query, key = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (query, key))
     if isinstance(scale, Tensor):
         scale = scale.double() if scale.dim() == 0 else scale.double()[:, None, None]
     query = query * (query.shape[3] ** -0.5 if scale is None else scale)
@@ -521,12 +525,14 @@ def gated_delta_rule(
         state = query.new_zeros(*value.shape[:2], query.shape[3], value.shape[3])
     else:
         state = initial_state.double()
-    outputs = []
+    outputs, kept = [], state
     for t in range(query.shape[2]):
         q, k, v = (x[:, :, t, :, None] for x in (query, key, value))
-        state = state * log_decay[:, :, t, None, None].exp()
+        kept, state = (x * log_decay[:, :, t, None, None].exp() for x in (kept, state))
         state = state + k @ (beta[:, :, t, None, None] * (v - state.mT @ k)).mT
         outputs.append((state.mT @ q).mT)
+        if carry is not None and (t % 64 == 63 or t == query.shape[2] - 1):
+            kept = state = kept + carry.double()[:, :, t // 64, None, None] * (state - kept)
     output = torch.cat(outputs, 2) if outputs else value
     return (output, state) if return_state else output
 

@@ -28,6 +28,19 @@ inline void multiply_lower_transposed(const Sum* t, std::int64_t t_lanes, const 
   }
 }
 
+// It computes what is not above the diagonal of c[count][lanes] = a[count][steps] b[steps][lanes]; of the rest some is
+// left as it was.
+template <class Sum>
+inline void multiply_to_lower(const Sum* a, std::int64_t a_lanes, const Sum* b, std::int64_t lanes, Sum* c,
+                              std::int64_t count, std::int64_t steps) {
+  using A = FusedMultiplyAdd<Sum>;
+  for (std::int64_t first = 0; first < count; first += kTriangleRows) {
+    const std::int64_t end = smaller(first + kTriangleRows, count);
+    gemm<A>({a + first * a_lanes, a_lanes, 1, b, lanes, c + first * lanes, lanes}, end - first,
+            (end + kLanes<Sum> - 1) / kLanes<Sum>, steps, false);
+  }
+}
+
 // x[count][lanes] becomes the y of y = x + t y, where t is strictly lower triangular.
 template <class Sum>
 inline void solve_lower(const Sum* t, std::int64_t t_lanes, Sum* x, std::int64_t lanes, std::int64_t count) {

@@ -7,6 +7,8 @@ from torch import Tensor
 from attnx._operators.schema import Arguments, sum_dtype
 from attnx._operators.shapes import empty_rows
 
+_CHUNK = 64
+
 
 def output(arguments: Arguments) -> Tensor:
     return empty_rows(arguments["value"], arguments["value"].shape[-1])
@@ -23,15 +25,20 @@ def gate(arguments: Arguments) -> Tensor:
     return query.new_empty(value.shape[:3], dtype=sum_dtype(query))
 
 
+def per_chunk(arguments: Arguments) -> Tensor:
+    """It is empty where there is no carry."""
+    query, value, carry = arguments["query"], arguments["value"], arguments["carry"]
+    return query.new_empty((*value.shape[:2], 0 if carry is None else carry.shape[2]), dtype=sum_dtype(query))
+
+
 SHAPES = {
     "output": output,
     "state": state,
     "grad_log_decay": gate,
     "grad_beta": gate,
     "grad_initial_state": state,
+    "grad_carry": per_chunk,
 }
-
-_CHUNK = 64
 
 
 def flops(a: Arguments, backward: bool) -> int:

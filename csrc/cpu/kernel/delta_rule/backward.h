@@ -1,38 +1,45 @@
-// This is the backward of the gated delta rule. A unit of work takes a head of keys and the states of its heads of
-// values: it goes forward through the chunks, keeps the state before each and its differences D, and goes back. With dS
-// the gradient of the state after a chunk, and W, P, D and G as in chunk.h,
+// This is the backward of the gated delta rule: it goes forward through the chunks, keeps the state before each and its
+// differences, and goes back.
 //
-//     Z = P^T dO + e^(G_n - G) K dS - W^T beta Z       dV = beta Z      dbeta_i = d_i . z_i
-//     dW = -dV (beta D)^T (j < i)                      dP = dO (beta D)^T (j <= i)
-//     dQ = scale e^G dO S^T + (scale e^(G_i - G_j) dP) K
-//     dK = e^(G_n - G) beta D dS^T - e^G dV S^T + (scale e^(G_i - G_j) dP)^T Q + (M + M^T) K,  M = e^(G_i - G_j) dW
-//     dS <- e^G_n dS + (scale e^G Q)^T dO - (e^G K)^T dV
-//
-// and dG_i is what each exponential adds: a product with its own gradient.
+// A unit of work takes a head of keys and the states of its heads of values. Where threads outnumber the heads of keys,
+// there are two phases instead: in the first units take some columns of a head of values both ways, and keep what they
+// find; in the second each chunk of a head of keys is a unit. What is computed is the same, in the same order.
 #pragma once
 
+#include "../phases.h"
 #include "../units.h"
-#include "chunk.h"
+#include "gradients.h"
 
 namespace attnx::cpu::ATTNX_ISA {
 
 template <class Input>
 class DeltaRuleBackward {
+  using Gradients = DeltaRuleGradients<Input>;
   using Chunk = DeltaRuleChunk<Input>;
   using Sum = typename Chunk::Sum;
+  static constexpr std::int64_t kLeastColumns = 32;  // of a unit: each makes the products of keys for itself
 
  public:
   DeltaRuleBackward(const DeltaRuleBackwardParams& p, const Executor& executor)
       : p_(p),
         executor_(executor),
         group_(p.heads_v / p.heads_k),
-        chunks_((p.length + kChunk - 1) / kChunk),
-        key_lanes_(round_up(p.key_dim, kLanes<Sum>)),
-        value_lanes_(round_up(p.value_dim, kLanes<Sum>)) {}
+        chunks_(p.chunks()),
+        lanes_(round_up(p.value_dim, kLanes<Sum>)),
+        slice_lanes_(lanes_),
+        by_columns_(p.batch * p.heads_k > 0 && p.batch * p.heads_k < executor.threads && chunks_ > 1) {
+    if (!by_columns_) return;
+    const std::int64_t heads = p.batch * p.heads_v, most = larger<std::int64_t>(p.value_dim / kLeastColumns, 1);
+    const std::int64_t slices = smaller((executor.threads + heads - 1) / heads, most);
+    slice_lanes_ = round_up((p.value_dim + slices - 1) / slices, kLanes<Sum>);
+  }
 
-  std::int64_t workspace_bytes() const { return executor_.threads * Buffers(*this, nullptr).bytes; }
+  std::int64_t workspace_bytes() const {
+    return by_columns_ ? InTwoPhases(*this, nullptr).bytes : executor_.threads * Buffers(*this, nullptr).bytes;
+  }
 
   void run(char* workspace) const {
+    if (by_columns_) return run_in_two_phases(workspace);
     for_each_unit(executor_, p_.batch * p_.heads_k, workspace, Buffers(*this, nullptr).bytes,
                   [&](std::int64_t unit, char* memory) {
                     Buffers b(*this, memory);
@@ -41,230 +48,216 @@ class DeltaRuleBackward {
   }
 
  private:
+  // What a head of values keeps of its chunks, with all columns.
+  struct Kept {
+    Sum* states;       // before each chunk, [chunks][key_dim][lanes]
+    Sum* differences;  // [chunks][kChunk][lanes]
+    Sum* grad_states;  // after each chunk, like states, or the present one
+    Sum* z;            // like differences
+  };
+
   struct Buffers {
-    Chunk chunk;
-    Sum* states;                 // before each chunk, [group][chunks][key_dim][value_lanes]
-    Sum* differences;            // of each chunk, [group][chunks][kChunk][value_lanes]
-    Sum* grad_states;            // [group][key_dim][value_lanes]
-    Sum* grad_inputs;            // of queries, then of keys, [count][key_lanes]
-    Sum* grad_values;            // then the gradients of outputs, [count][value_lanes]
-    Sum* z;                      // [count][value_lanes]
-    Sum* corrections;            // beta D, [count][value_lanes]
-    Sum* by_column;              // a state, or corrections, transposed
-    Sum* pairs;                  // of dP, then of M, [count][kChunk]
-    Sum* of_states;              // what reaches queries and keys by the states, [2 count][key_lanes]
-    Sum *grad_sums, *grad_beta;  // [kChunk]
+    Gradients gradients;
+    Sum *states, *differences;  // of a group of heads of values
+    Sum* grad_states;           // [group][key_dim][lanes]
+    Sum* corrections;           // beta D
     std::int64_t bytes;
 
     Buffers(const DeltaRuleBackward& f, char* memory) : Buffers(f, Arena(memory)) {}
 
    private:
-    Buffers(const DeltaRuleBackward& f, Arena arena) : chunk(f.p_, f.value_lanes_, arena) {
-      const auto take = [&](std::int64_t rows, std::int64_t lanes) {
-        return arena.take<Sum>(Chunk::rows_size(rows, lanes));
-      };
+    Buffers(const DeltaRuleBackward& f, Arena arena) : gradients(f.p_, f.lanes_, arena) {
       states = arena.take<Sum>(f.group_ * larger<std::int64_t>(f.chunks_, 1) * f.state_size());
-      differences = arena.take<Sum>(f.group_ * f.chunks_ * kChunk * f.value_lanes_);
+      differences = arena.take<Sum>(f.group_ * f.chunks_ * kChunk * f.lanes_);
       grad_states = arena.take<Sum>(f.group_ * f.state_size());
-      grad_inputs = take(2 * kChunk, f.key_lanes_);
-      grad_values = take(2 * kChunk, f.value_lanes_);
-      z = take(kChunk, f.value_lanes_);
-      corrections = take(kChunk, f.value_lanes_);
-      by_column = arena.take<Sum>(f.p_.value_dim * larger(f.key_lanes_, kChunk));
-      pairs = take(2 * kChunk, kChunk);
-      of_states = take(2 * kChunk, f.key_lanes_);
-      grad_sums = arena.take<Sum>(kChunk);
-      grad_beta = arena.take<Sum>(kChunk);
+      corrections = arena.take<Sum>(Chunk::rows_size(kChunk, f.lanes_));
       bytes = arena.used();
     }
   };
 
-  std::int64_t state_size() const { return p_.key_dim * value_lanes_; }
-  ValueColumns columns() const { return {0, p_.value_dim, value_lanes_}; }
-  Sum* state(const Buffers& b, std::int64_t of_group, std::int64_t chunk) const {
-    return b.states + (of_group * chunks_ + chunk) * state_size();
-  }
-  Sum* differences(const Buffers& b, std::int64_t of_group, std::int64_t chunk) const {
-    return b.differences + (of_group * chunks_ + chunk) * kChunk * value_lanes_;
-  }
+  // Each worker has memory for either phase.
+  struct InTwoPhases {
+    Phases phases;
+    Sum *states, *differences, *grad_states, *z;  // of all heads of values
+    char* of_workers;
+    std::int64_t worker_bytes, bytes;
+
+    InTwoPhases(const DeltaRuleBackward& f, char* memory) : InTwoPhases(f, memory, Arena(memory)) {}
+
+   private:
+    InTwoPhases(const DeltaRuleBackward& f, char* memory, Arena arena) : phases(arena, 2, 1) {
+      const std::int64_t heads = f.p_.batch * f.p_.heads_v;
+      states = arena.take<Sum>(heads * f.chunks_ * f.state_size());
+      grad_states = arena.take<Sum>(heads * f.chunks_ * f.state_size());
+      differences = arena.take<Sum>(heads * f.chunks_ * kChunk * f.lanes_);
+      z = arena.take<Sum>(heads * f.chunks_ * kChunk * f.lanes_);
+      worker_bytes = larger(Slice(f, nullptr).bytes, Whole(f, nullptr).bytes);
+      of_workers = memory + arena.used();
+      bytes = arena.used() + f.executor_.threads * worker_bytes;
+    }
+  };
+  struct Slice {
+    Gradients gradients;
+    Sum *state, *corrections;
+    std::int64_t bytes;
+
+    Slice(const DeltaRuleBackward& f, char* memory) : Slice(f, Arena(memory)) {}
+
+   private:
+    Slice(const DeltaRuleBackward& f, Arena arena)
+        : gradients(f.p_, f.slice_lanes_, arena),
+          state(arena.take<Sum>(f.p_.key_dim * f.slice_lanes_)),
+          corrections(arena.take<Sum>(Chunk::rows_size(kChunk, f.slice_lanes_))),
+          bytes(arena.used()) {}
+  };
+  struct Whole {
+    Gradients gradients;
+    std::int64_t bytes;
+
+    Whole(const DeltaRuleBackward& f, char* memory) : Whole(f, Arena(memory)) {}
+
+   private:
+    Whole(const DeltaRuleBackward& f, Arena arena) : gradients(f.p_, f.lanes_, arena), bytes(arena.used()) {}
+  };
+
+  std::int64_t state_size() const { return p_.key_dim * lanes_; }
+  std::int64_t chunk_size() const { return kChunk * lanes_; }
+  ValueColumns all_columns() const { return {0, p_.value_dim, lanes_}; }
 
   void visit(std::int64_t batch, std::int64_t key_head, Buffers& b) const {
+    Gradients& x = b.gradients;
+    Chunk& c = x.chunk;
+    const auto kept = [&](std::int64_t g) {
+      return Kept{b.states + g * chunks_ * state_size(), b.differences + g * chunks_ * chunk_size(),
+                  b.grad_states + g * state_size(), nullptr};
+    };
     for (std::int64_t g = 0; g < group_; ++g) {
-      const std::int64_t head = key_head * group_ + g;
-      b.chunk.load_state(p_.initial_state, batch, head, columns(), state(b, g, 0));
-      b.chunk.load_state(p_.grad_state, batch, head, columns(), b.grad_states + g * state_size());
+      c.load_state(p_.initial_state, batch, key_head * group_ + g, all_columns(), kept(g).states);
+      c.load_state(p_.grad_state, batch, key_head * group_ + g, all_columns(), kept(g).grad_states);
     }
     for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) {
-      b.chunk.begin(batch, key_head, chunk * kChunk, false);
-      for (std::int64_t g = 0; g < group_; ++g) go_forward(batch, key_head * group_ + g, g, chunk, b);
+      c.begin(batch, key_head, chunk * kChunk, false);
+      for (std::int64_t g = 0; g < group_; ++g) {
+        Sum* const before = kept(g).states + chunk * state_size();
+        go_forward(batch, key_head * group_ + g, chunk, all_columns(), before, b.corrections, c);
+        convert_row(kept(g).differences + chunk * chunk_size(), c.differences, c.count * lanes_);
+        if (chunk + 1 == chunks_) continue;
+        convert_row(before + state_size(), before, state_size());
+        c.advance(b.corrections, before + state_size());
+      }
     }
     for (std::int64_t chunk = chunks_ - 1; chunk >= 0; --chunk) {
       const std::int64_t first = chunk * kChunk;
-      Chunk& c = b.chunk;
-      c.begin(batch, key_head, first, true);
-      set_zero(b.grad_inputs, 2 * c.count * key_lanes_);
-      for (std::int64_t g = 0; g < group_; ++g) go_back(batch, key_head * group_ + g, g, chunk, b);
-      const ValueColumns features{0, p_.key_dim, key_lanes_};
-      c.store_tokens(b.grad_inputs, p_.grad_query, batch, key_head, first, features);
-      c.store_tokens(b.grad_inputs + c.count * key_lanes_, p_.grad_key, batch, key_head, first, features);
+      x.begin(batch, key_head, first);
+      for (std::int64_t g = 0; g < group_; ++g) {
+        const std::int64_t head = key_head * group_ + g;
+        go_back(batch, head, first, all_columns(), kept(g).grad_states, x);
+        x.add_head(batch, head, first, kept(g).states + chunk * state_size(),
+                   kept(g).differences + chunk * chunk_size(), kept(g).grad_states);
+        x.pass_state(kept(g).grad_states);
+      }
+      x.store_grad_inputs(batch, key_head, first);
     }
     for (std::int64_t g = 0; g < group_; ++g)
-      b.chunk.store_state(b.grad_states + g * state_size(), p_.grad_initial_state, batch, key_head * group_ + g,
-                          columns());
+      c.store_state(kept(g).grad_states, p_.grad_initial_state, batch, key_head * group_ + g, all_columns());
   }
 
-  void go_forward(std::int64_t batch, std::int64_t head, std::int64_t g, std::int64_t chunk, Buffers& b) const {
-    Chunk& c = b.chunk;
-    const Sum* const before = state(b, g, chunk);
+  // This finds the differences of a loaded chunk, and beta times them.
+  void go_forward(std::int64_t batch, std::int64_t head, std::int64_t chunk, ValueColumns columns, const Sum* before,
+                  Sum* corrections, Chunk& c) const {
     c.set_gates(batch, head, chunk * kChunk);
-    c.find_differences(batch, head, chunk * kChunk, columns(), before, false);
-    convert_row(differences(b, g, chunk), c.differences, c.count * value_lanes_);
-    if (chunk + 1 == chunks_) return;
-    Sum* const after = state(b, g, chunk + 1);
-    c.scale_rows(c.differences, value_lanes_, c.gates->beta, Sum(1), b.corrections);
-    convert_row(after, before, state_size());
-    c.advance(b.corrections, after);
+    c.find_differences(batch, head, chunk * kChunk, columns, before, false);
+    c.scale_rows(c.differences, columns.lanes, c.gates->beta, Sum(1), corrections);
   }
 
-  void go_back(std::int64_t batch, std::int64_t head, std::int64_t g, std::int64_t chunk, Buffers& b) const {
-    Chunk& c = b.chunk;
-    const std::int64_t first = chunk * kChunk, count = c.count;
-    const Sum *const before = state(b, g, chunk), *const found = differences(b, g, chunk);
-    Sum *const grad_state = b.grad_states + g * state_size(), *const grad_outputs =
-                                                                  b.grad_values + count * value_lanes_;
-    c.set_gates(batch, head, first);
-    if (p_.grad_output.data) {
-      c.load_tokens(p_.grad_output, batch, head, first, columns(), grad_outputs);
-    } else {
-      set_zero(grad_outputs, count * value_lanes_);
+  // This makes the gradients of values.
+  void go_back(std::int64_t batch, std::int64_t head, std::int64_t first, ValueColumns columns, const Sum* grad_state,
+               Gradients& x) const {
+    x.set_head(batch, head, first, columns);
+    x.find_z(grad_state);
+    x.find_grad_values();
+    x.store_grad_values(batch, head, first, columns);
+  }
+
+  void run_in_two_phases(char* workspace) const {
+    const InTwoPhases shared(*this, workspace);
+    const std::int64_t slices = (p_.value_dim + slice_lanes_ - 1) / slice_lanes_;
+    const auto kept = [&](std::int64_t head) {
+      return Kept{shared.states + head * chunks_ * state_size(), shared.differences + head * chunks_ * chunk_size(),
+                  shared.grad_states + head * chunks_ * state_size(), shared.z + head * chunks_ * chunk_size()};
+    };
+    shared.phases.run(
+        executor_,
+        [&](std::int64_t phase) {
+          return phase == 0 ? p_.batch * p_.heads_v * slices : p_.batch * p_.heads_k * chunks_;
+        },
+        [&](std::int64_t phase, std::int64_t unit, int worker) {
+          char* const memory = shared.of_workers + worker * shared.worker_bytes;
+          if (phase == 0) {
+            const std::int64_t head = unit / slices, first = unit % slices * slice_lanes_;
+            const ValueColumns columns{first, smaller(slice_lanes_, p_.value_dim - first), slice_lanes_};
+            Slice b(*this, memory);
+            scan(head / p_.heads_v, head % p_.heads_v, columns, kept(head), b);
+          } else {
+            const std::int64_t head = unit / chunks_;
+            Whole b(*this, memory);
+            find_inputs(head / p_.heads_k, head % p_.heads_k, unit % chunks_, kept, b.gradients);
+          }
+        });
+  }
+
+  // This takes some columns of a head of values through all chunks, forward and back.
+  void scan(std::int64_t batch, std::int64_t head, ValueColumns columns, const Kept& kept, Slice& b) const {
+    Gradients& x = b.gradients;
+    Chunk& c = x.chunk;
+    c.load_state(p_.initial_state, batch, head, columns, b.state);
+    for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      c.begin(batch, head / group_, chunk * kChunk, false);
+      put(b.state, p_.key_dim, columns, kept.states + chunk * state_size());
+      go_forward(batch, head, chunk, columns, b.state, b.corrections, c);
+      put(c.differences, c.count, columns, kept.differences + chunk * chunk_size());
+      c.advance(b.corrections, b.state);
     }
-    c.scale_rows(found, value_lanes_, c.gates->beta, Sum(1), b.corrections);
-    set_zero(b.grad_sums, kChunk);
-    b.grad_sums[count - 1] = c.gates->whole * dot(before, grad_state, state_size());
-
-    find_grad_values(grad_state, grad_outputs, b);
-    for (std::int64_t i = 0; i < count; ++i)
-      b.grad_beta[i] = dot(found + i * value_lanes_, b.z + i * value_lanes_, value_lanes_);
-    c.scale_rows(b.z, value_lanes_, c.gates->beta, Sum(1), b.grad_values);
-    c.store_tokens(b.grad_values, p_.grad_value, batch, head, first, columns());
-
-    add_by_states(before, grad_state, grad_outputs, b);
-    add_by_pairs(b);
-    pass_state(grad_outputs, grad_state, b);
-    store_gates(batch, head, first, b);
-  }
-
-  // This finds Z. The factors of scale P^T dO are a copy of the products of queries.
-  void find_grad_values(const Sum* grad_state, const Sum* grad_outputs, Buffers& b) const {
-    Chunk& c = b.chunk;
-    for (std::int64_t i = 0; i < c.count * kChunk; ++i) b.pairs[i] = Sum(p_.scale) * c.decays[i] * c.of_queries[i];
-    multiply_lower_transposed(b.pairs, kChunk, grad_outputs, value_lanes_, b.z, c.count, false);
-    c.scale_rows(c.keys, key_lanes_, c.gates->to_end, Sum(1), c.scaled);
-    Chunk::multiply(c.scaled, key_lanes_, grad_state, value_lanes_, b.z, c.count, p_.key_dim, true);
-    for (std::int64_t i = 0; i < c.count; ++i) {
-      Sum *const to = b.pairs + i * kChunk, *const decays = c.decays + i * kChunk,
-                 *const products = c.of_keys + i * kChunk;
-      for (std::int64_t j = 0; j < kChunk; ++j) to[j] = -c.gates->beta[i] * decays[j] * products[j];
+    c.load_state(p_.grad_state, batch, head, columns, b.state);
+    for (std::int64_t chunk = chunks_ - 1; chunk >= 0; --chunk) {
+      x.begin(batch, head / group_, chunk * kChunk);
+      put(b.state, p_.key_dim, columns, kept.grad_states + chunk * state_size());
+      go_back(batch, head, chunk * kChunk, columns, b.state, x);
+      put(x.z, c.count, columns, kept.z + chunk * chunk_size());
+      x.pass_state(b.state);
     }
-    solve_lower_transposed(b.pairs, kChunk, b.z, value_lanes_, c.count);
+    c.store_state(b.state, p_.grad_initial_state, batch, head, columns);
   }
 
-  // This adds what reaches queries and keys by the states before and after the chunk.
-  void add_by_states(const Sum* before, const Sum* grad_state, const Sum* grad_outputs, Buffers& b) const {
-    Chunk& c = b.chunk;
-    Sum* const to_keys = b.of_states + c.count * key_lanes_;
-    Chunk::transpose(before, value_lanes_, p_.key_dim, p_.value_dim, b.by_column, key_lanes_);
-    Chunk::multiply(grad_outputs, value_lanes_, b.by_column, key_lanes_, b.of_states, c.count, p_.value_dim, false);
-    c.scale_rows(b.of_states, key_lanes_, c.gates->from_start, Sum(p_.scale), b.of_states);
-    Chunk::multiply(b.grad_values, value_lanes_, b.by_column, key_lanes_, to_keys, c.count, p_.value_dim, false);
-    c.scale_rows(to_keys, key_lanes_, c.gates->from_start, Sum(-1), to_keys);
-    for (std::int64_t i = 0; i < c.count; ++i)
-      b.grad_sums[i] += dot_of_rows(b.of_states, c.queries, i) + dot_of_rows(to_keys, c.keys, i);
-    const std::int64_t size = c.count * key_lanes_;
-    for (std::int64_t i = 0; i < 2 * size; ++i) b.grad_inputs[i] += b.of_states[i];
-
-    Chunk::transpose(grad_state, value_lanes_, p_.key_dim, p_.value_dim, b.by_column, key_lanes_);
-    Chunk::multiply(b.corrections, value_lanes_, b.by_column, key_lanes_, to_keys, c.count, p_.value_dim, false);
-    c.scale_rows(to_keys, key_lanes_, c.gates->to_end, Sum(1), to_keys);
-    // These are the gradients of e^(G_n - G_i), which is 1 for the last token.
-    for (std::int64_t i = 0; i < c.count - 1; ++i) {
-      const Sum both = dot_of_rows(to_keys, c.keys, i);
-      b.grad_sums[i] -= both;
-      b.grad_sums[c.count - 1] += both;
+  // This makes the gradients of a chunk of queries and keys, and those of gates.
+  template <class KeptOf>
+  void find_inputs(std::int64_t batch, std::int64_t key_head, std::int64_t chunk, const KeptOf& kept,
+                   Gradients& x) const {
+    const std::int64_t first = chunk * kChunk;
+    x.begin(batch, key_head, first);
+    for (std::int64_t g = 0; g < group_; ++g) {
+      const std::int64_t head = key_head * group_ + g;
+      const Kept of_head = kept(batch * p_.heads_v + head);
+      x.set_head(batch, head, first, all_columns());
+      convert_row(x.z, of_head.z + chunk * chunk_size(), x.chunk.count * lanes_);
+      x.find_grad_values();
+      x.add_head(batch, head, first, of_head.states + chunk * state_size(), of_head.differences + chunk * chunk_size(),
+                 of_head.grad_states + chunk * state_size());
     }
-    for (std::int64_t i = 0; i < size; ++i) b.grad_inputs[size + i] += to_keys[i];
-  }
-  Sum dot_of_rows(const Sum* x, const Sum* y, std::int64_t i) const {
-    return dot(x + i * key_lanes_, y + i * key_lanes_, key_lanes_);
+    x.store_grad_inputs(batch, key_head, first);
   }
 
-  // This adds what reaches queries and keys by the pairs of tokens of the chunk: dP and M + M^T are the factors of
-  // keys.
-  void add_by_pairs(Buffers& b) const {
-    Chunk& c = b.chunk;
-    const std::int64_t count = c.count;
-    Sum *const of_queries = b.pairs, *const of_keys = b.pairs + count * kChunk;
-    Sum* const grad_keys = b.grad_inputs + count * key_lanes_;
-    Chunk::transpose(b.corrections, value_lanes_, count, p_.value_dim, b.by_column, kChunk);
-    Chunk::multiply(b.grad_values + count * value_lanes_, value_lanes_, b.by_column, kChunk, of_queries, count,
-                    p_.value_dim, false);
-    Chunk::multiply(b.grad_values, value_lanes_, b.by_column, kChunk, of_keys, count, p_.value_dim, false);
-    for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t row = i * kChunk;
-      Sum sum = 0;
-      for (std::int64_t j = 0; j < kChunk; ++j) {
-        of_queries[row + j] *= Sum(p_.scale) * c.decays[row + j];
-        of_keys[row + j] *= -c.decays[row + j];
-      }
-      of_keys[row + i] = 0;
-      for (std::int64_t j = 0; j < i; ++j) {
-        const Sum both = of_queries[row + j] * c.of_queries[row + j] + of_keys[row + j] * c.of_keys[row + j];
-        sum += both;
-        b.grad_sums[j] -= both;
-      }
-      b.grad_sums[i] += sum;
-    }
-    Chunk::multiply_transposed(of_queries, kChunk, c.queries, key_lanes_, grad_keys, count, count, true);
-    for (std::int64_t i = 0; i < count; ++i)
-      for (std::int64_t j = 0; j < i; ++j) of_keys[j * kChunk + i] = of_keys[i * kChunk + j];
-    Chunk::multiply(b.pairs, kChunk, c.keys, key_lanes_, b.grad_inputs, 2 * count, count, true);
-  }
-
-  // The gradient of the state before the chunk takes the place of that after it.
-  void pass_state(const Sum* grad_outputs, Sum* grad_state, Buffers& b) const {
-    Chunk& c = b.chunk;
-    for (std::int64_t i = 0; i < state_size(); ++i) grad_state[i] *= c.gates->whole;
-    c.scale_rows(c.queries, key_lanes_, c.gates->from_start, Sum(p_.scale), c.scaled);
-    Chunk::multiply_transposed(c.scaled, key_lanes_, grad_outputs, value_lanes_, grad_state, p_.key_dim, c.count, true);
-    c.scale_rows(c.keys, key_lanes_, c.gates->from_start, Sum(-1), c.scaled);
-    Chunk::multiply_transposed(c.scaled, key_lanes_, b.grad_values, value_lanes_, grad_state, p_.key_dim, c.count,
-                               true);
-  }
-
-  // A log decay is in its own sum and in those of all later tokens of the chunk.
-  void store_gates(std::int64_t batch, std::int64_t head, std::int64_t first, const Buffers& b) const {
-    const std::int64_t place = (batch * p_.heads_v + head) * p_.length + first;
-    convert_row(static_cast<Sum*>(p_.grad_beta) + place, b.grad_beta, b.chunk.count);
-    Sum* const to = static_cast<Sum*>(p_.grad_log_decay) + place;
-    Sum sum = 0;
-    for (std::int64_t i = b.chunk.count - 1; i >= 0; --i) to[i] = sum += b.grad_sums[i];
-  }
-
-  // n is a whole number of vectors. A long sum is one of shorter ones.
-  static Sum dot(const Sum* x, const Sum* y, std::int64_t n) {
-    constexpr std::int64_t kPart = 16 * kLanes<Sum>;
-    Vec<Sum> all = {};
-    for (std::int64_t first = 0; first < n; first += kPart) {
-      Vec<Sum> sum = {};
-      for (std::int64_t i = first; i < smaller(first + kPart, n); i += kLanes<Sum>) sum += load(x + i) * load(y + i);
-      all += sum;
-    }
-    return sum_of_lanes<Sum>(all);
+  // This puts rows of some columns among all columns.
+  void put(const Sum* from, std::int64_t rows, ValueColumns columns, Sum* to) const {
+    const std::int64_t count = smaller(columns.lanes, lanes_ - columns.first);
+    for (std::int64_t i = 0; i < rows; ++i)
+      convert_row(to + i * lanes_ + columns.first, from + i * columns.lanes, count);
   }
 
   const DeltaRuleBackwardParams& p_;
   const Executor& executor_;
-  std::int64_t group_, chunks_, key_lanes_, value_lanes_;
+  std::int64_t group_, chunks_, lanes_, slice_lanes_;
+  bool by_columns_;
 };
 
 }  // namespace attnx::cpu::ATTNX_ISA

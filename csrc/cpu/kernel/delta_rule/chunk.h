@@ -7,7 +7,9 @@
 // what is stored of token i is beta_i k_i d_i^T, of the difference d_i = v_i - S_(i-1)^T k_i between its value and
 // what the state holds for its key. The differences solve a triangular system:
 //
-//     D = V - e^G K S - W beta D      O = scale e^G Q S + P beta D      S' = e^G_n S + (e^(G_n - G) K)^T beta D
+//     D = V - e^G K S - W beta D      O = scale e^G Q S + P beta D      S' = e^G_n S + (c e^(G_n - G) K)^T beta D
+//
+// where c is the share of the chunk that the state carries on, 1 but for chunks whose tokens are kept elsewhere.
 #pragma once
 
 #include "attnx/delta_rule_params.h"
@@ -19,7 +21,7 @@
 
 namespace attnx::cpu::ATTNX_ISA {
 
-inline constexpr std::int64_t kChunk = 64;
+inline constexpr std::int64_t kChunk = kDeltaRuleChunk;
 
 // These are the exponentials of the sums of log decays of a chunk, and beta.
 template <class Sum>
@@ -31,17 +33,17 @@ struct Gates {
   Sum from_start[kChunk];  // e^G_i
   Sum to_end[kChunk];      // e^(G_n - G_i)
   Sum beta[kChunk];
+  Sum to_state[kChunk];  // c e^(G_n - G_i)
 
   void read(const DeltaRuleParams& p, std::int64_t batch, std::int64_t head, std::int64_t first, std::int64_t count) {
     const auto number = [&](const PerToken& x, std::int64_t i) {
-      return static_cast<const Sum*>(
-          x.data)[batch * x.batch_stride + head * x.head_stride + (first + i) * x.row_stride];
+      return static_cast<const Sum*>(x.data)[batch * x.batch_stride + head * x.head_stride + i * x.row_stride];
     };
     double sum = 0;
     for (std::int64_t i = 0; i < kChunk; ++i) {
-      if (i < count) sum += larger(kForgets, double(number(p.log_decay, i)));
+      if (i < count) sum += larger(kForgets, double(number(p.log_decay, first + i)));
       sums[i] = sum;
-      beta[i] = i < count ? number(p.beta, i) : 0;
+      beta[i] = i < count ? number(p.beta, first + i) : 0;
     }
     for (std::int64_t i = 0; i < kChunk; ++i) from_start[i] = Sum(sums[i]), to_end[i] = Sum(sum - sums[i]);
     for (std::int64_t i = 0; i < kChunk; i += kLanes<Sum>) {
@@ -49,6 +51,8 @@ struct Gates {
       store(to_end + i, exp(load(to_end + i)));
     }
     whole = from_start[kChunk - 1];
+    carry = p.carry.data ? number(p.carry, first / kChunk) : 1;
+    for (std::int64_t i = 0; i < kChunk; ++i) to_state[i] = carry * to_end[i];
   }
 
   // to[count][kChunk] are the e^(G_i - G_j), 0 where j > i.
@@ -65,7 +69,18 @@ struct Gates {
   }
 
   Sum whole;  // e^G_n
+  Sum carry;  // c
 };
+
+// It divides a row of whole vectors by its norm, and returns by what it multiplied.
+template <class Sum>
+inline Sum normalize(Sum* row, std::int64_t lanes) {
+  Vec<Sum> squares = {};
+  for (std::int64_t d = 0; d < lanes; d += kLanes<Sum>) squares += load(row + d) * load(row + d);
+  const Sum factor = 1 / __builtin_sqrt(sum_of_lanes<Sum>(squares) + kDeltaRuleEpsilon);
+  for (std::int64_t d = 0; d < lanes; ++d) row[d] *= factor;
+  return factor;
+}
 
 // These are some columns of the values, and so of states and outputs: columns of a state do not meet.
 struct ValueColumns {
@@ -84,7 +99,8 @@ class DeltaRuleChunk : public Products<typename Arithmetic<Input>::Sum> {
 
   Sum *keys, *queries;         // [count][key_lanes]; queries follow the last key
   Sum* keys_by_feature;        // [key_dim][kChunk]
-  Sum *of_keys, *of_queries;   // products with the keys, [count][kChunk]; those of queries follow the last key
+  Sum* inverse_norms;          // of keys, then of queries, where they are normalised
+  Sum *of_keys, *of_queries;   // products with the keys, [count][kChunk], lower triangles; those of queries follow
   Sum* decays;                 // [count][kChunk]
   Sum* coupling;               // -W beta below the diagonal, which alone is read, [count][kChunk]
   Sum *differences, *outputs;  // [count][value_lanes]; outputs follow the last difference
@@ -102,6 +118,7 @@ class DeltaRuleChunk : public Products<typename Arithmetic<Input>::Sum> {
     };
     keys = take(2 * kChunk, key_lanes);
     keys_by_feature = take(p.key_dim, kChunk);
+    inverse_norms = arena.take<Sum>(2 * kChunk);
     of_keys = take(2 * kChunk, kChunk);
     decays = take(kChunk, kChunk);
     coupling = take(kChunk, kChunk);
@@ -118,8 +135,12 @@ class DeltaRuleChunk : public Products<typename Arithmetic<Input>::Sum> {
     outputs = differences + count * value_lanes;
     load_tokens(p.key, batch, key_head, first, {0, p.key_dim, key_lanes}, keys);
     if (with_queries) load_tokens(p.query, batch, key_head, first, {0, p.key_dim, key_lanes}, queries);
+    if (p.normalize)
+      for (std::int64_t i = 0; i < (with_queries ? 2 : 1) * count; ++i)
+        inverse_norms[i] = normalize(keys + i * key_lanes, key_lanes);
     this->transpose(keys, key_lanes, count, p.key_dim, keys_by_feature, kChunk);
-    this->multiply(keys, key_lanes, keys_by_feature, kChunk, of_keys, (with_queries ? 2 : 1) * count, p.key_dim, false);
+    multiply_to_lower(keys, key_lanes, keys_by_feature, kChunk, of_keys, count, p.key_dim);
+    if (with_queries) multiply_to_lower(queries, key_lanes, keys_by_feature, kChunk, of_queries, count, p.key_dim);
   }
 
   void load_tokens(const Tensor& from, std::int64_t batch, std::int64_t head, std::int64_t first, ValueColumns columns,
@@ -141,30 +162,36 @@ class DeltaRuleChunk : public Products<typename Arithmetic<Input>::Sum> {
     gates->decays(count, decays);
     for (std::int64_t i = 0; i < count; ++i) {
       Sum* const row = coupling + i * kChunk;
-      for (std::int64_t j = 0; j < kChunk; j += kLanes<Sum>)
+      for (std::int64_t j = 0; j <= i; j += kLanes<Sum>)
         store(row + j, -load(decays + i * kChunk + j) * load(of_keys + i * kChunk + j) * load(gates->beta + j));
     }
   }
 
-  // This solves for the differences. With queries it leaves scale e^G Q S as outputs.
+  // This solves for the differences. With queries it leaves scale e^G Q S as outputs. Without a state it is 0.
   void find_differences(std::int64_t batch, std::int64_t head, std::int64_t first, ValueColumns columns,
                         const Sum* state, bool with_queries) {
-    this->multiply(keys, key_lanes, state, value_lanes, differences, (with_queries ? 2 : 1) * count, p.key_dim, false);
+    if (state)
+      this->multiply(keys, key_lanes, state, value_lanes, differences, (with_queries ? 2 : 1) * count, p.key_dim,
+                     false);
     for (std::int64_t i = 0; i < count; ++i) {
       Sum* const row = differences + i * value_lanes;
       const Input* const value = row_of<const Input>(p.value, batch, head, first + i) + columns.first;
       convert_row(scaled, value, columns.count);
       for (std::int64_t d = columns.count; d < value_lanes; ++d) scaled[d] = 0;
-      for (std::int64_t d = 0; d < value_lanes; ++d) row[d] = scaled[d] - gates->from_start[i] * row[d];
+      const Sum decay = state ? gates->from_start[i] : 0;
+      if (!state) set_zero(row, value_lanes);
+      for (std::int64_t d = 0; d < value_lanes; ++d) row[d] = scaled[d] - decay * row[d];
     }
-    if (with_queries) scale_rows(outputs, value_lanes, gates->from_start, Sum(p.scale), outputs);
+    if (with_queries && !state) set_zero(outputs, count * value_lanes);
+    if (with_queries && state) scale_rows(outputs, value_lanes, gates->from_start, Sum(p.scale), outputs);
     solve_lower(coupling, kChunk, differences, value_lanes, count);
   }
 
   // This turns the state before the chunk into that after it, by beta D.
   void advance(const Sum* corrections, Sum* state) {
-    scale_rows(keys, key_lanes, gates->to_end, Sum(1), scaled);
-    for (std::int64_t i = 0; i < p.key_dim * value_lanes; ++i) state[i] *= gates->whole;
+    scale_rows(keys, key_lanes, gates->to_state, Sum(1), scaled);
+    const Sum whole = gates->whole;
+    for (std::int64_t i = 0; i < p.key_dim * value_lanes; ++i) state[i] *= whole;
     this->multiply_transposed(scaled, key_lanes, corrections, value_lanes, state, p.key_dim, count, true);
   }
 

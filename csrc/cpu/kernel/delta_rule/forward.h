@@ -49,12 +49,14 @@ class DeltaRuleForward {
 
   void visit(std::int64_t batch, std::int64_t head, ValueColumns columns, Buffers& b) const {
     Chunk& c = b.chunk;
-    if (p_.length > 0 && p_.length <= kFewTokens) return DeltaRuleSteps<Input>(p_, batch, head, columns).run(c.keys);
+    if (p_.length > 0 && p_.length <= kFewTokens && !p_.carry.data)
+      return DeltaRuleSteps<Input>(p_, batch, head, columns).run(c.keys);
     c.load_state(p_.initial_state, batch, head, columns, b.state);
     for (std::int64_t first = 0; first < p_.length; first += kChunk) {
       c.begin(batch, head / c.group, first, true);
       c.set_gates(batch, head, first);
-      c.find_differences(batch, head, first, columns, b.state, true);
+      const bool is_zero = first == 0 && !p_.initial_state.data;
+      c.find_differences(batch, head, first, columns, is_zero ? nullptr : b.state, true);
       c.scale_rows(c.differences, lanes_, c.gates->beta, Sum(1), c.differences);
       for (std::int64_t i = 0; i < c.count * kChunk; ++i) c.of_queries[i] *= Sum(p_.scale) * c.decays[i];
       multiply_lower(c.of_queries, kChunk, c.differences, lanes_, c.outputs, c.count, true);

@@ -19,13 +19,16 @@ class DeltaRuleSteps {
 
   // It needs memory for a row of keys, of queries, of values and of outputs.
   void run(Sum* memory) const {
-    Sum *const key = memory, *const query = key + p_.key_dim, *const value = query + p_.key_dim;
+    const std::int64_t lanes = round_up(p_.key_dim, kWidth);
+    Sum *const key = memory, *const query = key + lanes, *const value = query + lanes;
+    set_zero(key, 2 * lanes);
     Sum* const output = value + columns_.count;
     const std::int64_t key_head = head_ / (p_.heads_v / p_.heads_k);
     Sum* const state = static_cast<Sum*>(p_.state) + (batch_ * p_.heads_v + head_) * p_.key_dim * p_.value_dim;
     for (std::int64_t token = 0; token < p_.length; ++token) {
       convert_row(key, row_of<const Input>(p_.key, batch_, key_head, token), p_.key_dim);
       convert_row(query, row_of<const Input>(p_.query, batch_, key_head, token), p_.key_dim);
+      if (p_.normalize) normalize(key, lanes), normalize(query, lanes);
       convert_row(value, row_of<const Input>(p_.value, batch_, head_, token) + columns_.first, columns_.count);
       Step step{key, query, value, output, 0, exp(Vec<Sum>{} + number(p_.log_decay, token))[0], number(p_.beta, token)};
       for (std::int64_t k = 0; k < p_.key_dim; ++k) step.product += key[k] * query[k];

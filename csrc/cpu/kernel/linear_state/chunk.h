@@ -13,6 +13,11 @@
 
 namespace attnx::cpu::ATTNX_ISA {
 
+// These are some rows of a state: they do not meet where keys are added.
+struct FeatureRows {
+  std::int64_t first, count;
+};
+
 template <class Input>
 class LinearStateChunk : public Products<typename Arithmetic<Input>::Sum> {
  public:
@@ -52,6 +57,7 @@ class LinearStateChunk : public Products<typename Arithmetic<Input>::Sum> {
   }
 
   std::int64_t state_size() const { return features * value_lanes; }
+  FeatureRows all_rows() const { return {0, features}; }
 
   static std::int64_t tokens(std::int64_t first, std::int64_t length) { return smaller(kTokens, length - first); }
 
@@ -92,8 +98,13 @@ class LinearStateChunk : public Products<typename Arithmetic<Input>::Sum> {
     if (own_pairs) multiply_lower(weights, kTokens, values, value_lanes, outputs, count, true);
   }
 
-  void add_keys(std::int64_t count, Sum* state) const {
-    this->multiply_transposed(of_keys, feature_lanes, values, value_lanes, state, features, count, true);
+  // These add the sum of phi(k) [v, 1]^T, or another such product, to some rows of a state.
+  void add_keys(std::int64_t count, FeatureRows rows, Sum* state) const {
+    add_products(of_keys, values, count, rows, state);
+  }
+  void add_products(const Sum* of_rows, const Sum* numbers, std::int64_t count, FeatureRows rows, Sum* state) const {
+    this->multiply_transposed(of_rows + rows.first, feature_lanes, numbers, value_lanes,
+                              state + rows.first * value_lanes, rows.count, count, true);
   }
 
   // This adds the gradient of rows that their features have. Without a polynomial rows are features themselves.
@@ -129,16 +140,22 @@ class LinearStateChunk : public Products<typename Arithmetic<Input>::Sum> {
     }
   }
 
-  void load_state(const Tensor& from, std::int64_t batch, std::int64_t head, Sum* to) const {
-    for (std::int64_t f = 0; f < features; ++f, to += value_lanes) {
-      set_zero(to, value_lanes);
-      if (from.data) convert_row(to, row_of<const Sum>(from, batch, head, f), p.value_dim + 1);
+  void load_state(const Tensor& from, std::int64_t batch, std::int64_t head, FeatureRows rows, Sum* to) const {
+    for (std::int64_t f = rows.first; f < rows.first + rows.count; ++f) {
+      set_zero(to + f * value_lanes, value_lanes);
+      if (from.data) convert_row(to + f * value_lanes, row_of<const Sum>(from, batch, head, f), p.value_dim + 1);
     }
   }
-  void store_state(const Sum* from, void* to, std::int64_t batch, std::int64_t head) const {
+  void store_state(const Sum* from, void* to, std::int64_t batch, std::int64_t head, FeatureRows rows) const {
     const std::int64_t columns = p.value_dim + 1;
     Sum* const state = static_cast<Sum*>(to) + (batch * p.heads_k + head) * features * columns;
-    for (std::int64_t f = 0; f < features; ++f) convert_row(state + f * columns, from + f * value_lanes, columns);
+    for (std::int64_t f = rows.first; f < rows.first + rows.count; ++f)
+      convert_row(state + f * columns, from + f * value_lanes, columns);
+  }
+  // This takes some rows of a state to the next one.
+  void copy_state(const Sum* from, FeatureRows rows, Sum* to) const {
+    const std::int64_t first = rows.first * value_lanes;
+    convert_row(to + first, from + first, rows.count * value_lanes);
   }
 
  private:
