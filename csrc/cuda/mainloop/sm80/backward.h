@@ -136,8 +136,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         delta[r] = Score::kNormalised ? __ldg(args.delta + row) : 0;
       }
       // Some scores need more of a row than an offset.
-      const auto row_of_score = [&](auto r) {
-        return ScorePolicy::row(args, row_tile * kM + score_row + lane / 4 + row_of(r), offset[r]);
+      const auto row_of_score = [&](int r) {
+        if constexpr (ScorePolicy::kHasRows)
+          return ScorePolicy::row(args, row_tile * kM + score_row + lane / 4 + row_of(r), offset[r]);
       };
 
       // S is computed first, and then becomes what dP - delta is multiplied with.
