@@ -37,6 +37,7 @@ ARGUMENTS, LISTS = "csrc/torch/arguments.cpp", "csrc/torch/block_sparse.cpp"
 CACHE, ROUTES = "csrc/torch/staircase_cache.cpp", "csrc/torch/routes.cpp"
 K = "csrc/cpu/kernel/"
 SOFTMAX, SIGMOID = K + "score/softmax.h", K + "score/sigmoid.h"
+SOFTPLUS, SHARPENED = K + "score/softplus.h", K + "score/sharpened_softplus.h"
 BAND, LISTED, CLUSTERED = K + "tiles/band.h", K + "tiles/listed.h", K + "tiles/clustered.h"
 QUERIES, KEYS, PANEL = K + "lanes/queries.h", K + "lanes/keys.h", K + "panel.h"
 FORWARD, BACKWARD = K + "forward.h", K + "backward.h"
@@ -126,7 +127,12 @@ _FORWARD = (
         "test_nonfinite.py",
     ),
     Mutant(KEYS, "!on_tile.masked || values_finite(steps)", "true", "test_nonfinite.py"),
-    Mutant(KEYS, "«Sum(p_.scale)», panel, on_tile, row", "Sum(1)", "test_softmax_attention.py -k shapes"),
+    Mutant(
+        KEYS,
+        "weigh_row(products_ + row * kKeys, padded, «Sum(p_.scale)»",
+        "Sum(1)",
+        "test_softmax_attention.py -k shapes",
+    ),
     Mutant(FORWARD, "total == 0 ? 0 : output[d] / total", "output[d]", "test_determinism.py -k parts"),
     Mutant(
         FORWARD,
@@ -145,7 +151,7 @@ _BACKWARD = (
     Mutant(SOFTMAX, "-weight * double(offset_[lane])", "weight * double(offset_[lane])", "test_sink.py"),
     Mutant(SOFTMAX, "double weight = «sees_nothing(panel, lane)» ?", "false", "test_sink.py -k logsumexp"),
     Mutant(
-        SOFTMAX,
+        K + "score/normalised.h",
         "*row_of<const Sum>(p.grad_logsumexp, s.batch, head, result)",
         "Sum(0)",
         "test_softmax_attention.py -k differentiable",
@@ -174,6 +180,12 @@ _BACKWARD = (
     Mutant(SPLITS, "«split < splits»; ++split) sum +=", "split < 1", "test_determinism.py -k number_of_threads"),
     Mutant(SPLITS, "if («!addend.data») return", "true", "test_sparse_linear.py -k gradcheck"),
     Mutant(BACKWARD, "p_.key_blocks.width + «place»", "0", "test_block_bias_gradient.py -k definition"),
+    Mutant(SOFTPLUS, "«(x < 0 ? e : 1 + V{})» * reciprocal", "(1 + V{})", "test_softplus.py -k definition"),
+    Mutant(SOFTPLUS, "ds = softplus_slope(x, e) * «inverse» *", "splat(Sum(1))", "test_softplus.py -k definition"),
+    Mutant(SHARPENED, "return «v <= lowest_ ? Vec<Sum>{} : v»;", "v", "test_softplus.py -k definition"),
+    Mutant(SHARPENED, "«rows_.shift(lane) == 0» ? 0", "false", "test_softplus.py -k definition"),
+    Mutant(SHARPENED, "(own - «of_mean»)", "Sum(0)", "test_softplus.py -k definition"),
+    Mutant(K + "weights/softplus_rows.h", "keys > kKeysWithoutMean ? 1 : «0»", "1", "test_softplus.py -k definition"),
     Mutant(BACKWARD, "sum[d] *= «Sum(p_.scale)»", "Sum(1)", "test_softmax_attention.py -k shapes"),
     Mutant(SUMS, "sum += «p.from[b * p.heads + h]»", "p.from[h]", "test_determinism.py -k number_of_threads"),
 )

@@ -121,3 +121,10 @@ def test_tiles_without_a_weight(sharpen: int, dtype: torch.dtype, device: torch.
     inputs["value"][:, :, 256:384] = math.nan
     actual = attnx.softplus_attention(**inputs, sharpen=sharpen)
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=sharpen * 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("sharpen", [None, 3])
+def test_explain_names_the_mainloop(sharpen: int | None, dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _ = random_inputs(Shape(length_q=128, length_k=128, head_dim=64), dtype, device)
+    explanation = attnx.explain(attnx.softplus_attention, **inputs, sharpen=sharpen)
+    assert str(explanation.kernel).endswith("softplus_attention [sm80]")

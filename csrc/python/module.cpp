@@ -12,6 +12,7 @@
 
 #include "attnx/capability.h"
 #include "attnx/environment.h"
+#include "attnx/policies.h"
 #include "cpu/attention.h"
 #include "torch/cuda_hooks.h"
 #include "torch/staircase_hooks.h"
@@ -102,7 +103,9 @@ py::dict cuda_kernel(const std::string& op, const std::string& dtype, std::int64
   attnx::Gather gather;
   std::tie(gather.clusters, gather.queries.slots) = clusters_and_slots;
   const auto describe = [&](attnx::AttentionParams& p) {
-    p.score = op == "sigmoid_attention" ? attnx::Score::kSigmoid : attnx::Score::kSoftmax;
+    p.score = attnx::Score::kSoftmax;
+    for (const attnx::ScorePolicy& row : attnx::kScores)
+      if (op == std::string(row.name) + "_attention") p.score = row.score;
     p.dtype = sixteen_bits(dtype);
     p.batch = batch;
     p.heads_q = heads_q;

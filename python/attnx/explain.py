@@ -107,7 +107,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     arguments = dict(bound.arguments)
     arguments |= arguments.pop("terms", {})  # disentangled attention takes them as they are named
     if arguments.get("sharpen") is not None:  # it is an operator of its own
-        name = f"sharpened_{name}"
+        operator = name = f"sharpened_{name}"
     if "cache" in arguments:
         arguments["key"] = arguments["value"] = arguments["cache"]._memory.tail[:, :, 0, 0]
     if isinstance(mask := arguments.get("block_mask"), BlockMask):  # what it hides within blocks are terms, too

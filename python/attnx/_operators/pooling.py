@@ -22,6 +22,8 @@ def of_ranges(rows: Tensor, ranges: Tensor) -> Tensor:
 
 
 def of_blocks(rows: Tensor, block: int) -> Tensor:
+    if block < 1:
+        raise RuntimeError(f"block: expected 1 or more, got {block}")
     blocks = -(-rows.shape[2] // block)
     return rows.new_empty((*rows.shape[:2], blocks, rows.shape[3]), dtype=sum_dtype(rows))
 
