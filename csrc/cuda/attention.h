@@ -12,6 +12,7 @@
 #include "cuda/labels/critical_blocks.h"
 #include "cuda/labels/label_blocks.h"
 #include "cuda/linear/linear.h"
+#include "cuda/linear_state/linear_state.h"
 #include "cuda/passes/sum_over_batch.h"
 #include "cuda/routing/routing.h"
 #include "cuda/sampling/sample_blocks.h"
