@@ -8,6 +8,7 @@
 #include "attnx/params.h"
 #include "attnx/weights_params.h"
 #include "cuda/common/launch.h"
+#include "cuda/delta_rule/delta_rule.h"
 #include "cuda/labels/block_map.h"
 #include "cuda/labels/critical_blocks.h"
 #include "cuda/labels/label_blocks.h"

@@ -1,0 +1,109 @@
+#include "cuda/common/device.h"
+#include "cuda/delta_rule/chunk.h"
+#include "cuda/delta_rule/kernels.h"
+
+namespace attnx::cuda {
+
+namespace {
+
+template <class Input>
+struct OutputsMemory {
+  InputRows<Input> keys, queries;
+  SharedMatrix state, differences, coupling, pairs;
+  DeltaGates* gates;
+  int key_lanes, bytes;
+
+  __host__ __device__ OutputsMemory(const DeltaRuleArguments& a, void* memory)
+      : key_lanes(round_to(int(a.p.key_dim), 16)) {
+    SharedArena arena(memory);
+    keys = InputRows<Input>::take(arena, a.chunk, key_lanes);
+    queries = InputRows<Input>::take(arena, a.chunk, key_lanes);
+    state = arena.take_steps(key_lanes, a.width);
+    differences = arena.take_steps(a.chunk, a.width);
+    coupling = arena.take_rows(a.chunk, a.chunk);
+    pairs = arena.take_rows(a.chunk, a.chunk);
+    gates = arena.take<DeltaGates>(1);
+    bytes = arena.bytes();
+  }
+};
+
+template <class Input>
+__global__ void __launch_bounds__(kDeltaThreads)
+    attnx_delta_rule_outputs(const __grid_constant__ DeltaOutputArguments args) {
+  constexpr int kBlocks = 4;
+  extern __shared__ uint4 shared[];
+  const OutputsMemory<Input> m(args, shared);
+  const DeltaRuleParams& p = args.p;
+  const DeltaUnit unit(args, blockIdx.x);
+  const int key_dim = int(p.key_dim), value_dim = int(p.value_dim);
+  const float scale = float(p.scale);
+  const float* const initial =
+      p.initial_state.data ? row_of<const float>(p.initial_state, unit.batch, unit.head, 0) : nullptr;
+  load_state(m.state, initial, p.initial_state.row_stride, key_dim, unit);
+
+#pragma unroll 1
+  for (std::int64_t first = 0; first < p.length; first += args.chunk) {
+    const int count = int(min(std::int64_t(args.chunk), p.length - first)), rows = round_to(count, kTileRows);
+    __syncthreads();
+    load_rows(m.keys, p.key, unit.batch, unit.key_head, first, count, rows, 0, key_dim, m.key_lanes);
+    load_rows(m.queries, p.query, unit.batch, unit.key_head, first, count, rows, 0, key_dim, m.key_lanes);
+    m.gates->read(args, unit.batch, unit.head, first, count);
+    __syncthreads();
+    const DeltaGates& gates = *m.gates;
+    multiply_pairs(m.coupling, m.keys, m.keys, rows, m.key_lanes,
+                   [&](int i, int j, float product) { return gates.decay(i, j) * gates.beta[j] * product; });
+    multiply_pairs(m.pairs, m.queries, m.keys, rows, m.key_lanes,
+                   [&](int i, int j, float product) { return scale * gates.decay(i, j) * product; });
+    for_each_split_tile<kBlocks, kDeltaThreads>(
+        rows, unit.lanes, [&](SplitTile<kBlocks>& tile, int row, int column, int blocks) {
+          tile.template add_product<true, false>([&](int i, int k) { return m.keys(row + i, k); },
+                                                 [&](int k, int d) { return m.state(k, column + d); }, m.key_lanes,
+                                                 blocks);
+          tile.for_each(blocks, [&](int i, int d, float held) {
+            const int token = row + i, c = column + d;
+            float difference = 0;
+            if (token < count && c < unit.count)
+              difference = float(row_of<const Input>(p.value, unit.batch, unit.head, first + token)[unit.first + c]) -
+                           gates.from_start[token] * held;
+            m.differences(token, c) = difference;
+          });
+        });
+    __syncthreads();
+    solve_unit_lower(m.differences, [&](int i, int j) { return m.coupling(i, j); }, rows, unit.lanes);
+    for (int i = threadIdx.x / 32; i < rows; i += kDeltaWarps)
+      for (int d = threadIdx.x % 32; d < unit.lanes; d += 32) m.differences(i, d) *= gates.beta[i];
+    __syncthreads();
+    for_each_split_tile<kBlocks, kDeltaThreads>(
+        rows, unit.lanes, [&](SplitTile<kBlocks>& tile, int row, int column, int blocks) {
+          tile.template add_product<true, false>([&](int i, int k) { return m.queries(row + i, k); },
+                                                 [&](int k, int d) { return m.state(k, column + d); }, m.key_lanes,
+                                                 blocks);
+          tile.for_each(blocks, [&](int i, int, float& sum) { sum *= scale * gates.from_start[row + i]; });
+          tile.template add_product<false, false>([&](int i, int j) { return m.pairs(row + i, j); },
+                                                  [&](int j, int d) { return m.differences(j, column + d); },
+                                                  row + kTileRows, blocks);
+          tile.for_each(blocks, [&](int i, int d, float sum) {
+            if (row + i < count && column + d < unit.count)
+              row_of<Input>(args.output, unit.batch, unit.head, first + row + i)[unit.first + column + d] = Input(sum);
+          });
+        });
+    __syncthreads();
+    advance(m.state, m.keys, m.differences, gates, m.key_lanes, unit.lanes, round_to(count, 8));
+  }
+  __syncthreads();
+  store_state(m.state, args.state + (unit.batch * p.heads_v + unit.head) * key_dim * value_dim, key_dim, value_dim,
+              unit);
+}
+
+}  // namespace
+
+int delta_output_bytes(const DeltaRuleArguments& args) { return OutputsMemory<__half>(args, nullptr).bytes; }
+
+void launch_delta_outputs(const DeltaOutputArguments& args, cudaStream_t stream) {
+  with_delta_dtype(args.p.dtype, [&]<class Input>() {
+    launch_kernel("attnx_delta_rule_outputs", attnx_delta_rule_outputs<Input>, args.heads * args.tiles, kDeltaThreads,
+                  delta_output_bytes(args), stream, args);
+  });
+}
+
+}  // namespace attnx::cuda
