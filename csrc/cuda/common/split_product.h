@@ -73,6 +73,18 @@ struct SplitTile {
       for (int e = 0; e < 4; ++e) visit(lane / 4 + e / 2 * 8, n * 8 + lane % 4 * 2 + e % 2, sums[n][e]);
     }
   }
+  // This calls visit(row, column, number, number of the other tile).
+  template <class Visit>
+  __device__ __forceinline__ void for_each(int blocks, const SplitTile& other, const Visit& visit) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      if (n >= blocks) break;
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        visit(lane / 4 + e / 2 * 8, n * 8 + lane % 4 * 2 + e % 2, sums[n][e], other.sums[n][e]);
+    }
+  }
 };
 
 // The warps of a block share the tiles of a product of rows x columns, which are multiples of 16 and of 8: this calls

@@ -28,9 +28,31 @@ struct OutputsMemory {
   }
 };
 
-template <class Input, bool kTaylor>
-__global__ void __launch_bounds__(kStateThreads)
-    attnx_linear_state_outputs(const __grid_constant__ StateOutputArguments args) {
+// These finish the rows of a chunk from their sums: a warp has a row.
+template <class Input>
+__device__ __forceinline__ void finish_row(const StateOutputArguments& args, const float* sums, int batch, int head,
+                                           std::int64_t row, const StateColumns& columns) {
+  const float factor = sums[0] == 0 ? 0 : 1 / sums[0];
+  Input* const to = row_of<Input>(args.output, batch, head, row) + columns.first;
+  for (int d = threadIdx.x % 32; d < columns.count; d += 32) to[d] = Input(sums[1 + d] * factor);
+}
+template <class Input>
+__device__ __forceinline__ void finish_row(const StateRowArguments& args, const float* sums, int batch, int head,
+                                           std::int64_t row, const StateColumns& columns) {
+  const float factor = sums[0] == 0 ? 0 : 1 / sums[0];
+  const Input* const grad = row_of<const Input>(args.rows.grad_output, batch, head, row) + columns.first;
+  float dot = 0;
+  for (int d = threadIdx.x % 32; d < columns.count; d += 32) dot = fmaf(float(grad[d]), sums[1 + d] * factor, dot);
+  dot = sum_of_warp(dot);
+  if (threadIdx.x % 32 != 0) return;
+  const std::int64_t all = args.p.batch * args.p.heads_q * args.p.length_q;
+  const std::int64_t place = (batch * args.p.heads_q + head) * args.p.length_q + row;
+  if (columns.first == 0) args.rows.sums[place] = sums[0];
+  args.rows.dots[columns.first / args.width * all + place] = dot;
+}
+
+template <class Input, bool kTaylor, class Args>
+__global__ void __launch_bounds__(kStateThreads) attnx_linear_state_outputs(const __grid_constant__ Args args) {
   constexpr int kBlocks = 5;
   extern __shared__ uint4 shared[];
   const OutputsMemory<kTaylor> m(args, shared);
@@ -39,12 +61,7 @@ __global__ void __launch_bounds__(kStateThreads)
   const StateColumns columns(args, unit.tile);
   const int lanes = columns.lanes, group = int(p.heads_q / p.heads_k);
   if constexpr (kTaylor) list_pairs(m.pairs, int(p.head_dim), m.feature_lanes);
-  if (p.is_causal && args.segments > 1) {
-    load_state(args, m.state, unit.state(args), p.value_dim + 1, columns);
-  } else {
-    const float* const from = args.whole.data ? row_of<const float>(args.whole, unit.batch, unit.head, 0) : nullptr;
-    load_state(args, m.state, from, args.whole.row_stride, columns);
-  }
+  load_start(args, m.state, args.whole, unit, columns, false);
 
   const std::int64_t begin = unit.segment * args.of_segment, end = min(begin + args.of_segment, p.length_q);
 #pragma unroll 1
@@ -76,11 +93,8 @@ __global__ void __launch_bounds__(kStateThreads)
             tile.for_each(blocks, [&](int i, int c, float sum) { m.outputs(row + i, column + c) = sum; });
           });
       __syncthreads();
-      for (int i = threadIdx.x / 32; i < count; i += kStateWarps) {
-        const float n = m.outputs(i, 0), factor = n == 0 ? 0 : 1 / n;
-        Input* const to = row_of<Input>(args.output, unit.batch, head, first + i) + columns.first;
-        for (int d = threadIdx.x % 32; d < columns.count; d += 32) to[d] = Input(m.outputs(i, 1 + d) * factor);
-      }
+      for (int i = threadIdx.x / 32; i < count; i += kStateWarps)
+        finish_row<Input>(args, m.outputs.row(i), unit.batch, head, first + i, columns);
     }
     if (p.is_causal) add_to_state<true>(m.state, m.keys, m.values, m.feature_lanes, lanes, round_to(count, 8));
   }
@@ -90,18 +104,22 @@ __global__ void __launch_bounds__(kStateThreads)
   }
 }
 
+template <class Args>
+void launch(const Args& args, cudaStream_t stream) {
+  with_state_kernel(args.p, [&]<class Input, bool kTaylor>() {
+    launch_kernel("attnx_linear_state_outputs", attnx_linear_state_outputs<Input, kTaylor, Args>,
+                  args.p.batch * args.p.heads_k * args.segments * args.tiles, kStateThreads, state_output_bytes(args),
+                  stream, args);
+  });
+}
+
 }  // namespace
 
 int state_output_bytes(const LinearStateArguments& args) {
   return args.p.taylor ? OutputsMemory<true>(args, nullptr).bytes : OutputsMemory<false>(args, nullptr).bytes;
 }
 
-void launch_state_outputs(const StateOutputArguments& args, cudaStream_t stream) {
-  with_state_kernel(args.p, [&]<class Input, bool kTaylor>() {
-    launch_kernel("attnx_linear_state_outputs", attnx_linear_state_outputs<Input, kTaylor>,
-                  args.p.batch * args.p.heads_k * args.segments * args.tiles, kStateThreads, state_output_bytes(args),
-                  stream, args);
-  });
-}
+void launch_state_outputs(const StateOutputArguments& args, cudaStream_t stream) { launch(args, stream); }
+void launch_state_rows(const StateRowArguments& args, cudaStream_t stream) { launch(args, stream); }
 
 }  // namespace attnx::cuda

@@ -145,6 +145,13 @@ __device__ __forceinline__ void load_state(const LinearStateArguments& a, const 
       to(f, c) = inside ? from[f * row_stride + columns.place(a, c)] : 0;
     }
 }
+// A segment goes on from the sum of those before it, or, if it is the only one or sees all tokens, from `whole`.
+__device__ __forceinline__ void load_start(const LinearStateArguments& a, const SharedMatrix& to, const Tensor& whole,
+                                           const StateUnit& unit, const StateColumns& columns, bool counts_once) {
+  if (a.p.is_causal && a.segments > 1) return load_state(a, to, unit.state(a), a.p.value_dim + 1, columns, counts_once);
+  const float* const from = whole.data ? row_of<const float>(whole, unit.batch, unit.head, 0) : nullptr;
+  load_state(a, to, from, whole.row_stride, columns, counts_once);
+}
 __device__ __forceinline__ void store_state(const LinearStateArguments& a, const SharedMatrix& from, float* to,
                                             const StateColumns& columns) {
   const int row_size = int(a.p.value_dim) + 1;
