@@ -101,9 +101,9 @@ __device__ __forceinline__ void load_state(const SharedMatrix& to, const float* 
     for (int d = threadIdx.x % 32; d < unit.lanes; d += 32)
       to(k, d) = from && k < key_dim && d < unit.count ? from[k * row_stride + unit.first + d] : 0;
 }
-__device__ __forceinline__ void store_state(const SharedMatrix& from, float* to, int key_dim, int value_dim,
-                                            const DeltaUnit& unit) {
-  for (int k = threadIdx.x / 32; k < key_dim; k += kDeltaWarps)
+__device__ __forceinline__ void store_columns(const SharedMatrix& from, float* to, int rows, int value_dim,
+                                              const DeltaUnit& unit) {
+  for (int k = threadIdx.x / 32; k < rows; k += kDeltaWarps)
     for (int d = threadIdx.x % 32; d < unit.count; d += 32) to[k * value_dim + unit.first + d] = from(k, d);
 }
 

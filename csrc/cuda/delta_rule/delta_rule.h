@@ -11,4 +11,7 @@ namespace attnx::cuda {
 std::size_t delta_rule_forward_workspace(const DeltaRuleForwardParams& params, const Launch& launch);
 void delta_rule_forward(const DeltaRuleForwardParams& params, const Launch& launch);
 
+std::size_t delta_rule_backward_workspace(const DeltaRuleBackwardParams& params, const Launch& launch);
+void delta_rule_backward(const DeltaRuleBackwardParams& params, const Launch& launch);
+
 }  // namespace attnx::cuda

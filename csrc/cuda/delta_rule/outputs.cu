@@ -1,6 +1,8 @@
+#include <type_traits>
+
 #include "cuda/common/device.h"
 #include "cuda/delta_rule/chunk.h"
-#include "cuda/delta_rule/kernels.h"
+#include "cuda/delta_rule/gradients.h"
 
 namespace attnx::cuda {
 
@@ -27,9 +29,10 @@ struct OutputsMemory {
   }
 };
 
-template <class Input>
-__global__ void __launch_bounds__(kDeltaThreads)
-    attnx_delta_rule_outputs(const __grid_constant__ DeltaOutputArguments args) {
+// A block goes forward through the chunks. For the backward it leaves states and differences in the place of outputs.
+template <class Input, class Args>
+__global__ void __launch_bounds__(kDeltaThreads) attnx_delta_rule_outputs(const __grid_constant__ Args args) {
+  constexpr bool kWithOutputs = std::is_same_v<Args, DeltaOutputArguments>;
   constexpr int kBlocks = 4;
   extern __shared__ uint4 shared[];
   const OutputsMemory<Input> m(args, shared);
@@ -46,14 +49,16 @@ __global__ void __launch_bounds__(kDeltaThreads)
     const int count = int(min(std::int64_t(args.chunk), p.length - first)), rows = round_to(count, kTileRows);
     __syncthreads();
     load_rows(m.keys, p.key, unit.batch, unit.key_head, first, count, rows, 0, key_dim, m.key_lanes);
-    load_rows(m.queries, p.query, unit.batch, unit.key_head, first, count, rows, 0, key_dim, m.key_lanes);
+    if constexpr (kWithOutputs)
+      load_rows(m.queries, p.query, unit.batch, unit.key_head, first, count, rows, 0, key_dim, m.key_lanes);
     m.gates->read(args, unit.batch, unit.head, first, count);
     __syncthreads();
     const DeltaGates& gates = *m.gates;
     multiply_pairs(m.coupling, m.keys, m.keys, rows, m.key_lanes,
                    [&](int i, int j, float product) { return gates.decay(i, j) * gates.beta[j] * product; });
-    multiply_pairs(m.pairs, m.queries, m.keys, rows, m.key_lanes,
-                   [&](int i, int j, float product) { return scale * gates.decay(i, j) * product; });
+    if constexpr (kWithOutputs)
+      multiply_pairs(m.pairs, m.queries, m.keys, rows, m.key_lanes,
+                     [&](int i, int j, float product) { return scale * gates.decay(i, j) * product; });
     for_each_split_tile<kBlocks, kDeltaThreads>(
         rows, unit.lanes, [&](SplitTile<kBlocks>& tile, int row, int column, int blocks) {
           tile.template add_product<true, false>([&](int i, int k) { return m.keys(row + i, k); },
@@ -70,40 +75,56 @@ __global__ void __launch_bounds__(kDeltaThreads)
         });
     __syncthreads();
     solve_unit_lower(m.differences, [&](int i, int j) { return m.coupling(i, j); }, rows, unit.lanes);
+    if constexpr (!kWithOutputs) {
+      const std::int64_t chunk = unit.of_launch * args.chunks + first / args.chunk;
+      store_columns(m.state, args.states + chunk * key_dim * value_dim, key_dim, value_dim, unit);
+      float* const to = args.differences + (unit.of_launch * p.length + first) * value_dim;
+      store_columns(m.differences, to, count, value_dim, unit);
+      __syncthreads();
+    }
     for (int i = threadIdx.x / 32; i < rows; i += kDeltaWarps)
       for (int d = threadIdx.x % 32; d < unit.lanes; d += 32) m.differences(i, d) *= gates.beta[i];
     __syncthreads();
-    for_each_split_tile<kBlocks, kDeltaThreads>(
-        rows, unit.lanes, [&](SplitTile<kBlocks>& tile, int row, int column, int blocks) {
-          tile.template add_product<true, false>([&](int i, int k) { return m.queries(row + i, k); },
-                                                 [&](int k, int d) { return m.state(k, column + d); }, m.key_lanes,
-                                                 blocks);
-          tile.for_each(blocks, [&](int i, int, float& sum) { sum *= scale * gates.from_start[row + i]; });
-          tile.template add_product<false, false>([&](int i, int j) { return m.pairs(row + i, j); },
-                                                  [&](int j, int d) { return m.differences(j, column + d); },
-                                                  row + kTileRows, blocks);
-          tile.for_each(blocks, [&](int i, int d, float sum) {
-            if (row + i < count && column + d < unit.count)
-              row_of<Input>(args.output, unit.batch, unit.head, first + row + i)[unit.first + column + d] = Input(sum);
+    if constexpr (kWithOutputs) {
+      for_each_split_tile<kBlocks, kDeltaThreads>(
+          rows, unit.lanes, [&](SplitTile<kBlocks>& tile, int row, int column, int blocks) {
+            tile.template add_product<true, false>([&](int i, int k) { return m.queries(row + i, k); },
+                                                   [&](int k, int d) { return m.state(k, column + d); }, m.key_lanes,
+                                                   blocks);
+            tile.for_each(blocks, [&](int i, int, float& sum) { sum *= scale * gates.from_start[row + i]; });
+            tile.template add_product<false, false>([&](int i, int j) { return m.pairs(row + i, j); },
+                                                    [&](int j, int d) { return m.differences(j, column + d); },
+                                                    row + kTileRows, blocks);
+            tile.for_each(blocks, [&](int i, int d, float sum) {
+              if (row + i < count && column + d < unit.count)
+                row_of<Input>(args.output, unit.batch, unit.head, first + row + i)[unit.first + column + d] =
+                    Input(sum);
+            });
           });
-        });
-    __syncthreads();
+      __syncthreads();
+    }
     advance(m.state, m.keys, m.differences, gates, m.key_lanes, unit.lanes, round_to(count, 8));
   }
-  __syncthreads();
-  store_state(m.state, args.state + (unit.batch * p.heads_v + unit.head) * key_dim * value_dim, key_dim, value_dim,
-              unit);
+  if constexpr (kWithOutputs) {
+    __syncthreads();
+    store_columns(m.state, args.state + (unit.batch * p.heads_v + unit.head) * key_dim * value_dim, key_dim, value_dim,
+                  unit);
+  }
+}
+
+template <class Args>
+void launch(const Args& args, cudaStream_t stream) {
+  with_delta_dtype(args.p.dtype, [&]<class Input>() {
+    launch_kernel("attnx_delta_rule_outputs", attnx_delta_rule_outputs<Input, Args>, args.heads * args.tiles,
+                  kDeltaThreads, delta_output_bytes(args), stream, args);
+  });
 }
 
 }  // namespace
 
 int delta_output_bytes(const DeltaRuleArguments& args) { return OutputsMemory<__half>(args, nullptr).bytes; }
 
-void launch_delta_outputs(const DeltaOutputArguments& args, cudaStream_t stream) {
-  with_delta_dtype(args.p.dtype, [&]<class Input>() {
-    launch_kernel("attnx_delta_rule_outputs", attnx_delta_rule_outputs<Input>, args.heads * args.tiles, kDeltaThreads,
-                  delta_output_bytes(args), stream, args);
-  });
-}
+void launch_delta_outputs(const DeltaOutputArguments& args, cudaStream_t stream) { launch(args, stream); }
+void launch_delta_states(const DeltaGradArguments& args, cudaStream_t stream) { launch(args, stream); }
 
 }  // namespace attnx::cuda
