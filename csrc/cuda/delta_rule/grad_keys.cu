@@ -234,7 +234,7 @@ class GradChunk {
 };
 
 template <class Input>
-__global__ void __launch_bounds__(kDeltaThreads)
+__global__ void __launch_bounds__(kDeltaThreads, 2)
     attnx_delta_rule_grad_keys(const __grid_constant__ DeltaGradArguments args) {
   extern __shared__ uint4 shared[];
   GradChunk<Input>(args, shared, int(blockIdx.x)).run();

@@ -30,7 +30,7 @@ struct GradValuesMemory {
 
 // A block takes some columns of the gradient of a head's state back through all chunks.
 template <class Input>
-__global__ void __launch_bounds__(kDeltaThreads)
+__global__ void __launch_bounds__(kDeltaThreads, 2)
     attnx_delta_rule_grad_values(const __grid_constant__ DeltaGradArguments args) {
   constexpr int kBlocks = 4;
   extern __shared__ uint4 shared[];

@@ -31,7 +31,7 @@ struct OutputsMemory {
 
 // A block goes forward through the chunks. For the backward it leaves states and differences in the place of outputs.
 template <class Input, class Args>
-__global__ void __launch_bounds__(kDeltaThreads) attnx_delta_rule_outputs(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kDeltaThreads, 2) attnx_delta_rule_outputs(const __grid_constant__ Args args) {
   constexpr bool kWithOutputs = std::is_same_v<Args, DeltaOutputArguments>;
   constexpr int kBlocks = 4;
   extern __shared__ uint4 shared[];

@@ -16,7 +16,7 @@ struct GradKeysMemory {
       : feature_lanes(round_to(a.features, 16)) {
     SharedArena arena(memory);
     const int dim = int(a.p.head_dim), lanes = round_to(a.width + 1, 8), of_pairs = a.p.is_causal ? a.chunk : 0;
-    state = arena.take_rows(feature_lanes, lanes);
+    state = arena.take_steps(feature_lanes, lanes);
     values = arena.take_rows(a.chunk, lanes);
     gradients = arena.take_rows(of_pairs, lanes);
     pairs_or_slab = arena.take_rows(a.chunk, kFeatureSlab);
@@ -32,7 +32,7 @@ struct GradKeysMemory {
 
 // A block goes back through the chunks of a segment.
 template <class Input, bool kTaylor>
-__global__ void __launch_bounds__(kStateThreads)
+__global__ void __launch_bounds__(kStateThreads, 2)
     attnx_linear_state_grad_keys(const __grid_constant__ StateGradArguments args) {
   extern __shared__ uint4 shared[];
   const GradKeysMemory<kTaylor> m(args, shared);

@@ -16,7 +16,7 @@ struct GradQueryMemory {
       : feature_lanes(round_to(a.features, 16)) {
     SharedArena arena(memory);
     const int dim = int(a.p.head_dim), lanes = round_to(a.width + 1, 8), of_pairs = a.p.is_causal ? a.chunk : 0;
-    state = arena.take_rows(feature_lanes, lanes);
+    state = arena.take_steps(feature_lanes, lanes);
     values = arena.take_rows(of_pairs, lanes);
     gradients = arena.take_rows(a.chunk, lanes);
     pairs_or_slab = arena.take_rows(a.chunk, kFeatureSlab);
@@ -30,7 +30,7 @@ struct GradQueryMemory {
 
 // A block goes forward through the chunks of a segment, as that of the outputs does.
 template <class Input, bool kTaylor>
-__global__ void __launch_bounds__(kStateThreads)
+__global__ void __launch_bounds__(kStateThreads, 2)
     attnx_linear_state_grad_query(const __grid_constant__ StateGradArguments args) {
   extern __shared__ uint4 shared[];
   const GradQueryMemory<kTaylor> m(args, shared);

@@ -52,7 +52,7 @@ __device__ __forceinline__ void finish_row(const StateRowArguments& args, const 
 }
 
 template <class Input, bool kTaylor, class Args>
-__global__ void __launch_bounds__(kStateThreads) attnx_linear_state_outputs(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kStateThreads, 2) attnx_linear_state_outputs(const __grid_constant__ Args args) {
   constexpr int kBlocks = 5;
   extern __shared__ uint4 shared[];
   const OutputsMemory<kTaylor> m(args, shared);

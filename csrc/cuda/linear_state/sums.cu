@@ -43,7 +43,7 @@ __device__ __forceinline__ void load_tokens(const StateGradArguments& args, cons
 }
 
 template <class Input, bool kTaylor, class Args>
-__global__ void __launch_bounds__(kStateThreads) attnx_linear_state_sums(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kStateThreads, 2) attnx_linear_state_sums(const __grid_constant__ Args args) {
   constexpr bool kOfKeys = std::is_same_v<Args, LinearStateArguments>;
   extern __shared__ uint4 shared[];
   const SumsMemory<kTaylor> m(args, shared);
