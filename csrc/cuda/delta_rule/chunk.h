@@ -1,6 +1,7 @@
 // This is a chunk of tokens of the gated delta rule in shared memory, and the products that forward and backward share.
 #pragma once
 
+#include "cuda/common/ptx.h"
 #include "cuda/common/shared_arena.h"
 #include "cuda/delta_rule/arguments.h"
 
@@ -82,24 +83,41 @@ struct InputRows {
   __device__ __forceinline__ float operator()(int i, int j) const { return float(data[i * pitch + j]); }
 };
 
-// This loads some columns of a chunk's rows of a head, and zeros beyond them.
+// This loads some columns of a chunk's rows of a head, and zeros beyond them. It only begins to, where rows lie on 16
+// bytes: finish_rows() has to follow.
 template <class Input>
 __device__ __forceinline__ void load_rows(const InputRows<Input>& to, const Tensor& x, int batch, int head,
                                           std::int64_t first, int count, int rows, int first_column, int columns,
                                           int lanes) {
-  for (int i = threadIdx.x / 32; i < rows; i += kDeltaWarps) {
-    const Input* const from = row_of<const Input>(x, batch, head, first + i) + first_column;
-    for (int d = threadIdx.x % 32; d < lanes; d += 32)
-      to.data[i * to.pitch + d] = i < count && d < columns ? from[d] : Input(0.0f);
+  constexpr int kVector = 16 / sizeof(Input);
+  const Input* const begin = row_of<const Input>(x, batch, head, first) + first_column;
+  if (reinterpret_cast<std::uintptr_t>(begin) % 16 == 0 && x.row_stride % kVector == 0 && columns % kVector == 0) {
+    const int vectors = lanes / kVector;
+    for (int i = threadIdx.x; i < rows * vectors; i += kDeltaThreads) {
+      const int row = i / vectors, d = i % vectors * kVector;
+      copy_async(shared_address(to.data + row * to.pitch + d), begin + row * x.row_stride + d,
+                 row < count && d < columns);
+    }
+    return;
   }
+#pragma unroll 4
+  for (int i = threadIdx.x / 32; i < rows; i += kDeltaWarps)
+    for (int d = threadIdx.x % 32; d < lanes; d += 32)
+      to.data[i * to.pitch + d] = i < count && d < columns ? __ldg(begin + i * x.row_stride + d) : Input(0.0f);
+}
+__device__ __forceinline__ void finish_rows() {
+  commit_copies();
+  wait_copies<0>();
+  __syncthreads();
 }
 
 // These copy the columns of a unit between states in global memory, of which null is 0, and shared memory.
 __device__ __forceinline__ void load_state(const SharedMatrix& to, const float* from, std::int64_t row_stride,
                                            int key_dim, const DeltaUnit& unit) {
+#pragma unroll 4
   for (int k = threadIdx.x / 32; k < round_to(key_dim, 16); k += kDeltaWarps)
     for (int d = threadIdx.x % 32; d < unit.lanes; d += 32)
-      to(k, d) = from && k < key_dim && d < unit.count ? from[k * row_stride + unit.first + d] : 0;
+      to(k, d) = from && k < key_dim && d < unit.count ? __ldg(from + k * row_stride + unit.first + d) : 0;
 }
 __device__ __forceinline__ void store_columns(const SharedMatrix& from, float* to, int rows, int value_dim,
                                               const DeltaUnit& unit) {

@@ -176,7 +176,7 @@ class GradChunk {
     load_rows(m_.keys, p_.key, batch_, of_keys_, first_, count_, rows_, 0, key_dim, m_.key_lanes);
     load_rows(m_.queries, p_.query, batch_, of_keys_, first_, count_, rows_, 0, key_dim, m_.key_lanes);
     m_.gates->read(args_, batch_, of_values_, first_, count_);
-    __syncthreads();
+    finish_rows();
     const States state = of_states(args_.states), grad_state = of_states(args_.grad_states);
     const States differences = of_tokens(args_.differences), z = of_tokens(args_.z);
     const Input* const grad =

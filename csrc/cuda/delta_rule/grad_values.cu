@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kDeltaThreads, 2)
     m.gates->read(args, unit.batch, unit.head, first, count);
     store_columns(m.grad_state, args.grad_states + (unit.of_launch * args.chunks + chunk) * key_dim * value_dim,
                   key_dim, value_dim, unit);
-    __syncthreads();
+    finish_rows();
     const DeltaGates& gates = *m.gates;
     multiply_pairs(m.coupling, m.keys, m.keys, rows, m.key_lanes,
                    [&](int i, int j, float product) { return gates.decay(i, j) * gates.beta[i] * product; });

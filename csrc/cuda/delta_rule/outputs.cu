@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kDeltaThreads, 2) attnx_delta_rule_outputs(con
     if constexpr (kWithOutputs)
       load_rows(m.queries, p.query, unit.batch, unit.key_head, first, count, rows, 0, key_dim, m.key_lanes);
     m.gates->read(args, unit.batch, unit.head, first, count);
-    __syncthreads();
+    finish_rows();
     const DeltaGates& gates = *m.gates;
     multiply_pairs(m.coupling, m.keys, m.keys, rows, m.key_lanes,
                    [&](int i, int j, float product) { return gates.decay(i, j) * gates.beta[j] * product; });

@@ -111,10 +111,11 @@ template <class Input, bool kTaylor>
 __device__ __forceinline__ void load_rows(const LinearStateArguments& a, const StateRows<kTaylor>& to, const Tensor& x,
                                           int batch, int head, std::int64_t first, int count, float factor) {
   const int lane = threadIdx.x % 32, lanes = to.one();
+#pragma unroll 2
   for (int i = threadIdx.x / 32; i < a.chunk; i += kStateWarps) {
     float* const row = to.x.row(i);
     const Input* const from = row_of<const Input>(x, batch, head, first + i);
-    for (int d = lane; d < lanes; d += 32) row[d] = i < count && d < to.dim ? float(from[d]) * factor : 0;
+    for (int d = lane; d < lanes; d += 32) row[d] = i < count && d < to.dim ? float(__ldg(from + d)) * factor : 0;
     if constexpr (kTaylor) {
       if (lane < 2) row[lanes + lane] = lane == 0 && i < count;
     } else if (i < count) {
@@ -127,10 +128,11 @@ __device__ __forceinline__ void load_rows(const LinearStateArguments& a, const S
 template <class Input>
 __device__ __forceinline__ void load_values(const LinearStateArguments& a, const SharedMatrix& to, int batch, int head,
                                             std::int64_t first, int count, const StateColumns& columns) {
+#pragma unroll 4
   for (int i = threadIdx.x / 32; i < a.chunk; i += kStateWarps) {
     const Input* const from = row_of<const Input>(a.p.value, batch, head, first + i) + columns.first;
     for (int c = threadIdx.x % 32; c < columns.lanes; c += 32)
-      to(i, c) = i >= count || c > columns.count ? 0 : c == 0 ? 1 : float(from[c - 1]);
+      to(i, c) = i >= count || c > columns.count ? 0 : c == 0 ? 1 : float(__ldg(from + c - 1));
   }
 }
 
@@ -139,10 +141,11 @@ __device__ __forceinline__ void load_values(const LinearStateArguments& a, const
 __device__ __forceinline__ void load_state(const LinearStateArguments& a, const SharedMatrix& to, const float* from,
                                            std::int64_t row_stride, const StateColumns& columns,
                                            bool counts_once = false) {
+#pragma unroll 4
   for (int f = threadIdx.x / 32; f < round_to(a.features, 16); f += kStateWarps)
     for (int c = threadIdx.x % 32; c < columns.lanes; c += 32) {
       const bool inside = from && f < a.features && c <= columns.count && !(counts_once && c == 0 && columns.first > 0);
-      to(f, c) = inside ? from[f * row_stride + columns.place(a, c)] : 0;
+      to(f, c) = inside ? __ldg(from + f * row_stride + columns.place(a, c)) : 0;
     }
 }
 // A segment goes on from the sum of those before it, or, if it is the only one or sees all tokens, from `whole`.
