@@ -10,7 +10,7 @@ namespace {
 
 template <class Input>
 struct OutputsMemory {
-  InputRows<Input> keys, queries;
+  InputRows<Input> keys, queries, values;  // outputs take the place of values
   SharedMatrix state, differences, coupling, pairs;
   DeltaGates* gates;
   int key_lanes, bytes;
@@ -20,6 +20,7 @@ struct OutputsMemory {
     SharedArena arena(memory);
     keys = InputRows<Input>::take(arena, a.chunk, key_lanes);
     queries = InputRows<Input>::take(arena, a.chunk, key_lanes);
+    values = InputRows<Input>::take(arena, a.chunk, a.width);
     state = arena.take_steps(key_lanes, a.width);
     differences = arena.take_steps(a.chunk, a.width);
     coupling = arena.take_rows(a.chunk, a.chunk);
@@ -51,6 +52,7 @@ __global__ void __launch_bounds__(kDeltaThreads, 2) attnx_delta_rule_outputs(con
     load_rows(m.keys, p.key, unit.batch, unit.key_head, first, count, rows, 0, key_dim, m.key_lanes);
     if constexpr (kWithOutputs)
       load_rows(m.queries, p.query, unit.batch, unit.key_head, first, count, rows, 0, key_dim, m.key_lanes);
+    load_rows(m.values, p.value, unit.batch, unit.head, first, count, rows, unit.first, unit.count, unit.lanes);
     m.gates->read(args, unit.batch, unit.head, first, count);
     finish_rows();
     const DeltaGates& gates = *m.gates;
@@ -66,11 +68,7 @@ __global__ void __launch_bounds__(kDeltaThreads, 2) attnx_delta_rule_outputs(con
                                                  blocks);
           tile.for_each(blocks, [&](int i, int d, float held) {
             const int token = row + i, c = column + d;
-            float difference = 0;
-            if (token < count && c < unit.count)
-              difference = float(row_of<const Input>(p.value, unit.batch, unit.head, first + token)[unit.first + c]) -
-                           gates.from_start[token] * held;
-            m.differences(token, c) = difference;
+            m.differences(token, c) = m.values(token, c) - gates.from_start[token] * held;
           });
         });
     __syncthreads();
@@ -96,12 +94,14 @@ __global__ void __launch_bounds__(kDeltaThreads, 2) attnx_delta_rule_outputs(con
                                                     [&](int j, int d) { return m.differences(j, column + d); },
                                                     row + kTileRows, blocks);
             tile.for_each(blocks, [&](int i, int d, float sum) {
-              if (row + i < count && column + d < unit.count)
-                row_of<Input>(args.output, unit.batch, unit.head, first + row + i)[unit.first + column + d] =
-                    Input(sum);
+              m.values.data[(row + i) * m.values.pitch + column + d] = Input(sum);
             });
           });
       __syncthreads();
+      for (int i = threadIdx.x / 32; i < count; i += kDeltaWarps) {
+        Input* const to = row_of<Input>(args.output, unit.batch, unit.head, first + i) + unit.first;
+        for (int d = threadIdx.x % 32; d < unit.count; d += 32) to[d] = m.values.data[i * m.values.pitch + d];
+      }
     }
     advance(m.state, m.keys, m.differences, gates, m.key_lanes, unit.lanes, round_to(count, 8));
   }
