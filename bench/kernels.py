@@ -27,7 +27,13 @@ _FLAGS = {
     "sample_blocks": ("", "transposed"),
     "label_blocks": ("unshared", ""),
     "pool_blocks": ("unaligned", ""),
+    **dict.fromkeys(
+        (f"linear_state_{kernel}" for kernel in ("sums", "outputs", "grad_query", "grad_keys", "finish")),
+        ("mapped", "taylor"),
+    ),
 }
+# These kernels serve forward and backward, whose arguments tell them apart.
+_OF_BOTH = ("linear_state_sums", "linear_state_outputs", "delta_rule_outputs")
 
 
 def _split(arguments: str) -> Iterator[str]:
@@ -49,6 +55,8 @@ def _words(owner: str, argument: str) -> Iterator[str]:
             yield _POLICIES["Clustered"]
         elif re.fullmatch("Staircase.*Arguments", name):
             yield _POLICIES["Unpacked"]
+        elif name in ("StateRowArguments", "StateGradArguments", "DeltaGradArguments") and owner in _OF_BOTH:
+            yield "backward"
         return
     if tile := _TILE.search(argument):
         yield from (tile[1], f"{tile[2]}x{tile[3]}")

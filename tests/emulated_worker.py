@@ -18,6 +18,7 @@ from torch import Tensor
 import attnx
 from cases import Shape, pack, random_inputs, random_parameter
 from compare import forward_backward
+from delta_rule_cases import DeltaShape, delta_inputs
 from logit_terms import GRADIENTS, draw_term, terms_of
 from routing_cases import random_centroids, random_memory, with_memory
 from staircase_cases import SMALL, cache_of, tokens
@@ -116,6 +117,29 @@ def calls() -> Iterator[tuple[str, Results]]:
     for dtype, (head_dim, levels) in product(DTYPES, [(64, (16, 8, 4, 2)), (128, (16, 8, 4, 1)), (160, (16, 8))]):
         yield f"staircase {dtype} {head_dim}", staircase(dtype, head_dim, levels)
     yield from routing_calls()
+    yield from state_calls()
+
+
+def state_calls() -> Iterator[tuple[str, Results]]:
+    """Several segments, tiles of columns and chunks; few tokens. Less shared memory makes the same tiles of them."""
+    for dtype, feature_map, is_causal in product(DTYPES, ["taylor", "softmax"], [True, False]):
+        shape = Shape(290, 290 if is_causal else 140, 6, value_dim=75, heads=4, kv_heads=2)
+        inputs, _ = random_inputs(shape, dtype, CPU)
+        features = 28 if feature_map == "taylor" else 6
+        inputs["initial_state"] = random_parameter((1, 2, features, 76), torch.float32, CPU).abs()
+        options = {"feature_map": feature_map, "is_causal": is_causal}
+        yield f"linear {dtype} {options}", _with_state(attnx.linear_attention, inputs, **options)
+    for dtype, length in product(DTYPES, [3, 130]):
+        inputs = delta_inputs(DeltaShape(1, 2, 4, length, 24, 70), dtype)
+        yield f"delta rule {dtype} {length}", _with_state(attnx.gated_delta_rule, inputs)
+
+
+def _with_state(function: Any, inputs: dict[str, Tensor], **options: Any) -> Results:
+    def both(**inputs: Tensor) -> Tensor:
+        output, state = function(**inputs, **options, return_state=True)
+        return torch.cat((output.flatten(), state.flatten().to(output.dtype)))
+
+    return forward_backward(both, inputs, torch.ones_like(both(**inputs)))
 
 
 def _block_maps() -> Iterator[tuple[str, Results]]:

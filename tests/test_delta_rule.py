@@ -21,6 +21,7 @@ from delta_rule_cases import DeltaShape, delta_inputs, plain_gated_delta_rule, w
 pytestmark = [pytest.mark.backends("cpu"), pytest.mark.usefixtures("backend")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+ON_ALL = pytest.mark.backends("cpu", "cuda", "emulated")
 SHAPES = [
     DeltaShape(),
     DeltaShape(heads=1, value_heads=3, length=200, key_dim=17, value_dim=35),
@@ -37,7 +38,7 @@ def check(inputs: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> dict
     exact = {name: x.double() for name, x in inputs.items()}
     results = with_state(attnx.gated_delta_rule)(**inputs, **options)
     generator = torch.Generator().manual_seed(3)
-    grad = torch.randn(results.shape, generator=generator).to(dtype)
+    grad = torch.randn(results.shape, generator=generator).to(inputs["query"])
     actual = forward_backward(with_state(attnx.gated_delta_rule), inputs, grad, **options)
     expected = forward_backward(with_state(reference.gated_delta_rule), exact, grad.double(), **options)
     plain = forward_backward(with_state(plain_gated_delta_rule), inputs, grad, **options)
@@ -46,11 +47,12 @@ def check(inputs: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> dict
     return actual
 
 
+@ON_ALL
 @pytest.mark.parametrize("with_initial_state", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_definition(dtype: torch.dtype, shape: DeltaShape, with_initial_state: bool) -> None:
-    check(delta_inputs(shape, dtype, with_state=with_initial_state), dtype)
+def test_definition(dtype: torch.dtype, shape: DeltaShape, with_initial_state: bool, device: torch.device) -> None:
+    check(delta_inputs(shape, dtype, device, with_state=with_initial_state), dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -77,12 +79,50 @@ def test_instruction_sets(dtype: torch.dtype, instruction_set: str) -> None:
     check(delta_inputs(SHAPES[5]._replace(length=3), dtype), dtype)
 
 
+@ON_ALL
 @pytest.mark.parametrize("length", [5, 150])
 @pytest.mark.parametrize("decay", [0.0, 1e-3, 2.0, 40.0, 1e4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_decays(dtype: torch.dtype, decay: float, length: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_decays(dtype: torch.dtype, decay: float, length: int, device: torch.device) -> None:
     """From none at all to those that leave nothing of the state."""
-    check(delta_inputs(DeltaShape(length=length), dtype, decay=decay), dtype)
+    check(delta_inputs(DeltaShape(length=length), dtype, device, decay=decay), dtype)
+
+
+@ON_ALL
+def test_wide_heads(dtype: torch.dtype, device: torch.device) -> None:
+    """A state that no block of threads holds as a whole, and several chunks."""
+    check(delta_inputs(DeltaShape(1, 1, 2, 90, 256, 256), dtype, device), dtype)
+
+
+@ON_ALL
+@pytest.mark.parametrize("length", [5, 150])
+def test_repeats_bit_for_bit(length: int, dtype: torch.dtype, device: torch.device) -> None:
+    inputs = delta_inputs(DeltaShape(length=length, value_heads=4, value_dim=70), dtype, device)
+    results = check(inputs, dtype)
+    for name, x in check(inputs, dtype).items():
+        assert torch.equal(x, results[name]), name
+
+
+@pytest.mark.backends("cuda", "emulated")
+def test_no_float32_on_cuda(device: torch.device) -> None:
+    with pytest.raises(RuntimeError, match=r"^query: expected one of bfloat16, float16 .*, got float32"):
+        attnx.gated_delta_rule(**delta_inputs(DeltaShape(length=5), torch.float32, device))
+
+
+@ON_ALL
+@pytest.mark.parametrize("length", [5, 150])
+def test_forgets_on_every_backend(length: int, dtype: torch.dtype, device: torch.device) -> None:
+    """A log decay of -inf is 0 in the reference, too."""
+    inputs = delta_inputs(DeltaShape(length=length), dtype, device)
+    inputs["log_decay"][:, :, length // 2] = -torch.inf
+    function = with_state(attnx.gated_delta_rule)
+    rest = {name: x[:, :, length // 2 :] for name, x in inputs.items() if name != "initial_state"}
+    expected = with_state(reference.gated_delta_rule)(**{name: x.double() for name, x in rest.items()})
+    plain = with_state(plain_gated_delta_rule)(**rest)
+    assert_close(function(**inputs)[:, :, length // 2 :], expected, plain)
+    grads = forward_backward(function, inputs, torch.ones_like(function(**inputs)))
+    assert not grads["grad_initial_state"].isnan().any()
+    assert all(x.isfinite().all() for x in grads.values())
 
 
 @pytest.mark.parametrize("length", [5, 150])
@@ -106,12 +146,13 @@ def test_a_state_is_forgotten(length: int) -> None:
             assert grad[:, :, :start].abs().max() < (1e-14 if name == "log_decay" else 1e-300), name
 
 
+@ON_ALL
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
-def test_betas(beta: float) -> None:
+def test_betas(beta: float, dtype: torch.dtype, device: torch.device) -> None:
     """0 stores nothing, and 2 reflects: with keys of norm 1 the state does not grow."""
-    inputs = delta_inputs(DeltaShape(length=150), torch.float32)
+    inputs = delta_inputs(DeltaShape(length=150), dtype, device)
     inputs["beta"].fill_(beta)
-    check(inputs, torch.float32)
+    check(inputs, dtype)
 
 
 def test_keys_that_repeat() -> None:
@@ -168,9 +209,10 @@ def test_any_pieces(data: st.DataObject) -> None:
         assert_close(x, expected[name], whole[name], name=name)
 
 
-def test_decode() -> None:
+@ON_ALL
+def test_decode(device: torch.device) -> None:
     """Token by token after a prompt."""
-    inputs = delta_inputs(DeltaShape(length=90), torch.bfloat16)
+    inputs = delta_inputs(DeltaShape(length=90), torch.bfloat16, device)
     output, state = in_pieces([64, *[1] * 26], inputs)
     expected, expected_state = attnx.gated_delta_rule(**inputs, return_state=True)
     torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-3)
@@ -198,11 +240,12 @@ def test_threads_do_not_change_a_bit(shape: DeltaShape, threads: int) -> None:
         assert torch.equal(x, alone[name]), name
 
 
+@ON_ALL
 @pytest.mark.parametrize("length", [3, 100])
-def test_layouts(length: int, poisoned_allocations: None) -> None:
+def test_layouts(length: int, dtype: torch.dtype, device: torch.device, poisoned_allocations: None) -> None:
     """Heads within the rows, as projections leave them, and rows with a gap behind them."""
-    inputs = delta_inputs(DeltaShape(length=length), torch.float32)
-    grad = torch.randn(2, 2, length + 32, 48)
+    inputs = delta_inputs(DeltaShape(length=length), dtype, device)
+    grad = torch.randn(2, 2, length + 32, 48).to(inputs["query"])
     expected = forward_backward(with_state(attnx.gated_delta_rule), inputs, grad)
     moved = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in inputs.items()}
     wide = {name: x.repeat_interleave(2, 1)[:, ::2] for name, x in inputs.items()}
@@ -211,12 +254,13 @@ def test_layouts(length: int, poisoned_allocations: None) -> None:
         for name, x in forward_backward(with_state(attnx.gated_delta_rule), others, grad).items():
             assert torch.equal(x, expected[name]), name
     shared = inputs | {name: inputs[name][:1, :1].expand_as(inputs[name]) for name in ("log_decay", "beta")}
-    check(shared, torch.float32)
+    check(shared, dtype)
 
 
+@ON_ALL
 @pytest.mark.parametrize("shape", [DeltaShape(length=0), DeltaShape(batch=0)], ids=str)
-def test_nothing_to_do(shape: DeltaShape) -> None:
-    inputs = delta_inputs(shape, torch.float32)
+def test_nothing_to_do(shape: DeltaShape, dtype: torch.dtype, device: torch.device) -> None:
+    inputs = delta_inputs(shape, dtype, device)
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     output, state = attnx.gated_delta_rule(**leaves, return_state=True)
     assert output.shape == inputs["value"].shape

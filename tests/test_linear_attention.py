@@ -21,6 +21,7 @@ from compare import forward_backward
 pytestmark = [pytest.mark.backends("cpu"), pytest.mark.usefixtures("backend")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+ON_ALL = pytest.mark.backends("cpu", "cuda", "emulated")
 MAPS = ["taylor", "elu", "relu", "softmax"]
 CPU = torch.device("cpu")
 SHAPES = [
@@ -32,11 +33,13 @@ SHAPES = [
 ]
 
 
-def inputs_of(shape: Shape, dtype: torch.dtype, feature_map: str, initial: bool = True) -> dict[str, Tensor]:
+def inputs_of(
+    shape: Shape, dtype: torch.dtype, feature_map: str, initial: bool = True, device: torch.device = CPU
+) -> dict[str, Tensor]:
     """The state is that of some tokens before, so that weights that may cancel do not."""
-    inputs, _ = random_inputs(shape, dtype, CPU)
+    inputs, _ = random_inputs(shape, dtype, device)
     if initial:
-        earlier, _ = random_inputs(shape, torch.float64, CPU, seed=9)
+        earlier, _ = random_inputs(shape, torch.float64, device, seed=9)
         state = reference.linear_attention(**earlier, feature_map=feature_map, is_causal=False, return_state=True)[1]
         inputs["initial_state"] = state.to(parameter_dtype(dtype))
     return inputs
@@ -94,7 +97,7 @@ def check(inputs: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> None
     ]
     exact = {name: x.double() for name, x in inputs.items()}
     size = functions[0](**inputs).numel()
-    grad = torch.randn(size, generator=torch.Generator().manual_seed(3)).to(dtype)
+    grad = torch.randn(size, generator=torch.Generator().manual_seed(3)).to(inputs["query"])
     actual = forward_backward(functions[0], inputs, grad)
     expected = forward_backward(functions[1], exact, grad.double())
     plain = forward_backward(functions[2], inputs, grad)
@@ -103,19 +106,37 @@ def check(inputs: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> None
         assert_close(x, expected[name], plain[name], terms=terms[name], name=name)
 
 
+@ON_ALL
 @pytest.mark.parametrize("initial", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("feature_map", MAPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_definition(dtype: torch.dtype, feature_map: str, shape: Shape, initial: bool) -> None:
-    check(inputs_of(shape, dtype, feature_map, initial), dtype, feature_map=feature_map)
+def test_definition(dtype: torch.dtype, feature_map: str, shape: Shape, initial: bool, device: torch.device) -> None:
+    check(inputs_of(shape, dtype, feature_map, initial, device), dtype, feature_map=feature_map)
 
 
+@ON_ALL
+@pytest.mark.parametrize(
+    ("feature_map", "shape"),
+    [
+        ("taylor", Shape(40, 40, head_dim=64, value_dim=20)),
+        ("elu", Shape(40, 40, head_dim=256, value_dim=256)),
+        ("softmax", Shape(300, 300, head_dim=20, value_dim=150, kv_heads=1)),
+        ("taylor", Shape(700, 700, head_dim=6, value_dim=5, heads=1)),
+    ],
+    ids=str,
+)
+def test_large_states(feature_map: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    """States that no block of threads holds as a whole, and sequences in several segments."""
+    check(inputs_of(shape, dtype, feature_map, device=device), dtype, feature_map=feature_map)
+
+
+@ON_ALL
 @pytest.mark.parametrize("feature_map", MAPS)
-@pytest.mark.parametrize("lengths", [(130, 130), (70, 150), (150, 70), (1, 90)], ids=str)
-def test_without_a_mask(lengths: tuple[int, int], feature_map: str) -> None:
+@pytest.mark.parametrize("lengths", [(130, 130), (70, 150), (150, 70), (1, 90), (280, 300)], ids=str)
+def test_without_a_mask(lengths: tuple[int, int], feature_map: str, dtype: torch.dtype, device: torch.device) -> None:
     shape = Shape(*lengths, head_dim=12, value_dim=24, heads=4, kv_heads=2)
-    check(inputs_of(shape, torch.float32, feature_map), torch.float32, feature_map=feature_map, is_causal=False)
+    check(inputs_of(shape, dtype, feature_map, device=device), dtype, feature_map=feature_map, is_causal=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -123,20 +144,23 @@ def test_instruction_sets(dtype: torch.dtype, instruction_set: str) -> None:
     check(inputs_of(SHAPES[1], dtype, "taylor"), dtype)
 
 
+@ON_ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("feature_map", MAPS)
 @pytest.mark.parametrize("lengths", [(1, 1), (64, 64), (130, 130), (200, 70), (700, 700)], ids=str)
-def test_without_a_state(lengths: tuple[int, int], feature_map: str, is_causal: bool) -> None:
+def test_without_a_state(
+    lengths: tuple[int, int], feature_map: str, is_causal: bool, dtype: torch.dtype, device: torch.device
+) -> None:
     """Short calls weigh all pairs: that they leave the state away changes rounding alone."""
     if is_causal and lengths[0] != lengths[1]:
         lengths = lengths[0], lengths[0]
     shape = Shape(*lengths, head_dim=16, value_dim=24, heads=4, kv_heads=2)
-    for dtype in (torch.float32, torch.bfloat16):
-        inputs = inputs_of(shape, dtype, feature_map, initial=False)
-        options = {"feature_map": feature_map, "is_causal": is_causal}
-        expected = reference.linear_attention(**inputs, **options)
-        baseline = plain_linear_attention(**inputs, **options)
-        assert_close(attnx.linear_attention(**inputs, **options), expected, baseline)
+    inputs = inputs_of(shape, dtype, feature_map, initial=False, device=device)
+    options = {"feature_map": feature_map, "is_causal": is_causal}
+    expected = reference.linear_attention(**inputs, **options)
+    baseline = plain_linear_attention(**inputs, **options)
+    assert_close(attnx.linear_attention(**inputs, **options), expected, baseline)
 
 
 def test_features() -> None:
@@ -190,15 +214,34 @@ def test_any_pieces(data: st.DataObject) -> None:
         assert_close(x, expected[name], whole[name], terms=terms[name], name=name)
 
 
+@ON_ALL
 @pytest.mark.parametrize("length", [3, 100])
-def test_layouts(length: int, poisoned_allocations: None) -> None:
-    inputs = inputs_of(Shape(length, length, batch=2, kv_heads=1), torch.float32, "taylor")
+def test_layouts(length: int, dtype: torch.dtype, device: torch.device, poisoned_allocations: None) -> None:
+    inputs = inputs_of(Shape(length, length, batch=2, kv_heads=1), dtype, "taylor", device=device)
     moved = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in inputs.items()}
     function = both(attnx.linear_attention)
-    grad = torch.randn(function(**inputs).shape)
+    grad = torch.randn(function(**inputs).shape).to(inputs["query"])
     expected = forward_backward(function, inputs, grad)
     for name, x in forward_backward(function, moved, grad).items():
         assert torch.equal(x, expected[name]), name
+
+
+@ON_ALL
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_repeats_bit_for_bit(is_causal: bool, dtype: torch.dtype, device: torch.device) -> None:
+    inputs = inputs_of(Shape(300, 300, value_dim=80, heads=4, kv_heads=2), dtype, "taylor", device=device)
+    function = both(attnx.linear_attention, is_causal=is_causal)
+    grad = torch.ones_like(function(**inputs))
+    results = forward_backward(function, inputs, grad)
+    for name, x in forward_backward(function, inputs, grad).items():
+        assert torch.equal(x, results[name]), name
+
+
+@pytest.mark.backends("cuda", "emulated")
+def test_no_float32_on_cuda(device: torch.device) -> None:
+    inputs = inputs_of(Shape(5, 5), torch.float32, "taylor", device=device)
+    with pytest.raises(RuntimeError, match=r"^query: expected one of bfloat16, float16 .*, got float32"):
+        attnx.linear_attention(**inputs)
 
 
 THREADED = [
@@ -227,8 +270,9 @@ def test_threads_do_not_change_a_bit(
         assert torch.equal(x, results[name]), name
 
 
-def test_nothing_to_do() -> None:
-    inputs = inputs_of(Shape(5, 5), torch.float32, "taylor")
+@ON_ALL
+def test_nothing_to_do(dtype: torch.dtype, device: torch.device) -> None:
+    inputs = inputs_of(Shape(5, 5), dtype, "taylor", device=device)
     none = {name: x[:, :, :0] if name != "initial_state" else x for name, x in inputs.items()}
     output, state = attnx.linear_attention(**none, return_state=True)
     assert output.shape == (1, 2, 0, 16)
@@ -238,9 +282,10 @@ def test_nothing_to_do() -> None:
     assert not attnx.linear_attention(**no_keys, is_causal=False).any()
 
 
-def test_rows_without_weight() -> None:
+@ON_ALL
+def test_rows_without_weight(dtype: torch.dtype, device: torch.device) -> None:
     """Of relu a row may have none: it gives 0, and no gradient."""
-    inputs = inputs_of(Shape(9, 9), torch.float64, "relu", initial=False)
+    inputs = inputs_of(Shape(9, 9), dtype, "relu", initial=False, device=device)
     inputs["query"][:, :, 4] = -1
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     output = attnx.linear_attention(**leaves, feature_map="relu")
@@ -289,9 +334,10 @@ def test_bad_input(changes: dict[str, Any], message: str) -> None:
         attnx.linear_attention(**GOOD | changes)
 
 
-def test_decode() -> None:
+@ON_ALL
+def test_decode(device: torch.device) -> None:
     """Token by token after a prompt, in half."""
-    inputs = inputs_of(Shape(90, 90, kv_heads=1), torch.bfloat16, "taylor", initial=False)
+    inputs = inputs_of(Shape(90, 90, kv_heads=1), torch.bfloat16, "taylor", initial=False, device=device)
     expected, expected_state = attnx.linear_attention(**inputs, return_state=True)
     prompt = {name: x[:, :, :64] for name, x in inputs.items()}
     _, state = attnx.linear_attention(**prompt, return_state=True)

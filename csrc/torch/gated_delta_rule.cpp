@@ -98,6 +98,10 @@ void read(const DeltaInputs& x, const DeltaOptions& options, DeltaRuleParams& p)
   p.beta = read_gate("beta", x.beta, x.query, p, p.length);
   check_decays(x.log_decay);
   if (x.initial_state) p.initial_state = read_state("initial_state", *x.initial_state, x.query, p);
+  check(!x.carry || lists(row.features, "carry"), "carry: expected none, as ", row.op, " has no carry on ", row.backend,
+        ", got one");
+  check(!options.normalize_qk || !target_of(x).on_cuda(), "normalize_qk: expected False, as ", row.op,
+        " has no kernel that normalises on cuda, got True");
   if (x.carry) p.carry = read_gate("carry", *x.carry, x.query, p, p.chunks());
   p.scale = read_scale(options.scale, p.dtype, p.key_dim);
   p.normalize = options.normalize_qk;

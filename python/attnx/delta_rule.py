@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from attnx import _arguments, _shards
+from attnx import _arguments, _capability, _shards
 
 __all__ = ["gated_delta_rule"]
 
@@ -120,7 +120,9 @@ def gated_delta_rule(
     wants_state = _arguments.flag("return_state", return_state)
     factor: Tensor | None = None
     number: float | None = 1.0
-    if _arguments.flag("normalize_qk", normalize_qk) and isinstance(scale, Tensor):
+    if _arguments.flag("normalize_qk", normalize_qk) and _capability.backend_of(query.device) == "cuda":
+        query, key, normalize_qk = _unit(query), _unit(key), False
+    if normalize_qk and isinstance(scale, Tensor):
         # A norm of 1 would undo a factor of the query.
         group = value.shape[1] // query.shape[1] if query.dim() == value.dim() == 4 and query.shape[1] else 1
         _arguments.with_scale(query[:0], scale)  # refuses what is no scale
@@ -133,3 +135,7 @@ def gated_delta_rule(
     if factor is not None:
         output = (output * factor).to(output.dtype)
     return (output, state) if wants_state else output
+
+
+def _unit(x: Tensor) -> Tensor:
+    return (x * (x.float().square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
