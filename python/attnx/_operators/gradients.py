@@ -7,8 +7,9 @@ let forward-mode tangents fall and refuse the transforms of ``torch.func``.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from operator import itemgetter
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,13 +17,17 @@ from torch.autograd import forward_ad
 
 from attnx._operators.description import BackwardOperator, Formula, Operator
 from attnx._operators.schema import LIBRARY, Signature, signature
+from attnx._operators.tangents import along_tangents
+
+# It takes the arguments of an operator, some of which have tangents, and what calls the operator without these.
+Along: TypeAlias = Callable[[tuple[Any, ...], Callable[..., Any]], Any]
 
 
 def register(row: Operator, name: str) -> None:
     """Registers the derivative of a forward, and a refusal of the second derivative for its backward operator."""
     derivative = row.derivative
     if isinstance(derivative, BackwardOperator):
-        _by_operator(name, derivative)
+        _by_operator(name, derivative, along_tangents(name) if row.jvp and name == row.name else None)
         _refuse(f"{name}_backward", f"{name}: no second derivative; attnx.reference.{name} has one")
     elif isinstance(derivative, Formula):
         _register_kernel(name, _function(name, derivative.save, derivative.gradient))
@@ -33,7 +38,7 @@ def register(row: Operator, name: str) -> None:
 _SAVED = object()  # it stands among the arguments for a tensor that autograd keeps
 
 
-def _by_operator(name: str, derivative: BackwardOperator) -> None:
+def _by_operator(name: str, derivative: BackwardOperator, along: Along | None) -> None:
     forward, backward = signature(name), signature(f"{name}_backward")
     kept = [i for i, result in enumerate(forward.results) if result in backward.arguments]
     # What the backward operator takes is at these places of one list. A small call takes longer in Python than in its
@@ -80,7 +85,8 @@ def _by_operator(name: str, derivative: BackwardOperator) -> None:
                 gradients[place] = x if x.dtype == argument.dtype else x.to(argument.dtype)
         return tuple(gradients)
 
-    _register_kernel(name, _function(name, save, gradient), tuple(forward.arguments[place] for place in places))
+    get_one = tuple(forward.arguments[place] for place in places)
+    _register_kernel(name, _function(name, save, gradient), get_one, along)
 
 
 def _call(of: Signature, args: tuple[Any, ...]) -> Any:
@@ -141,18 +147,26 @@ def _below_autograd(of: Signature, keys: Any, args: tuple[Any, ...]) -> Any:
         return of.operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
-def _register_kernel(name: str, differentiate: Callable[..., Any], get_one: Collection[str] | None = None) -> None:
+def _register_kernel(
+    name: str, differentiate: Callable[..., Any], get_one: Collection[str] | None = None, along: Along | None = None
+) -> None:
     """Has autograd call ``differentiate`` where an argument requires grad, and be left out otherwise.
 
     Args:
         get_one: the arguments that get a gradient, where not all of those do that autograd may ask it of.
+        along: calls what has tangents; without it they are refused.
     """
     of = signature(name)
     get_none = frozenset() if get_one is None else frozenset(of.arguments) - frozenset(get_one)
 
     def kernel(keys: Any, *args: Any) -> Any:
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(name, of, args)
+        if forward_ad._current_level >= 0 and (tangents := _with_tangents(of, args)):
+            if along is None:
+                raise NotImplementedError(
+                    f"{name}: no forward-mode derivative, got a tangent of {tangents[0]}; what attnx.reference has is "
+                    "differentiable in forward mode, too"
+                )
+            return along(args, partial(kernel, keys))
         if not torch.is_grad_enabled():
             return _below_autograd(of, keys, args)
         need_one = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.requires_grad]
@@ -168,10 +182,9 @@ def _register_kernel(name: str, differentiate: Callable[..., Any], get_one: Coll
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-def _refuse_tangents(name: str, of: Signature, args: tuple[Any, ...]) -> None:
-    for argument, x in zip(of.arguments, args, strict=True):
-        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(
-                f"{name}: no forward-mode derivative, got a tangent of {argument}; what attnx.reference has is "
-                "differentiable in forward mode, too"
-            )
+def _with_tangents(of: Signature, args: tuple[Any, ...]) -> list[str]:
+    return [
+        argument
+        for argument, x in zip(of.arguments, args, strict=True)
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+    ]
