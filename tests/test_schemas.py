@@ -60,6 +60,8 @@ PART_GRADS = "Tensor grad_sparse, Tensor grad_linear, Tensor grad_logsumexp"
 ROUTES = "Tensor query_indices, Tensor query_offsets, Tensor key_indices, Tensor key_offsets"
 ROUTED = f"{ROUTES}, Tensor? memory_key, Tensor? memory_value"
 
+TANGENTS = "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value"
+
 DELTA = f"{QKV}, Tensor log_decay, Tensor beta, Tensor? initial_state, float? scale"
 
 STATE = f"{QKV}, Tensor? initial_state, str feature_map, float? scale, bool is_causal"
@@ -77,6 +79,10 @@ SCHEMAS = [
     f"({SOFTMAX}, {TERM_GRADS})",
     f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PADDED}, {SINKS}, {KEY_TERMS}, {MASK}, {WANTED_OF_KEYS}) -> "
     f"({SOFTMAX}, {KEY_TERM_GRADS})",
+    f"sigmoid_attention_jvp({QKV}, {TANGENTS}, str bias_rule, float bias_value, {MASK}) -> (Tensor output, "
+    "Tensor tangent_output)",
+    f"softmax_attention_jvp({QKV}, {TANGENTS}, {MASK}) -> ({SOFTMAX_RESULTS}, Tensor tangent_output, "
+    "Tensor tangent_logsumexp)",
     f"block_sparse_attention({QKV}, {LENGTHS}, {LISTED}, {TERMS}, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",
     f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LENGTHS}, {LISTED}, {TERMS}, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
     f"{WANTED_OF_BLOCKS}) "

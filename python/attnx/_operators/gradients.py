@@ -7,7 +7,6 @@ let forward-mode tangents fall and refuse the transforms of ``torch.func``.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import partial
 from operator import itemgetter
 from typing import Any, NoReturn, TypeAlias
 
@@ -17,10 +16,9 @@ from torch.autograd import forward_ad
 
 from attnx._operators.description import BackwardOperator, Formula, Operator
 from attnx._operators.schema import LIBRARY, Signature, signature
-from attnx._operators.tangents import along_tangents
+from attnx._operators.tangents import ResultsAlong, along_tangents
 
-# It takes the arguments of an operator, some of which have tangents, and what calls the operator without these.
-Along: TypeAlias = Callable[[tuple[Any, ...], Callable[..., Any]], Any]
+Along: TypeAlias = Callable[[tuple[Any, ...]], ResultsAlong]  # takes arguments some of which have tangents
 
 
 def register(row: Operator, name: str) -> None:
@@ -114,22 +112,30 @@ def _function(name: str, save: Callable[..., None], gradient: Callable[..., Any]
     """Calls the operator below autograd, which keeps what ``save`` gives it and calls ``gradient`` in the backward."""
     of = signature(name)
 
-    def forward(ctx: Any, keys: Any, *args: Any) -> Any:
-        with torch.enable_grad():  # an outer transform of torch.func may differentiate the same call
-            results = _below_autograd(of, keys, args)
+    def forward(ctx: Any, call: tuple[Any, ResultsAlong | None], *args: Any) -> Any:
+        keys, given = call
+        if given is None:
+            # An outer transform of torch.func may differentiate the same call.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                results = _below_autograd(of, keys, args)
+        else:
+            results, ctx.tangents = given
         save(ctx, args, results)
         return results
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         return None, *gradient(ctx, *grads)
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        return ctx.tangents
+
+    members = {name: staticmethod(f) for name, f in {"forward": forward, "backward": backward, "jvp": jvp}.items()}
     function: Any = type(name, (torch.autograd.Function,), members)
     function_of_one_level: Any = type(name, (torch.autograd.function._SingleLevelFunction,), members)
 
-    def apply(keys: Any, *args: Any) -> Any:
+    def apply(keys: Any, *args: Any, given: ResultsAlong | None = None) -> Any:
         if not torch._C._are_functorch_transforms_active():
-            return function.apply(keys, *args)
+            return function.apply((keys, given), *args)
         # The kernel is called once for each transform, innermost first, and records for that alone, so a function of
         # one level is what belongs here. Function.apply takes it for a call from outside of all transforms.
         try:
@@ -137,7 +143,7 @@ def _function(name: str, save: Callable[..., None], gradient: Callable[..., Any]
         except ImportError:
             raise NotImplementedError(f"{name}: no gradient in a transform of torch.func under this torch") from None
         with enable_single_level_autograd_function():
-            return function_of_one_level.apply(keys, *args)
+            return function_of_one_level.apply((keys, given), *args)
 
     return apply
 
@@ -154,7 +160,7 @@ def _register_kernel(
 
     Args:
         get_one: the arguments that get a gradient, where not all of those do that autograd may ask it of.
-        along: calls what has tangents; without it they are refused.
+        along: computes the results and their tangents; without it tangents are refused.
     """
     of = signature(name)
     get_none = frozenset() if get_one is None else frozenset(of.arguments) - frozenset(get_one)
@@ -166,7 +172,7 @@ def _register_kernel(
                     f"{name}: no forward-mode derivative, got a tangent of {tangents[0]}; what attnx.reference has is "
                     "differentiable in forward mode, too"
                 )
-            return along(args, partial(kernel, keys))
+            return differentiate(keys, *args, given=along(args))
         if not torch.is_grad_enabled():
             return _below_autograd(of, keys, args)
         need_one = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.requires_grad]

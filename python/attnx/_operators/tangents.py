@@ -1,11 +1,10 @@
-"""What is special to the operators that differentiate attention along a direction: shapes, and how tangents reach them."""
+"""What is special to the operators that differentiate attention along a direction: shapes, and how tangents come."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -34,38 +33,32 @@ def products(a: Arguments, backward: bool) -> int:
     return 2 * pairs_in_band(a) * features
 
 
-def along_tangents(name: str) -> Callable[[tuple[Any, ...], Callable[..., Any]], Any]:
-    """A function that calls ``{name}_jvp`` in the place of an operator whose arguments have tangents.
+# The results of an operator, and their tangents: a tensor each, or a tuple of several.
+ResultsAlong: TypeAlias = tuple[Any, Any]
 
-    It takes the arguments, and a function that calls the operator itself without tangents, for reverse mode.
-    """
+
+def along_tangents(name: str) -> Callable[[tuple[Any, ...]], ResultsAlong]:
+    """A function that calls ``{name}_jvp`` with the arguments of an operator, some of which have tangents."""
     of, along = signature(name), signature(f"{name}_jvp")
     supported = [x for x in of.arguments if x in along.arguments]
 
-    def call(args: tuple[Any, ...], without_tangents: Callable[..., Any]) -> Any:
-        duals = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) else None for x in args]
-        tangents = {x: dual.tangent for x, dual in zip(of.arguments, duals, strict=True) if dual is not None}
-        with_one = " and ".join(x for x, tangent in tangents.items() if tangent is not None)
-        primals = tuple(x if dual is None else dual.primal for x, dual in zip(args, duals, strict=True))
-        beside = [x for x, value in of.bind(primals).items() if x not in supported and not _is_neutral(value)]
+    def call(args: tuple[Any, ...]) -> ResultsAlong:
+        duals = {x: forward_ad.unpack_dual(y) for x, y in of.bind(args).items() if isinstance(y, Tensor)}
+        primals = of.bind(args) | {x: dual.primal for x, dual in duals.items()}
+        beside = [x for x, value in primals.items() if x not in supported and not _is_neutral(value)]
         if beside:
+            tangents = [x for x, dual in duals.items() if dual.tangent is not None]
             raise NotImplementedError(
-                f"{name}: no forward-mode derivative beside {' and '.join(beside)}, got a tangent of {with_one}; it "
-                f"takes {', '.join(supported)} alone, and what attnx.reference has is differentiable in forward mode, "
-                "too"
+                f"{name}: no forward-mode derivative beside {' and '.join(beside)}, got a tangent of "
+                f"{' and '.join(tangents)}; it takes {', '.join(supported)} alone, and what attnx.reference has is "
+                "differentiable in forward mode, too"
             )
-        values = of.bind(primals) | {f"tangent_{x}": _operand(tangents[x]) for x in INPUTS}
-        results = dict(zip(along.results, along.call(values), strict=True))
-        # The results of that operator refuse a derivative. Those of this one have it, without their tangents.
-        outputs = [results[x] for x in of.results]
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in primals):
-            alone = without_tangents(*primals)
-            outputs = list(alone) if isinstance(alone, tuple) else [alone]
-        both = tuple(
-            forward_ad.make_dual(x, results[f"tangent_{result}"])
-            for x, result in zip(outputs, of.results, strict=True)
-        )
-        return both if len(both) > 1 else both[0]
+        results = along.call(primals | {f"tangent_{x}": _operand(duals[x].tangent) for x in INPUTS})
+        values = dict(zip(along.results, results, strict=True))
+        # The tangents keep what refuses their derivative; the results get one from the operator itself.
+        outputs = tuple(values[x].detach() for x in of.results)
+        tangents_of = tuple(values[f"tangent_{x}"] for x in of.results)
+        return (outputs, tangents_of) if len(outputs) > 1 else (outputs[0], tangents_of[0])
 
     return call
 
