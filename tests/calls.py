@@ -118,6 +118,9 @@ def run_the_others(dtype: torch.dtype, device: torch.device) -> None:
     inputs, _ = random_inputs(SHAPE, dtype, device)
     query, key, value = inputs.values()
     centroids, counts = random_centroids(4, 3, 32).to(device), torch.ones(4, 3, device=device)
+    for function in (attnx.softmax_attention, attnx.sigmoid_attention):
+        if has_kernel(f"{function.__name__}_jvp", device):
+            torch.func.jvp(function, (query, key, value), (query, key, value))
     attnx.attention_max_logits(query, key)
     attnx.pointer_argmax(query, key)
     attnx.pointer_sample(query, key, seed=1, offset=2)

@@ -389,6 +389,14 @@ def _pooled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return sums * (query + key)
 
 
+def _along_directions(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The derivatives along these directions have no gradient, so that only the rest of the sum has one."""
+    q, k, v = (x.detach() for x in (query, key, value))
+    _, _, of_softmax, _ = torch.ops.attnx.softmax_attention_jvp(q, k, v, q, None, v, None, True, -1, -1, 0)
+    _, of_sigmoid = torch.ops.attnx.sigmoid_attention_jvp(q, k, v, q, k, v, "length", 0.0, None, True, -1, -1, 0)
+    return attnx.softmax_attention(query, key, value, is_causal=True) + of_softmax + of_sigmoid
+
+
 def _draws(*inputs: Tensor) -> Tensor:
     return attnx.probabilistic_attention(*inputs, seed=1, offset=2)
 
@@ -687,7 +695,7 @@ def checks_for(size: int) -> dict[str, Callable[[], None]]:
     checks["sparse_linear-lengths"] = partial(check_sparse_linear, False, across, critical=0.3, smooth_k=True)
     apart: list[tuple[Placement, Placement]] = [(Shard(0), Replicate()), (Shard(0), Shard(1)), (Replicate(), Shard(1))]
     kept = (_with_terms, _sigmoid, _block_sparse, _sparse_linear, _routing_of_all, _key_weights, _row_weights, _draws)
-    kept = (*kept, _delta_rule, _linear, _softplus, _disentangled, _drawn_lists, _labels, _pooled)
+    kept = (*kept, _along_directions, _delta_rule, _linear, _softplus, _disentangled, _drawn_lists, _labels, _pooled)
     for attention, placements in itertools.product(kept, apart):
         for kv_heads in (4, 1) if attention in (_with_terms, _sparse_linear) else (4,):
             shape = Shape(128, 128, head_dim=16, batch=4, heads=4, kv_heads=kv_heads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -51,6 +51,10 @@ def _pointwise(dtype: torch.dtype) -> None:
     _differentiate(lambda q, k, v, table: attnx.relative_bias_attention(q, k, v, table), [*dense, torch.randn(4, 16)])
     fewer = torch.tensor([0, 20, 20, 45], dtype=torch.int32)
     _differentiate(attnx.softmax_attention_varlen, packed, fewer, offsets[1], 30, 30, has_padding=True)
+    inputs, tangents = tuple(dense), tuple(x.flip(2) for x in dense)
+    for function in (attnx.softmax_attention, attnx.sigmoid_attention):
+        torch.func.jvp(partial(function, is_causal=True), inputs, tangents)
+        torch.func.jvp(lambda q, f=function: f(q, *inputs[1:], window=(5, 3)), inputs[:1], tangents[:1])
 
 
 def _packed(dtype: torch.dtype) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:

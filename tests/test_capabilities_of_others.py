@@ -275,6 +275,7 @@ DRAWN: dict[str, tuple[Callable[..., Call], set[str]]] = {
 }
 ELSEWHERE = {"hidden_nonfinite"}  # in test_nonfinite.py
 WITHOUT_GRADIENT = {"attention_max_logits", "pointer_sample"}  # in test_weights.py and test_pointer_sample.py
+WITHOUT_GRADIENT |= {"sigmoid_attention_jvp", "softmax_attention_jvp"}  # in test_jvp.py
 DENSE = {"sigmoid_attention", "softmax_attention"}  # in test_capabilities.py
 
 

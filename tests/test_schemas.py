@@ -62,6 +62,8 @@ ROUTED = f"{ROUTES}, Tensor? memory_key, Tensor? memory_value"
 SHARPENED_RESULTS = f"{SOFTMAX_RESULTS}, Tensor gain, Tensor shift"
 SHARPENED_SAVED = f"Tensor grad_output, {QKV}, {SHARPENED_RESULTS}"
 
+TANGENTS = "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value"
+
 DELTA = f"{QKV}, Tensor log_decay, Tensor beta, Tensor? initial_state, Tensor? carry, float? scale, bool normalize_qk"
 
 STATE = f"{QKV}, Tensor? initial_state, str feature_map, float? scale, bool is_causal"
@@ -79,6 +81,10 @@ SCHEMAS = [
     f"({SOFTMAX}, {TERM_GRADS})",
     f"softmax_attention_varlen_backward({SOFTMAX_SAVED}, {PADDED}, {SINKS}, {KEY_TERMS}, {MASK}, {WANTED_OF_KEYS}) -> "
     f"({SOFTMAX}, {KEY_TERM_GRADS})",
+    f"sigmoid_attention_jvp({QKV}, {TANGENTS}, str bias_rule, float bias_value, {MASK}) -> (Tensor output, "
+    "Tensor tangent_output)",
+    f"softmax_attention_jvp({QKV}, {TANGENTS}, {MASK}) -> ({SOFTMAX_RESULTS}, Tensor tangent_output, "
+    "Tensor tangent_logsumexp)",
     f"block_sparse_attention({QKV}, {LENGTHS}, {LISTED}, {TERMS}, {BLOCKS}, {SCORE}) -> ({SOFTMAX_RESULTS})",
     f"block_sparse_attention_backward({SOFTMAX_SAVED}, {LENGTHS}, {LISTED}, {TERMS}, {QUERY_LISTS}, {BLOCKS}, {SCORE}, "
     f"{WANTED_OF_BLOCKS}) "

@@ -54,6 +54,10 @@ void backward(const BackwardParams& p, const Executor& executor) {
   }
 }
 
+void jvp(const JvpParams& p, const Executor& executor) {
+  run(&Kernels::jvp_workspace, &Kernels::jvp, p, executor, 3 * operations(p));
+}
+
 void key_weights(const KeyWeightsParams& p, const Executor& executor) {
   run(&Kernels::key_weights_workspace, &Kernels::key_weights, p, executor, operations(p) / 2);
 }

@@ -8,6 +8,7 @@
 #include "attnx/block_params.h"
 #include "attnx/cluster_params.h"
 #include "attnx/delta_rule_params.h"
+#include "attnx/jvp_params.h"
 #include "attnx/linear_state_params.h"
 #include "attnx/params.h"
 #include "attnx/range_means_params.h"
@@ -19,6 +20,8 @@ namespace attnx::cpu {
 // All of these run on as many of the executor's threads as the work is worth.
 void forward(const ForwardParams& params, const Executor& executor);
 void backward(const BackwardParams& params, const Executor& executor);
+// This runs the forward, and its derivative along a direction.
+void jvp(const JvpParams& params, const Executor& executor);
 void sum_over_batch(const SumOverBatchParams& params, const Executor& executor);
 
 // These tell about weights, and largest logits and their keys, without values.

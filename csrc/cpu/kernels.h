@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "attnx/delta_rule_params.h"
+#include "attnx/jvp_params.h"
 #include "attnx/linear_state_params.h"
 #include "attnx/params.h"
 #include "attnx/range_means_params.h"
@@ -22,7 +23,8 @@ namespace attnx::cpu {
   X(forward_with_terms, ForwardParams)   \
   X(backward_with_terms, BackwardParams) \
   X(routed_forward, ForwardParams)       \
-  X(routed_backward, BackwardParams)
+  X(routed_backward, BackwardParams)     \
+  X(jvp, JvpParams)
 
 // These are the kernels beside it, each of which serves all dtypes, with a switch.
 #define ATTNX_FOR_EACH_OTHER(X)                       \

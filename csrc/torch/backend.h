@@ -4,6 +4,7 @@
 #include "attnx/block_params.h"
 #include "attnx/cluster_params.h"
 #include "attnx/delta_rule_params.h"
+#include "attnx/jvp_params.h"
 #include "attnx/linear_state_params.h"
 #include "attnx/params.h"
 #include "attnx/range_means_params.h"
@@ -31,6 +32,7 @@ struct Target {
 #define ATTNX_FOR_EACH_RUN(X)                         \
   X(forward, ForwardParams)                           \
   X(backward, BackwardParams)                         \
+  X(jvp, JvpParams)                                   \
   X(sum_over_batch, SumOverBatchParams)               \
   X(block_map, BlockMapParams)                        \
   X(key_weights, KeyWeightsParams)                    \

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnx import (
     _C,
@@ -121,6 +122,10 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     if not isinstance(arguments.get("bias"), Tensor):
         arguments["bias"] = None  # a rule or a number, which every kernel adds
 
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments.values()):
+        operator = name = f"{name}_jvp"
+    if operator not in operators and operator.removesuffix("_varlen") not in operators:
+        return Explanation(name, False, reasons=["an argument has a tangent, and there is no forward-mode derivative"])
     requirement = _capability.Requirement.of(operator, arguments)
     row = _capability.nearest(requirement)
     missing = requirement.missing(row)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,8 +46,10 @@ __all__ = [
     "route",
     "routing_attention",
     "sigmoid_attention",
+    "sigmoid_attention_jvp",
     "sigmoid_attention_varlen",
     "softmax_attention",
+    "softmax_attention_jvp",
     "softmax_attention_varlen",
     "softplus_attention",
     "softplus_attention_varlen",
@@ -328,6 +330,77 @@ def softmax_attention(
         logsumexp = logsumexp.where(head_mask[..., None] != 0, -math.inf)
     output = _times(head_mask, output)
     return (output, logsumexp) if return_logsumexp else output
+
+
+def softmax_attention_jvp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tangent_query: Tensor | None = None,
+    tangent_key: Tensor | None = None,
+    tangent_value: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: Window = None,
+    position_offset: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output and the logsumexp, and the derivatives of both along these tangents, of which None is zero."""
+    distance, visible, _ = _band(query, key, is_causal, window, position_offset, None, None)
+    logits = _logits(query, key, scale, None, distance).where(visible, -math.inf)
+    output, logsumexp = _softmax(logits, visible, value)
+    weights = (logits - logsumexp.where(visible.any(-1), math.inf)[..., None]).exp()
+    change = _change_of_logits(query, key, tangent_query, tangent_key, scale, visible)
+    tangent_logsumexp = (weights * change).sum(-1)
+    change_of_weights = weights * (change - tangent_logsumexp[..., None])
+    tangent_output = _change_of_output(weights, change_of_weights, visible, value, tangent_value)
+    return output, logsumexp, tangent_output, tangent_logsumexp
+
+
+def sigmoid_attention_jvp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tangent_query: Tensor | None = None,
+    tangent_key: Tensor | None = None,
+    tangent_value: Tensor | None = None,
+    *,
+    bias: float | Literal["row"] | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    window: Window = None,
+    position_offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The output, and its derivative along these tangents, of which None is zero."""
+    distance, visible, keys = _band(query, key, is_causal, window, position_offset, None, None)
+    logits = _logits(query, key, scale, None, distance) + _sigmoid_bias(bias, keys, visible)
+    weights = logits.sigmoid().where(visible, 0.0)
+    change = weights * (-logits).sigmoid() * _change_of_logits(query, key, tangent_query, tangent_key, scale, visible)
+    change = change.where(visible, 0.0)
+    return _weighted(weights, visible, value), _change_of_output(weights, change, visible, value, tangent_value)
+
+
+def _change_of_logits(
+    query: Tensor,
+    key: Tensor,
+    tangent_query: Tensor | None,
+    tangent_key: Tensor | None,
+    scale: float | None,
+    visible: Tensor,
+) -> Tensor:
+    """(batch, heads, length_q, length_k), 0 where a key is not visible."""
+    change = query.new_zeros(*query.shape[:3], key.shape[2], dtype=torch.float64)
+    for q, k in ((tangent_query, key), (query, tangent_key)):
+        if q is not None and k is not None:
+            change = change + _logits(q, k, scale, None, change)
+    return change.where(visible, 0.0)
+
+
+def _change_of_output(
+    weights: Tensor, change: Tensor, visible: Tensor, value: Tensor, tangent_value: Tensor | None
+) -> Tensor:
+    of_values = 0.0 if tangent_value is None else _weighted(weights, visible, tangent_value)
+    return _weighted(change, visible, value) + of_values
 
 
 def _times(head_mask: Tensor | None, output: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 //     S = Q K^T      weights = Score(S)      O += weights V
 //
 // laid out as Lanes says. Keys and values are loaded once for all panels of the tile. Where there are too few tiles of
-// rows for the threads, the keys are cut into parts, whose outputs are merged in the end; and where few rows see very
+// rows for the threads, the keys are cut into parts, whose rows are merged in the end; and where few rows see very
 // many keys, so that each sum is one of shorter ones.
 #pragma once
 
@@ -22,13 +22,15 @@ class Forward {
   using Sequence = typename Source::Sequence;
   using Result = typename Source::Result;
   using Work = Lanes<A, Score>;
+  using Rows = typename Work::Rows;
+  using Params = typename Rows::Params;
   static constexpr std::int64_t kPartKeys = 1024;  // the least of a part
   // The most of a part where rows are few, so that their outputs over many parts take little memory. Every addition to
   // a sum of n equal terms is rounded in the same direction for a while, by up to n / 2 units of a term's last place.
   static constexpr std::int64_t kMostPartKeys = 65536, kFewRows = 192;
 
  public:
-  Forward(const ForwardParams& p, const Executor& executor)
+  Forward(const Params& p, const Executor& executor)
       : p_(p), executor_(executor), rows_(tiling(larger(p.head_dim, p.value_dim) > 128 ? 2 : 4)) {
     // Few rows: smaller tiles, so that every thread gets some.
     const std::int64_t wanted = 4 * executor.threads;
@@ -74,12 +76,14 @@ class Forward {
 
   RowTiling<Sum> tiling(std::int64_t panels) const { return {p_, Tiles::kListed, Source::kGathered, panels}; }
   std::int64_t worker_bytes() const { return Buffers(*this, nullptr).arena.used(); }
-  // The outputs of the rows of a unit over one part of the keys, and their logsumexps.
+  // What the rows of a unit leave over one part of the keys.
   std::int64_t partial_rows() const { return smaller(rows_.tile_rows, p_.length_q * rows_.group); }
-  std::int64_t partial_size() const { return partial_rows() * (p_.value_dim + 1); }
+  std::int64_t partial_size() const { return partial_rows() * Rows::numbers(p_); }
   std::int64_t partial_bytes() const {
     return parts_ > 1 ? units() * parts_ * partial_size() * std::int64_t(sizeof(Sum)) : 0;
   }
+
+  auto part_row(Sum* partial, std::int64_t lane) const { return Rows::of_part(p_, partial + lane * Rows::numbers(p_)); }
 
   // Of a sequence; a cluster is about one head.
   std::int64_t head_groups() const { return Source::kGathered ? 1 : p_.heads_q / rows_.group; }
@@ -109,8 +113,10 @@ class Forward {
       panel.set(p_, sequence, tiles, first_head, rows_.group, row, smaller(end - row, rows_.panel_rows));
       if (parts_ > 1) panel.clip(keys_of(part, sequence));
       any = {smaller(any.first, panel.any.first), larger(any.end, panel.any.end)};
-      b.work.begin(panels, panel, sequence, part == 0, [&](std::int64_t i) {
-        return row_of<const Input>(p_.query, sequence.batch, panel.head[i], sequence.query_row(panel.query[i]));
+      b.work.begin(panels, panel, sequence, part == 0, [&](const Tensor& x) {
+        return [&](std::int64_t i) {
+          return row_of<const Input>(x, sequence.batch, panel.head[i], sequence.query_row(panel.query[i]));
+        };
       });
     }
 
@@ -127,11 +133,10 @@ class Forward {
       const Panel<Sum>& panel = b.panels[i];
       for (int lane = 0; lane < panel.rows; ++lane) {
         if (parts_ > 1) {
-          b.work.finish(i, panel, lane, partial + lane * p_.value_dim, partial + partial_rows() * p_.value_dim + lane);
+          b.work.finish(i, panel, lane, part_row(partial, lane));
         } else {
           const std::int64_t head = panel.head[lane], row = sequence.result_row(panel.query[lane]);
-          b.work.finish(i, panel, lane, row_of<Result>(p_.output, sequence.batch, head, row),
-                        row_of<Sum>(p_.logsumexp, sequence.batch, head, row));
+          b.work.finish(i, panel, lane, Rows::template of<Result>(p_, sequence.batch, head, row));
         }
       }
     }
@@ -141,42 +146,19 @@ class Forward {
     return {smaller(part * part_keys_, s.length_k), smaller((part + 1) * part_keys_, s.length_k)};
   }
 
-  // Softmax: the means of the parts, weighed by their shares of the sum. Sigmoid: the sum.
-  void merge(const Unit& u, const Sum* partial) const {
+  void merge(const Unit& u, Sum* partial) const {
     const Sequence sequence(p_, u.sequence);
     const std::int64_t rows = end_of(u, sequence) - u.row0;
     for (std::int64_t lane = 0; lane < rows; ++lane) {
       const std::int64_t head = sequence.first_head + u.head + (u.row0 + lane) % rows_.group,
                          row = sequence.result_row((u.row0 + lane) / rows_.group);
-      const auto logsumexp = [&](std::int64_t part) {
-        return partial[part * partial_size() + partial_rows() * p_.value_dim + lane];
-      };
-      Sum highest = -__builtin_huge_valf(), total = 0;
-      if constexpr (Score::kNormalised) {
-        for (std::int64_t part = 0; part < parts_; ++part) {
-          // Not NaN itself: a NaN shows in the sum.
-          if (logsumexp(part) > highest) highest = logsumexp(part);
-        }
-      }
-      const bool empty = highest == -__builtin_huge_valf();
-      Sum output[kMaxHeadDim] = {};
-      for (std::int64_t part = 0; part < parts_; ++part) {
-        Sum weight = 1;
-        if constexpr (Score::kNormalised) weight = Sum(__builtin_exp(logsumexp(part) - (empty ? 0 : highest)));
-        total += weight;
-        const Sum* const from = partial + part * partial_size() + lane * p_.value_dim;
-        for (std::int64_t d = 0; d < p_.value_dim; ++d) output[d] += weight * from[d];
-      }
-      if constexpr (Score::kNormalised) {
-        for (std::int64_t d = 0; d < p_.value_dim; ++d) output[d] = total == 0 ? 0 : output[d] / total;
-        *row_of<Sum>(p_.logsumexp, sequence.batch, head, row) =
-            total == 0 ? highest : highest + Sum(__builtin_log(total));
-      }
-      convert_row(row_of<Result>(p_.output, sequence.batch, head, row), output, p_.value_dim);
+      Rows::template merge<Score>(
+          p_, parts_, [&](std::int64_t part) { return part_row(partial + part * partial_size(), lane); },
+          Rows::template of<Result>(p_, sequence.batch, head, row));
     }
   }
 
-  const ForwardParams& p_;
+  const Params& p_;
   const Executor& executor_;
   RowTiling<Sum> rows_;
   std::int64_t parts_ = 1, part_keys_ = 0;

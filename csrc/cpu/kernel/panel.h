@@ -162,6 +162,9 @@ struct PanelOnTile {
   static ATTNX_INLINE void take_share(const Score&, std::int64_t /*at*/, Vec<Sum> /*dp*/, Vec<Sum>& /*p*/,
                                       Vec<Sum>& /*ds*/) {}
   static ATTNX_INLINE Vec<Sum> to_product(std::int64_t /*at*/, Vec<Sum> ds) { return ds; }
+  // The forward says what the derivative of a weight by its logit is, which tangents/given.h asks for; softmax does so
+  // before the sum of the row is taken.
+  static ATTNX_INLINE void take_derivative(std::int64_t /*at*/, int /*lane*/, Vec<Sum> /*derivative*/) {}
 };
 
 template <bool value>

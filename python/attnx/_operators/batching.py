@@ -42,7 +42,7 @@ def _by_heads(of: Signature) -> Rule:
 
     def heads_at(tensor: str) -> int:
         """The dimension that counts heads, in a tensor of this name."""
-        kind = tensor.removeprefix("grad_")
+        kind = tensor.removeprefix("grad_").removeprefix("tangent_")
         if kind in BY_HEAD:
             return 0 if packed else 1
         return 0 if kind in of.optional or (kind in OF_ROWS and packed) else 1

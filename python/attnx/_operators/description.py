@@ -58,6 +58,8 @@ class Operator:
         fake: computes all results instead, from the arguments by name.
         vmap: whether examples become more heads of one call, or each example is a call of its own. Operators that
             write to their arguments refuse it.
+        jvp: whether tangents pass, by the operator ``{name}_jvp``, which has a row of its own; not those of
+            ``{name}_varlen``. Its schema says beside which arguments they do; others must be None, False or 0.
         autocast: the arguments that autocast converts to its dtype. It leaves float64 alone, and all other floating
             point tensors become float32. Without any the operator takes its arguments as they come.
         autocast_like: the argument whose dtype those get instead; all others then stay as they come.
@@ -73,6 +75,7 @@ class Operator:
     shapes: Mapping[str, Callable[[Arguments], Tensor]] = field(default_factory=dict)
     fake: Callable[..., Any] | None = None
     vmap: Literal["heads", "loop"] = "loop"
+    jvp: bool = False
     autocast: tuple[str, ...] = ()
     autocast_like: str | None = None
     flops: Callable[[Arguments, bool], int] | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from operator import itemgetter
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,13 +16,16 @@ from torch.autograd import forward_ad
 
 from attnx._operators.description import BackwardOperator, Formula, Operator
 from attnx._operators.schema import LIBRARY, Signature, signature
+from attnx._operators.tangents import ResultsAlong, along_tangents
+
+Along: TypeAlias = Callable[[tuple[Any, ...]], ResultsAlong]  # takes arguments some of which have tangents
 
 
 def register(row: Operator, name: str) -> None:
     """Registers the derivative of a forward, and a refusal of the second derivative for its backward operator."""
     derivative = row.derivative
     if isinstance(derivative, BackwardOperator):
-        _by_operator(name, derivative)
+        _by_operator(name, derivative, along_tangents(name) if row.jvp and name == row.name else None)
         _refuse(f"{name}_backward", f"{name}: no second derivative; attnx.reference.{name} has one")
     elif isinstance(derivative, Formula):
         _register_kernel(name, _function(name, derivative.save, derivative.gradient))
@@ -33,7 +36,7 @@ def register(row: Operator, name: str) -> None:
 _SAVED = object()  # it stands among the arguments for a tensor that autograd keeps
 
 
-def _by_operator(name: str, derivative: BackwardOperator) -> None:
+def _by_operator(name: str, derivative: BackwardOperator, along: Along | None) -> None:
     forward, backward = signature(name), signature(f"{name}_backward")
     kept = [i for i, result in enumerate(forward.results) if result in backward.arguments]
     # What the backward operator takes is at these places of one list. A small call takes longer in Python than in its
@@ -80,7 +83,8 @@ def _by_operator(name: str, derivative: BackwardOperator) -> None:
                 gradients[place] = x if x.dtype == argument.dtype else x.to(argument.dtype)
         return tuple(gradients)
 
-    _register_kernel(name, _function(name, save, gradient), tuple(forward.arguments[place] for place in places))
+    get_one = tuple(forward.arguments[place] for place in places)
+    _register_kernel(name, _function(name, save, gradient), get_one, along)
 
 
 def _call(of: Signature, args: tuple[Any, ...]) -> Any:
@@ -108,22 +112,30 @@ def _function(name: str, save: Callable[..., None], gradient: Callable[..., Any]
     """Calls the operator below autograd, which keeps what ``save`` gives it and calls ``gradient`` in the backward."""
     of = signature(name)
 
-    def forward(ctx: Any, keys: Any, *args: Any) -> Any:
-        with torch.enable_grad():  # an outer transform of torch.func may differentiate the same call
-            results = _below_autograd(of, keys, args)
+    def forward(ctx: Any, call: tuple[Any, ResultsAlong | None], *args: Any) -> Any:
+        keys, given = call
+        if given is None:
+            # An outer transform of torch.func may differentiate the same call.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                results = _below_autograd(of, keys, args)
+        else:
+            results, ctx.tangents = given
         save(ctx, args, results)
         return results
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         return None, *gradient(ctx, *grads)
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        return ctx.tangents
+
+    members = {name: staticmethod(f) for name, f in {"forward": forward, "backward": backward, "jvp": jvp}.items()}
     function: Any = type(name, (torch.autograd.Function,), members)
     function_of_one_level: Any = type(name, (torch.autograd.function._SingleLevelFunction,), members)
 
-    def apply(keys: Any, *args: Any) -> Any:
+    def apply(keys: Any, *args: Any, given: ResultsAlong | None = None) -> Any:
         if not torch._C._are_functorch_transforms_active():
-            return function.apply(keys, *args)
+            return function.apply((keys, given), *args)
         # The kernel is called once for each transform, innermost first, and records for that alone, so a function of
         # one level is what belongs here. Function.apply takes it for a call from outside of all transforms.
         try:
@@ -131,7 +143,7 @@ def _function(name: str, save: Callable[..., None], gradient: Callable[..., Any]
         except ImportError:
             raise NotImplementedError(f"{name}: no gradient in a transform of torch.func under this torch") from None
         with enable_single_level_autograd_function():
-            return function_of_one_level.apply(keys, *args)
+            return function_of_one_level.apply((keys, given), *args)
 
     return apply
 
@@ -141,18 +153,26 @@ def _below_autograd(of: Signature, keys: Any, args: tuple[Any, ...]) -> Any:
         return of.operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
-def _register_kernel(name: str, differentiate: Callable[..., Any], get_one: Collection[str] | None = None) -> None:
+def _register_kernel(
+    name: str, differentiate: Callable[..., Any], get_one: Collection[str] | None = None, along: Along | None = None
+) -> None:
     """Has autograd call ``differentiate`` where an argument requires grad, and be left out otherwise.
 
     Args:
         get_one: the arguments that get a gradient, where not all of those do that autograd may ask it of.
+        along: computes the results and their tangents; without it tangents are refused.
     """
     of = signature(name)
     get_none = frozenset() if get_one is None else frozenset(of.arguments) - frozenset(get_one)
 
     def kernel(keys: Any, *args: Any) -> Any:
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(name, of, args)
+        if forward_ad._current_level >= 0 and (tangents := _with_tangents(of, args)):
+            if along is None:
+                raise NotImplementedError(
+                    f"{name}: no forward-mode derivative, got a tangent of {tangents[0]}; what attnx.reference has is "
+                    "differentiable in forward mode, too"
+                )
+            return differentiate(keys, *args, given=along(args))
         if not torch.is_grad_enabled():
             return _below_autograd(of, keys, args)
         need_one = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.requires_grad]
@@ -168,10 +188,9 @@ def _register_kernel(name: str, differentiate: Callable[..., Any], get_one: Coll
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-def _refuse_tangents(name: str, of: Signature, args: tuple[Any, ...]) -> None:
-    for argument, x in zip(of.arguments, args, strict=True):
-        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(
-                f"{name}: no forward-mode derivative, got a tangent of {argument}; what attnx.reference has is "
-                "differentiable in forward mode, too"
-            )
+def _with_tangents(of: Signature, args: tuple[Any, ...]) -> list[str]:
+    return [
+        argument
+        for argument, x in zip(of.arguments, args, strict=True)
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+    ]

@@ -25,11 +25,15 @@ def empty_rows(like: Tensor, dim: int) -> Tensor:
     return like.new_empty(batch, heads, length, dim)
 
 
+def logsumexp_of(query: Tensor) -> Tensor:
+    shape = query.shape[:3] if query.dim() == 4 else (query.shape[1], query.shape[0])
+    return query.new_empty(shape, dtype=sum_dtype(query))
+
+
 def _by_rule(result: str, of: Signature, arguments: Arguments) -> Tensor:
     query, name = arguments["query"], result.removeprefix("grad_")
     if result in OF_ROWS:
-        shape = query.shape[:3] if query.dim() == 4 else (query.shape[1], query.shape[0])
-        return query.new_empty(shape, dtype=sum_dtype(query))
+        return logsumexp_of(query)
     if result == name:
         return empty_rows(query, arguments["value"].shape[-1])
     if name in of.optional:

@@ -13,6 +13,7 @@ from attnx._operators import (
     routing,
     sparse_linear,
     staircase,
+    tangents,
     terms,
     weights,
 )
@@ -21,11 +22,44 @@ from attnx._operators.description import BackwardOperator, Formula, NoDerivative
 _QKV = ("query", "key", "value")
 _LISTS = NoDerivative("its results are indices")
 _CACHE = NoDerivative("a cache serves inference")
+_ALONG_A_DIRECTION = NoDerivative("it is one, and what attnx.reference has is differentiable any number of times")
 _STATISTICS = NoDerivative("centroids move by an average of the tokens")
 
 OPERATORS = (
-    Operator("sigmoid_attention", varlen=True, shapes=terms.GRADIENTS, vmap="heads", autocast=_QKV, flops=flops.band),
-    Operator("softmax_attention", varlen=True, shapes=terms.GRADIENTS, vmap="heads", autocast=_QKV, flops=flops.band),
+    Operator(
+        "sigmoid_attention",
+        varlen=True,
+        shapes=terms.GRADIENTS,
+        vmap="heads",
+        jvp=True,
+        autocast=_QKV,
+        flops=flops.band,
+    ),
+    Operator(
+        "softmax_attention",
+        varlen=True,
+        shapes=terms.GRADIENTS,
+        vmap="heads",
+        jvp=True,
+        autocast=_QKV,
+        flops=flops.band,
+    ),
+    Operator(
+        "sigmoid_attention_jvp",
+        _ALONG_A_DIRECTION,
+        fake=tangents.sigmoid_results,
+        vmap="heads",
+        autocast=(*_QKV, *tangents.TANGENTS),
+        flops=tangents.products,
+    ),
+    Operator(
+        "softmax_attention_jvp",
+        _ALONG_A_DIRECTION,
+        fake=tangents.softmax_results,
+        vmap="heads",
+        autocast=(*_QKV, *tangents.TANGENTS),
+        flops=tangents.products,
+    ),
     Operator("softplus_attention", varlen=True, vmap="heads", autocast=_QKV, flops=flops.band),
     Operator(
         "sharpened_softplus_attention",

@@ -22,6 +22,8 @@ _OPERATORS = (
     "sigmoid_attention_backward",
     "softmax_attention",
     "softmax_attention_backward",
+    "sigmoid_attention_jvp",
+    "softmax_attention_jvp",
     "sigmoid_attention_varlen",
     "sigmoid_attention_varlen_backward",
     "softmax_attention_varlen",

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../arena.h"
+#include "../epilogue/output.h"
 #include "../gemm.h"
 #include "../rows.h"
 
@@ -18,6 +19,9 @@ class KeysOnLanes {
   using Sum = typename A::Sum;
 
  public:
+  using Rows = OutputRows<Sum>;
+  using Params = ForwardParams;
+
   // From here on rows fill as much of the lanes as keys would spare.
   static constexpr std::int64_t kMostRows = larger(kLanes<Sum> / 2, 1);
   static constexpr std::int64_t kKeys = 64;  // of a tile
@@ -38,9 +42,9 @@ class KeysOnLanes {
     scores_ = arena.take<typename Score::template Forward<A>>(1);
   }
 
-  template <class Sequence, class Row>
-  void begin(int, const Panel<Sum>& panel, const Sequence& sequence, bool first_keys, Row row) {
-    load_rows<A>(row, panel.rows, p_.head_dim, query_, head_stride_);
+  template <class Sequence, class RowsOf>
+  void begin(int, const Panel<Sum>& panel, const Sequence& sequence, bool first_keys, const RowsOf& rows_of) {
+    load_rows<A>(rows_of(p_.query), panel.rows, p_.head_dim, query_, head_stride_);
     // gemm reads these for rows that there are not.
     const std::int64_t padded = round_up(panel.rows, kFewRowMultiple);
     __builtin_memset(query_ + panel.rows * head_stride_, 0,
@@ -105,13 +109,13 @@ class KeysOnLanes {
     }
   }
 
-  template <class Output>
-  void finish(int, const Panel<Sum>& panel, int row, Output* output, Sum* logsumexp) const {
+  template <class Row>
+  void finish(int, const Panel<Sum>& panel, int row, const Row& to) const {
     const Sum factor = scores_[0].output_factor(panel, row);
     Sum* const sums = output_ + row * value_stride_;
     for (std::int64_t d = 0; d < p_.value_dim; ++d) sums[d] *= factor;
-    convert_row(output, sums, p_.value_dim);
-    if constexpr (Score::kNormalised) *logsumexp = scores_[0].logsumexp(panel, row);
+    convert_row(to.output, sums, p_.value_dim);
+    if constexpr (Score::kNormalised) *to.logsumexp = scores_[0].logsumexp(panel, row);
   }
 
  private:

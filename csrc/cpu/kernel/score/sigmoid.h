@@ -44,8 +44,14 @@ class SigmoidForward {
         for (int k = 0; k < A::kStep; ++k) {
           Vec<Sum> complement;
           p[k] = weight_and_complement(x[k], on_tile.divisor, complement);
-          if constexpr (masked.kValue) p[k] = visible[k] ? p[k] : Vec<Sum>{};
-          p[k] = on_tile.kept((key + k) * kPanelLanes<Sum> + lane, p[k]);
+          Vec<Sum> derivative = p[k] * complement * on_tile.divisor;
+          if constexpr (masked.kValue) {
+            p[k] = visible[k] ? p[k] : Vec<Sum>{};
+            derivative = visible[k] ? derivative : Vec<Sum>{};
+          }
+          const std::int64_t at = (key + k) * kPanelLanes<Sum> + lane;
+          on_tile.take_derivative(at, lane, derivative);
+          p[k] = on_tile.kept(at, p[k]);
         }
         A::store_step(weights + step_index<A>(key, lane, kPanelLanes<Sum>), p);
       });

@@ -48,6 +48,7 @@ class SoftmaxForward {
           const Vec<Sum> x = load(s + (key + k) * kWidth + lane);
           p[k] = exp(x - shift);
           sum += p[k];
+          on_tile.take_derivative((key + k) * kWidth + lane, lane, p[k]);
           p[k] = on_tile.kept((key + k) * kWidth + lane, p[k]);
         }
         A::store_step(weights + step_index<A>(key, lane, kWidth), p);

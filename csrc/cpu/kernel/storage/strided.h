@@ -18,10 +18,14 @@ class StridedStorage {
   static std::int64_t sequences(const AttentionParams& p) { return p.batch; }
 
   StridedStorage(const AttentionParams& p, const Sequence& s, std::int64_t key_head)
-      : key_(row_of<const Input>(p.key, s.batch, key_head, s.first_k)),
-        value_(row_of<const Input>(p.value, s.batch, key_head, s.first_k)),
-        key_stride_(p.key.row_stride),
-        value_stride_(p.value.row_stride),
+      : StridedStorage(p, s, key_head, p.key, p.value) {}
+  // Tensors like the keys and values of a call stand in their places.
+  StridedStorage(const AttentionParams& p, const Sequence& s, std::int64_t key_head, const Tensor& key,
+                 const Tensor& value)
+      : key_(row_of<const Input>(key, s.batch, key_head, s.first_k)),
+        value_(row_of<const Input>(value, s.batch, key_head, s.first_k)),
+        key_stride_(key.row_stride),
+        value_stride_(value.row_stride),
         head_dim_(p.head_dim),
         value_dim_(p.value_dim) {}
 
@@ -37,7 +41,13 @@ class StridedStorage {
   }
   // Rows that will be loaded soon; where they end beyond the sequence, nothing happens.
   void prefetch(std::int64_t first, std::int64_t count) const {
+    prefetch_keys(first, count);
+    prefetch_values(first, count);
+  }
+  void prefetch_keys(std::int64_t first, std::int64_t count) const {
     prefetch_rows(key_ + first * key_stride_, count, head_dim_, key_stride_);
+  }
+  void prefetch_values(std::int64_t first, std::int64_t count) const {
     prefetch_rows(value_ + first * value_stride_, count, value_dim_, value_stride_);
   }
 
