@@ -59,6 +59,9 @@ GATED = "csrc/torch/gated_delta_rule.cpp"
 STATES, STATES_FORWARD = K + "linear_state/chunk.h", K + "linear_state/forward.h"
 STATES_BACKWARD = K + "linear_state/backward.h"
 STAIRCASE, ENCODE, DECODE = K + "staircase.cpp", K + "staircase/encode.h", K + "storage/staircase.h"
+ROWS, TANGENT_ROWS = K + "epilogue/output.h", K + "epilogue/tangents.h"
+TANGENTS, JVP = K + "tangents/given.h", "csrc/torch/jvp.cpp"
+ALONG, GRADIENTS = "python/attnx/_operators/tangents.py", "python/attnx/_operators/gradients.py"
 
 _INPUT = (
     Mutant(ARGUMENTS, "share >= 0 && share <= 1", "true", "test_fuzz.py -k shares"),
@@ -122,7 +125,7 @@ _FORWARD = (
     ),
     Mutant(
         QUERIES,
-        "!on_tile.masked || «values_finite_(values_by_step_, round_up(tile.count, A::kStep) * value_stride_)»",
+        "!on_tile.masked || «(*finite)(values, round_up(tile.count, A::kStep) * value_stride_)»",
         "true",
         "test_nonfinite.py",
     ),
@@ -133,15 +136,15 @@ _FORWARD = (
         "Sum(1)",
         "test_softmax_attention.py -k shapes",
     ),
-    Mutant(FORWARD, "total == 0 ? 0 : output[d] / total", "output[d]", "test_determinism.py -k parts"),
+    Mutant(ROWS, "total == 0 ? 0 : output[d] / total", "output[d]", "test_determinism.py -k parts"),
     Mutant(
-        FORWARD,
-        "weight = «Sum(__builtin_exp(logsumexp(part) - (empty ? 0 : highest)))»",
+        ROWS,
+        "Sum(__builtin_exp(logsumexp - (highest_ == -kInfinity ? 0 : highest_)))",
         "Sum(1)",
         "test_determinism.py -k parts",
     ),
     Mutant(
-        FORWARD, "total == 0 ? highest : highest + Sum(__builtin_log(total))", "highest", "test_determinism.py -k parts"
+        ROWS, "total == 0 ? highest_ : highest_ + Sum(__builtin_log(total))", "highest_", "test_determinism.py -k parts"
     ),
     Mutant(FORWARD, "b.work.begin(panels, panel, sequence, «part == 0»,", "true", "test_sink.py -k few_queries"),
     Mutant(FORWARD, "if («parts_ > 1») panel.clip", "false", "test_determinism.py -k parts"),
@@ -386,9 +389,28 @@ _POOLING = (
     Mutant(HEADS, "left = «int(self.head_mask.sum())»", "self.num_heads", "test_nn_head_routing.py"),
     Mutant(HEADS, "output * «weights[:, None, :, None]»", "1", "test_nn_head_routing.py -k one_head"),
 )
+_TANGENTS = (
+    Mutant(TANGENTS, "derivative == 0 ? Vec<Sum>{} : derivative * tangent", "derivative * tangent", "test_jvp.py"),
+    Mutant(TANGENTS, "sum * Sum(p_.scale) / count", "Vec<Sum>{}", "test_jvp.py -k in_common"),
+    Mutant(TANGENTS, "row[d] -= «moves * (sums[lane] * factor)»", "0", "test_jvp.py -k shapes"),
+    Mutant(TANGENTS, "seen.first < tile.first || «seen.first»", "tile.first", "test_jvp.py -k masks"),
+    Mutant(
+        TANGENT_ROWS,
+        "p.moves_logits() ? *from.tangent_logsumexp - tangent_logsumexp : 0",
+        "Sum(0)",
+        "test_jvp.py -k parts",
+    ),
+    Mutant(SIGMOID, "derivative = «visible[k] ? derivative : Vec<Sum>{}»", "derivative", "test_jvp.py -k hidden"),
+    Mutant(SIGMOID, "derivative = p[k] * «complement» * on_tile.divisor", "Vec<Sum>{} + 1", "test_jvp.py -k shapes"),
+    Mutant(JVP, "x->size(1) == of.size(1)", "true", "test_jvp.py -k bad"),
+    Mutant(ALONG, "tangent if «tangent.stride(-1) == 1» else", "True", "test_jvp.py -k strides"),
+    Mutant(ALONG, "if x not in supported and «not _is_neutral(value)»", "False", "test_jvp.py -k beside"),
+    Mutant(GRADIENTS, "forward_ad._set_fwd_grad_enabled(«True»)", "False", "test_jvp.py -k second"),
+)
 MUTANTS = (
     *_INPUT,
     *_FORWARD,
+    *_TANGENTS,
     *_BACKWARD,
     *_TERMS,
     *_SPARSE_LINEAR,

@@ -108,15 +108,13 @@ class GivenTangents {
 
   template <class Row>
   void finish(int i, int lane, const Sum* sums, Sum factor, const Row& to) const {
-    Sum moves = 0;  // the logsumexp, from its reference on
-    if constexpr (Score::kNormalised) {
-      if (p_.moves_logits()) moves = sums[2 * p_.value_dim * kWidth + lane] * factor;
-      *to.tangent_logsumexp = p_.moves_logits() ? reference_[i * kWidth + lane] + moves : 0;
-    }
+    const bool moving = Score::kNormalised && p_.moves_logits();
+    const Sum moves = moving ? sums[2 * p_.value_dim * kWidth + lane] * factor : 0;  // of dL, from the reference on
+    if constexpr (Score::kNormalised) *to.tangent_logsumexp = moving ? reference_[i * kWidth + lane] + moves : 0;
     Sum row[kMaxHeadDim];
     for (std::int64_t d = 0; d < p_.value_dim; ++d, sums += kWidth) {
       row[d] = sums[p_.value_dim * kWidth + lane] * factor;
-      if (Score::kNormalised && p_.moves_logits()) row[d] -= moves * (sums[lane] * factor);
+      if (moving) row[d] -= moves * (sums[lane] * factor);
     }
     convert_row(to.tangent_output, row, p_.value_dim);
   }
