@@ -1,4 +1,4 @@
-"""The derivative of attention along a direction, beside the forward alone, and beside what torch makes of the formula."""
+"""The derivative of attention along a direction, beside the forward alone, and what torch makes of the formula."""
 
 from __future__ import annotations
 

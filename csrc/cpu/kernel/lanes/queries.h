@@ -92,8 +92,8 @@ class QueriesOnLanes {
     });
     const auto add = [&](const Element* values, Finiteness* finite, const Element* weights, Sum* to) {
       if (!values) values = values_by_step_, finite = &values_finite_;
-      const GemmOperands<A> g{values, A::kStep, value_stride_ * A::kStep, weights ? weights : weights_,
-                              kWidth * A::kStep, to, kWidth};
+      const GemmOperands<A> g{
+          values, A::kStep, value_stride_ * A::kStep, weights ? weights : weights_, kWidth * A::kStep, to, kWidth};
       if (!on_tile.masked || (*finite)(values, round_up(tile.count, A::kStep) * value_stride_)) {
         gemm<A>(g, p_.value_dim, panel.vectors, steps, true);
       } else {
