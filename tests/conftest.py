@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -70,6 +71,16 @@ def device(backend: Backend) -> torch.device:
 def dtype(backend: Backend) -> torch.dtype:
     """For tests that need but one; others parametrize ``dtype`` themselves."""
     return backend.dtypes()[0]
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew() -> Iterator[None]:
+    """What one test compiled does not count for the next: torch limits how often a function is compiled."""
+    yield
+    utils = sys.modules.get("torch._dynamo.utils")
+    if utils is not None and utils.counters["frames"]:
+        utils.counters.clear()
+        torch._dynamo.reset()
 
 
 @pytest.fixture

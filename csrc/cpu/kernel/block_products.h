@@ -21,9 +21,9 @@ class BlockProducts {
  public:
   BlockProducts(const BlockProductsParams& p, const Executor& executor)
       : p_(p),
-        heads_(p.batch * p.heads_k, executor),
         head_lanes_(round_up(p.head_dim, kLanes<Sum>)),
-        key_lanes_(round_up(blocks_of(p.length_k, p.block_k), kLanes<Sum>)) {}
+        key_lanes_(round_up(blocks_of(p.length_k, p.block_k), kLanes<Sum>)),
+        heads_(p.batch * p.heads_k, executor, means_of_head() * std::int64_t(sizeof(Sum))) {}
 
   std::int64_t workspace_bytes() const { return heads_.workspace_bytes(shared_bytes(), worker_bytes()); }
 
@@ -168,8 +168,8 @@ class BlockProducts {
   }
 
   const BlockProductsParams& p_;
-  HeadsInPhases heads_;
   std::int64_t head_lanes_, key_lanes_;
+  HeadsInPhases heads_;
 };
 
 }  // namespace attnx::cpu::ATTNX_ISA

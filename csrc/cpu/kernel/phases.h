@@ -53,11 +53,17 @@ class Phases {
 };
 
 // Heads that need nothing of each other go through phases. Where there are enough of them for the threads, each is one
-// thread's, which waits for nobody; else all threads go through the phases of all heads together.
+// thread's, which waits for nobody; else, or where heads share much memory, all threads go through the phases of all
+// heads together.
 class HeadsInPhases {
+  static constexpr std::int64_t kMostBytes = 64 << 20;  // of the heads that threads are at, each on its own
+
  public:
-  HeadsInPhases(std::int64_t heads, const Executor& executor)
-      : heads_(heads), executor_(executor), apart_(keeps_busy(heads, executor.threads)) {}
+  // A head alone would take about so many bytes.
+  HeadsInPhases(std::int64_t heads, const Executor& executor, std::int64_t bytes)
+      : heads_(heads),
+        executor_(executor),
+        apart_(keeps_busy(heads, executor.threads) && executor.threads * bytes <= kMostBytes) {}
 
   std::int64_t together() const { return apart_ ? 1 : heads_; }
 

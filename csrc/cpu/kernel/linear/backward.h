@@ -24,9 +24,10 @@ class LinearBackward {
   LinearBackward(const LinearBackwardParams& p, const Executor& executor)
       : p_(p),
         x_(p),
-        heads_(p.batch * p.heads_k, executor),
         query_blocks_((p.length_q + p.block_q - 1) / p.block_q),
-        key_blocks_((p.length_k + p.block_k - 1) / p.block_k) {}
+        key_blocks_((p.length_k + p.block_k - 1) / p.block_k),
+        heads_(p.batch * p.heads_k, executor,
+               (2 * key_blocks_ + query_blocks_) * elements() * std::int64_t(sizeof(Sum))) {}
 
   std::int64_t workspace_bytes() const { return heads_.workspace_bytes(shared_bytes(), worker_bytes()); }
 
@@ -299,8 +300,8 @@ class LinearBackward {
 
   const LinearBackwardParams& p_;
   Operands x_;
-  HeadsInPhases heads_;
   std::int64_t query_blocks_, key_blocks_;  // of the longest sequence
+  HeadsInPhases heads_;
 };
 
 }  // namespace attnx::cpu::ATTNX_ISA

@@ -20,7 +20,11 @@ class LinearForward {
 
  public:
   LinearForward(const LinearForwardParams& p, const Executor& executor)
-      : p_(p), x_(p), heads_(p.batch * p.heads_k, executor), blocks_((p.length_k + p.block_k - 1) / p.block_k) {}
+      : p_(p),
+        x_(p),
+        blocks_((p.length_k + p.block_k - 1) / p.block_k),
+        heads_(p.batch * p.heads_k, executor,
+               BlockSums<Sum>(nullptr, blocks_, elements()).total() * std::int64_t(sizeof(Sum))) {}
 
   std::int64_t workspace_bytes() const { return heads_.workspace_bytes(shared_bytes(), worker_bytes()); }
 
@@ -148,8 +152,8 @@ class LinearForward {
 
   const LinearForwardParams& p_;
   Operands x_;
-  HeadsInPhases heads_;
   std::int64_t blocks_;  // of the longest sequence
+  HeadsInPhases heads_;
 };
 
 }  // namespace attnx::cpu::ATTNX_ISA
