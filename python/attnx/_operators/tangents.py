@@ -53,7 +53,7 @@ def along_tangents(name: str) -> Callable[[tuple[Any, ...]], ResultsAlong]:
                 f"{' and '.join(tangents)}; it takes {', '.join(supported)} alone, and what attnx.reference has is "
                 "differentiable in forward mode, too"
             )
-        results = along.call(primals | {f"tangent_{x}": _operand(duals[x].tangent) for x in INPUTS})
+        results = along.call(primals | {f"tangent_{x}": duals[x].tangent for x in INPUTS})
         values = dict(zip(along.results, results, strict=True))
         # The tangents keep what refuses their derivative; the results get one from the operator itself.
         outputs = tuple(values[x].detach() for x in of.results)
@@ -65,10 +65,3 @@ def along_tangents(name: str) -> Callable[[tuple[Any, ...]], ResultsAlong]:
 
 def _is_neutral(value: Any) -> bool:
     return value is None or (not isinstance(value, Tensor) and value == 0)
-
-
-def _operand(tangent: Tensor | None) -> Tensor | None:
-    """A tangent as the kernel takes it. Autograd has zeros without memory, whose products need not be made."""
-    if tangent is None or tangent._is_zerotensor():
-        return None
-    return tangent if tangent.stride(-1) == 1 else tangent.contiguous()
