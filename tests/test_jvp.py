@@ -488,6 +488,27 @@ def test_explain(dtype: torch.dtype, device: torch.device) -> None:
 
 
 @pytest.mark.backends("cpu")
+def test_compiled(backend: object) -> None:
+    """A compiled program enters the dual level without telling Python of it."""
+    inputs, tangents = drawn(Shape(), torch.float32, CPU)
+    query, key, value = inputs.values()
+
+    def along_a_product(q: Tensor, t: Tensor) -> Any:
+        return torch.func.jvp(lambda q: attnx.softmax_attention(q, key, value, is_causal=True) * q, (q,), (t,))
+
+    compiled = torch.compile(along_a_product, backend="aot_eager", fullgraph=True)
+    assert tangents["tangent_query"] is not None
+    for x, y in zip(*(f(query, tangents["tangent_query"]) for f in (compiled, along_a_product)), strict=True):
+        assert torch.equal(x, y)
+    refused = torch.compile(
+        lambda q: torch.func.jvp(lambda q: attnx.softmax_attention(q, key, value, softcap=3.0) * q, (q,), (q,)),
+        backend="aot_eager",
+    )
+    with pytest.raises(NotImplementedError, match=r"^softmax_attention: no forward-mode derivative beside softcap"):
+        refused(query)
+
+
+@pytest.mark.backends("cpu")
 def test_autocast(backend: object) -> None:
     inputs, tangents = drawn(Shape(), torch.float32, CPU)
     with torch.autocast("cpu", torch.bfloat16):

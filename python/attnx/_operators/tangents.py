@@ -43,7 +43,7 @@ def along_tangents(name: str) -> Callable[[tuple[Any, ...]], ResultsAlong]:
     supported = [x for x in of.arguments if x in along.arguments]
 
     def call(args: tuple[Any, ...]) -> ResultsAlong:
-        duals = {x: forward_ad.unpack_dual(y) for x, y in of.bind(args).items() if isinstance(y, Tensor)}
+        duals = {x: forward_ad.unpack_dual(y, level=0) for x, y in of.bind(args).items() if isinstance(y, Tensor)}
         primals = of.bind(args) | {x: dual.primal for x, dual in duals.items()}
         beside = [x for x, value in primals.items() if x not in supported and not _is_neutral(value)]
         if beside:
