@@ -360,7 +360,7 @@ _TANGENTS = (
     Mutant(JVP, "x->size(1) == of.size(1)", "true", "test_jvp.py -k bad"),
     Mutant(ALONG, "if x not in supported and «not _is_neutral(value)»", "False", "test_jvp.py -k beside"),
     Mutant(
-        GRADIENTS,
+        ALONG,
         "forward_ad._current_level >= 0 or «torch._C._are_functorch_transforms_active()»",
         "False",
         "test_jvp.py -k compiled",

@@ -352,6 +352,22 @@ def test_tensor_scale_has_a_tangent(dtype: torch.dtype, device: torch.device) ->
     assert tangent.abs().max() > 0
 
 
+def test_factors_of_heads(dtype: torch.dtype, device: torch.device) -> None:
+    """Tangents of the inputs and of the factors pass, also where a factor is 0."""
+    inputs, tangents = drawn(FEW_SHAPES[0], dtype, device)
+    factors, change = torch.tensor([1.0, 0, 2, 0.5], device=device), torch.tensor([1.0, 1, 0, 2], device=device)
+    expected = along("softmax_attention", inputs, tangents)
+
+    def masked(mask: Tensor, *x: Tensor) -> Any:
+        return attnx.softmax_attention(*x, head_mask=mask)
+
+    directions = [x for x in tangents.values() if x is not None]
+    _, tangent = torch.func.jvp(masked, (factors, *inputs.values()), (change, *directions))
+    by_heads = (x[:, None, None] for x in (factors, change))
+    both = [x * y for x, y in zip(by_heads, (expected[2], expected[0]), strict=True)]
+    torch.testing.assert_close(tangent, sum(both).to(dtype))
+
+
 def test_results_have_gradients_beside_tangents(dtype: torch.dtype, device: torch.device) -> None:
     """While the arguments have tangents, a gradient would have one as well, and is refused."""
     inputs, _ = drawn(FEW_SHAPES[0], dtype, device)

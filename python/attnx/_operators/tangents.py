@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -31,6 +32,11 @@ def products(a: Arguments, backward: bool) -> int:
     of_logits = [a[name] is not None for name in TANGENTS[:2]]
     features = d * (1 + sum(of_logits)) + value_dim * (1 + any(of_logits) + (a[TANGENTS[2]] is not None))
     return 2 * pairs_in_band(a) * features
+
+
+def may_have_tangents() -> bool:
+    """Programs that torch compiled enter a dual level without telling Python, but only in transforms."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 # The results of an operator, and their tangents: a tensor each, or a tuple of several.
