@@ -347,6 +347,7 @@ _STATES = (
 )
 _TANGENTS = (
     Mutant(TANGENTS, "derivative == 0 ? Vec<Sum>{} : derivative * tangent", "derivative * tangent", "test_jvp.py"),
+    Mutant(TANGENTS, "sum * Sum(p_.scale) / count", "Vec<Sum>{}", "test_jvp.py -k in_common"),
     Mutant(TANGENTS, "row[d] -= «moves * (sums[lane] * factor)»", "0", "test_jvp.py -k shapes"),
     Mutant(TANGENTS, "«seen.first < tile.first» || seen.first", "false", "test_jvp.py -k shapes"),
     Mutant(
