@@ -126,6 +126,15 @@ def test_forward_transforms_are_refused(call: Call, transform: Callable[..., obj
         transform(lambda query: loss_of(call)(query, *others), query)
 
 
+@pytest.mark.parametrize("call", FUNCTIONS, indirect=True)
+def test_forward_over_reverse_is_refused(call: Call) -> None:
+    """The tangents reach the operators through the gradient's level, and none is lost on the way."""
+    query, *others = call.inputs.values()
+    gradient = torch.func.grad(lambda query: loss_of(call)(query, *others))
+    with pytest.raises(NotImplementedError, match=r"^\w+: no forward-mode derivative"):
+        torch.func.jvp(gradient, (query,), (query,))
+
+
 def test_reference_has_forward_mode(device: torch.device) -> None:
     """The reference has what the message says."""
     inputs, _ = random_inputs(Shape(), torch.float64, device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnx import _arguments, _capability
+from attnx._operators.tangents import may_have_tangents
 
 
 def of_heads(head_mask: Any, query: Tensor) -> Tensor | None:
@@ -34,10 +35,10 @@ def of_heads(head_mask: Any, query: Tensor) -> Tensor | None:
 def bounds(mask: Tensor | None, row_bounds: Tensor | None, key: Tensor) -> Tensor | None:
     """Returns ``row_bounds`` by which heads of factor 0 see no key, so that the loop leaves them out.
 
-    The gradient of a factor needs the output of its head. On CUDA row_bounds belong to a kernel of their own, which
-    calls that need nothing else of it are faster without.
+    The derivative by a factor needs the output of its head, and tangents do not pass beside row_bounds. On CUDA
+    row_bounds belong to a kernel of their own, which calls that need nothing else of it are faster without.
     """
-    if mask is None or _wants_gradient(mask) or _capability.backend_of(key.device) != "cpu" or key.dim() != 4:
+    if mask is None or _wants_derivative(mask) or _capability.backend_of(key.device) != "cpu" or key.dim() != 4:
         return row_bounds
     if row_bounds is None:
         row_bounds = torch.tensor([0, key.shape[2]], dtype=torch.int32, device=key.device)
@@ -56,5 +57,5 @@ def hide(mask: Tensor | None, logsumexp: Tensor) -> Tensor:
     return logsumexp if mask is None else logsumexp.masked_fill(mask[:, :, None] == 0, -torch.inf)
 
 
-def _wants_gradient(mask: Tensor) -> bool:
-    return mask.requires_grad and torch.is_grad_enabled()
+def _wants_derivative(mask: Tensor) -> bool:
+    return (mask.requires_grad and torch.is_grad_enabled()) or may_have_tangents()

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from attnx._operators.description import BackwardOperator, Formula, Operator
 from attnx._operators.schema import LIBRARY, Signature, signature
-from attnx._operators.tangents import ResultsAlong, along_tangents
+from attnx._operators.tangents import ResultsAlong, along_tangents, may_have_tangents
 
 Along: TypeAlias = Callable[[tuple[Any, ...]], ResultsAlong]  # takes arguments some of which have tangents
 
@@ -89,7 +89,7 @@ def _by_operator(name: str, derivative: BackwardOperator, along: Along | None) -
 
 def _call(of: Signature, args: tuple[Any, ...]) -> Any:
     """Calls an operator whose kernel at the key of autograd would do nothing but call it below that key."""
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() or may_have_tangents():
         return of.operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return of.operator(*args)
@@ -166,7 +166,7 @@ def _register_kernel(
     get_none = frozenset() if get_one is None else frozenset(of.arguments) - frozenset(get_one)
 
     def kernel(keys: Any, *args: Any) -> Any:
-        if forward_ad._current_level >= 0 and (tangents := _with_tangents(of, args)):
+        if may_have_tangents() and (tangents := _with_tangents(of, args)):
             if along is None:
                 raise NotImplementedError(
                     f"{name}: no forward-mode derivative, got a tangent of {tangents[0]}; what attnx.reference has is "
@@ -192,5 +192,5 @@ def _with_tangents(of: Signature, args: tuple[Any, ...]) -> list[str]:
     return [
         argument
         for argument, x in zip(of.arguments, args, strict=True)
-        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x, level=0).tangent is not None
     ]

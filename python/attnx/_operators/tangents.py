@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -33,6 +34,11 @@ def products(a: Arguments, backward: bool) -> int:
     return 2 * pairs_in_band(a) * features
 
 
+def may_have_tangents() -> bool:
+    """Programs that torch compiled enter a dual level without telling Python, but only in transforms."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 # The results of an operator, and their tangents: a tensor each, or a tuple of several.
 ResultsAlong: TypeAlias = tuple[Any, Any]
 
@@ -43,7 +49,7 @@ def along_tangents(name: str) -> Callable[[tuple[Any, ...]], ResultsAlong]:
     supported = [x for x in of.arguments if x in along.arguments]
 
     def call(args: tuple[Any, ...]) -> ResultsAlong:
-        duals = {x: forward_ad.unpack_dual(y) for x, y in of.bind(args).items() if isinstance(y, Tensor)}
+        duals = {x: forward_ad.unpack_dual(y, level=0) for x, y in of.bind(args).items() if isinstance(y, Tensor)}
         primals = of.bind(args) | {x: dual.primal for x, dual in duals.items()}
         beside = [x for x, value in primals.items() if x not in supported and not _is_neutral(value)]
         if beside:
@@ -53,7 +59,7 @@ def along_tangents(name: str) -> Callable[[tuple[Any, ...]], ResultsAlong]:
                 f"{' and '.join(tangents)}; it takes {', '.join(supported)} alone, and what attnx.reference has is "
                 "differentiable in forward mode, too"
             )
-        results = along.call(primals | {f"tangent_{x}": _operand(duals[x].tangent) for x in INPUTS})
+        results = along.call(primals | {f"tangent_{x}": duals[x].tangent for x in INPUTS})
         values = dict(zip(along.results, results, strict=True))
         # The tangents keep what refuses their derivative; the results get one from the operator itself.
         outputs = tuple(values[x].detach() for x in of.results)
@@ -65,10 +71,3 @@ def along_tangents(name: str) -> Callable[[tuple[Any, ...]], ResultsAlong]:
 
 def _is_neutral(value: Any) -> bool:
     return value is None or (not isinstance(value, Tensor) and value == 0)
-
-
-def _operand(tangent: Tensor | None) -> Tensor | None:
-    """A tangent as the kernel takes it. Autograd has zeros without memory, whose products need not be made."""
-    if tangent is None or tangent._is_zerotensor():
-        return None
-    return tangent if tangent.stride(-1) == 1 else tangent.contiguous()

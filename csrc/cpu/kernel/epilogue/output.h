@@ -27,7 +27,7 @@ class PartShares {
     if constexpr (!Score::kNormalised) return 1;
     return Sum(__builtin_exp(logsumexp - (highest_ == -kInfinity ? 0 : highest_)));
   }
-  // The logsumexp of the whole, from the sum of all shares.
+  // This is the logsumexp of the whole, from the sum of all shares.
   Sum logsumexp(Sum total) const { return total == 0 ? highest_ : highest_ + Sum(__builtin_log(total)); }
 
  private:
@@ -44,7 +44,7 @@ struct OutputRows {
     Sum* logsumexp;
   };
 
-  // Where a row of the results lies, and where one of a part of the keys does, among so many numbers.
+  // These say where a row of the results lies, and where one of a part of the keys does, among so many numbers.
   template <class Output>
   static Row<Output> of(const Params& p, std::int64_t batch, std::int64_t head, std::int64_t row) {
     return {row_of<Output>(p.output, batch, head, row), row_of<Sum>(p.logsumexp, batch, head, row)};

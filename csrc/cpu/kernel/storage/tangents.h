@@ -1,4 +1,4 @@
-// Keys and values in ordinary strided tensors, and their tangents in others.
+// Keys and values lie in ordinary strided tensors, and their tangents in others.
 #pragma once
 
 #include "attnx/jvp_params.h"
@@ -14,7 +14,7 @@ class StorageWithTangents : public StridedStorage<Input, A> {
   StorageWithTangents(const JvpParams& p, const Sequence& s, std::int64_t key_head)
       : Strided(p, s, key_head), p_(p), tangents_(p, s, key_head, p.tangent_key, p.tangent_value) {}
 
-  // Those that there are.
+  // What is read of these must be among the tangents that the call has.
   const Strided& tangents() const { return tangents_; }
 
   void prefetch(std::int64_t first, std::int64_t count) const {

@@ -57,7 +57,7 @@ class GivenTangents {
       for (int i = 0; i < panels; ++i) query_[i] = arena.take<Element>(head_stride_ * kWidth);
   }
 
-  // The output of a row, its tangent, and the sum of the tangents of the weights.
+  // A row's sums are its output, the tangent of that, and the sum of the tangents of its weights.
   static std::int64_t numbers(std::int64_t value_dim) { return 2 * value_dim + 1; }
 
   template <class RowsOf>
@@ -120,7 +120,7 @@ class GivenTangents {
   }
 
  private:
-  // The rows whose first keys are in this tile begin with it.
+  // The rows whose first keys are in this tile get their references from it.
   void set_reference(const Panel<Sum>& panel, const KeyTile& tile, Sum* reference) const {
     for (int lane = 0; lane < panel.vectors * kLanes<Sum>; lane += kLanes<Sum>) {
       Mask<Sum> first = {}, end = {};
