@@ -164,7 +164,7 @@ def delta_rule(draw: st.DrawFn, row: Capability, dtype: torch.dtype, device: tor
     decay = draw(st.sampled_from([0.0, 0.01, 0.1, 3.0]))
     inputs = delta_inputs(shape, dtype, device, decay=decay, with_state=draw(st.booleans()))
     options = {"normalize_qk": draw(st.booleans())}
-    if draw(st.booleans()):
+    if "carry" in row.features and draw(st.booleans()):
         chunks = shape.batch, shape.value_heads, -(-shape.length // 64)
         inputs["carry"] = random_parameter(chunks, dtype, device)
     own, definition = (with_state(partial(module.gated_delta_rule, **options)) for module in (attnx, reference))

@@ -17,6 +17,8 @@ from cases import Shape, random_inputs
 from test_operators import NAMES
 
 JVP = ("sigmoid_attention_jvp", "softmax_attention_jvp")
+# What calls softmax attention itself may pass it the tangent, for which CUDA has no kernel.
+NO_TANGENT = r"^\w+: no (forward-mode derivative|kernel for this call)"
 FUNCTIONS = list(differentiable_calls(torch.float32, torch.device("cpu")))
 
 
@@ -122,7 +124,7 @@ def test_tangents_are_refused(name: str, arguments_of_all: dict[str, tuple[objec
 @pytest.mark.parametrize("call", FUNCTIONS, indirect=True)
 def test_forward_transforms_are_refused(call: Call, transform: Callable[..., object]) -> None:
     query, *others = call.inputs.values()
-    with pytest.raises(NotImplementedError, match=r"^\w+: no forward-mode derivative"):
+    with pytest.raises(NotImplementedError, match=NO_TANGENT):
         transform(lambda query: loss_of(call)(query, *others), query)
 
 
@@ -131,7 +133,7 @@ def test_forward_over_reverse_is_refused(call: Call) -> None:
     """The tangents reach the operators through the gradient's level, and none is lost on the way."""
     query, *others = call.inputs.values()
     gradient = torch.func.grad(lambda query: loss_of(call)(query, *others))
-    with pytest.raises(NotImplementedError, match=r"^\w+: no forward-mode derivative"):
+    with pytest.raises(NotImplementedError, match=NO_TANGENT):
         torch.func.jvp(gradient, (query,), (query,))
 
 
