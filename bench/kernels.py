@@ -27,6 +27,7 @@ _FLAGS = {
     "sample_blocks": ("", "transposed"),
     "label_blocks": ("unshared", ""),
     "pool_blocks": ("unaligned", ""),
+    "range_means": ("unaligned", ""),
     **dict.fromkeys(
         (f"linear_state_{kernel}" for kernel in ("sums", "outputs", "grad_query", "grad_keys", "finish")),
         ("mapped", "taylor"),
