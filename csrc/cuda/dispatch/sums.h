@@ -9,8 +9,8 @@ namespace attnx::cuda {
 // pass over the rows.
 void launch_grad_sums(const BackwardParams& params, const BackwardPlan& plan, cudaStream_t stream);
 
-// This makes the sums that rows of the sharpened softplus need before their first gradient. It comes after the pass over
-// the rows, too.
+// This makes the sums that rows of the sharpened softplus need before their first gradient. It comes after the pass
+// over the rows, too.
 void launch_sharpened_sums(const BackwardParams& params, const BackwardPlan& plan, cudaStream_t stream);
 
 }  // namespace attnx::cuda
