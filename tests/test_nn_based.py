@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnx import reference
 from attnx.nn import BasedAttention
+from stateful_cases import by_pieces, check_results, check_steps
 
 pytestmark = [pytest.mark.backends("cpu"), pytest.mark.usefixtures("backend")]
 
@@ -78,10 +79,7 @@ def test_definition(kind: str, length: int) -> None:
     """Below some 500 tokens the linear layers weigh all pairs, above they go by states."""
     attention, x = module(kind), tokens(length).requires_grad_()
     inputs = [x, *attention.parameters()]
-    output, expected = attention(x), by_hand(attention, x)
-    torch.testing.assert_close(output, expected)
-    grads = [torch.autograd.grad(y.square().sum(), inputs) for y in (output, expected)]
-    torch.testing.assert_close(*grads)
+    check_results(attention(x), by_hand(attention, x), inputs)
 
 
 @EVERY
@@ -90,35 +88,14 @@ def test_any_pieces(kind: str, data: st.DataObject) -> None:
     """Outputs and gradients are those of the whole sequence."""
     sizes = data.draw(st.lists(st.one_of(st.integers(1, 9), st.integers(1, 90)), min_size=1, max_size=5))
     attention, x = module(kind), tokens(sum(sizes)).requires_grad_()
-    state, outputs = None, []
-    for piece in x.split(sizes, 1):
-        output, state = attention.prefill(piece, state)
-        outputs.append(output)
-    output, expected = torch.cat(outputs, 1), attention(x)
-    torch.testing.assert_close(output, expected)
-    grads = [torch.autograd.grad(y.square().sum(), [x, *attention.parameters()]) for y in (output, expected)]
-    torch.testing.assert_close(*grads)
+    check_results(by_pieces(attention, x, sizes), attention(x), [x, *attention.parameters()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @EVERY
 def test_steps(kind: str, dtype: torch.dtype) -> None:
-    """A prompt, then single tokens; what a state was gone on from is as it was."""
-    attention, x = module(kind, dtype=dtype), tokens(100, dtype)
-    with torch.no_grad():
-        expected = attention(x)
-        outputs, state = attention.prefill(x[:, :70])
-        kept = tuple(y.clone() for y in state)
-        first = attention.step(x[:, 70], state)
-        assert all(torch.equal(y, z) for y, z in zip(state, kept, strict=True))
-        again = attention.step(x[:, 70], state)
-        assert torch.equal(first[0], again[0])
-        steps = []
-        for token in x[:, 70:].unbind(1):
-            output, state = attention.step(token, state)
-            steps.append(output)
     close = {} if dtype != torch.bfloat16 else {"rtol": 0.05, "atol": 0.02}
-    torch.testing.assert_close(torch.cat((outputs, torch.stack(steps, 1)), 1), expected, **close)
+    check_steps(module(kind, dtype=dtype), tokens(100, dtype), 70, **close)
 
 
 def test_linear_pieces_at_borders_of_chunks_agree_to_the_bit() -> None:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnx import reference
 from attnx.nn import GatedDeltaNet
+from stateful_cases import by_pieces, check_results, check_steps
 
 pytestmark = [pytest.mark.backends("cpu"), pytest.mark.usefixtures("backend")]
 
@@ -72,10 +73,7 @@ def by_hand(layer: GatedDeltaNet, x: Tensor) -> Tensor:
 def test_definition(kind: str, length: int) -> None:
     layer, x = module(kind), tokens(length).requires_grad_()
     inputs = [x, *layer.parameters()]
-    output, expected = layer(x), by_hand(layer, x)
-    torch.testing.assert_close(output, expected)
-    grads = [torch.autograd.grad(y.square().sum(), inputs) for y in (output, expected)]
-    torch.testing.assert_close(*grads)
+    check_results(layer(x), by_hand(layer, x), inputs)
 
 
 @EVERY
@@ -85,33 +83,14 @@ def test_any_pieces(kind: str, data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.one_of(st.integers(0, 9), st.integers(1, 90)), max_size=5))
     sizes = [*sizes, 1]
     layer, x = module(kind), tokens(sum(sizes)).requires_grad_()
-    state, outputs = None, []
-    for piece in x.split(sizes, 1):
-        output, state = layer.prefill(piece, state)
-        outputs.append(output)
-    output, expected = torch.cat(outputs, 1), layer(x)
-    torch.testing.assert_close(output, expected)
-    grads = [torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]) for y in (output, expected)]
-    torch.testing.assert_close(*grads)
+    check_results(by_pieces(layer, x, sizes), layer(x), [x, *layer.parameters()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @EVERY
 def test_steps(kind: str, dtype: torch.dtype) -> None:
-    """A prompt, then single tokens; what a state was gone on from is as it was."""
-    layer, x = module(kind).to(dtype), tokens(100, dtype)
-    with torch.no_grad():
-        expected = layer(x)
-        outputs, state = layer.prefill(x[:, :70])
-        kept = tuple(y.clone() for y in state)
-        layer.step(x[:, 70], state)
-        assert all(torch.equal(y, z) for y, z in zip(state, kept, strict=True))
-        steps = []
-        for token in x[:, 70:].unbind(1):
-            output, state = layer.step(token, state)
-            steps.append(output)
     close = {} if dtype != torch.bfloat16 else {"rtol": 0.05, "atol": 0.02}
-    torch.testing.assert_close(torch.cat((outputs, torch.stack(steps, 1)), 1), expected, **close)
+    check_steps(module(kind).to(dtype), tokens(100, dtype), 70, **close)
 
 
 def test_padding_before_a_sequence() -> None:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnx import reference
 from attnx.nn import HybridChunkAttention
+from stateful_cases import by_pieces, check_results, check_steps, trained
 
 pytestmark = [pytest.mark.backends("cpu"), pytest.mark.usefixtures("backend")]
 
@@ -91,10 +92,7 @@ def by_hand(layer: HybridChunkAttention, x: Tensor) -> Tensor:
 def test_definition(kind: str, length: int) -> None:
     layer, x = module(kind), tokens(length).requires_grad_()
     inputs = [x, *(p for name, p in layer.named_parameters() if length >= 64 or name != "router.weight")]
-    output, expected = layer(x), by_hand(layer, x)
-    torch.testing.assert_close(output, expected)
-    grads = [torch.autograd.grad(y.square().sum(), inputs) for y in (output, expected)]
-    torch.testing.assert_close(*grads)
+    check_results(layer(x), by_hand(layer, x), inputs)
 
 
 def test_chunks_are_of_both_types() -> None:
@@ -120,36 +118,18 @@ def test_any_pieces(kind: str, data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.one_of(st.integers(0, 9), st.integers(1, 200)), max_size=5))
     sizes = [*sizes, 1]
     layer, x = module(kind), tokens(sum(sizes)).requires_grad_()
-    state, outputs = None, []
-    for piece in x.split(sizes, 1):
-        output, state = layer.prefill(piece, state)
-        outputs.append(output)
-    output, expected = torch.cat(outputs, 1), layer(x)
-    torch.testing.assert_close(output, expected)
+    output = by_pieces(layer, x, sizes)
+    torch.testing.assert_close(output, layer(x))
     layer.router.requires_grad_(False)
-    expected = layer(x)
-    parameters = [p for p in layer.parameters() if p.requires_grad]
-    own = torch.autograd.grad(output.square().sum(), parameters)
-    torch.testing.assert_close(own, torch.autograd.grad(expected.square().sum(), parameters))
+    check_results(output, layer(x), trained(layer))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @EVERY
 def test_steps(kind: str, dtype: torch.dtype) -> None:
-    """A prompt, then single tokens over two borders; what a state was gone on from is as it was."""
-    layer, x = module(kind).to(dtype), tokens(330, dtype)
-    with torch.no_grad():
-        expected = layer(x)
-        outputs, state = layer.prefill(x[:, :200])
-        kept = tuple(y.clone() for y in state)
-        layer.step(x[:, 200], state)
-        assert all(torch.equal(y, z) for y, z in zip(state, kept, strict=True))
-        steps = []
-        for token in x[:, 200:].unbind(1):
-            output, state = layer.step(token, state)
-            steps.append(output)
+    """The tokens cross two borders of chunks."""
     close = {} if dtype != torch.bfloat16 else {"rtol": 0.1, "atol": 0.05}
-    torch.testing.assert_close(torch.cat((outputs, torch.stack(steps, 1)), 1), expected, **close)
+    check_steps(module(kind).to(dtype), tokens(330, dtype), 200, **close)
 
 
 def test_state() -> None:

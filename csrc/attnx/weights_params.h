@@ -34,7 +34,7 @@ struct ChosenKeysParams : WeightsParams {
   // These are numbers in the memory of the tensors, as those of LogitTerms are; null without a temperature.
   const std::int64_t *seed = nullptr, *offset = nullptr;
 };
-// The gain and the shift of each row, of the sharpening.
+// The results are the gain and the shift of each row, where p.sharpening points.
 struct SoftplusRowsParams : WeightsParams {};
 
 }  // namespace attnx

@@ -102,6 +102,7 @@ def gated_delta_rule(
             those before it all the same. With 0 a chunk leaves the state decayed and otherwise as it was, as NAtS-L
             (arXiv 2602.03681) has it for chunks whose keys and values are kept.
         normalize_qk: whether queries and keys are brought to norm 1, in the type of sums: x / sqrt(sum(x^2) + 1e-6).
+            On CUDA they are rounded to the dtype of query then.
         return_state: whether to return the state after the last token, too.
 
     Returns:

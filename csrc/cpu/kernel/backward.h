@@ -155,7 +155,7 @@ class Backward {
     return round_up(larger<std::int64_t>(p.length_k, 1), kRowMultiple);
   }
   bool needs_output_of_cluster() const { return Source::kGathered && Score::kNormalised && !p_.output.data; }
-  // Whether rows need sums over all of their keys before the first gradient.
+  // It tells whether rows need sums over all of their keys before the first gradient.
   bool needs_products() const { return Score::kSumsProducts || needs_output_of_cluster(); }
   std::int64_t worker_bytes() const { return Buffers(p_, sizes_, nullptr).bytes; }
   std::int64_t sums_bytes() const { return Sums(sizes_, nullptr).bytes; }

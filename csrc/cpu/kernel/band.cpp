@@ -1,5 +1,5 @@
-// Compiled for each instruction set and dtype; picks the policies of the scores that have no loops but those over a
-// band.
+// This unit is compiled for each instruction set and dtype. It picks the policies of the scores that have no loops but
+// those over a band.
 #include "tiles/band.h"
 #include "backward.h"
 #include "cpu/kernel/scores.h"

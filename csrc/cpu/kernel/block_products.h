@@ -1,6 +1,6 @@
-// The products of means of blocks, in one parallel region. A head of keys needs the means of its blocks, as the lanes
-// of an operand, then those of blocks of queries, a few at a time, and their products, which are gone through while
-// they are in the cache.
+// This makes the products of means of blocks, in one parallel region. A head of keys needs the means of its blocks, as
+// the lanes of an operand, then those of blocks of queries, a few at a time, and their products, which are gone through
+// while they are in the cache.
 #pragma once
 
 #include "../block_products.h"
@@ -147,7 +147,7 @@ class BlockProducts {
     }
   }
 
-  // Blocks of queries of the n-th head of a group.
+  // It multiplies blocks of queries of the n-th head of a group.
   void multiply(std::int64_t key_head, std::int64_t n, std::int64_t first, const Sum* means, const Buffers& b) const {
     const Sequence s(p_, key_head / p_.heads_k);
     const std::int64_t count = smaller(kQueryBlocks, blocks_of(s.length_q, p_.block_q) - first);

@@ -1,4 +1,4 @@
-// Compiled for each instruction set and dtype; picks the policies of the forward along a direction.
+// This unit is compiled for each instruction set and dtype. It picks the policies of the forward along a direction.
 #include "cpu/kernel/scores.h"
 #include "dtype.h"
 #include "forward.h"

@@ -59,8 +59,9 @@ struct SharpenedProducts {
   template <class Score, class Input>
   static __device__ __forceinline__ float of(const Rows<Score>&, float logit, float grad_weight,
                                              const HeadOfSharpened::Numbers& x) {
+    using Policy = typename Score::template Backward<Input>;
     float v, slope;
-    return Score::template Backward<Input>::lower_power(logit, x.row, v, slope) * (grad_weight - x.delta);
+    return Policy::lower_power(logit, typename Policy::Row(x.row, 1), v, slope) * (grad_weight - x.delta);
   }
 };
 

@@ -13,7 +13,7 @@ template <class Score>
 struct RowTermsArguments : BackwardGeometry {
   Tensor output, grad_output, logsumexp, grad_logsumexp;  // of normalised scores
   typename Score::Parameters score;
-  float *offset, *delta;  // as in BackwardScratch, and so is this
+  float *offset, *delta;  // as in BackwardScratch, and so are sharpened rows
   SharpenedRow* sharpened;
   int rows_of_tile;
 };

@@ -106,22 +106,22 @@ struct SharpenedSoftplus {
     static constexpr bool kHasRows = true;
     static constexpr float kWeightScale = cuda::kWeightScale<Input>;
 
-    struct Row {
-      const SharpenedRow* numbers;
+    struct Row : SharpenedRow {
+      float lowest;   // v of which the power counts
       float inverse;  // 1 / S
+
+      __device__ __forceinline__ Row(const SharpenedRow& row, float own_inverse)
+          : SharpenedRow(row), lowest(lowest_of_power(row.power)), inverse(own_inverse) {}
     };
     static __device__ __forceinline__ Row row(const BackwardScratch& rows, std::int64_t row, float offset) {
-      return {rows.sharpened + row, exp2_approx(offset)};
-    }
-    static __device__ __forceinline__ SharpenedRow read(const SharpenedRow* row) {
-      const float4 x = __ldg(reinterpret_cast<const float4*>(row));
-      return {x.x, x.y, x.z, x.w};
+      const float4 x = __ldg(reinterpret_cast<const float4*>(rows.sharpened + row));
+      return {{x.x, x.y, x.z, x.w}, exp2_approx(offset)};
     }
 
     // This returns w, and sets v and sigmoid(t).
-    static __device__ __forceinline__ float lower_power(float logit, const SharpenedRow& row, float& v, float& slope) {
+    static __device__ __forceinline__ float lower_power(float logit, const Row& row, float& v, float& slope) {
       float decay;
-      v = above_mean(logit, row.gain, row.shift, lowest_of_power(row.power), decay);
+      v = above_mean(logit, row.gain, row.shift, row.lowest, decay);
       slope = (logit < 0 ? decay : 1) * reciprocal_approx(1 + decay);
       return v == 0 ? 0 : exp2_approx((row.power - 1) * log2_approx(v));
     }
@@ -130,14 +130,13 @@ struct SharpenedSoftplus {
     static __device__ __forceinline__ float weight(float logit, const Row& row, float& kept) {
       float v, slope;
       kept = logit;
-      const float w = lower_power(logit, read(row.numbers), v, slope);
+      const float w = lower_power(logit, row, v, slope);
       return v * w * row.inverse * kWeightScale;
     }
     static __device__ __forceinline__ float gradient(float logit, float grad_weight, const Row& row) {
       float v, slope;
-      const SharpenedRow numbers = read(row.numbers);
-      const float w = lower_power(logit, numbers, v, slope);
-      return slope * numbers.power * row.inverse * (numbers.gain * w * grad_weight - numbers.of_mean);
+      const float w = lower_power(logit, row, v, slope);
+      return slope * row.power * row.inverse * (row.gain * w * grad_weight - row.of_mean);
     }
   };
 };

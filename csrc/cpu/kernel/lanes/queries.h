@@ -115,7 +115,7 @@ class QueriesOnLanes {
   }
 
  private:
-  // Of a row's sums.
+  // A row has so many sums.
   std::int64_t numbers() const { return tangents_.numbers(p_.value_dim); }
 
   const Params& p_;

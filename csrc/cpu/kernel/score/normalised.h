@@ -1,4 +1,4 @@
-// What scores share whose weights are divided by their sum over the row.
+// Scores whose weights are divided by their sum over the row share this.
 #pragma once
 
 #include "../rows.h"

@@ -10,7 +10,7 @@
 
 namespace attnx::cpu::ATTNX_ISA {
 
-// x^n for n of 0 or more.
+// It returns x^n for n of 0 or more.
 template <class V>
 ATTNX_INLINE V power(V x, std::int64_t n) {
   V result = n & 1 ? x : 1 + V{};
@@ -21,8 +21,8 @@ ATTNX_INLINE V power(V x, std::int64_t n) {
   return result;
 }
 
-// The rows of a panel, and their v of a logit. Where v^p would be below 2^-100 beside a 1, v is 0: so none of it is
-// subnormal, and more tiles have no weight at all.
+// These are the rows of a panel, with their v of a logit. Where v^p would be below 2^-100 beside a 1, v is 0: so none
+// of it is subnormal, and more tiles have no weight at all.
 template <class A>
 class SharpenedRows {
   using Sum = typename A::Sum;
@@ -53,7 +53,7 @@ class SharpenedRows {
     return above_mean(softplus, load(gain_ + lane), load(shift_ + lane));
   }
 
-  // The largest logit of which v is surely 0, ln(e^y - 1) of the softplus y of which it is; less what rounding moves.
+  // It returns the largest logit of which v is surely 0: ln(e^y - 1) of its softplus y, less what rounding moves.
   Sum threshold(int lane) const {
     const double y = (double(shift_[lane]) + double(lowest_)) / double(gain_[lane]);
     if (y != y) return -kInfinity;
@@ -82,7 +82,7 @@ class SharpenedSoftplusForward {
     }
   }
 
-  // Whether a logit of the tile has a weight.
+  // It tells whether a logit of the tile has a weight.
   template <class OnTile>
   bool weighs(const Sum* s, std::int64_t keys, Sum scale, const Panel<Sum>& panel, const OnTile& on_tile) const {
     for (int v = 0; v < panel.vectors; ++v) {

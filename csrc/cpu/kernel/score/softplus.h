@@ -17,7 +17,7 @@ ATTNX_INLINE Vec<typename A::Sum> softplus_of(Vec<typename A::Sum> x) {
   Vec<typename A::Sum> e;
   return softplus_of<A>(x, e);
 }
-// Its derivative, from e^-|x|.
+// It returns the derivative, from e^-|x|.
 template <class V>
 ATTNX_INLINE V softplus_slope(V x, V e) {
   return (x < 0 ? e : 1 + V{}) * reciprocal(1 + e);

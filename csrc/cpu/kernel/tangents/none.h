@@ -1,4 +1,4 @@
-// The forward alone: nothing has a tangent. What the loop asks of tangents beyond that costs nothing here.
+// This is the forward alone: nothing has a tangent. What the loop asks of tangents beyond that costs nothing here.
 #pragma once
 
 #include "../arena.h"
@@ -13,7 +13,7 @@ struct NoTangents {
 
   NoTangents(const ForwardParams&, std::int64_t /*panels*/, std::int64_t /*keys*/, Arena&) {}
 
-  // How many numbers a row's sums are.
+  // It returns how many numbers a row's sums are.
   static std::int64_t numbers(std::int64_t value_dim) { return value_dim; }
 
   template <class RowsOf>

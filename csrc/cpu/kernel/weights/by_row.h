@@ -1,5 +1,5 @@
-// Weights, or what is known by all logits, of each row: a unit of work owns a few panels of rows, and walks over the
-// keys that they see.
+// This finds the weights of each row, or what all of its logits tell: a unit of work owns a few panels of rows, and
+// walks over the keys that they see.
 #pragma once
 
 #include "../units.h"

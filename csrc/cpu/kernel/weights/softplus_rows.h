@@ -1,5 +1,5 @@
-// What the sharpened softplus must know of a row before it weighs the first key: gain and shift, which follow from the
-// sum Z of the row's softplus and from its largest logit.
+// This finds what the sharpened softplus must know of a row before it weighs the first key: gain and shift, which
+// follow from the sum Z of the row's softplus and from its largest logit.
 //
 //     u = n softplus(t) / Z - o      v = u / u_max = gain softplus(t) - shift
 //

@@ -135,10 +135,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         offset[r] = __ldg(args.offset + row) + (Tiles::kHasBias ? tiles.bias(tile) * kLog2E : 0.0f);
         delta[r] = Score::kNormalised ? __ldg(args.delta + row) : 0;
       }
-      // Some scores need more of a row than an offset.
+      // Some scores need more of a row than its offset.
       const auto row_of_score = [&](int r) {
-        if constexpr (ScorePolicy::kHasRows)
+        if constexpr (ScorePolicy::kHasRows) {
           return ScorePolicy::row(args, row_tile * kM + score_row + lane / 4 + row_of(r), offset[r]);
+        } else {
+          return offset[r];
+        }
       };
 
       // S is computed first, and then becomes what dP - delta is multiplied with.
@@ -159,7 +162,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
       for (int m = 0; m < kScoreRows / 16; ++m)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
+        for (int half = 0; half < 2; ++half) {
+          const auto own = row_of_score(m * 2 + half);
 #pragma unroll
           for (int n = 0; n < kScoreKeys / 8; ++n) {
             float (&pair)[4] = s[m][n];
@@ -167,9 +171,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
               float& x = pair[half * 2 + e];
               float weight;
               if constexpr (ScorePolicy::kHasRows) {
-                weight = ScorePolicy::weight(x * multiplier, row_of_score(m * 2 + half), x);
+                weight = ScorePolicy::weight(x * multiplier, own, x);
               } else {
-                weight = ScorePolicy::weight(fmaf(x, multiplier, offset[m * 2 + half]), x);
+                weight = ScorePolicy::weight(fmaf(x, multiplier, own), x);
               }
               x = logits.weight(x, n, e);
               return logits.weight(weight, n, e);
@@ -180,6 +184,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                              lane % 4 * 4,
                          logits.kept(pack(low, high, Input()), m * 2 + half, n));
           }
+        }
 
       if constexpr (kDivided<Score, Tiles>) {
         const float own_divisor = tiles.divisor(tile);
@@ -194,19 +199,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                                 OperandB<KeyTile>(shared_value, fresh(lane), score_key));
       logits.drop(grad_logits, args);
 #pragma unroll
-      for (int m = 0; m < kScoreRows / 16; ++m)
+      for (int m = 0; m < kScoreRows / 16; ++m) {
+        const decltype(row_of_score(0)) own[] = {row_of_score(m * 2), row_of_score(m * 2 + 1)};
 #pragma unroll
         for (int n = 0; n < kScoreKeys / 8; ++n)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             float& x = grad_logits[m][n][e];
-            const int r = m * 2 + e / 2;
+            if (Score::kNormalised) x -= delta[m * 2 + e / 2];
             if constexpr (ScorePolicy::kHasRows) {
-              x = ScorePolicy::gradient(s[m][n][e], x - delta[r], row_of_score(r));
+              x = ScorePolicy::gradient(s[m][n][e], x, own[e / 2]);
             } else {
-              x = s[m][n][e] * (Score::kNormalised ? x - delta[r] : x);
+              x *= s[m][n][e];
             }
           }
+      }
       store_accumulators<ScoreTile, Input>(shared_grad_logits, score_row, score_key, lane,
                                            logits.of_products(grad_logits), 1);
 
