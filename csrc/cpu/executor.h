@@ -17,8 +17,4 @@ struct Executor {
   }
 };
 
-// It runs what it is given on the thread that gives it.
-inline constexpr Executor kOnCaller{
-    1, [](const Executor&, void (*task)(void* context, int worker), void* context) { task(context, 0); }};
-
 }  // namespace attnx::cpu

@@ -52,6 +52,11 @@ class Phases {
   Counter* counters_;
 };
 
+// It runs what it is given on the thread that gives it. It stands here, not in executor.h, because code of a header
+// belongs to one instruction set by its name.
+inline constexpr Executor kOnCaller{
+    1, [](const Executor&, void (*task)(void* context, int worker), void* context) { task(context, 0); }};
+
 // Heads that need nothing of each other go through phases. Where there are enough of them for the threads, each is one
 // thread's, which waits for nobody; else, or where heads share much memory, all threads go through the phases of all
 // heads together.
