@@ -334,7 +334,7 @@ _TERMS = (
     Mutant(TERMS, "share >= 0 && share <= 1", "true", "test_logit_terms.py -k bad"),
     Mutant(TERM_TILE, "ds * (1 - t * t)", "ds", "test_logit_terms.py -k definition"),
     Mutant(TERM_TILE, "«(!shares || shares[at] != 0)»;", "true", "test_logit_terms.py -k learned"),
-    Mutant(TERM_SUMS, "grad.head_stride == 0 && p.heads_q > 1", "false", "test_logit_terms.py -k threads"),
+    Mutant(TERM_SUMS, "grad.head_stride == 0 && p.heads_q > 1", "false", "test_logit_terms.py -k many_heads"),
     Mutant(TERM_SUMS, "«last[-i]» = Sum(sum)", "last[i + 1 - count]", "test_distance_bias.py -k block"),
     Mutant(TERM_LOOPS, "panel.head[lane + i] % group * distances(p_)", "0", "test_logit_terms.py -k distance_bias"),
     Mutant(TABLES, "«tables_.index[place + i] == tables_.index[place]»;", "true", "test_disentangled.py -k definition"),

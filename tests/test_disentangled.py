@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -172,6 +176,7 @@ def test_bad_input(change: dict[str, Any], message: str, backend: Backend) -> No
         attnx.disentangled_attention(**inputs | {"index": index} | positions | change)
 
 
+@pytest.mark.backends("cpu", "emulated")  # whose host sees the index
 def test_bad_index_of_the_operator(backend: Backend) -> None:
     inputs, _ = random_inputs(Shape(length_q=3, length_k=4, heads=2), backend.dtypes()[0], backend.device)
     rows = torch.zeros(1, 2, 3, 5)
@@ -180,6 +185,43 @@ def test_bad_index_of_the_operator(backend: Backend) -> None:
         index = torch.full((6,), number, dtype=torch.int32)
         with pytest.raises(RuntimeError, match="table_index: expected numbers from 0 to below 5"):
             torch.ops.attnx.disentangled_attention(*inputs.values(), rows, None, index, *rest)
+
+
+UNSEEN = """
+import sys
+
+import torch
+
+from cases import Shape, random_inputs
+
+device = torch.device(sys.argv[1])
+inputs, grad_output = random_inputs(Shape(length_q=70, length_k=101, heads=2), torch.float16, device)
+tables = [torch.randn(1, 2, length, 5).to(device) for length in (70, 101)]
+
+
+def results(number):
+    leaves = [x.detach().requires_grad_() for x in (*inputs.values(), *tables)]
+    index = (torch.arange(170, dtype=torch.int32) % 4).to(device)
+    index[::3] = number
+    rest = (None, None, None, 0.0, None, None, None, False, -1, -1, 0)
+    output = torch.ops.attnx.disentangled_attention(*leaves, index, *rest)[0]
+    return output, *torch.autograd.grad(output, leaves, grad_output)
+
+
+expected = results(4)
+for number in (5, 2**31 - 1, -1, -(2**31)):
+    assert all(torch.equal(x, y) for x, y in zip(results(number), expected, strict=True)), number
+"""
+
+
+@pytest.mark.backends("cuda", "emulated")
+def test_an_index_that_the_host_does_not_see(backend: Backend) -> None:
+    """A number outside of a table's row counts as the row's last, so that nothing outside is read or written."""
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": paths, "ATTNX_HOST_UNREAD": "1"}
+    command = [sys.executable, "-c", UNSEEN, backend.device.type]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_explained(backend: Backend) -> None:

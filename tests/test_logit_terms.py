@@ -90,6 +90,18 @@ def test_threads_share_the_work(served: str, threads: int, device: torch.device,
     check("softmax_attention", inputs, grad_output, **terms)
 
 
+def test_no_sum_of_many_heads_is_lost(threads: int, device: torch.device, backend: Backend) -> None:
+    """All heads add to the same numbers of a mask's gradient for so long that threads would meet there."""
+    needs(backend, ("attn_mask",))
+    shape = Shape(length_q=500, length_k=500, head_dim=8, heads=16)
+    inputs, grad_output = random_inputs(shape, backend.dtypes()[0], device)
+    inputs["attn_mask"] = draw_term("attn_mask", shape, backend.dtypes()[0], device, "all")
+    several = forward_backward(attnx.softmax_attention, inputs, grad_output)
+    torch.set_num_threads(1)  # the fixture sets it back
+    one = forward_backward(attnx.softmax_attention, inputs, grad_output)
+    assert torch.equal(several["grad_attn_mask"], one["grad_attn_mask"])
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_varlen(operator: str, dtype: torch.dtype, backend: Backend) -> None:
     """Terms of keys are packed as keys are, and draws count sequences and their own queries."""
