@@ -146,7 +146,8 @@ def test_rows_that_see_nothing(kind: str, dtype: torch.dtype, backend: Backend) 
 @pytest.mark.backends("cuda", "emulated")
 def test_explain_says_which_loop_serves_terms(dtype: torch.dtype, device: torch.device, backend: Backend) -> None:
     needs(backend, ("softcap",), gradients=False)
-    def explain(head_dim: int, **terms: Any) -> attnx.Explanation:
+
+    def explain(head_dim: int, **terms: Any) -> Any:
         inputs, _ = random_inputs(Shape(length_q=300, length_k=300, head_dim=head_dim), dtype, device)
         return attnx.explain(attnx.softmax_attention, **inputs, **terms)
 
