@@ -38,6 +38,8 @@ def hopper_calls() -> Iterator[tuple[str, Results]]:
         yield f"{score} {head_dim} float16", _hopper_dense(score, torch.float16, head_dim)
         for kind in (_hopper_dense, _hopper_causal, _hopper_varlen, _hopper_shares, _hopper_many, *LISTED):
             yield f"{score} {head_dim} {kind.__name__[1:]}", kind(score, torch.bfloat16, head_dim)
+    for score, dtype, head_dim in product(SCORES, DTYPES, [64, 128]):
+        yield f"{score} {dtype} {head_dim} hopper_terms", _hopper_terms(score, dtype, head_dim)
     for score, (dtype, head_dim) in product(SCORES, ROUTED_HEAD_DIMS):
         for kind in (_hopper_routing, _hopper_argmax_routing, _routing, _large_clusters):
             yield f"{score} {dtype} {head_dim} {kind.__name__[1:]}", kind(score, dtype, head_dim)
@@ -288,6 +290,19 @@ def _terms(score: str, dtype: torch.dtype, head_dim: int) -> Results:
     inputs, grad_output = random_inputs(shape, dtype, CPU)
     terms = terms_of(("softcap", "attn_mask", "key_bias", "key_mask", "dropout"), shape, dtype, CPU)
     return _run(f"{score}_attention", inputs, grad_output, window=(70, 20), **terms)
+
+
+def _hopper_terms(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Every term of a logit, of a forward alone, in tiles that a window cuts, and in lists."""
+    shape = Shape(length_q=256, length_k=320, head_dim=head_dim, heads=2, kv_heads=1)
+    inputs, _ = random_inputs(shape, dtype, CPU)
+    terms = terms_of(("softcap", "attn_mask", "key_bias", "key_mask", "dropout"), shape, dtype, CPU)
+    mask = attnx.BlockMask.from_dense(torch.ones(1, 1, 4, 5).tril(1).bool(), (64, 64))
+    listed = {name: x for name, x in terms.items() if name in ("attn_mask", "key_bias", "key_mask")}
+    return {
+        "dense": getattr(attnx, f"{score}_attention")(**inputs, window=(150, 100), **terms),
+        "listed": attnx.block_sparse_attention(**inputs, block_mask=mask, score=score, **listed),
+    }
 
 
 def _shared_terms(score: str, dtype: torch.dtype, head_dim: int) -> Results:

@@ -49,11 +49,16 @@ void launch(const ForwardPlan& plan, const ForwardCall& call) {
       } else if (plan.variant.terms) {
         // One kernel serves softmax with a sink and without, because terms have kernels enough.
         constexpr Score kOrSink = kScore == Score::kSoftmax ? Score::kSoftmaxSink : kScore;
-        with_head_dim<kTermsHeadDims>(p, [&]<int kHeadDim>() {
-          if constexpr (kOrSink == Score::kSoftmaxSink)
-            if (plan.variant.tables) return launch_tables_forward_sm80<kOrSink, kDType, kHeadDim>(call);
-          launch_terms_forward_sm80<kOrSink, kDType, kHeadDim>(call);
-        });
+        if (plan.mainloop == Mainloop::kSm80) {
+          with_head_dim<kTermsHeadDims>(p, [&]<int kHeadDim>() {
+            if constexpr (kOrSink == Score::kSoftmaxSink)
+              if (plan.variant.tables) return launch_tables_forward_sm80<kOrSink, kDType, kHeadDim>(call);
+            launch_terms_forward_sm80<kOrSink, kDType, kHeadDim>(call);
+          });
+        } else if constexpr (ATTNX_CUDA_SM90) {
+          with_head_dim<kTermsTmaHeadDims>(
+              p, [&]<int kHeadDim>() { launch_terms_forward_sm90<kOrSink, kDType, kHeadDim>(call); });
+        }
       } else if (plan.mainloop == Mainloop::kSm80) {
         with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() { launch_forward_sm80<kScore, kDType, kHeadDim>(call); });
       } else if constexpr (ATTNX_CUDA_SM90) {

@@ -38,10 +38,11 @@ void plan_sm80(const ForwardParams& p, ForwardPlan& plan) {
 }
 
 // It returns what speaks against sm_90's mainloop, or nothing.
+template <const auto& kTable, template <int> class TilesOf>
 std::string plan_sm90(const ForwardParams& p, ForwardPlan& plan) {
-  plan.head_dim = padded_head_dim<kTmaHeadDims>(p);
-  with_head_dim<kTmaHeadDims>(p, [&]<int kHeadDim>() {
-    using Tiles = TmaForwardTiles<kHeadDim>;
+  plan.head_dim = padded_head_dim<kTable>(p);
+  with_head_dim<kTable>(p, [&]<int kHeadDim>() {
+    using Tiles = TilesOf<kHeadDim>;
     plan.tile = plan.variant.listed
                     ? Tiles::Listed::choose(p.block_q, p.block_k, []<class Tile>(Tile tile) { return sizes_of(tile); })
                     : sizes_of(typename Tiles::Dense());
@@ -49,7 +50,6 @@ std::string plan_sm90(const ForwardParams& p, ForwardPlan& plan) {
   const std::int64_t group = whole_heads_in_tile(p, plan.tile.rows), rows = p.length_q * group;
   static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, group);
   if (!ATTNX_CUDA_SM90) return "attnx was built without it";
-  if (plan.variant.terms) return kTermsReason;
   if (is_band_only(p.score)) return kBandOnlyReason;
   if (!plan.variant.listed && rows <= 64)
     return "at most 64 rows of query share their keys, got " + std::to_string(rows);
@@ -86,7 +86,16 @@ ForwardPlan make_plan(const ForwardParams& p, std::optional<Mainloop> asked, voi
     plan.variant.terms ? plan_sm80<kTermsHeadDims, TermsForwardTiles>(p, plan)
                        : plan_sm80<kHeadDims, ForwardTiles>(p, plan);
   };
-  plan_mainloop("call", asked, plan, on_sm80, [&] { return plan_sm90(p, plan); });
+  const auto on_sm90 = [&]() -> std::string {
+    if (!plan.variant.terms) return plan_sm90<kTmaHeadDims, TmaForwardTiles>(p, plan);
+    if (plan.variant.tables) return "it has no tables by distance";
+    constexpr int kMost = *(std::end(kTermsTmaHeadDims) - 1);
+    if (const auto wanted = std::max(p.head_dim, p.value_dim); wanted > kMost)
+      return "calls with terms in their logits have at most " + std::to_string(kMost) + " features there, got " +
+             std::to_string(wanted);
+    return plan_sm90<kTermsTmaHeadDims, TermsTmaForwardTiles>(p, plan);
+  };
+  plan_mainloop("call", asked, plan, on_sm80, on_sm90);
 
   plan.tiles = p.batch * plan.geometry.heads.divisor() * plan.geometry.query_blocks.divisor();
   const int splits = splits_of(p, plan);

@@ -55,7 +55,7 @@ ForwardPlan make_plan(const ForwardParams& params, std::optional<Mainloop> asked
 BackwardPlan make_plan(const BackwardParams& params, std::optional<Mainloop> asked, bool deterministic,
                        void* workspace);
 
-// This is why a call with terms runs sm_80's loop.
+// This is why the backward of a call with terms runs sm_80's loop.
 inline constexpr const char* kTermsReason =
     "it has no attn_mask, key_bias, key_mask, row_bounds, tables, softcap or dropout, and the call has one of them";
 

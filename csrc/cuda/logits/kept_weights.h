@@ -18,7 +18,7 @@ __device__ __forceinline__ std::uint32_t spread(std::uint32_t x) {
 // These are the weights that a thread holds, in kM blocks of 16 rows and kN blocks of 8 keys.
 template <int kM, int kN>
 class KeptWeights {
-  static_assert(kN == 2 || kN == 4 || kN == 8);
+  static_assert(kN == 2 || kN == 4 || kN % 8 == 0);
   static constexpr int kWords = kN / 2;
   // The highest bit of a byte tells whether a weight is kept. The bytes are in the order of the draw.
   std::uint32_t kept_[kM * 2][kWords];
@@ -45,16 +45,25 @@ class KeptWeights {
     const int first = key % 64 / 16;
 #pragma unroll
     for (int r = 0; r < kM * 2; ++r) {
-      const auto [word] = draw.bytes(head, row + row_of(r), key / 64, key % 8 / 2);
-      if constexpr (kWords == 4) {
+      const auto draw_keys = [&](int of_64) {
+        return draw.bytes(head, row + row_of(r), key / 64 + of_64, key % 8 / 2);
+      };
+      if constexpr (kWords % 4 == 0) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) kept_[r][i] = without_carry(word[i], above);
-      } else if constexpr (kWords == 2) {
+        for (int i = 0; i < kWords; i += 4) {
+          const auto [word] = draw_keys(i / 4);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) kept_[r][i] = without_carry(first < 2 ? word[i] : word[2 + i], above);
+          for (int j = 0; j < 4; ++j) kept_[r][i + j] = without_carry(word[j], above);
+        }
       } else {
-        const std::uint32_t low = first % 2 ? word[1] : word[0], high = first % 2 ? word[3] : word[2];
-        kept_[r][0] = without_carry(first < 2 ? low : high, above);
+        const auto [word] = draw_keys(0);
+        if constexpr (kWords == 2) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) kept_[r][i] = without_carry(first < 2 ? word[i] : word[2 + i], above);
+        } else {
+          const std::uint32_t low = first % 2 ? word[1] : word[0], high = first % 2 ? word[3] : word[2];
+          kept_[r][0] = without_carry(first < 2 ? low : high, above);
+        }
       }
     }
   }

@@ -7,7 +7,7 @@
 #include "cuda/logits/plain.h"
 #include "cuda/mainloop/sm80/backward.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
-#include "cuda/storage/strided.h"
+#include "cuda/storage/strided_either.h"
 #include "cuda/tiles/band.h"
 #include "cuda/tiles/listed.h"
 #include "cuda/units/call.h"
@@ -16,9 +16,14 @@ namespace attnx::cuda {
 
 template <class Score, class Input, int kHeadDim, class Logits = Plain, class Sizes = BackwardTiles<kHeadDim>>
 struct BackwardSm80 {
+  // There are many kernels of logits with terms already. One of narrow tiles serves rows that are aligned and others.
+  template <bool kAligned, class Tile>
+  using StorageOf = std::conditional_t<Logits::kEveryTile && std::is_same_v<Tile, typename Sizes::Narrow>,
+                                       StridedEither<Input>, Strided<Input, kAligned>>;
+
   template <class Tiles, bool kAligned, class Tile>
   static void launch(const BackwardCall& call) {
-    using Storage = Strided<Input, kAligned>;
+    using Storage = StorageOf<kAligned, Tile>;
     const BackwardArguments<Tiles, Storage, Logits> args{call.geometry, Logits::arguments(call.scaling, call.params),
                                                          call.scratch, Storage::tensors(call.params),
                                                          Tiles::parameters(call.params, call.list_order)};

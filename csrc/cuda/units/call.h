@@ -61,6 +61,8 @@ void launch_backward_sm90(const BackwardCall& call);
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_terms_forward_sm80(const ForwardCall& call);
 template <Score kScore, DType kDType, int kHeadDim>
+void launch_terms_forward_sm90(const ForwardCall& call);
+template <Score kScore, DType kDType, int kHeadDim>
 void launch_terms_backward_sm80(const BackwardCall& call);
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_tables_forward_sm80(const ForwardCall& call);

@@ -1,11 +1,13 @@
 // These are the forward kernels for sm_80 of one score, dtype and padded head dimension, and of logits of one kind.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/common/device.h"
 #include "cuda/logits/plain.h"
 #include "cuda/mainloop/sm80/forward.h"
 #include "cuda/mainloop/sm80/tile_sizes.h"
-#include "cuda/storage/strided.h"
+#include "cuda/storage/strided_either.h"
 #include "cuda/tiles/band.h"
 #include "cuda/tiles/listed.h"
 #include "cuda/units/call.h"
@@ -14,9 +16,14 @@ namespace attnx::cuda {
 
 template <class Score, class Input, int kHeadDim, class Logits = Plain, class Sizes = ForwardTiles<kHeadDim>>
 struct ForwardSm80 {
+  // There are many kernels of logits with terms already. One of narrow tiles serves rows that are aligned and others.
+  template <bool kAligned, class Tile>
+  using StorageOf = std::conditional_t<Logits::kEveryTile && std::is_same_v<Tile, typename Sizes::Narrow>,
+                                       StridedEither<Input>, Strided<Input, kAligned>>;
+
   template <class Tiles, bool kAligned, class Tile>
   static void launch(const ForwardCall& call) {
-    using Storage = Strided<Input, kAligned>;
+    using Storage = StorageOf<kAligned, Tile>;
     const auto& p = call.params;
     const ForwardArguments<Score, Tiles, Storage, Logits> args{call.geometry,        Logits::arguments(call.scaling, p),
                                                                Storage::tensors(p),  p.logsumexp,

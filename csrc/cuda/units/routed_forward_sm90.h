@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/common/device.h"
+#include "cuda/logits/plain.h"
 #include "cuda/mainloop/sm90/forward.h"
 #include "cuda/mainloop/sm90/tile_sizes.h"
 #include "cuda/storage/gathered_async.h"
@@ -24,7 +25,7 @@ struct RoutedForwardSm90 {
          call.tiles,
          {}},
         call.schedule};
-    launch_kernel("attnx_forward_sm90", attnx_forward_sm90<Score, Clustered, Storage, Tile>, call.blocks,
+    launch_kernel("attnx_forward_sm90", attnx_forward_sm90<Score, Clustered, Storage, Tile, Plain>, call.blocks,
                   Tile::kThreads, Tile::kSharedBytes, call.stream, args);
   }
 };

@@ -21,8 +21,8 @@ struct StaircaseForwardSm90 {
         {call.geometry, call.scaling, Storage::tensors(p, call.variant.aligned), p.logsumexp, Score::parameters(p),
          Banded::parameters(p), call.partial},
         call.schedule};
-    launch_kernel("attnx_forward_sm90", attnx_forward_sm90<Score, Banded, Storage, Tile>, call.blocks, Tile::kThreads,
-                  Tile::kSharedBytes, call.stream, args);
+    launch_kernel("attnx_forward_sm90", attnx_forward_sm90<Score, Banded, Storage, Tile, Plain>, call.blocks,
+                  Tile::kThreads, Tile::kSharedBytes, call.stream, args);
   }
 };
 

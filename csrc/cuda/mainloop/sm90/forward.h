@@ -18,9 +18,9 @@
 
 namespace attnx::cuda {
 
-template <class Score, class Tiles, class Storage, class Tile>
+template <class Score, class Tiles, class Storage, class Tile, class Logits>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
-    attnx_forward_sm90(const __grid_constant__ PersistentForwardArguments<Score, Tiles, Storage, Plain> args) {
+    attnx_forward_sm90(const __grid_constant__ PersistentForwardArguments<Score, Tiles, Storage, Logits> args) {
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
   const ForwardMemory<Tile> shared{shared_address(shared_bytes)};
   if (threadIdx.x == 0) {
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     if (threadIdx.x < Storage::kProducers) produce<Tiles, Storage>(args, shared);
   } else {
     claim_registers_up_to<Tile::kConsumerRegisters>();
-    consume<Score, Tiles, Storage>(args, shared, warpgroup - 1);
+    consume<Score, Tiles, Storage, Logits>(args, shared, warpgroup - 1);
   }
 }
 

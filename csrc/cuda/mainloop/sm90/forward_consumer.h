@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cuda/common/tile.h"
-#include "cuda/logits/plain.h"
 #include "cuda/mainloop/sm90/forward_memory.h"
 #include "cuda/mainloop/sm90/forward_places.h"
 #include "cuda/mainloop/sm90/wgmma.h"
@@ -41,7 +40,7 @@ __device__ __forceinline__ void store_output(const Accumulators<16, Tile::kHeadD
 }
 
 // The warpgroup is numbered from 0.
-template <class Score, class Tiles, class Storage, class Tile, class Args>
+template <class Score, class Tiles, class Storage, class Logits, class Tile, class Args>
 __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Tile>& shared, int warpgroup) {
   using Input = typename Storage::Input;
   using Memory = ForwardMemory<Tile>;
@@ -137,13 +136,15 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
         values.advance();
       }
 
+      typename Logits::template Forward<Score, Input, 1, kN / 8> logits;
       float multiplier = args.scale_log2;
-      if (!kPlain && !is_plain(first)) {
+      const bool ragged = !kPlain && !is_plain(first);
+      if (Logits::kEveryTile || ragged) {
         const auto own = nth_place<Tiles>(args, fresh(tile), Tile());
-        place_logits(s, args, own.sequence.band, query_head_of(args, own.head), own.row_begin + warp_row + lane / 4,
-                     first + lane % 4 * 2, args.scale_log2);
+        logits.place(s, args, own, query_head_of(args, own.head), own.row_begin + warp_row + lane / 4,
+                     first + lane % 4 * 2, ragged);
         // Tiles from memory come in any order, but all warpgroups find the same one ragged.
-        if (Tiles::kFromMemory && args.key_ends) clear_values(max(own.sequence.band.length_k - first, 0));
+        if (Tiles::kFromMemory && ragged && args.key_ends) clear_values(max(own.sequence.band.length_k - first, 0));
         multiplier = 1;
       }
       score.template begin<Tiles::kHasBias>(s, output, multiplier, bias, divisor);
@@ -151,7 +152,6 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
       // O += P V starts 16 keys at a time.
       wait(shared.value_full(values.stage), values.phase);
       Storage::receive();
-      const Plain::Forward<Score, Input, 1, kN / 8> logits;
       const Weights<decltype(score), decltype(logits), 1, kN / 8> weights{s, score, logits};
 #pragma unroll
       for (int k = 0; k < kN; k += 16) {
@@ -164,7 +164,7 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
       }
     };
     for (int i = 0; i < count; ++i) {
-      if constexpr (!Tiles::kFromMemory)
+      if constexpr (!Tiles::kFromMemory && !Logits::kEveryTile)
 #pragma unroll 1
         for (; i < count && is_plain(first_key(i)); ++i) step(std::true_type(), i);
       if (i < count) step(std::false_type(), i);
@@ -180,7 +180,7 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
     float logsumexp[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float factor = score.finish(r);
+      const float factor = score.finish(r) * Logits::result_factor(args);
       logsumexp[r] = score.logsumexp(r);
 #pragma unroll
       for (int d = 0; d < kHeadDim / 8; ++d) {

@@ -63,4 +63,11 @@ struct TmaForwardTiles<256> {
   using Listed = DividingTile<Dense, TmaForwardTile<256, 64, 64, true, 1>>;
 };
 
+// These are the tiles of calls with terms in their logits, which take the registers of a third warpgroup.
+template <int kHeadDim>
+struct TermsTmaForwardTiles {
+  using Listed = typename TmaForwardTiles<kHeadDim>::Listed;
+  using Dense = TmaForwardTile<kHeadDim, 128, 128, false, 1>;
+};
+
 }  // namespace attnx::cuda
