@@ -44,7 +44,10 @@ void launch(const ForwardPlan& plan, const ForwardCall& call) {
   const auto& p = call.params;
   with_score(p.score, [&]<Score kScore>() {
     with_dtype(p.dtype, [&]<DType kDType>() {
-      if constexpr (is_band_only(kScore)) {
+      if (plan.mainloop == Mainloop::kSm90) {
+        if constexpr (ATTNX_CUDA_SM90 && has_sm90(kScore))
+          with_head_dim<kTmaHeadDims>(p, [&]<int kHeadDim>() { launch_forward_sm90<kScore, kDType, kHeadDim>(call); });
+      } else if constexpr (is_band_only(kScore)) {
         with_head_dim<kBandHeadDims>(p, [&]<int kHeadDim>() { launch_forward_sm80<kScore, kDType, kHeadDim>(call); });
       } else if (plan.variant.terms) {
         // One kernel serves softmax with a sink and without, because terms have kernels enough.
@@ -54,10 +57,8 @@ void launch(const ForwardPlan& plan, const ForwardCall& call) {
             if (plan.variant.tables) return launch_tables_forward_sm80<kOrSink, kDType, kHeadDim>(call);
           launch_terms_forward_sm80<kOrSink, kDType, kHeadDim>(call);
         });
-      } else if (plan.mainloop == Mainloop::kSm80) {
+      } else {
         with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() { launch_forward_sm80<kScore, kDType, kHeadDim>(call); });
-      } else if constexpr (ATTNX_CUDA_SM90) {
-        with_head_dim<kTmaHeadDims>(p, [&]<int kHeadDim>() { launch_forward_sm90<kScore, kDType, kHeadDim>(call); });
       }
     });
   });

@@ -29,8 +29,9 @@ struct ForwardSm90 {
   static void run(const ForwardCall& call) {
     using Sizes = TmaForwardTiles<kHeadDim>;
     if (!call.variant.listed) return launch<Banded, typename Sizes::Dense>(call);
-    Sizes::Listed::choose(call.variant.block_q, call.variant.block_k,
-                          [&]<class Tile>(Tile) { launch<Listed, Tile>(call); });
+    if constexpr (!Score::kBandOnly)
+      Sizes::Listed::choose(call.variant.block_q, call.variant.block_k,
+                            [&]<class Tile>(Tile) { launch<Listed, Tile>(call); });
   }
 };
 
