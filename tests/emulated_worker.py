@@ -40,11 +40,25 @@ def hopper_calls() -> Iterator[tuple[str, Results]]:
             yield f"{score} {head_dim} {kind.__name__[1:]}", kind(score, torch.bfloat16, head_dim)
     for score, dtype, head_dim in product(SCORES, DTYPES, [64, 128]):
         yield f"{score} {dtype} {head_dim} hopper_terms", _hopper_terms(score, dtype, head_dim)
+    for dtype, head_dim in product(DTYPES, [64, 128, 256]):
+        yield from softplus_calls(dtype, head_dim)
     for score, (dtype, head_dim) in product(SCORES, ROUTED_HEAD_DIMS):
         for kind in (_hopper_routing, _hopper_argmax_routing, _routing, _large_clusters):
             yield f"{score} {dtype} {head_dim} {kind.__name__[1:]}", kind(score, dtype, head_dim)
     yield from _block_maps()
     yield from _sparse_linear([48, 128, 256])
+
+
+def softplus_calls(dtype: torch.dtype, head_dim: int, *powers: int | None) -> Iterator[tuple[str, Results]]:
+    """Whole tiles and masked ones, heads that share keys, a packed batch; plain, or by these powers."""
+    shape = Shape(length_q=200, length_k=290, head_dim=head_dim, heads=2, kv_heads=1)
+    packed = pack(([70, 0, 9, 130], [80, 7, 130, 200]), dtype, CPU, head_dim=head_dim, value_dim=head_dim)
+    for sharpen in powers or (None,):
+        options = {"is_causal": True, "sharpen": sharpen}
+        name = f"softplus {sharpen} {dtype} {head_dim}"
+        yield name, _run("softplus_attention", *random_inputs(shape, dtype, CPU), **options)
+        inputs, grad_output, sizes = packed
+        yield f"{name} varlen", _run("softplus_attention_varlen", inputs, grad_output, **options, **sizes)
 
 
 def _hopper_dense(score: str, dtype: torch.dtype, head_dim: int) -> Results:
@@ -112,6 +126,8 @@ def calls() -> Iterator[tuple[str, Results]]:
         yield f"{score} {dtype} {head_dim} unaligned weights", _weights(score, dtype, head_dim - 3)
         for kind in (_terms, _shared_terms) if dtype == torch.bfloat16 else (_terms,):
             yield f"{score} {dtype} {head_dim} {kind.__name__[1:]}", kind(score, dtype, head_dim)
+    for dtype, head_dim in product(DTYPES, [64, 128, 256]):
+        yield from softplus_calls(dtype, head_dim, None, 3)
     for score, kind in product(SCORES, (_packed_terms, _listed_terms, _distances)):
         yield f"{score} {kind.__name__[1:]}", kind(score)
     yield from _block_maps()

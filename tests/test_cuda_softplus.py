@@ -1,4 +1,4 @@
-"""Softplus attention on CUDA, by the mainloop for 8.0: shapes, masks, packed sequences, few rows, determinism."""
+"""Softplus attention on CUDA, by the mainloop that a device chooses: shapes, masks, packed sequences, determinism."""
 
 from __future__ import annotations
 
@@ -114,6 +114,8 @@ def test_tiles_without_a_weight(sharpen: int, dtype: torch.dtype, device: torch.
 
 @pytest.mark.parametrize("sharpen", [None, 3])
 def test_explain_names_the_mainloop(sharpen: int | None, dtype: torch.dtype, device: torch.device) -> None:
+    """The plain form's is that of softmax."""
     inputs, _ = random_inputs(Shape(length_q=128, length_k=128, head_dim=64), dtype, device)
-    explanation = attnx.explain(attnx.softplus_attention, **inputs, sharpen=sharpen)
-    assert str(explanation.kernel).endswith("softplus_attention [sm80]")
+    softmax = str(attnx.explain(attnx.softmax_attention, **inputs).kernel)
+    expected = softmax.replace("softmax", "softplus") if sharpen is None else "sharpened_softplus_attention [sm80]"
+    assert attnx.explain(attnx.softplus_attention, **inputs, sharpen=sharpen).kernel == expected

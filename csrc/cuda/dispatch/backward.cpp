@@ -36,7 +36,13 @@ void launch(const BackwardPlan& plan, const BackwardCall& call) {
         });
       };
       const auto plain = [&]<int kHeadDim>() { launch_backward_sm80<kScore, kDType, kHeadDim>(call); };
-      if constexpr (is_band_only(kScore)) {
+      if (plan.mainloop == Mainloop::kSm90) {
+        if constexpr (ATTNX_CUDA_SM90 && has_sm90(kScore))
+          with_head_dim<kTmaHeadDims>(p, [&]<int kHeadDim>() {
+            launch_backward_sm90<kScore, kDType, kHeadDim>(call);
+            launch_grad_query_sm90<kDType, kHeadDim>(grad_query, call.variant, call.stream);
+          });
+      } else if constexpr (is_band_only(kScore)) {
         on_sm80.template operator()<kBandHeadDims>(plain);
       } else if (plan.variant.terms) {
         on_sm80.template operator()<kTermsHeadDims>([&]<int kHeadDim>() {
@@ -44,13 +50,8 @@ void launch(const BackwardPlan& plan, const BackwardCall& call) {
             if (plan.variant.tables) return launch_tables_backward_sm80<kScore, kDType, kHeadDim>(call);
           launch_terms_backward_sm80<kScore, kDType, kHeadDim>(call);
         });
-      } else if (plan.mainloop == Mainloop::kSm80) {
+      } else {
         on_sm80.template operator()<kHeadDims>(plain);
-      } else if constexpr (ATTNX_CUDA_SM90) {
-        with_head_dim<kTmaHeadDims>(p, [&]<int kHeadDim>() {
-          launch_backward_sm90<kScore, kDType, kHeadDim>(call);
-          launch_grad_query_sm90<kDType, kHeadDim>(grad_query, call.variant, call.stream);
-        });
       }
     });
   });

@@ -49,7 +49,7 @@ std::string plan_sm90(const BackwardParams& p, BackwardPlan& plan) {
   static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, group);
   if (!ATTNX_CUDA_SM90) return "attnx was built without it";
   if (plan.variant.terms) return kTermsReason;
-  if (is_band_only(p.score)) return kBandOnlyReason;
+  if (!has_sm90(p.score)) return kScoreReason;
   const TmaBackwardViews views = tma_views(p, group);
   if (const std::string why = why_not_tma(
           {{"query", views.query}, {"key", views.key}, {"value", views.value}, {"grad_output", views.grad_output}});

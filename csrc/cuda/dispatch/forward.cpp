@@ -40,29 +40,45 @@ void schedule_sm90(const ForwardPlan& plan, ForwardCall& call) {
   call.blocks = std::min(call.blocks, resident);
 }
 
-void launch(const ForwardPlan& plan, const ForwardCall& call) {
+// Where logits have terms, one kernel serves softmax with a sink and without, because they have kernels enough.
+constexpr Score or_sink(Score score) { return score == Score::kSoftmax ? Score::kSoftmaxSink : score; }
+
+template <Score kScore, DType kDType>
+void launch_sm80(const ForwardPlan& plan, const ForwardCall& call) {
   const auto& p = call.params;
-  with_score(p.score, [&]<Score kScore>() {
-    with_dtype(p.dtype, [&]<DType kDType>() {
-      if constexpr (is_band_only(kScore)) {
-        with_head_dim<kBandHeadDims>(p, [&]<int kHeadDim>() { launch_forward_sm80<kScore, kDType, kHeadDim>(call); });
-      } else if (plan.variant.terms) {
-        // One kernel serves softmax with a sink and without, because terms have kernels enough.
-        constexpr Score kOrSink = kScore == Score::kSoftmax ? Score::kSoftmaxSink : kScore;
-        if (plan.mainloop == Mainloop::kSm80) {
-          with_head_dim<kTermsHeadDims>(p, [&]<int kHeadDim>() {
-            if constexpr (kOrSink == Score::kSoftmaxSink)
-              if (plan.variant.tables) return launch_tables_forward_sm80<kOrSink, kDType, kHeadDim>(call);
-            launch_terms_forward_sm80<kOrSink, kDType, kHeadDim>(call);
-          });
-        } else if constexpr (ATTNX_CUDA_SM90) {
-          with_head_dim<kTermsTmaHeadDims>(
-              p, [&]<int kHeadDim>() { launch_terms_forward_sm90<kOrSink, kDType, kHeadDim>(call); });
-        }
-      } else if (plan.mainloop == Mainloop::kSm80) {
-        with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() { launch_forward_sm80<kScore, kDType, kHeadDim>(call); });
+  if constexpr (is_band_only(kScore)) {
+    with_head_dim<kBandHeadDims>(p, [&]<int kHeadDim>() { launch_forward_sm80<kScore, kDType, kHeadDim>(call); });
+  } else if (plan.variant.terms) {
+    constexpr Score kOrSink = or_sink(kScore);
+    with_head_dim<kTermsHeadDims>(p, [&]<int kHeadDim>() {
+      if constexpr (kOrSink == Score::kSoftmaxSink)
+        if (plan.variant.tables) return launch_tables_forward_sm80<kOrSink, kDType, kHeadDim>(call);
+      launch_terms_forward_sm80<kOrSink, kDType, kHeadDim>(call);
+    });
+  } else {
+    with_head_dim<kHeadDims>(p, [&]<int kHeadDim>() { launch_forward_sm80<kScore, kDType, kHeadDim>(call); });
+  }
+}
+
+template <Score kScore, DType kDType>
+void launch_sm90(const ForwardPlan& plan, const ForwardCall& call) {
+  const auto& p = call.params;
+  if (plan.variant.terms) {
+    if constexpr (!is_band_only(kScore))
+      with_head_dim<kTermsTmaHeadDims>(
+          p, [&]<int kHeadDim>() { launch_terms_forward_sm90<or_sink(kScore), kDType, kHeadDim>(call); });
+  } else if constexpr (has_sm90(kScore)) {
+    with_head_dim<kTmaHeadDims>(p, [&]<int kHeadDim>() { launch_forward_sm90<kScore, kDType, kHeadDim>(call); });
+  }
+}
+
+void launch(const ForwardPlan& plan, const ForwardCall& call) {
+  with_score(call.params.score, [&]<Score kScore>() {
+    with_dtype(call.params.dtype, [&]<DType kDType>() {
+      if (plan.mainloop == Mainloop::kSm80) {
+        launch_sm80<kScore, kDType>(plan, call);
       } else if constexpr (ATTNX_CUDA_SM90) {
-        with_head_dim<kTmaHeadDims>(p, [&]<int kHeadDim>() { launch_forward_sm90<kScore, kDType, kHeadDim>(call); });
+        launch_sm90<kScore, kDType>(plan, call);
       }
     });
   });

@@ -50,7 +50,7 @@ std::string plan_sm90(const ForwardParams& p, ForwardPlan& plan) {
   const std::int64_t group = whole_heads_in_tile(p, plan.tile.rows), rows = p.length_q * group;
   static_cast<Geometry&>(plan.geometry) = geometry_of(p, plan.tile.rows, group);
   if (!ATTNX_CUDA_SM90) return "attnx was built without it";
-  if (is_band_only(p.score)) return kBandOnlyReason;
+  if (!has_sm90(p.score)) return kScoreReason;
   if (!plan.variant.listed && rows <= 64)
     return "at most 64 rows of query share their keys, got " + std::to_string(rows);
   const TmaForwardViews views = tma_views(p, group);

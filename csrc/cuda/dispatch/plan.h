@@ -59,8 +59,10 @@ BackwardPlan make_plan(const BackwardParams& params, std::optional<Mainloop> ask
 inline constexpr const char* kTermsReason =
     "it has no attn_mask, key_bias, key_mask, row_bounds, tables, softcap or dropout, and the call has one of them";
 
-// This is why a call of a score that has no loops but those over a band does.
-inline constexpr const char* kBandOnlyReason = "it has no kernels of this score";
+// This is why a call of a score that sm_90 has no loops of does. Special functions bound the sharpened softplus, which
+// sm_80's loops serve nearly as well (docs/notes/hopper-forward.md).
+constexpr bool has_sm90(Score score) { return score != Score::kSharpenedSoftplus; }
+inline constexpr const char* kScoreReason = "it has no kernels of this score";
 
 // This sets what depends on the mainloop. It takes sm_90's where the device has it and nothing speaks against it, else
 // sm_80's. `plan_sm90` returns what speaks against it, or nothing. It throws std::runtime_error where sm_90's is asked

@@ -19,7 +19,9 @@ struct alignas(16) SharpenedRow {
 
 // These are partial results by tile of rows, [head][row tile][...], in the workspace.
 struct BackwardScratch {
-  float* offset;  // [row]: what a row's logits get, times log2(e): the bias of a pointwise score, or -logsumexp
+  // [row]: what a row's logits get, times log2(e): the bias of a pointwise score, or -logsumexp; but where a score's
+  // weights are no powers, which is where it kHasRows, what they are multiplied with, 1 / Z.
+  float* offset;
   SharpenedRow* sharpened;  // [row]: null for other scores
   float* delta;             // [row]: a normalised score's rowsum(grad_output * output) - grad_logsumexp
   // This is the tile's grad_query / scale, by threads of the main kernel: [element of a thread][thread].

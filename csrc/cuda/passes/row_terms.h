@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(256) attnx_row_terms(const __grid_constant__ R
 #pragma unroll
       for (int i = kLanes / 2; i > 0; i /= 2) delta += __shfl_xor_sync(~0u, delta, i);
     }
+    if constexpr (Score::template Backward<Input>::kHasRows) offset = exp2_approx(offset);
     if (lane == 0) {
       args.offset[row_tile * args.rows_of_tile + r] = offset;
       if (Score::kNormalised) args.delta[row_tile * args.rows_of_tile + r] = delta;

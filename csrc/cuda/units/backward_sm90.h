@@ -26,8 +26,9 @@ struct BackwardSm90 {
   static void run(const BackwardCall& call) {
     using Sizes = TmaBackwardTiles<kHeadDim>;
     if (!call.variant.listed) return launch<Banded, typename Sizes::Dense>(call);
-    Sizes::Listed::choose(call.variant.block_q, call.variant.block_k,
-                          [&]<class Tile>(Tile) { launch<Listed, Tile>(call); });
+    if constexpr (!Score::kBandOnly)
+      Sizes::Listed::choose(call.variant.block_q, call.variant.block_k,
+                            [&]<class Tile>(Tile) { launch<Listed, Tile>(call); });
   }
 };
 

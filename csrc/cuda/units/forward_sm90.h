@@ -30,8 +30,9 @@ struct ForwardSm90 {
 
   static void run(const ForwardCall& call) {
     if (!call.variant.listed) return launch<Banded, typename Sizes::Dense>(call);
-    Sizes::Listed::choose(call.variant.block_q, call.variant.block_k,
-                          [&]<class Tile>(Tile) { launch<Listed, Tile>(call); });
+    if constexpr (!Score::kBandOnly)
+      Sizes::Listed::choose(call.variant.block_q, call.variant.block_k,
+                            [&]<class Tile>(Tile) { launch<Listed, Tile>(call); });
   }
 };
 

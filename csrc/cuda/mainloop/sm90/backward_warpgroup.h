@@ -135,7 +135,13 @@ struct BackwardWarpgroup {
       if constexpr (Tiles::kHasBias) offset.x += tile.bias, offset.y += tile.bias;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const auto weight = [&](float& x, float offset) { return ScorePolicy::weight(fmaf(x, multiplier, offset), x); };
+        const auto weight = [&](float& x, float offset) {
+          if constexpr (ScorePolicy::kHasRows) {
+            return ScorePolicy::weight(x * multiplier, offset, x);
+          } else {
+            return ScorePolicy::weight(fmaf(x, multiplier, offset), x);
+          }
+        };
         const float low = weight(pairs[r * 2], offset.x), high = weight(pairs[r * 2 + 1], offset.y);
         weights[i * 2 + r] = pack(low, high, Input());
       }

@@ -193,7 +193,9 @@ __device__ __forceinline__ void consume(const Args& args, const ForwardMemory<Ti
     const auto again = nth_place<Tiles>(args, fresh(tile), Tile());
     const auto store = [&] {
       if constexpr (Tile::kOutputOverQuery) meet(2 + warpgroup, 128);  // no warp's product reads the query any more
-      store_output<Storage>(output, logsumexp, args, shared, again, warp_row, lane);
+      // Addresses that the compiler keeps through the loop are spilled where a score says so.
+      const int own_lane = requires { Score::kFindsOutputAnew; } ? fresh(lane) : lane;
+      store_output<Storage>(output, logsumexp, args, shared, again, warp_row, own_lane);
     };
     if constexpr (Tiles::kHasPlaces) {  // clusters are not split
       store();
