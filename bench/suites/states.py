@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 import attnx
 import attnx.reference
@@ -90,6 +90,23 @@ def _taylor_eager(case: Case, inputs: Inputs) -> Attention:
     return _matrix_of_weights
 
 
+def _features(x: Tensor) -> Tensor:
+    """What BASED's map makes of tokens: 1, x, and the products of pairs of its numbers."""
+    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+    pairs = x[..., i] * x[..., j] * torch.where(i == j, 0.5**0.5, 1.0).to(x.dtype)
+    return torch.cat((torch.ones_like(x[..., :1]), x, pairs), -1)
+
+
+def _by_chunks(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The weights of pairs within a chunk, and a state for the chunks before it."""
+    query, key = (x * query.shape[3] ** -0.25 for x in (query, key))
+    value = torch.cat((value, torch.ones_like(value[..., :1])), -1)
+    q, k, v = (pad(x, (0, 0, 0, -x.shape[2] % CHUNK)).unflatten(2, (-1, CHUNK)) for x in (query, key, value))
+    added, t = _features(k).mT @ v, q @ k.mT
+    sums = (1 + t + t * t / 2).tril() @ v + _features(q) @ (added.cumsum(2) - added)
+    return (sums[..., :-1] / sums[..., -1:]).flatten(2, 3)[:, :, : query.shape[2]]
+
+
 def _routes(query: Tensor) -> tuple[Tensor, Tensor]:
     """Which chunks see which by softmax, and what share of each the state carries on."""
     kept = torch.arange(-(-query.shape[2] // CHUNK), device=query.device) % KEPT == 0
@@ -143,6 +160,7 @@ DELTA_SUITE = Suite(
     (
         *(Case(str(n), 16, n, n, 128, is_causal=True, quick=n == LENGTHS[0]) for n in LENGTHS),
         Case("one-head", 1, 8192, 8192, 128, is_causal=True),
+        Case("one-head-65536", 1, 65536, 65536, 128, is_causal=True),
         Case("token", 16, 1, 1, 128, is_causal=True, directions=("forward",)),
     ),
     (
@@ -155,15 +173,16 @@ DELTA_SUITE = Suite(
 TAYLOR_SUITE = Suite(
     "taylor",
     (
-        *(Case(str(n), 16, n, n, 16, is_causal=True, quick=n == LENGTHS[0]) for n in (128, *LENGTHS)),
+        *(Case(str(n), 16, n, n, 16, is_causal=True, quick=n == LENGTHS[0]) for n in (128, *LENGTHS, 65536)),
         Case("one-head", 1, 8192, 8192, 16, is_causal=True),
     ),
     (
         Contender("attnx-taylor", TAYLOR, _taylor(attnx.linear_attention)),
         Contender("attnx-softmax", dense.SOFTMAX, dense.softmax),
         Contender("eager-taylor", TAYLOR, _taylor_eager),
+        Contender("eager-taylor-chunks", TAYLOR, _taylor(_by_chunks)),
     ),
-    baseline="eager-taylor",
+    baseline="eager-taylor-chunks",
     memory_case=Case("memory", 16, 2048, 2048, 16, is_causal=True),
 )
 HYBRID_SUITE = Suite(

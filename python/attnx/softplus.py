@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,9 +94,9 @@ def softplus_attention(
         used: Any = key.shape[2]
         if ends is not None and starts is not None and ends.shape == starts.shape == query.shape[:1]:
             used = (ends - starts)[:, None].long()
-        position = torch.arange(query.shape[2], device=query.device)
-        keys = _keys_seen(position - query.shape[2] + used, used, band)
-        query, key, scale = _normalised(query, key, keys[..., None, :, None], scale)
+        keys = _keys_seen(lambda: torch.arange(-query.shape[2], 0, device=query.device) + used, used, band)
+        keys = keys[..., None, :, None] if isinstance(keys, Tensor) else keys
+        query, key, scale = _normalised(query, key, keys, scale)
     return _attend("softplus_attention", (query, key, value, *lengths, scale, *band), power, return_logsumexp)
 
 
@@ -135,7 +136,7 @@ def softplus_attention_varlen(
         row = torch.arange(query.shape[0], device=query.device)
         sequence = torch.bucketize(row, of_q[1:], right=True, out_int32=True).clamp(max=of_q.numel() - 2)
         used = (of_k[1:] - of_k[:-1])[sequence].long()
-        keys = _keys_seen(row - of_q[1:][sequence] + used, used, band)
+        keys = _keys_seen(lambda: row - of_q[1:][sequence] + used, used, band)
         query, key, scale = _normalised(query, key, keys[:, None, None], scale, heads_dim=1)
     arguments = (query, key, value, *packing, padding, scale, *band)
     return _attend("softplus_attention_varlen", arguments, power, return_logsumexp)
@@ -153,24 +154,30 @@ def _band(is_causal: Any, window: Window, position_offset: Any) -> tuple[bool, i
     return _arguments.flag("is_causal", is_causal), *bounds, _arguments.integer("position_offset", position_offset)
 
 
-def _keys_seen(position: Tensor, used: Any, band: tuple[bool, int, int, int]) -> Tensor:
-    """How many of the used keys the rows see that stand at these positions, before the offset."""
+def _keys_seen(position: Callable[[], Tensor], used: Any, band: tuple[bool, int, int, int]) -> Any:
+    """How many of the used keys the rows see that stand at these positions, before the offset.
+
+    It is a number where that of the used keys is one and the band bounds nothing.
+    """
     is_causal, left, right, offset = band
     right = 0 if is_causal else right
-    used = torch.zeros_like(position) + used
-    first = torch.zeros_like(used) if left < 0 else torch.minimum((position + (offset - left)).clamp(min=0), used)
-    end = used if right < 0 else torch.minimum(torch.maximum(position + (offset + right + 1), first), used)
+    if left < 0 and right < 0:
+        return used
+    at = position()
+    first = 0 if left < 0 else (at + (offset - left)).clamp(min=0).clamp(max=used)
+    end = used if right < 0 else (at + (offset + right + 1)).clamp(min=first).clamp(max=used)
     return end - first
 
 
 def _normalised(
-    query: Tensor, key: Tensor, keys: Tensor, scale: Any, heads_dim: int = -3
+    query: Tensor, key: Tensor, keys: Any, scale: Any, heads_dim: int = -3
 ) -> tuple[Tensor, Tensor, float | None]:
     """Query and key of length 1, the query times ln n and a scale that is a tensor, and the scale that is a number."""
     if not (query.is_floating_point() and key.is_floating_point()):
         return query, key, None  # the operator says what it takes
     sums = torch.float64 if query.dtype == torch.float64 else torch.float32
-    rows = _unit(query, keys.clamp(min=1).to(sums).log())
+    counts = keys.to(sums) if isinstance(keys, Tensor) else torch.full((), keys, dtype=sums, device=query.device)
+    rows = _unit(query, sums, counts.clamp(min=1).log())
     number = math.log(query.shape[-1]) if scale is None else scale
     if isinstance(scale, Tensor):
         like = rows if heads_dim == -3 else rows.movedim(1, 0)[None]
@@ -178,21 +185,21 @@ def _normalised(
         rows = like if heads_dim == -3 else like[0].movedim(0, 1)
     else:
         number = _arguments.number("scale", number, "None, a number, or a tensor of shape () or (heads,)")
-    ones = torch.ones((), dtype=sums, device=key.device)
-    return rows.to(query.dtype), _unit(key, ones).to(key.dtype), number
+    return rows.to(query.dtype), _unit(key, sums).to(key.dtype), number
 
 
-def _unit(x: Tensor, length: Tensor) -> Tensor:
-    """Rows of this length in the direction of x, in the type of sums.
+def _unit(x: Tensor, sums: torch.dtype, length: Tensor | None = None) -> Tensor:
+    """Rows of this length, or of 1, in the direction of x, in the type of sums.
 
     A row that is not finite is NaN, and gets no gradient, as its key may be hidden from all queries.
     """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=length.dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=sums)
     if torch.is_grad_enabled() and x.requires_grad:
         finite = norm.isfinite()
         x = x.where(finite, 0.0)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=length.dtype).where(finite, math.nan)
-    return x * (length / norm.clamp(min=1e-12))
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=sums).where(finite, math.nan)
+    norm = norm.clamp(min=1e-12)
+    return x / norm if length is None else x * (length / norm)
 
 
 def _attend(name: str, arguments: tuple[Any, ...], power: int | None, return_logsumexp: bool) -> Any:

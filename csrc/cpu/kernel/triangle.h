@@ -6,7 +6,8 @@
 
 namespace attnx::cpu::ATTNX_ISA {
 
-inline constexpr std::int64_t kTriangleRows = kRowMultiple;
+// Blocks of fewer rows leave out more of the other triangle; these fill the register blocks of gemm.
+inline constexpr std::int64_t kTriangleRows = 16;
 
 // It computes c[count][lanes] (+)= t[count][t_lanes] b[count][lanes], where t is lower triangular.
 template <class Sum>

@@ -31,28 +31,29 @@ class SoftplusRows {
       sum_[lane] = 0, largest_[lane] = -kInfinity, smallest_[lane] = kInfinity;
   }
   void add(const WeightsParams&, const Sequence&, Tile& tile, KeyTile keys, std::int64_t i) {
-    Vec<Sum> sum[kPanelVectors] = {};
-    const auto add = [&](auto, int vector, auto& x, auto& visible, auto masked) {
+    keys.count = tile.panel(i).keys_seen(keys, A::kStep);
+    const auto visit = [&](int vector, const auto& for_each_logit) {
       const int lane = vector * kLanes<Sum>;
-      Vec<Sum> largest = load(largest_ + lane), smallest = load(smallest_ + lane);
-      for (int k = 0; k < A::kStep; ++k) {
-        Vec<Sum> p = softplus_of<A>(x[k]);
-        if constexpr (masked.kValue) {
-          p = visible[k] ? p : Vec<Sum>{};
-          largest = maximum(largest, visible[k] ? x[k] : splat(-kInfinity));
-          smallest = minimum(smallest, visible[k] ? x[k] : splat(kInfinity));
-        } else {
-          largest = maximum(largest, x[k]);
-          smallest = minimum(smallest, x[k]);
+      Vec<Sum> sum = {}, largest = load(largest_ + lane), smallest = load(smallest_ + lane);
+      for_each_logit([&](auto, auto& x, auto& visible, auto masked) {
+        for (int k = 0; k < A::kStep; ++k) {
+          Vec<Sum> p = softplus_of<A>(x[k]);
+          if constexpr (masked.kValue) {
+            p = visible[k] ? p : Vec<Sum>{};
+            largest = maximum(largest, visible[k] ? x[k] : splat(-kInfinity));
+            smallest = minimum(smallest, visible[k] ? x[k] : splat(kInfinity));
+          } else {
+            largest = maximum(largest, x[k]);
+            smallest = minimum(smallest, x[k]);
+          }
+          sum += p;
         }
-        sum[vector] += p;
-      }
+      });
+      store(sum_ + lane, load(sum_ + lane) + sum);
       store(largest_ + lane, largest);
       store(smallest_ + lane, smallest);
     };
-    keys.count = tile.panel(i).keys_seen(keys, A::kStep);
-    tile.for_each(keys, 0, add, i);
-    for (int v = 0; v < kPanelVectors; ++v) store(sum_ + v * kLanes<Sum>, load(sum_ + v * kLanes<Sum>) + sum[v]);
+    tile.for_each_vector(keys, 0, visit, i);
   }
   void finish(const WeightsParams& p, const Sequence& s, const Panel<Sum>& panel) const {
     for (int lane = 0; lane < panel.rows; ++lane) {

@@ -55,10 +55,10 @@ class WeightsTile {
     storage.load_keys(tile.first, tile.count, keys_ + place * kKeys * stride_, stride_);
   }
 
-  // Calls body(key, vector, x, visible, masked) for the logits of panel i and the tile that was loaded at this place,
-  // as for_each_logit does; key counts from the tile's first.
-  template <class Body>
-  void for_each(const KeyTile& tile, std::int64_t place, Body body, std::int64_t i = 0) {
+  // Calls visit(vector, loop) for each vector of the rows of panel i: loop(body) calls body(key, x, visible, masked) for
+  // their logits of the tile that was loaded at this place, as for_each_logit does; key counts from the tile's first.
+  template <class Visit>
+  void for_each_vector(const KeyTile& tile, std::int64_t place, Visit visit, std::int64_t i = 0) {
     const std::int64_t keys = round_up(tile.count, A::kStep);
     logits_.set_tile(tile);
     if (logits_.hide(i, panel_[i], tile, keys)) return;
@@ -66,8 +66,18 @@ class WeightsTile {
             panel_[i].vectors, (p_.head_dim + A::kStep - 1) / A::kStep, false);
     const auto on_tile = logits_.on_tile(panel_[i], tile, keys);
     for (int v = 0; v < panel_[i].vectors; ++v)
-      for_each_logit<A>(products_, keys, Sum(p_.scale), panel_[i], on_tile, v,
-                        [&](auto key, auto& x, auto& visible, auto masked) { body(key, v, x, visible, masked); });
+      visit(v, [&](auto body) __attribute__((always_inline)) {
+        for_each_logit<A>(products_, keys, Sum(p_.scale), panel_[i], on_tile, v, body);
+      });
+  }
+
+  // Calls body(key, vector, x, visible, masked) for all of these logits.
+  template <class Body>
+  void for_each(const KeyTile& tile, std::int64_t place, Body body, std::int64_t i = 0) {
+    const auto visit = [&](int v, const auto& loop) __attribute__((always_inline)) {
+      loop([&](auto key, auto& x, auto& visible, auto masked) { body(key, v, x, visible, masked); });
+    };
+    for_each_vector(tile, place, visit, i);
   }
 
  private:
