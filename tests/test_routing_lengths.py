@@ -409,23 +409,20 @@ def test_empty_gives_zeros(
 
 @on_host
 def test_many_short_sequences(dtype: torch.dtype, device: torch.device) -> None:
-    """They and their clusters are more than a block has threads or warps."""
-    lengths = [n % 7 for n in range(150)]
-    inputs, grad_output, sizes = pack((lengths, lengths), dtype, device)
-    for of_routes in ({"routing": "argmax"}, {"cluster_size": 4}):
-        routes = attnx.route_varlen(
-            inputs["query"], inputs["key"], CENTROIDS, **sizes, **of_routes, is_causal=True, shared_qk=True
-        )
-        starts = sizes["cu_seqlens_q"].tolist()
-        for h in range(HEADS):
-            ends = routes.query_offsets[0, h].tolist()
-            for s, (start, end) in enumerate(itertools.pairwise(starts)):
-                of_sequence = routes.query_indices[0, h, ends[s * CLUSTERS] : ends[(s + 1) * CLUSTERS]]
-                assert ((of_sequence >= start) & (of_sequence < end)).all()
-                each = end - start if "routing" in of_routes else CLUSTERS * min(end - start, 4)
-                assert len(of_sequence) == each
-        rows = {name: x.transpose(0, 1)[None] for name, x in inputs.items()}
-        check(rows, grad_output.transpose(0, 1)[None], routes, is_causal=True)
+    """They have more clusters than a block has threads."""
+    lengths = [n % 5 for n in range(110)]
+    inputs, grad_output, sizes = pack((lengths, lengths), dtype, device, heads=1, kv_heads=1)
+    starts, centroids = sizes["cu_seqlens_q"].tolist(), CENTROIDS[:1]
+    for of_routes in ({"routing": "argmax"}, {"cluster_size": 3}):
+        options = {"is_causal": True, "shared_qk": True, **of_routes}
+        routes = attnx.route_varlen(inputs["query"], inputs["key"], centroids, **sizes, **options)
+        ends = routes.query_offsets[0, 0].tolist()
+        for s, (start, end) in enumerate(itertools.pairwise(starts)):
+            of_sequence = routes.query_indices[0, 0, ends[s * CLUSTERS] : ends[(s + 1) * CLUSTERS]]
+            assert ((of_sequence >= start) & (of_sequence < end)).all()
+            assert len(of_sequence) == (CLUSTERS * min(end - start, 3) if "cluster_size" in of_routes else end - start)
+    rows = {name: x.transpose(0, 1)[None] for name, x in inputs.items()}
+    check(rows, grad_output.transpose(0, 1)[None], routes, reference=eager_routing_attention, is_causal=True)
 
 
 @on_cpu
