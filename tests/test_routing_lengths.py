@@ -408,6 +408,18 @@ def test_empty_gives_zeros(
 
 
 @on_host
+@pytest.mark.parametrize("of_routes", [{"cluster_size": 170}, {"routing": "argmax"}], ids=["topk", "argmax"])
+def test_clusters_of_several_tiles(of_routes: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    """Two clusters for each sequence; on a Hopper GPU its own loop has them."""
+    inputs, grad_output, sizes = pack(([270, 200], [333, 140]), dtype, device, heads=2, kv_heads=1, head_dim=64)
+    centroids = random_centroids(2, 2, 64)
+    options = {"is_causal": True, "shared_qk": False, **of_routes}
+    routes = attnx.route_varlen(inputs["query"], inputs["key"], centroids, **sizes, **options)
+    rows = {name: x.transpose(0, 1)[None] for name, x in inputs.items()}
+    check(rows, grad_output.transpose(0, 1)[None], routes, is_causal=True)
+
+
+@on_host
 def test_many_short_sequences(dtype: torch.dtype, device: torch.device) -> None:
     """They have more clusters than a block has threads."""
     lengths = [n % 5 for n in range(110)]
