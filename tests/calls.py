@@ -78,6 +78,9 @@ def differentiable_calls(dtype: torch.dtype, device: torch.device) -> dict[str, 
         "sparse_linear_attention": call("sparse_linear_attention", inputs, is_causal=True),
         "sparse_linear_attention_varlen": call("sparse_linear_attention_varlen", packed, **sizes),
         "routing_attention": Call(routed, inputs | random_memory(2, 3, 32, 32, dtype)),
+        "routing_attention_varlen": call(
+            "routing_attention_varlen", packed, routes=centroids, cluster_size=30, shared_qk=False, **sizes
+        ),
         "move_centroids_in_backward": Call(moving, {"query": inputs["query"]}),
         "move_average_in_backward": Call(averaging, {"x": inputs["query"]}),
     }

@@ -322,7 +322,7 @@ def _key_weights(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attnx.attention_key_weights(query, key, is_causal=True)[..., None] * value
 
 
-def _packed(*inputs: Tensor) -> Tensor:
+def _packed(*inputs: Tensor, local: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
     ends = torch.tensor([0, 50, 128], dtype=torch.int32)
     rows = [x[0].transpose(0, 1) for x in inputs]
     softmax = attnx.softmax_attention_varlen(*rows, ends, ends, 78, 78, is_causal=True)
@@ -332,7 +332,10 @@ def _packed(*inputs: Tensor) -> Tensor:
     listed = attnx.block_sparse_attention_varlen(*rows, ends, ends, 78, 78, lists)
     drawn = attnx.probabilistic_attention_varlen(*rows, ends, ends, 78, 78, seed=1, offset=2)
     softplus = sum(attnx.softplus_attention_varlen(*rows, ends, ends, 78, 78, sharpen=power) for power in (None, 3))
-    return (softmax + sigmoid + sparse + linear + listed + drawn + softplus).transpose(0, 1)[None]
+    all_centroids = torch.randn(4, 3, rows[0].shape[-1], generator=torch.Generator().manual_seed(3)).to(torch.float32)
+    centroids = local(all_centroids).contiguous()
+    routed = attnx.routing_attention_varlen(*rows, ends, ends, 78, 78, centroids, routing="argmax")
+    return (softmax + sigmoid + sparse + linear + listed + drawn + softplus + routed).transpose(0, 1)[None]
 
 
 def _disentangled(query: Tensor, key: Tensor, value: Tensor, pos_key: Tensor, pos_query: Tensor) -> Tensor:
@@ -535,6 +538,10 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "sparse_linear_attention": lambda x: attnx.sparse_linear_attention(x, x, x),
     "sparse_linear_block_map": lambda x: attnx.sparse_linear_block_map(x, x),
     "routing_attention": lambda x: attnx.routing_attention(x, x, x, torch.randn(4, 4, 8)),
+    "routing_attention_varlen": lambda x: attnx.routing_attention_varlen(
+        *[x[0]] * 3, **SIZES, routes=torch.randn(4, 4, 8), routing="argmax"
+    ),
+    "route_varlen": lambda x: attnx.route_varlen(x[0], x[0], torch.randn(4, 4, 8), **SIZES, routing="argmax"),
     "route": lambda x: attnx.route(x, x, torch.randn(4, 4, 8)),
     "affine_attention": lambda x: attnx.affine_attention(x, x, x, x[..., 0]),
     "hierarchical_attention": lambda x: attnx.hierarchical_attention(x, x, x, CHUNKS),

@@ -137,7 +137,11 @@ def _routing(dtype: torch.dtype) -> None:
     _differentiate(attnx.routing_attention, inputs, centroids, routing="argmax", score="sigmoid")
     attnx.update_centroids_(centroids.clone(), counts, inputs[0], inputs[1])
     torch.ops.attnx.nearest_centroids(inputs[0], centroids)
-    torch.ops.attnx.move_centroids_in_backward(*inputs[:2], centroids, counts, 0.9, "")
+    used = torch.tensor([31, 50], dtype=torch.int32)
+    _differentiate(attnx.routing_attention, inputs, centroids, cluster_size=12, seqused_k=used, is_causal=True)
+    packed, offsets = _packed(dtype)
+    _differentiate(attnx.routing_attention_varlen, packed, *offsets, 130, 130, centroids, cluster_size=12)
+    torch.ops.attnx.move_centroids_in_backward(*inputs[:2], centroids, counts, *[None] * 4, 0.9, "")
     torch.ops.attnx.move_average_in_backward(inputs[0], torch.zeros(4), torch.rand(4), 0.9)
 
 

@@ -55,7 +55,8 @@ def eager_routing_attention(
     if normalize_qk:
         query, key = (F.layer_norm(x, x.shape[-1:]) for x in (query, key))
     batch, heads, length_q, _ = query.shape
-    group, lead = heads // key.shape[1], key.shape[2] - length_q
+    group = heads // key.shape[1]
+    leads = torch.tensor([[key.shape[2] - length_q]] * batch) if routes.lead is None else routes.lead
     heads_out = []
     for b in range(batch):
         for h in range(heads):
@@ -72,6 +73,7 @@ def eager_routing_attention(
                     memory = memory_kv[0].shape[1]
                     keys = torch.cat((memory_kv[0][h // group], keys))
                     values = torch.cat((memory_kv[1][h // group], values))
+                lead = leads[b, c * leads.shape[1] // routes.clusters]
                 seen = k <= q[:, None] + lead if is_causal else torch.ones(len(q), len(k), dtype=torch.bool)
                 seen = F.pad(seen, (memory, 0), value=True)
                 rule = "row" if bias is None and is_causal else bias

@@ -541,16 +541,20 @@ def test_opcheck(dtype: torch.dtype, device: torch.device) -> None:
     routes = options["routes"]
     memory = inputs.pop("memory_key"), inputs.pop("memory_value")
     query, key, value = (x.requires_grad_() for x in inputs.values())
-    arguments = (*routes[:4], *memory, "softmax", "none", 0.0, None, False)
+    arguments = (*routes[:4], None, *memory, "softmax", "none", 0.0, None, False)
     ops = torch.ops.attnx
     torch.library.opcheck(ops.routing_attention.default, (query, key, value, *arguments))
     output, logsumexp = (x.detach() for x in ops.routing_attention(query, key, value, *arguments))
     tensors = (grad_output, torch.zeros_like(logsumexp), *(x.detach() for x in (query, key, value)), output, logsumexp)
     torch.library.opcheck(ops.routing_attention_backward.default, (*tensors, *arguments, False))
+    used = [torch.tensor(x, dtype=torch.int32) for x in ([90, 96], [0, 7], [96, 50], [3, 50])]
     for routing, shared in (("topk", False), ("argmax", False), ("topk", True)):
-        torch.library.opcheck(ops.route.default, (query.detach(), key.detach(), CENTROIDS, 7, 9, routing, shared))
-    torch.library.opcheck(ops.nearest_centroids.default, (query.detach(), CENTROIDS))
-    torch.library.opcheck(ops.centroid_sums.default, (query.detach(), key.detach(), CENTROIDS))
+        for lengths in ([None] * 4, used):
+            route = (query.detach(), key.detach(), CENTROIDS, *lengths, 7, 9, routing, shared)
+            torch.library.opcheck(ops.route.default, route)
+    for lengths in ([None] * 4, used):
+        torch.library.opcheck(ops.nearest_centroids.default, (query.detach(), CENTROIDS, *lengths[:2]))
+        torch.library.opcheck(ops.centroid_sums.default, (query.detach(), key.detach(), CENTROIDS, *lengths))
     centroids, counts, sums = CENTROIDS.clone(), torch.ones(4, 6), torch.ones(4, 6, 16)
     torch.library.opcheck(ops.update_centroids_.default, (centroids, counts, sums, torch.ones(4, 6), 0.9))
 
@@ -559,7 +563,7 @@ def test_opcheck(dtype: torch.dtype, device: torch.device) -> None:
 def test_grad_of_logsumexp(device: torch.device) -> None:
     inputs, _, options = prepare(CALLS["causal"], Shape(length_q=12, length_k=12, head_dim=5), torch.float64)
     leaves = tuple(x.requires_grad_() for x in inputs.values())
-    arguments = (*options["routes"][:4], None, None, "softmax", "none", 0.0, None, True)
+    arguments = (*options["routes"][:4], None, None, None, "softmax", "none", 0.0, None, True)
     assert torch.autograd.gradcheck(lambda *x: torch.ops.attnx.routing_attention(*x, *arguments), leaves)
 
 
@@ -610,12 +614,12 @@ def test_other_backends_are_refused_by_the_table(device: torch.device) -> None:
     """Whatever the dispatcher finds no kernel for ends here."""
     inputs, _, options = prepare({}, SHAPE, torch.float32)
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
-    ops, arguments = torch.ops.attnx, (*options["routes"][:4], None, None, "softmax", "none", 0.0, None, False)
+    ops, arguments = torch.ops.attnx, (*options["routes"][:4], None, None, None, "softmax", "none", 0.0, None, False)
     refusal = r"(?s)^routing_attention: no kernel for this call.*required: .*supported: backend cpu.*missing:"
     with pytest.raises(NotImplementedError, match=refusal):
         ops.routing_attention.default.redispatch(keys, *inputs.values(), *arguments)
     with pytest.raises(NotImplementedError, match=refusal):
-        ops.route.default.redispatch(keys, inputs["query"], inputs["key"], CENTROIDS, 7, 9, "topk", False)
+        ops.route.default.redispatch(keys, inputs["query"], inputs["key"], CENTROIDS, *[None] * 4, 7, 9, "topk", False)
     meta = {name: torch.empty_like(x, device="meta") for name, x in inputs.items()}
     explanation = attnx.explain(attnx.routing_attention, **meta, routes=CENTROIDS)
     assert not explanation.supported

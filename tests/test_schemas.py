@@ -58,7 +58,10 @@ PARTS = "Tensor sparse, Tensor linear, Tensor logsumexp"
 PART_GRADS = "Tensor grad_sparse, Tensor grad_linear, Tensor grad_logsumexp"
 
 ROUTES = "Tensor query_indices, Tensor query_offsets, Tensor key_indices, Tensor key_offsets"
-ROUTED = f"{ROUTES}, Tensor? memory_key, Tensor? memory_value"
+ROUTED = f"{ROUTES}, Tensor? lead, Tensor? memory_key, Tensor? memory_value"
+AROUND = "Tensor query, Tensor key, Tensor centroids"
+USED = "Tensor? seqused_q, Tensor? leftpad_q, Tensor? seqused_k, Tensor? leftpad_k"
+ROUTING = "SymInt cluster_size_q, SymInt cluster_size_k, str routing, bool shared_qk"
 SHARPENED_RESULTS = f"{SOFTMAX_RESULTS}, Tensor gain, Tensor shift"
 SHARPENED_SAVED = f"Tensor grad_output, {QKV}, {SHARPENED_RESULTS}"
 
@@ -140,13 +143,12 @@ SCHEMAS = [
     f"routing_attention({QKV}, {ROUTED}, {SCORE}) -> ({SOFTMAX_RESULTS})",
     f"routing_attention_backward({SOFTMAX_SAVED}, {ROUTED}, {SCORE}, bool deterministic) -> "
     f"({GRADS}, Tensor grad_memory_key, Tensor grad_memory_value)",
-    "route(Tensor query, Tensor key, Tensor centroids, SymInt cluster_size_q, SymInt cluster_size_k, str routing, "
-    f"bool shared_qk) -> ({ROUTES})",
-    "move_centroids_in_backward(Tensor query, Tensor key, Tensor centroids, Tensor counts, float decay, str group) -> "
-    "Tensor",
+    f"route({AROUND}, {USED}, {ROUTING}) -> ({ROUTES})",
+    f"route_varlen({AROUND}, {PADDED}, {ROUTING}) -> ({ROUTES})",
+    f"move_centroids_in_backward({AROUND}, Tensor counts, {USED}, float decay, str group) -> Tensor",
     "move_average_in_backward(Tensor x, Tensor average, Tensor target, float decay) -> Tensor",
-    "nearest_centroids(Tensor rows, Tensor centroids) -> Tensor",
-    "centroid_sums(Tensor query, Tensor key, Tensor centroids) -> (Tensor sums, Tensor members)",
+    "nearest_centroids(Tensor rows, Tensor centroids, Tensor? seqused, Tensor? leftpad) -> Tensor",
+    f"centroid_sums({AROUND}, {USED}) -> (Tensor sums, Tensor members)",
     "update_centroids_(Tensor(a!) centroids, Tensor(b!) counts, Tensor sums, Tensor members, float decay) -> ()",
     "range_means(Tensor rows, Tensor ranges) -> Tensor",
     "block_means(Tensor rows, int block) -> Tensor",

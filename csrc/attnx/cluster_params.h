@@ -6,12 +6,14 @@
 
 namespace attnx {
 
-// The kernel moves together the lists that SelectParams asks for, which have cluster_size slots for each cluster: a
-// cluster is shorter only where rows are NaN. Slots that a head does not use become 0.
+// The kernel puts the lists that SelectParams asks for, which have cluster_size slots for each cluster, end to end: a
+// cluster is shorter where its sequence is, or rows are NaN. Slots that a head does not use become 0.
 struct CompactClustersParams {
-  std::int64_t heads = 0, clusters = 0, cluster_size = 0;  // heads of the whole batch
+  std::int64_t heads = 0, clusters = 0, cluster_size = 0;  // heads of the whole batch, clusters of all sequences
+  std::int64_t slots = 0;                                  // of a head, enough for its lists
+  const std::int32_t* lists = nullptr;                     // [heads, clusters, cluster_size]
   const std::int32_t* counts = nullptr;                    // [heads, clusters]
-  std::int32_t* indices = nullptr;                         // [heads, clusters * cluster_size], in place
+  std::int32_t* indices = nullptr;                         // [heads, slots]
   std::int32_t* offsets = nullptr;                         // [heads, clusters + 1]
 };
 

@@ -64,6 +64,10 @@ struct Gather {
   // These are learned keys and values, [heads_k, memory, dim], which every cluster sees before its own.
   std::int64_t memory = 0;
   Tensor memory_key, memory_value;
+  // A head's clusters are those of its sequences, as many of each, one sequence after another. Under a causal mask
+  // query i of a sequence sees the keys up to row i + its lead. Null: one sequence, whose last query sees the last key.
+  std::int64_t sequences = 1;
+  const std::int32_t* leads = nullptr;  // [batch, sequences]
 
   // These say what one run of the loop is about, of batch * heads_q heads; the kernel fills them in.
   std::int64_t first_head = 0, heads = 0;
@@ -274,8 +278,14 @@ struct LinearBackwardParams : LinearParams {
   Tensor grad_query, grad_key, grad_value;  // in the accumulator's type
 };
 
+// Each entry of a batch has so many sequences: sequence s is the rows [starts[s], ends[s]). Null: one, of all rows.
+struct SequenceRows {
+  std::int64_t count = 1;
+  const std::int32_t *starts = nullptr, *ends = nullptr;  // [batch, count], rising
+};
+
 // Rows, normalised over their features as by LayerNorm without scale and bias, are compared with the centroids of each
-// head.
+// head. Those of no sequence are nothing's nearest, and no centroid's.
 struct RouteParams {
   DType dtype = DType::kFloat32;
   std::int64_t batch = 0, heads = 0, length = 0, head_dim = 0;
@@ -283,19 +293,21 @@ struct RouteParams {
   Tensor rows;             // [batch, heads / group, length, head_dim]
   std::int64_t clusters = 0;
   const float* centroids = nullptr;  // [heads, clusters, head_dim]
+  SequenceRows sequences;
 };
 
-// The kernel lists the cluster_size rows with the largest products for each centroid, ascending. Of equals it takes
-// those with lower indices, and it takes none whose product is NaN.
+// The kernel lists the cluster_size rows of each sequence with the largest products for each centroid, ascending. Of
+// equals it takes those with lower indices, and it takes none whose product is NaN.
 struct SelectParams : RouteParams {
   std::int64_t cluster_size = 0;
-  std::int32_t* indices = nullptr;  // [batch, heads, clusters, cluster_size]
-  std::int32_t* counts = nullptr;   // [batch, heads, clusters]: how many of them are in use
+  std::int32_t* indices = nullptr;  // [batch, heads, sequences, clusters, cluster_size]
+  std::int32_t* counts = nullptr;   // [batch, heads, sequences, clusters]: how many of them are in use
 };
 
 // The kernel finds the centroid with the largest product for each row, of equals that with the lower index. It writes
-// -1 where all are NaN.
+// -1 where all are NaN. The clusters of a sequence may count behind those of the sequences before it.
 struct NearestParams : RouteParams {
+  bool by_sequence = false;
   std::int32_t* nearest = nullptr;  // [batch, heads, length]
 };
 

@@ -39,19 +39,17 @@ std::int64_t heads_of_part(std::int64_t steps) {
 }  // namespace
 
 void compact_clusters(const CompactClustersParams& p, const Executor& executor) {
-  const std::int64_t slots = p.clusters * p.cluster_size;
   parallel_for(executor, p.heads, heads_of_part(p.clusters), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t head = begin; head < end; ++head) {
-      std::int32_t* indices = p.indices + head * slots;
+      std::int32_t* indices = p.indices + head * p.slots;
       std::int32_t* offset = p.offsets + head * (p.clusters + 1);
       offset[0] = 0;
       for (std::int64_t c = 0; c < p.clusters; ++c) {
         const std::int32_t count = p.counts[head * p.clusters + c];
-        const std::int32_t* from = indices + c * p.cluster_size;
-        if (from != indices + offset[c]) std::copy(from, from + count, indices + offset[c]);
+        std::copy_n(p.lists + (head * p.clusters + c) * p.cluster_size, count, indices + offset[c]);
         offset[c + 1] = offset[c] + count;
       }
-      std::fill(indices + offset[p.clusters], indices + slots, 0);
+      std::fill(indices + offset[p.clusters], indices + p.slots, 0);
     }
   });
 }

@@ -44,11 +44,9 @@ std::int64_t read_offsets(const char* name, const StableTensor& x, std::int64_t 
 }
 
 void read_packed(const Target& target, const Inputs& x, const Packed& packed, AttentionParams& p) {
-  p.length_q = read_offsets("cu_seqlens_q", packed.cu_seqlens_q, x.query.size(0), "max_seqlen_q", packed.max_seqlen_q,
-                            p.has_padding, target);
-  p.length_k = read_offsets("cu_seqlens_k", packed.cu_seqlens_k, x.key.size(0), "max_seqlen_k", packed.max_seqlen_k,
-                            p.has_padding, target);
-  check_shape("cu_seqlens_k", packed.cu_seqlens_k, {packed.cu_seqlens_q.size(0)});
+  std::tie(p.length_q, p.length_k) = read_packing(
+      target, {packed.cu_seqlens_q, packed.cu_seqlens_k, packed.max_seqlen_q, packed.max_seqlen_k, p.has_padding},
+      x.query.size(0), x.key.size(0));
   p.batch = packed.cu_seqlens_q.size(0) - 1;
   p.packed_rows_q = x.query.size(0);
   p.packed_rows_k = x.key.size(0);
@@ -103,6 +101,17 @@ void read_sink(const Sink& sink, AttentionParams& p) {
   const std::optional<Score> variant = find_variant(p.score, "sink");
   check(variant.has_value(), "sink: expected None with score ", score_name(p.score), ", got a tensor");
   p.score = *variant;
+}
+
+std::pair<std::int64_t, std::int64_t> read_packing(const Target& target, const PackedWithPadding& packed,
+                                                   std::int64_t rows_q, std::int64_t rows_k) {
+  const auto& [cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, has_padding] = packed;
+  const std::int64_t length_q =
+      read_offsets("cu_seqlens_q", cu_seqlens_q, rows_q, "max_seqlen_q", max_seqlen_q, has_padding, target);
+  const std::int64_t length_k =
+      read_offsets("cu_seqlens_k", cu_seqlens_k, rows_k, "max_seqlen_k", max_seqlen_k, has_padding, target);
+  check_shape("cu_seqlens_k", cu_seqlens_k, {cu_seqlens_q.size(0)});
+  return {length_q, length_k};
 }
 
 void read_inputs(const Target& target, const Inputs& x, const Packed* packed, AttentionParams& p) {

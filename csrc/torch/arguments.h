@@ -90,6 +90,10 @@ void for_each_head_parameter(Group& group, const Visit& visit) {
 }
 
 Score read_score(const std::string& score);
+// It checks the offsets of packed queries and keys, of so many rows, and returns lengths that none of their sequences
+// exceeds.
+std::pair<std::int64_t, std::int64_t> read_packing(const Target& target, const PackedWithPadding& packed,
+                                                   std::int64_t rows_q, std::int64_t rows_k);
 void read_inputs(const Target& target, const Inputs& inputs, const Packed* packed, AttentionParams& params);
 inline void read_inputs(const Target& target, const Inputs& inputs, const Dense&, AttentionParams& params) {
   read_inputs(target, inputs, nullptr, params);

@@ -15,7 +15,8 @@ constexpr const char* kSystem = "routing_attention";
 
 struct Routes {
   StableTensor query_indices, query_offsets, key_indices, key_offsets;
-  ATTNX_FIELDS(query_indices, query_offsets, key_indices, key_offsets)
+  std::optional<StableTensor> lead;
+  ATTNX_FIELDS(query_indices, query_offsets, key_indices, key_offsets, lead)
 };
 
 struct Memory {
@@ -110,6 +111,17 @@ void read_memory(const Memory& memory, const AttentionParams& p, const StableTen
   g.memory_value = view_memory(*value);
 }
 
+void read_lead(const std::optional<StableTensor>& lead, const AttentionParams& p, Gather& g) {
+  if (!lead) return;
+  check_dtype("lead", *lead, ScalarType::Int, "");
+  check(lead->dim() == 2 && lead->size(0) == p.batch && lead->size(1) >= 1 && g.clusters % lead->size(1) == 0,
+        "lead: expected shape (", p.batch, ", sequences), the latter a divisor of the ", g.clusters, " clusters, got ",
+        shape_of(*lead));
+  check_contiguous("lead", *lead);
+  g.sequences = lead->size(1);
+  g.leads = data<const std::int32_t>(*lead);
+}
+
 // It returns whether no query is in two clusters.
 bool read(const Target& target, const Inputs& x, const Routes& routes, const Memory& memory,
           const ScoreOptions& options, const Causal& causal, AttentionParams& p, Gather& g) {
@@ -123,6 +135,7 @@ bool read(const Target& target, const Inputs& x, const Routes& routes, const Mem
                                   "key", g.keys);
   g.clusters = routes.query_offsets.size(2) - 1;
   check_shape("key_offsets", routes.key_offsets, {p.batch, p.heads_q, g.clusters + 1});
+  read_lead(routes.lead, p, g);
   read_memory(memory, p, x.query, g);
   constexpr std::int64_t kMostKeys = std::numeric_limits<std::int32_t>::max();
   check(g.keys.slots <= kMostKeys && g.memory <= (kMostKeys - g.keys.slots) / g.clusters,

@@ -39,7 +39,9 @@ from attnx.routing import (  # noqa: E402
     commitment_loss,
     nearest_centroids,
     route,
+    route_varlen,
     routing_attention,
+    routing_attention_varlen,
     update_centroids_,
 )
 from attnx.softplus import softplus_attention, softplus_attention_varlen  # noqa: E402
@@ -94,7 +96,9 @@ __all__ = [
     "relative_bias_attention",
     "relative_position_buckets",
     "route",
+    "route_varlen",
     "routing_attention",
+    "routing_attention_varlen",
     "sigmoid_attention",
     "sigmoid_attention_varlen",
     "softmax_attention",

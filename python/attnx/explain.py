@@ -48,10 +48,17 @@ def _of_clusters(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments | {"routes": routes, "routing": "argmax", "is_causal": True, "block_size": (0, 0)}
 
 
+def _of_packed_clusters(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Packed sequences are one entry of a batch to the kernel, with clusters of their own."""
+    rows = {name: arguments[name].transpose(0, 1)[None] for name in ("query", "key", "value")}
+    return arguments | rows | {"sequences": len(arguments["cu_seqlens_q"]) - 1}
+
+
 # These are made of an operator, whose kernel is theirs, and of tensor operations. It has these arguments then.
 _MADE_OF = {
     "rectified_attention": ("block_sparse_attention", _of_lists),
     "hierarchical_attention": ("routing_attention", _of_clusters),
+    "routing_attention_varlen": ("routing_attention", _of_packed_clusters),
 }
 
 # These keep everything but rows in float32, products too.
@@ -115,7 +122,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         arguments["row_bounds"] = mask.row_bounds
         arguments["attn_mask"] = mask.with_elements(arguments.get("attn_mask"))
     names = ("query", "key", "value")
-    if all(name in arguments for name in names) and name != "gated_delta_rule":
+    is_packed = "cu_seqlens_q" in arguments
+    if all(name in arguments for name in names) and name != "gated_delta_rule" and not is_packed:
         arguments |= zip(names, _layouts.four_dimensions(*(arguments[name] for name in names)), strict=True)
     arguments = arguments_of(arguments)
     arguments["window_left"], arguments["window_right"] = _arguments.window(arguments.pop("window", None))
@@ -165,7 +173,7 @@ _TERMS = {"attn_mask", "distance_bias", "key_bias", "key_mask", "row_bounds", "s
 
 def _cuda_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]) -> tuple[str, list[str]]:
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
-    packed = "cu_seqlens_q" in arguments
+    packed = query.dim() == 3
     sizes = {
         "batch": len(arguments["cu_seqlens_q"]) - 1 if packed else query.shape[0],
         "heads_q": query.shape[1],
@@ -230,10 +238,11 @@ def _clusters_and_slots(arguments: dict[str, Any]) -> tuple[int, int]:
     routes, length = arguments["routes"], arguments["query"].shape[2]
     if isinstance(routes, routing.Routes):
         return routes.clusters, routes.query_indices.shape[2]
-    clusters = routes.shape[1]
+    clusters, sequences = routes.shape[1], arguments.get("sequences", 1)
     if arguments["routing"] == "argmax":
-        return clusters, length
-    return clusters, clusters * routing._cluster_size(arguments["cluster_size"], "query", length, clusters)
+        return sequences * clusters, length
+    size = routing._cluster_size(arguments["cluster_size"], "query", length, clusters)
+    return sequences * clusters, clusters * min(sequences * size, length)
 
 
 def _layout(x: Tensor) -> tuple[int, int, int, int] | None:

@@ -44,7 +44,9 @@ __all__ = [
     "rectified_attention",
     "rectified_blocks",
     "route",
+    "route_varlen",
     "routing_attention",
+    "routing_attention_varlen",
     "sigmoid_attention",
     "sigmoid_attention_jvp",
     "sigmoid_attention_varlen",
@@ -1542,21 +1544,76 @@ def route(
     routing: Routing = "topk",
     shared_qk: bool | None = None,
     is_causal: bool = False,
+    seqused_q: Tensor | None = None,
+    leftpad_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
 ) -> Routes:
     """Takes centroids in float64, too."""
     clusters = centroids.shape[1]
+    if seqused_q is None and leftpad_q is None and query.shape[2] == key.shape[2]:
+        seqused_q, leftpad_q = seqused_k, leftpad_k
 
-    def lists(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def lists(rows: Tensor, seqused: Tensor | None, leftpad: Tensor | None) -> tuple[Tensor, Tensor]:
         length = rows.shape[2]
         size = min(length, max(length // clusters, 1) if cluster_size is None else cluster_size)
-        member = _members(_routing_products(rows, centroids), routing, size)
+        is_token = _is_token(rows, seqused, leftpad)[:, None, None]
+        member = _members(_routing_products(rows, centroids).where(is_token, math.nan), routing, size)
         return _as_lists(member, clusters * size if routing == "topk" else length)
 
-    of_queries = lists(query)
+    of_queries = lists(query, seqused_q, leftpad_q)
     if shared_qk is None:
         shared_qk = is_causal and query.shape[2] == key.shape[2]
-    of_keys = of_queries if shared_qk else lists(key)
-    return Routes(*of_queries, *of_keys, query.shape[2], key.shape[2])
+    if shared_qk:
+        return Routes(*of_queries, *of_queries, query.shape[2], key.shape[2])
+    ends = [
+        torch.full((len(x),), x.shape[2]) if used is None else used
+        for x, used in ((query, seqused_q), (key, seqused_k))
+    ]
+    lead = (ends[1] - ends[0]).int()[:, None]
+    return Routes(*of_queries, *lists(key, seqused_k, leftpad_k), query.shape[2], key.shape[2], lead)
+
+
+def _is_token(rows: Tensor, seqused: Tensor | None, leftpad: Tensor | None) -> Tensor:
+    """bool (batch, length)."""
+    used = torch.zeros(rows.shape[0], rows.shape[2], dtype=torch.bool, device=rows.device)
+    for b, range_of_rows in enumerate(_used_keys(rows, seqused, leftpad)):
+        used[b, range_of_rows] = True
+    return used
+
+
+def route_varlen(
+    query: Tensor,
+    key: Tensor,
+    centroids: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    cluster_size: int | None = None,
+    routing: Routing = "topk",
+    shared_qk: bool = False,
+    is_causal: bool = False,
+    has_padding: bool = False,
+) -> Routes:
+    heads, clusters, _ = centroids.shape
+    sequences = len(cu_seqlens_q) - 1
+
+    def lists(rows: Tensor, offsets: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        length, starts = rows.shape[0], offsets.tolist()
+        size = length if cluster_size is None else min(cluster_size, longest)
+        products = _routing_products(rows.transpose(0, 1)[None], centroids)
+        member = torch.zeros(1, heads, sequences * clusters, length, dtype=torch.bool)
+        for s, (start, end) in enumerate(itertools.pairwise(starts)):
+            own = _members(products[..., start:end], routing, size)
+            member[:, :, s * clusters : (s + 1) * clusters, start:end] = own
+        return _as_lists(member, clusters * min(sequences * size, length) if routing == "topk" else length)
+
+    of_queries = lists(query, cu_seqlens_q, max_seqlen_q)
+    of_keys = of_queries if shared_qk else lists(key, cu_seqlens_k, max_seqlen_k)
+    lead = (cu_seqlens_k[1:] - cu_seqlens_q[1:])[None]
+    return Routes(*of_queries, *of_keys, query.shape[0], key.shape[0], lead)
 
 
 def _membership(indices: Tensor, offsets: Tensor, length: int) -> Tensor:
@@ -1583,9 +1640,11 @@ def routing_attention(
     bias: SigmoidBias = None,
     memory_kv: tuple[Tensor, Tensor] | None = None,
     scale: float | Tensor | None = None,
+    **lengths: Tensor | None,
 ) -> Tensor:
     if isinstance(routes, Tensor):
         options: dict[str, Any] = {"cluster_size": cluster_size, "routing": routing or "topk", "shared_qk": shared_qk}
+        options |= lengths
         routes = route(query, key, routes, is_causal=is_causal, **options)
     if normalize_qk:
         query, key = _normalised(query), _normalised(key)
@@ -1596,12 +1655,15 @@ def routing_attention(
             torch.cat((m.double().expand(x.shape[0], -1, -1, -1), x.double()), dim=2)
             for m, x in zip(memory_kv, (key, value), strict=True)
         )
-    visible = _visible(_distance(length_q, length_k, query.device), is_causal, (-1, -1))
+    lead = torch.tensor([[length_k - length_q]], device=query.device) if routes.lead is None else routes.lead
+    i, j = torch.arange(length_q, device=query.device)[:, None], torch.arange(length_k, device=query.device)
     of_queries = _membership(routes.query_indices, routes.query_offsets, length_q)
     of_keys = _membership(routes.key_indices, routes.key_offsets, length_k)
     logits = _logits(query, key, scale, None, torch.empty(0))
     total = torch.zeros(*query.shape[:3], value.shape[3], dtype=torch.float64)
     for c in range(routes.clusters):
+        sequence = c * lead.shape[1] // routes.clusters
+        visible = j <= i + lead[:, sequence, None, None, None] if is_causal else torch.ones_like(j, dtype=torch.bool)
         seen = of_keys[:, :, c, None] & visible
         seen = torch.cat((seen.new_ones(*seen.shape[:3], memory), seen), dim=-1) & of_queries[:, :, c, :, None]
         if score == "softmax":
@@ -1615,15 +1677,51 @@ def routing_attention(
     return total / of_queries.sum(2).clamp(min=1)[..., None]
 
 
+def routing_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    routes: Tensor | Routes,
+    *,
+    has_padding: bool = False,
+    **options: Any,
+) -> Tensor:
+    if isinstance(routes, Routes):
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        return routing_attention(q, k, v, routes, **options)[0].transpose(0, 1)
+    centroids = routes
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return routing_attention(q, k, v, centroids, **options)
+
+    return _each_sequence(attention, query, key, value, cu_seqlens_q, cu_seqlens_k)
+
+
 def update_centroids(
-    centroids: Tensor, counts: Tensor, query: Tensor, key: Tensor, *, decay: float = 0.999
+    centroids: Tensor,
+    counts: Tensor,
+    query: Tensor,
+    key: Tensor,
+    *,
+    decay: float = 0.999,
+    seqused_q: Tensor | None = None,
+    leftpad_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Centroids and counts after :func:`attnx.update_centroids_`."""
     members = torch.zeros_like(counts, dtype=torch.float64)
     sums = torch.zeros_like(centroids, dtype=torch.float64)
-    for rows in (query, key):
+    if seqused_q is None and leftpad_q is None and query.shape[2] == key.shape[2]:
+        seqused_q, leftpad_q = seqused_k, leftpad_k
+    for rows, *used in ((query, seqused_q, leftpad_q), (key, seqused_k, leftpad_k)):
         x = _normalised(rows).repeat_interleave(centroids.shape[0] // rows.shape[1], dim=1)
-        of_centroid = _members(_routing_products(rows, centroids), "argmax", 0)
+        is_token = _is_token(rows, *used)[:, None, None]
+        of_centroid = _members(_routing_products(rows, centroids).where(is_token, math.nan), "argmax", 0)
         members += 0.5 * of_centroid.sum((0, 3))
         x = x.where(x.isfinite().all(-1, keepdim=True), 0.0)
         sums += 0.5 * (of_centroid.double() @ x).sum(0)

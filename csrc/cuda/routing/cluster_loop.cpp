@@ -122,9 +122,10 @@ void ClusterLoop::prepare(const AttentionParams& p, cudaStream_t stream) const {
   if (tiles.count() == 0) return;
   tiles.make(cluster_tiles(p, rows, 0, tiles.tiles), stream);
   if (ends)
-    launch_cluster_ends({tiles.table, tiles.count(), rows, int(g.memory), g.keys.rows - g.queries.rows,
-                         g.queries.indices, g.keys.indices, g.queries.slots, g.keys.slots, ends},
-                        stream);
+    launch_cluster_ends(
+        {tiles.table, tiles.count(), rows, int(g.memory), g.keys.rows - g.queries.rows, g.leads, p.heads_q, g.sequences,
+         g.clusters / g.sequences, g.queries.indices, g.keys.indices, g.queries.slots, g.keys.slots, ends},
+        stream);
 }
 
 void ClusterLoop::run(const ForwardParams& p, cudaStream_t stream) const {

@@ -78,8 +78,10 @@ __global__ void __launch_bounds__(kThreads) attnx_cluster_ends(const __grid_cons
   if (tile.head < 0) return;
   const std::int64_t first = tile.head * args.query_slots + tile.first_q;
   const std::int32_t* keys = args.keys + tile.head * args.key_slots + tile.first_k;
+  const std::int64_t lead =
+      args.leads ? args.leads[tile.head / args.heads * args.sequences + tile.cluster / args.clusters] : args.lead;
   for (int i = threadIdx.x; i < args.rows_of_tile && tile.begin + i < tile.length_q; i += kThreads) {
-    const std::int64_t time = args.queries[first + tile.begin + i] + args.lead;
+    const std::int64_t time = args.queries[first + tile.begin + i] + lead;
     int low = 0, high = tile.length_k - args.memory;  // keys before low are not later, keys from high on are
     while (low < high) {
       const int middle = (low + high) / 2;

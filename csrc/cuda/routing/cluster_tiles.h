@@ -31,8 +31,10 @@ struct ClusterEndsArguments {
   const ClusterTile* table;  // of rows
   std::int64_t tiles;        // of all heads
   int rows_of_tile, memory;
-  std::int64_t lead;                   // of the last key's time over the last query's
-  const std::int32_t *queries, *keys;  // [heads, slots]
+  std::int64_t lead;                        // of a key's row over a query's that stand at one time; not with leads
+  const std::int32_t* leads;                // [batch, sequences], or null
+  std::int64_t heads, sequences, clusters;  // heads of an entry of the batch, and clusters of a sequence
+  const std::int32_t *queries, *keys;       // [heads, slots]
   std::int64_t query_slots, key_slots;
   std::int32_t* ends;  // [heads, query_slots]: ClusterBand::ends under a causal mask
 };

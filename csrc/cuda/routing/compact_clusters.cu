@@ -1,4 +1,4 @@
-// This moves the lists of clusters together that selection left apart.
+// This puts the lists of clusters end to end that selection left apart.
 #include <cub/block/block_scan.cuh>
 
 #include "cuda/common/device.h"
@@ -14,12 +14,12 @@ using Scan = cub::BlockScan<int, kThreads>;
 
 }  // namespace
 
-// A block has one head. Only rows with NaN make a cluster short, so that lists seldom move.
+// A block has one head. Its warps take the clusters in turn.
 __global__ void __launch_bounds__(kThreads) attnx_compact_clusters(const __grid_constant__ CompactClustersParams args) {
   __shared__ Scan::TempStorage scan;
-  const std::int64_t head = blockIdx.x, slots = args.clusters * args.cluster_size;
+  const std::int64_t head = blockIdx.x;
   const std::int32_t* counts = args.counts + head * args.clusters;
-  std::int32_t* const indices = args.indices + head * slots;
+  std::int32_t* const indices = args.indices + head * args.slots;
   std::int32_t* const offsets = args.offsets + head * (args.clusters + 1);
   int total = 0;
   for (std::int64_t begin = 0; begin < args.clusters; begin += kThreads) {
@@ -31,22 +31,13 @@ __global__ void __launch_bounds__(kThreads) attnx_compact_clusters(const __grid_
     __syncthreads();
   }
   if (threadIdx.x == 0) offsets[args.clusters] = total;
-  if (total == slots) return;
   __syncthreads();  // all see the offsets
 
-  for (std::int64_t c = 0; c < args.clusters; ++c) {
-    const std::int64_t from = c * args.cluster_size, to = offsets[c];
-    const int count = counts[c];
-    if (from == to) continue;
-    for (int begin = 0; begin < count; begin += kThreads) {
-      const int i = begin + threadIdx.x;
-      const std::int32_t index = i < count ? indices[from + i] : 0;
-      __syncthreads();  // what is overwritten has been read
-      if (i < count) indices[to + i] = index;
-      __syncthreads();
-    }
+  for (std::int64_t c = threadIdx.x / 32; c < args.clusters; c += kThreads / 32) {
+    const std::int32_t* from = args.lists + (head * args.clusters + c) * args.cluster_size;
+    for (int i = threadIdx.x % 32; i < counts[c]; i += 32) indices[offsets[c] + i] = from[i];
   }
-  for (std::int64_t i = total + threadIdx.x; i < slots; i += kThreads) indices[i] = 0;
+  for (std::int64_t i = total + threadIdx.x; i < args.slots; i += kThreads) indices[i] = 0;
 }
 
 std::size_t compact_clusters_workspace(const CompactClustersParams&, const Launch&) { return 0; }

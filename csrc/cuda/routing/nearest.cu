@@ -3,6 +3,7 @@
 #include "cuda/routing/rank.h"
 #include "cuda/routing/routing.h"
 #include "cuda/routing/score_tiles.h"
+#include "cuda/routing/sequence_rows.h"
 
 namespace attnx::cuda {
 
@@ -15,6 +16,9 @@ struct NearestArguments {
   std::int64_t row_stride, clusters, length;
   int blocks, rows;       // of a head in the tile
   std::int32_t* nearest;  // of the tile's first head and row
+  SequenceRows sequences;
+  std::int64_t first_head, heads, first_row;  // the tile's first, and heads of an entry of the batch
+  bool by_sequence;
 };
 
 // A thread has one row of one head.
@@ -31,6 +35,9 @@ __global__ void __launch_bounds__(kThreads) attnx_nearest(const __grid_constant_
     nearest = rank > highest ? c : nearest;
     highest = max(highest, rank);
   }
+  const int sequence = sequence_of(args.sequences, (args.first_head + head) / args.heads, args.first_row + row);
+  if (sequence < 0) nearest = -1;
+  if (args.by_sequence && nearest >= 0) nearest += sequence * int(args.clusters);
   args.nearest[head * args.length + row] = nearest;
 }
 
@@ -49,7 +56,12 @@ void nearest(const NearestParams& p, const Launch& launch) {
                                 p.length,
                                 blocks,
                                 int(tile.rows),
-                                p.nearest + tile.first_problem * p.group * p.length + tile.first_row};
+                                p.nearest + tile.first_problem * p.group * p.length + tile.first_row,
+                                p.sequences,
+                                tile.first_problem * p.group,
+                                p.heads,
+                                tile.first_row,
+                                p.by_sequence};
     launch_kernel("attnx_nearest", attnx_nearest, tile.problems * p.group * blocks, kThreads, 0,
                   static_cast<cudaStream_t>(launch.stream), args);
   });

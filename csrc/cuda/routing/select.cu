@@ -6,6 +6,7 @@
 #include "cuda/routing/rank.h"
 #include "cuda/routing/routing.h"
 #include "cuda/routing/score_tiles.h"
+#include "cuda/routing/sequence_rows.h"
 
 namespace attnx::cuda {
 
@@ -18,7 +19,9 @@ struct SelectArguments {
   const float* scores;  // [problems][centroids][row_stride]
   std::int64_t row_stride;
   std::int64_t centroids, all_centroids;  // of a problem: in the tile, and in all
-  std::int64_t first_cluster;             // of all problems
+  std::int64_t first_centroid;            // of those of all problems
+  std::int64_t heads, clusters;           // of an entry of the batch, and of a head for a sequence
+  SequenceRows sequences;
   int length, cluster_size;
   std::int32_t *indices, *counts;
 };
@@ -31,19 +34,27 @@ struct SelectMemory {
   unsigned digit, wanted;
 };
 
-// The rows' ranks agree with `prefix` where `mask` is set. This finds the digit, of the bits from `shift` on, of the
-// wanted-th highest of them, and sets `wanted` to its place among those with this digit. It returns how many there are.
-__device__ unsigned find_digit(const float4* scores, int length, std::uint32_t prefix, std::uint32_t mask, int shift,
+// Reads start on 16 bytes.
+__device__ __forceinline__ int first_read(RowRange rows) { return rows.begin / kRowsOfThread * kRowsOfThread; }
+__device__ __forceinline__ bool has(RowRange rows, int row) {
+  return unsigned(row - rows.begin) < unsigned(rows.end - rows.begin);
+}
+
+// The ranks of the rows agree with `prefix` where `mask` is set. This finds the digit, of the bits from `shift` on, of
+// the wanted-th highest of them, and sets `wanted` to its place among those with this digit. It returns how many there
+// are.
+__device__ unsigned find_digit(const float4* scores, RowRange rows, std::uint32_t prefix, std::uint32_t mask, int shift,
                                unsigned& wanted, unsigned& digit, SelectMemory& memory) {
   for (int bin = threadIdx.x; bin < kBins; bin += kThreads) memory.histogram[bin] = 0;
   __syncthreads();
-  for (int first = threadIdx.x * kRowsOfThread; first < length; first += kThreads * kRowsOfThread) {
+  for (int first = first_read(rows) + threadIdx.x * kRowsOfThread; first < rows.end;
+       first += kThreads * kRowsOfThread) {
     const float4 x = scores[first / kRowsOfThread];
     const float numbers[kRowsOfThread] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
       const std::uint32_t rank = rank_of(numbers[i]);
-      if (first + i < length && rank != 0 && (rank & mask) == prefix)
+      if (has(rows, first + i) && rank != 0 && (rank & mask) == prefix)
         atomicAdd(&memory.histogram[rank >> shift & (kBins - 1)], 1u);
     }
   }
@@ -67,12 +78,17 @@ __device__ unsigned find_digit(const float4* scores, int length, std::uint32_t p
   return total;
 }
 
-// A block has one centroid.
+// A block has one centroid, for one sequence.
 __global__ void __launch_bounds__(kThreads) attnx_select_rows(const __grid_constant__ SelectArguments args) {
   __shared__ SelectMemory memory;
-  const std::int64_t problem = blockIdx.x / args.centroids;
-  const std::int64_t cluster = args.first_cluster + problem * args.all_centroids + blockIdx.x % args.centroids;
-  const auto* scores = reinterpret_cast<const float4*>(args.scores + blockIdx.x * args.row_stride);
+  const std::int64_t sequences = args.sequences.count, row = blockIdx.x / sequences;
+  const int sequence = int(blockIdx.x % sequences);
+  const std::int64_t problem = row / args.centroids;
+  const std::int64_t centroid = args.first_centroid + problem * args.all_centroids + row % args.centroids;
+  const std::int64_t head = centroid / args.clusters;  // of the whole batch
+  const std::int64_t cluster = (head * sequences + sequence) * args.clusters + centroid % args.clusters;
+  const RowRange rows = rows_of_sequence(args.sequences, head / args.heads, sequence, args.length);
+  const auto* scores = reinterpret_cast<const float4*>(args.scores + row * args.row_stride);
   if (threadIdx.x == 0) memory.digit = memory.wanted = 0;
 
   std::uint32_t lowest = 0, mask = 0;
@@ -81,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) attnx_select_rows(const __grid_const
   for (const int shift : {21, 10, 0}) {
     constexpr std::uint32_t kAll = ~0u;
     unsigned digit;
-    const unsigned found = find_digit(scores, args.length, lowest, mask, shift, ties, digit, memory);
+    const unsigned found = find_digit(scores, rows, lowest, mask, shift, ties, digit, memory);
     if (mask == 0) count = min(unsigned(args.cluster_size), found);
     lowest |= digit << shift;
     mask = kAll << shift;
@@ -91,16 +107,16 @@ __global__ void __launch_bounds__(kThreads) attnx_select_rows(const __grid_const
 
   std::int32_t* const indices = args.indices + cluster * args.cluster_size;
   unsigned above = 0, equal = 0;  // rows before
-  for (int begin = 0; begin < args.length; begin += kThreads * kRowsOfThread) {
+  for (int begin = first_read(rows); begin < rows.end; begin += kThreads * kRowsOfThread) {
     const int first = begin + threadIdx.x * kRowsOfThread;
     std::uint32_t ranks[kRowsOfThread] = {};
     unsigned own = 0;  // rows above the lowest rank, and rows that have it, in a half each
-    if (first < args.length) {
+    if (first < rows.end) {
       const float4 x = scores[first / kRowsOfThread];
       const float numbers[kRowsOfThread] = {x.x, x.y, x.z, x.w};
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) {
-        ranks[i] = first + i < args.length ? rank_of(numbers[i]) : 0;
+        ranks[i] = has(rows, first + i) ? rank_of(numbers[i]) : 0;
         own += (ranks[i] > lowest) + (unsigned(ranks[i] == lowest) << 16);
       }
     }
@@ -130,8 +146,10 @@ std::size_t select_workspace(const SelectParams& p, const Launch&) { return tile
 void select(const SelectParams& p, const Launch& launch) {
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   if (p.length == 0)
-    return check(cudaMemsetAsync(p.counts, 0, std::size_t(p.batch * p.heads * p.clusters) * sizeof *p.counts, stream),
-                 "cudaMemsetAsync");
+    return check(
+        cudaMemsetAsync(p.counts, 0, std::size_t(p.batch * p.heads * p.sequences.count * p.clusters) * sizeof *p.counts,
+                        stream),
+        "cudaMemsetAsync");
   const std::int64_t all_centroids = p.group * p.clusters;
   tiles_of(p, launch.workspace).for_each(launch, [&](const float* scores, const ScoreTile& tile) {
     const SelectArguments args{scores,
@@ -139,11 +157,15 @@ void select(const SelectParams& p, const Launch& launch) {
                                tile.centroids,
                                all_centroids,
                                tile.first_problem * all_centroids + tile.first_centroid,
+                               p.heads,
+                               p.clusters,
+                               p.sequences,
                                int(p.length),
                                int(p.cluster_size),
                                p.indices,
                                p.counts};
-    launch_kernel("attnx_select_rows", attnx_select_rows, tile.problems * tile.centroids, kThreads, 0, stream, args);
+    launch_kernel("attnx_select_rows", attnx_select_rows, tile.problems * tile.centroids * p.sequences.count, kThreads,
+                  0, stream, args);
   });
 }
 

@@ -135,7 +135,8 @@ def centroids(a: Arguments, backward: bool) -> int:
     rows = [a[name] for name in ("rows", "query", "key") if name in a]
     if a.get("shared_qk"):
         rows = rows[:1]
-    return sum(2 * x.shape[0] * heads * x.shape[2] * count * dim for x in rows)
+    of_all = (x.numel() // (x.shape[1] * dim) for x in rows)  # packed or not
+    return sum(2 * n * heads * count * dim for n in of_all)
 
 
 def cached(a: Arguments, backward: bool) -> int:

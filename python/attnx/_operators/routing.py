@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from attnx import _capability
 from attnx._operators.schema import Arguments, sum_dtype
+
+LENGTHS = "Tensor? seqused_q, Tensor? leftpad_q, Tensor? seqused_k, Tensor? leftpad_k"
 
 # Shapes -------------------------------------------------------------------------------------------------------------
 
@@ -39,21 +42,30 @@ def routes(
     cluster_size_k: int,
     routing: str,
     shared_qk: bool,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    **others: Any,
 ) -> tuple[Tensor, ...]:
-    batch, heads, clusters = query.shape[0], centroids.shape[0], centroids.shape[1]
+    (heads, clusters), packed = centroids.shape[:2], cu_seqlens_q is not None
+    batch, sequences = (1, cu_seqlens_q.shape[0] - 1) if cu_seqlens_q is not None else (query.shape[0], 1)
 
-    def lists(length: int, size: int) -> tuple[Tensor, Tensor]:
+    def lists(rows: Tensor, size: int, longest: int) -> tuple[Tensor, Tensor]:
+        length = rows.shape[0 if packed else 2]
+        if packed:
+            size = sequences * torch.sym_min(size, longest)
         slots = clusters * torch.sym_min(size, length) if routing == "topk" else length
-        indices, offsets = (query.new_empty((batch, heads, n), dtype=torch.int32) for n in (slots, clusters + 1))
+        ends = sequences * clusters + 1
+        indices, offsets = (query.new_empty((batch, heads, n), dtype=torch.int32) for n in (slots, ends))
         return indices, offsets
 
-    of_queries = lists(query.shape[2], cluster_size_q)
+    of_queries = lists(query, cluster_size_q, max_seqlen_q)
     if shared_qk:
         return *of_queries, *(query.new_empty(0, dtype=torch.int32) for _ in range(2))
-    return *of_queries, *lists(key.shape[2], cluster_size_k)
+    return *of_queries, *lists(key, cluster_size_k, max_seqlen_k)
 
 
-def nearest(rows: Tensor, centroids: Tensor) -> Tensor:
+def nearest(rows: Tensor, centroids: Tensor, **lengths: Any) -> Tensor:
     return rows.new_empty((rows.shape[0], centroids.shape[0], rows.shape[2]), dtype=torch.int32)
 
 
@@ -67,16 +79,26 @@ def sums(centroids: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
 def refusal(name: str, arguments: Arguments) -> str:
     """The operators around the attention need what it needs of a backend."""
     rows = next(iter(arguments.values()))
-    return _capability.refusal("routing_attention", {"query": rows, "key": rows, "value": rows})
+    lengths = ("seqused_k", "leftpad_k", "cu_seqlens_q", "has_padding")
+    given = {name: x for name, x in arguments.items() if name in lengths}
+    return _capability.refusal("routing_attention", {"query": rows, "key": rows, "value": rows} | given)
 
 
 # Centroids that move ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def update(centroids: Tensor, counts: Tensor, query: Tensor, key: Tensor, decay: float, group: str) -> None:
+def update(
+    centroids: Tensor,
+    counts: Tensor,
+    query: Tensor,
+    key: Tensor,
+    used: Sequence[Tensor | None],
+    decay: float,
+    group: str,
+) -> None:
     """Moves centroids by what the processes of the group have together, or this process alone without a group."""
-    sums, members = torch.ops.attnx.centroid_sums(query, key, centroids)
+    sums, members = torch.ops.attnx.centroid_sums(query, key, centroids, *used)
     if group:
         collectives = torch.ops._c10d_functional
         flat = torch.cat((sums.flatten(), members.flatten()))
@@ -92,9 +114,9 @@ def save_what_moves(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def move(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     query, key = ctx.saved_tensors
-    centroids, counts, decay, group = ctx.others
-    update(centroids, counts, query.detach(), key.detach(), decay, group)
-    return grad, None, None, None, None, None
+    centroids, counts, *used, decay, group = ctx.others
+    update(centroids, counts, query.detach(), key.detach(), used, decay, group)
+    return grad, *(None for _ in range(1 + len(ctx.others)))
 
 
 def same_query(query: Tensor, **others: Any) -> Tensor:

@@ -172,7 +172,7 @@ OPERATORS = (
         autocast=(*_QKV, "memory_key", "memory_value"),
         flops=flops.clusters,
     ),
-    Operator("route", _LISTS, fake=routing.routes, refusal=routing.refusal, flops=flops.centroids),
+    Operator("route", _LISTS, varlen=True, fake=routing.routes, refusal=routing.refusal, flops=flops.centroids),
     Operator("nearest_centroids", _LISTS, fake=routing.nearest, refusal=routing.refusal, flops=flops.centroids),
     Operator("centroid_sums", _STATISTICS, fake=routing.sums, refusal=routing.refusal, flops=flops.centroids),
     Operator("update_centroids_", _STATISTICS, refusal=routing.refusal),
@@ -182,7 +182,8 @@ OPERATORS = (
         Formula(routing.save_what_moves, routing.move),
         fake=routing.same_query,
         implementation=routing.copy_query,
-        schema="(Tensor query, Tensor key, Tensor centroids, Tensor counts, float decay, str group) -> Tensor",
+        schema=f"(Tensor query, Tensor key, Tensor centroids, Tensor counts, {routing.LENGTHS}, float decay, "
+        "str group) -> Tensor",
     ),
     Operator(
         "move_average_in_backward",

@@ -61,6 +61,7 @@ _OPERATORS = (
     "routing_attention",
     "routing_attention_backward",
     "route",
+    "route_varlen",
     "nearest_centroids",
     "centroid_sums",
     "update_centroids_",
@@ -82,7 +83,7 @@ _BY_HEAD = (
     *("alibi_slopes", "sink", "bias", "memory_key", "memory_value"),
     *("centroids", "counts", "sums", "members", "average", "target"),
 )
-_BY_SEQUENCE = ("seqused_k", "leftpad_k", "ranges")
+_BY_SEQUENCE = ("seqused_k", "leftpad_k", "seqused_q", "leftpad_q", "seqused", "leftpad", "lead", "ranges")
 _FOR_ALL = ("keep", "seed", "offset", "table_index")
 # These get a gradient on request, which is empty without one.
 _ON_REQUEST = ("attn_mask", "distance_bias", "key_bias", "key_mask", "block_bias", "query_table", "key_table")

@@ -59,6 +59,9 @@ class Nearest {
         highest = best[i];
         nearest = index[i];
       }
+      const std::int64_t sequence = sequence_of(p_.sequences, all / p_.heads, row);
+      if (sequence < 0) nearest = -1;
+      if (p_.by_sequence && nearest >= 0) nearest += Rank(sequence * p_.clusters);
       p_.nearest[all * p_.length + row] = std::int32_t(nearest);
     });
   }

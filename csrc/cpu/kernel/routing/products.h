@@ -35,6 +35,22 @@ ATTNX_INLINE Mask<Sum> rank(Vec<Sum> x) {
   return x == x ? b ^ ((b >> kShift) & kLargest) : Mask<Sum>{} - kLargest - 1;
 }
 
+// It returns which sequence of an entry of the batch has the row, or -1.
+inline std::int64_t sequence_of(const SequenceRows& sequences, std::int64_t batch, std::int64_t row) {
+  if (!sequences.starts) return 0;
+  const std::int32_t* starts = sequences.starts + batch * sequences.count;
+  std::int64_t low = 0, high = sequences.count;  // those before low start at the row or before it, from high on behind
+  while (low < high) {
+    const std::int64_t middle = (low + high) / 2;
+    if (starts[middle] <= row) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low > 0 && row < sequences.ends[batch * sequences.count + low - 1] ? low - 1 : -1;
+}
+
 template <class Input>
 class RoutingProducts {
  public:

@@ -19,9 +19,9 @@ class Select {
 
  public:
   Select(const SelectParams& p, const Executor& executor) : p_(p), executor_(executor) {
-    // Lanes of a unit: all centroids of a head, or as few as it takes to have work for all threads.
-    const std::int64_t heads = larger<std::int64_t>(p.batch * p.heads, 1);
-    const std::int64_t parts = (2 * executor.threads + heads - 1) / heads;
+    // Lanes of a unit: all centroids of a head for a sequence, or as few as it takes to have work for all threads.
+    const std::int64_t all = larger<std::int64_t>(p.batch * p.heads * p.sequences.count, 1);
+    const std::int64_t parts = (2 * executor.threads + all - 1) / all;
     lanes_ = round_up((p.clusters + parts - 1) / parts, kLanes<Sum>);
     blocks_ = (p.clusters + lanes_ - 1) / lanes_;
   }
@@ -29,10 +29,9 @@ class Select {
   std::int64_t workspace_bytes() const { return executor_.threads * Memory(*this, nullptr).bytes; }
 
   void run(char* workspace) const {
-    for_each_unit(executor_, p_.batch * p_.heads * blocks_, workspace, Memory(*this, nullptr).bytes,
-                  [&](std::int64_t unit, char* memory) {
-                    const std::int64_t head = unit / blocks_;
-                    select(head / p_.heads, head % p_.heads, unit % blocks_ * lanes_, Memory(*this, memory));
+    for_each_unit(executor_, p_.batch * p_.heads * p_.sequences.count * blocks_, workspace,
+                  Memory(*this, nullptr).bytes, [&](std::int64_t unit, char* memory) {
+                    select(unit / blocks_, unit % blocks_ * lanes_, Memory(*this, memory));
                   });
   }
 
@@ -55,14 +54,19 @@ class Select {
 
   std::int64_t capacity() const { return smaller(2 * p_.cluster_size, p_.length); }
 
-  void select(std::int64_t batch, std::int64_t head, std::int64_t first, const Memory& m) const {
+  // Of a sequence, of all heads.
+  void select(std::int64_t all, std::int64_t first, const Memory& m) const {
+    const std::int64_t sequences = p_.sequences.count, head = all / sequences % p_.heads;
+    const std::int64_t batch = all / sequences / p_.heads, sequence = batch * sequences + all % sequences;
+    const std::int64_t begin = p_.sequences.starts ? p_.sequences.starts[sequence] : 0;
+    const std::int64_t end = p_.sequences.ends ? p_.sequences.ends[sequence] : p_.length;
     const std::int64_t count = smaller(lanes_, p_.clusters - first), capacity = this->capacity();
     m.products.set(head, first, count);
     for (std::int64_t c = 0; c < lanes_; ++c) {
       m.bounds[c] = c < count ? kLowest : Rank(~kLowest);  // nothing is above the highest
       m.counts[c] = 0;
     }
-    m.products.for_each(batch, head, 0, p_.length, [&](std::int64_t row, const Sum* products) {
+    m.products.for_each(batch, head, begin, end, [&](std::int64_t row, const Sum* products) {
       for (std::int64_t lane = 0; lane < lanes_; lane += kLanes<Sum>) {
         const Mask<Sum> ranks = rank<Sum>(load(products + lane));
         for (unsigned above = bits(Mask<Sum>(ranks > load(m.bounds + lane))); above; above &= above - 1) {
@@ -71,13 +75,13 @@ class Select {
           m.ranks[place] = ranks[i];
           m.rows[place] = std::int32_t(row);
           // The last row needs no room behind it.
-          if (++m.counts[c] == capacity && row + 1 < p_.length) cut(m, c);
+          if (++m.counts[c] == capacity && row + 1 < end) cut(m, c);
         }
       }
     });
     for (std::int64_t c = 0; c < count; ++c) {
       if (m.counts[c] > p_.cluster_size) cut(m, c);
-      const std::int64_t cluster = (batch * p_.heads + head) * p_.clusters + first + c;
+      const std::int64_t cluster = all * p_.clusters + first + c;
       p_.counts[cluster] = m.counts[c];
       __builtin_memcpy(p_.indices + cluster * p_.cluster_size, m.rows + c * capacity,
                        std::size_t(m.counts[c]) * sizeof *m.rows);

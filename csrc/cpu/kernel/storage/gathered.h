@@ -11,6 +11,7 @@ namespace attnx::cpu::ATTNX_ISA {
 struct GatheredSequence {
   std::int64_t batch, first_head, length_q, length_k, memory;
   std::int64_t first_result, first_key_sum;
+  std::int64_t lead;  // under a causal mask query row i sees the key rows up to i + lead
 
   GatheredSequence(const AttentionParams& p, std::int64_t index) : memory(p.gather->memory) {
     const Gather& g = *p.gather;
@@ -24,6 +25,7 @@ struct GatheredSequence {
     queries_ = g.queries.indices + all * g.queries.slots + q[0];
     keys_ = g.keys.indices + all * g.keys.slots + k[0];
     starts_ = g.query_starts ? g.query_starts + head * (g.queries.rows + 1) : nullptr;
+    lead = g.leads ? g.leads[batch * g.sequences + cluster / (g.clusters / g.sequences)] : g.keys.rows - g.queries.rows;
     first_result = head * g.queries.slots + q[0];
     first_key_sum = head * (g.keys.slots + g.clusters * memory) + k[0] + cluster * memory;
   }

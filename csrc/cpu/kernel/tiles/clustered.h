@@ -11,15 +11,13 @@ class ClusteredTiles {
   static constexpr bool kListed = false;
 
   ClusteredTiles(const AttentionParams& p, const GatheredSequence& s, std::int64_t head, std::int64_t query)
-      : all_(p, s, head, query), sequence_(s), is_causal_(p.window_right == 0) {
-    lead_ = p.gather->keys.rows - p.gather->queries.rows;
-  }
+      : all_(p, s, head, query), sequence_(s), is_causal_(p.window_right == 0) {}
 
   // Where queries have the indices of keys this is a triangle.
   KeyRange row(std::int64_t position) const {
     const std::int64_t length = sequence_.length_k;
     if (!is_causal_) return {0, length};
-    const std::int64_t time = sequence_.query_row(position - length + sequence_.length_q) + lead_;
+    const std::int64_t time = sequence_.query_row(position - length + sequence_.length_q) + sequence_.lead;
     std::int64_t low = sequence_.memory, high = length;  // keys before low are not later, keys from high on are
     while (low < high) {
       const std::int64_t middle = (low + high) / 2;
@@ -42,7 +40,6 @@ class ClusteredTiles {
   BandTiles all_;
   const GatheredSequence& sequence_;
   bool is_causal_;
-  std::int64_t lead_;  // of the last key's time over the last query's
 };
 
 }  // namespace attnx::cpu::ATTNX_ISA

@@ -121,13 +121,17 @@ class RoutingScore(KeepsDtype):
         if (packing := call.packing()) is None:
             query = self._moves(call, call.query, call.key)
             return self._within(query, call.key, call.value, self.centroids, **call.options())
-        packed = [x.transpose(0, 1)[None] for x in packing.pack(call.query, call.key, call.value)]
-        packed[0] = self._moves(call, packed[0], packed[1])
-        lengths = packing.lengths_q, packing.lengths_k, packing.lengths_k
-        sequences = zip(*(x.split(n, dim=2) for x, n in zip(packed, lengths, strict=True)), strict=True)
-        options = {"scale": call.scale, "is_causal": packing.is_causal}
-        outputs = [self._within(q, k, v, self.centroids, **options) for q, k, v in sequences]
-        return packing.unpack(torch.cat(outputs, 2)[0].transpose(0, 1))
+        query, key, value = packing.pack(call.query, call.key, call.value)
+        query = self._moves(call, *(x.transpose(0, 1)[None] for x in (query, key)))[0].transpose(0, 1)
+        options: dict[str, Any] = {"scale": call.scale, "is_causal": packing.is_causal}
+        if self.routing == "topk" and self.cluster_size is None:  # each sequence has a size of its own
+            lengths = packing.lengths_q, packing.lengths_k, packing.lengths_k
+            split = (x.transpose(0, 1)[None].split(n, 2) for x, n in zip((query, key, value), lengths, strict=True))
+            outputs = [self._within(q, k, v, self.centroids, **options) for q, k, v in zip(*split, strict=True)]
+            return packing.unpack(torch.cat(outputs, 2)[0].transpose(0, 1))
+        options |= {"routing": self.routing, "cluster_size": self.cluster_size, "shared_qk": False, **self.options}
+        output = attnx.routing_attention_varlen(query, key, value, *packing.varlen, self.centroids, **options)
+        return packing.unpack(output)
 
     def _moves(self, call: Call, query: Tensor, key: Tensor) -> Tensor:
         if not (call.training and torch.is_grad_enabled()):
