@@ -20,7 +20,7 @@ template <Score kScore>
 void launch(const JvpParams& p, cudaStream_t stream) {
   with_dtype(p.dtype, [&]<DType kDType>() {
     with_head_dim<kJvpHeadDims>(p, [&]<int kHeadDim>() {
-      ForwardGeometry geometry{geometry_of(p, JvpTiles<kHeadDim>::Tile::kM, heads_in_tile(p)), Divisor(1)};
+      ForwardGeometry geometry{geometry_of(p, kJvpRows, heads_in_tile(p)), Divisor(1)};
       const std::int64_t blocks = p.batch * geometry.heads.divisor() * geometry.query_blocks.divisor();
       launch_jvp_forward_sm80<kScore, kDType, kHeadDim>({p, geometry, scaling_of(p), all_aligned(p), blocks, stream});
     });

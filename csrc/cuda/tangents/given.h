@@ -46,8 +46,10 @@ struct GivenTangents {
     using KeyRows = StridedRows<const Input>;
     static constexpr int kRows = Tile::kWarpRows / 8, kBlocks = Tile::kHeadDim / 8;  // of features
 
+    // A tangent's tile lies so many bytes behind the tile of what it is the tangent of.
+    static constexpr int kBehind = Tile::kSharedBytes / 2;
+
     KeyRows keys_, values_;
-    std::uint32_t shared_query_, shared_key_, shared_value_;
     Accumulators<Tile::kWarpRows, Tile::kN> products_;  // T of a tile, without the scale
     float reference_[kRows] = {};
 
@@ -58,10 +60,7 @@ struct GivenTangents {
 
    public:
     template <class Args, class Place>
-    __device__ __forceinline__ Block(const Args& args, const Place& place, std::uint32_t shared)
-        : shared_query_(shared),
-          shared_key_(shared_query_ + QueryTile::kBytes),
-          shared_value_(shared_key_ + Tile::kStages * KeyTile::kBytes) {
+    __device__ __forceinline__ Block(const Args& args, const Place& place) {
       const auto rows = [&](const Tensor& x) {
         return fresh(
             Storage::template key_rows<const Input>(x, place.batch, key_head_of(args, place.head), place.sequence));
@@ -71,34 +70,29 @@ struct GivenTangents {
     }
 
     template <class Args, class Place>
-    __device__ __forceinline__ void load_query(const Args& args, const Place& place) const {
+    __device__ __forceinline__ void load_query(const Args& args, std::uint32_t tile, const Place& place) const {
       if (!args.tangent_query.data) return;
       const auto rows = Storage::template query_rows<const Input>(args, args.tangent_query, place.batch,
                                                                   query_head_of(args, place.head), place.sequence);
-      Storage::template load<QueryTile, Tile::kThreads>(shared_query_, rows, place.row_begin, place.row_end,
+      Storage::template load<QueryTile, Tile::kThreads>(tile + kBehind, rows, place.row_begin, place.row_end,
                                                         int(args.head_dim), {});
     }
     template <class Args>
-    __device__ __forceinline__ void load_key(const Args& args, int stage, int key, int end) const {
+    __device__ __forceinline__ void load_key(const Args& args, std::uint32_t tile, int key, int end) const {
       if (args.tangent_key.data)
-        Storage::template load<KeyTile, Tile::kThreads>(shared_key_ + stage * KeyTile::kBytes, keys_, key, end,
-                                                        int(args.head_dim), {});
+        Storage::template load<KeyTile, Tile::kThreads>(tile + kBehind, keys_, key, end, int(args.head_dim), {});
     }
     template <class Args>
-    __device__ __forceinline__ void load_value(const Args& args, int stage, int key, int end) const {
+    __device__ __forceinline__ void load_value(const Args& args, std::uint32_t tile, int key, int end) const {
       if (args.tangent_value.data)
-        Storage::template load<KeyTile, Tile::kThreads>(shared_value_ + stage * KeyTile::kBytes, values_, key, end,
-                                                        int(args.value_dim), {});
+        Storage::template load<KeyTile, Tile::kThreads>(tile + kBehind, values_, key, end, int(args.value_dim), {});
     }
 
     // This makes S, and T from the same operands.
     template <class Args, class Queries, class Keys, int kM, int kN>
     __device__ __forceinline__ void multiply_keys(const Args& args, float (&s)[kM][kN][4], const Queries& queries,
-                                                  const Keys& keys, int stage) {
+                                                  const Keys& keys) {
       const bool of_query = args.tangent_query.data, of_key = args.tangent_key.data;
-      const int thread = fresh(threadIdx.x);
-      const OperandA<QueryTile> tangent_queries(shared_query_, thread % 32, thread / 32 * Tile::kWarpRows);
-      const OperandB<KeyTile> tangent_keys(shared_key_ + stage * KeyTile::kBytes, thread % 32);
       clear(products_);
 #pragma unroll
       for (int k = 0; k < Tile::kHeadDim; k += 16) {
@@ -106,13 +100,13 @@ struct GivenTangents {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           queries.load(query[m], m * 16, k);
-          if (of_query) tangent_queries.load(tangent_query[m], m * 16, k);
+          if (of_query) load_matrices(tangent_query[m], queries.at(m * 16, k) + kBehind);
         }
 #pragma unroll
         for (int n = 0; n < kN; n += 2) {
           std::uint32_t key[4], tangent_key[4];
           keys.load(key, n * 8, k);
-          if (of_key) tangent_keys.load(tangent_key, n * 8, k);
+          if (of_key) load_matrices(tangent_key, keys.at(n * 8, k) + kBehind);
 #pragma unroll
           for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -154,9 +148,8 @@ struct GivenTangents {
 
     template <class Args, class Rows, class Logits, class Values, int kM, int kN, int kD>
     __device__ __forceinline__ void multiply_values(const Args& args, float (&sums)[kM][kD][4], float (&s)[kM][kN][4],
-                                                    Rows& rows, const Logits&, const Values& values, int stage) {
+                                                    Rows& rows, const Logits&, const Values& values) {
       const bool moves = moves_logits(args), of_value = args.tangent_value.data;
-      const TransposedB<KeyTile> tangent_values(shared_value_ + stage * KeyTile::kBytes, fresh(threadIdx.x) % 32);
 #pragma unroll
       for (int k = 0; k < kN; k += 2) {
         std::uint32_t weights[kM][4], tangents[kM][4];  // P and dP as operand A
@@ -181,7 +174,7 @@ struct GivenTangents {
         for (int d = 0; d < kBlocks; d += 2) {
           std::uint32_t value[4], tangent_value[4];
           values.load(value, d * 8, k * 8);
-          if (of_value) tangent_values.load(tangent_value, d * 8, k * 8);
+          if (of_value) load_matrices_transposed(tangent_value, values.at(k * 8, d * 8) + kBehind);
 #pragma unroll
           for (int m = 0; m < kM; ++m)
 #pragma unroll

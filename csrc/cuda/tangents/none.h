@@ -27,20 +27,21 @@ struct NoTangents {
   template <class Score, class Storage, class Tile>
   struct Block {
     template <class Args, class Place>
-    __device__ __forceinline__ Block(const Args&, const Place&, std::uint32_t) {}
+    __device__ __forceinline__ Block(const Args&, const Place&) {}
 
-    // These start copies of a block's rows, or of one stage's keys or values.
+    // These start copies beside those to this tile: of a block's rows, or of the keys or values from one on, up to an
+    // end.
     template <class Args, class Place>
-    __device__ __forceinline__ void load_query(const Args&, const Place&) const {}
+    __device__ __forceinline__ void load_query(const Args&, std::uint32_t, const Place&) const {}
     template <class Args>
-    __device__ __forceinline__ void load_key(const Args&, int, int, int) const {}
+    __device__ __forceinline__ void load_key(const Args&, std::uint32_t, int, int) const {}
     template <class Args>
-    __device__ __forceinline__ void load_value(const Args&, int, int, int) const {}
+    __device__ __forceinline__ void load_value(const Args&, std::uint32_t, int, int) const {}
 
     // This makes the products of a tile.
     template <class Args, class Queries, class Keys, int kM, int kN>
     __device__ __forceinline__ void multiply_keys(const Args&, float (&s)[kM][kN][4], const Queries& queries,
-                                                  const Keys& keys, int) const {
+                                                  const Keys& keys) const {
       multiply<typename Storage::Input, Tile::kHeadDim>(s, queries, keys);
     }
     // This comes before the score begins with a tile of logits.
@@ -50,7 +51,7 @@ struct NoTangents {
     // This adds what the tile's weights make of its values to the sums.
     template <class Args, class Rows, class Logits, class Values, int kM, int kN, int kD>
     __device__ __forceinline__ void multiply_values(const Args&, float (&sums)[kM][kD][4], float (&s)[kM][kN][4],
-                                                    Rows& rows, const Logits& logits, const Values& values, int) const {
+                                                    Rows& rows, const Logits& logits, const Values& values) const {
       multiply<typename Storage::Input, Tile::kN>(sums, Weights<Rows, Logits, kM, kN>{s, rows, logits}, values);
     }
 

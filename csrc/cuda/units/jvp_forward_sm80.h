@@ -2,6 +2,8 @@
 // head dimension.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/common/device.h"
 #include "cuda/logits/plain.h"
 #include "cuda/mainloop/sm80/forward.h"
@@ -18,7 +20,8 @@ class JvpForwardSm80 {
   template <bool kAligned>
   static void launch(const JvpForwardCall& call) {
     using Storage = Strided<Input, kAligned>;
-    using Tile = typename JvpTiles<kHeadDim>::Tile;
+    using Sizes = JvpTiles<kHeadDim>;
+    using Tile = std::conditional_t<kAligned, typename Sizes::Aligned, typename Sizes::Unaligned>;
     const auto& p = call.params;
     const GivenTangents::Arguments<ForwardArguments<Score, Banded, Storage, Plain>> args{{call.geometry,
                                                                                           call.scaling,

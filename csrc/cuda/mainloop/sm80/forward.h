@@ -62,8 +62,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   const auto keys = key_rows(tensors.key);
   const auto values = key_rows(tensors.value);
 
-  typename Tangents::template Block<Score, Storage, Tile> tangents(args, place,
-                                                                   shared_value + kStages * KeyTile::kBytes);
+  typename Tangents::template Block<Score, Storage, Tile> tangents(args, place);
 
   // Rows of keys and values lie alike, and what tells where is read before the copies of a tile start.
   typename Storage::template Ahead<KeyTile, kThreads> ahead;
@@ -75,7 +74,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     if (tile < end) {
       Storage::template load<KeyTile, kThreads>(shared_key + tile % kStages * KeyTile::kBytes, keys, key, band.length_k,
                                                 int(args.head_dim), ahead);
-      tangents.load_key(args, tile % kStages, key, band.length_k);
+      tangents.load_key(args, shared_key + tile % kStages * KeyTile::kBytes, key, band.length_k);
     }
     commit_copies();
   };
@@ -83,7 +82,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     if (tile < end) {
       Storage::template load<KeyTile, kThreads>(shared_value + tile % kStages * KeyTile::kBytes, values, key,
                                                 band.length_k, int(args.value_dim), ahead);
-      tangents.load_value(args, tile % kStages, key, band.length_k);
+      tangents.load_value(args, shared_value + tile % kStages * KeyTile::kBytes, key, band.length_k);
     }
     commit_copies();
   };
@@ -108,7 +107,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   Storage::template load<QueryTile, kThreads>(
       shared_query, queries, row_begin, row_end, int(args.head_dim),
       typename Storage::template Ahead<QueryTile, kThreads>(queries, row_begin, row_end));
-  tangents.load_query(args, place);
+  tangents.load_query(args, shared_query, place);
   copy_key(begin, key_ahead(begin, 0));
   if constexpr (kStages == 2) {
     copy_value(begin, key_ahead(begin, 0));
@@ -148,7 +147,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     Accumulators<Tile::kWarpRows, kN> s;
     clear(s);
     tangents.multiply_keys(args, s, OperandA<QueryTile>(shared_query, lane_now(), warp_row_now()),
-                           OperandB<KeyTile>(shared_key + stage * KeyTile::kBytes, lane_now()), stage);
+                           OperandB<KeyTile>(shared_key + stage * KeyTile::kBytes, lane_now()));
 
     wait_copies<2 * (kStages - 1)>();
     __syncthreads();
@@ -169,7 +168,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     if constexpr (requires { score.weighs(s); })
       if (!score.weighs(s)) continue;  // of a band, whose tiles do not come from memory
     tangents.multiply_values(args, output, s, score, logits,
-                             TransposedB<KeyTile>(shared_value + stage * KeyTile::kBytes, lane_now()), stage);
+                             TransposedB<KeyTile>(shared_value + stage * KeyTile::kBytes, lane_now()));
 
     if constexpr (Tiles::kFromMemory) {
 #pragma unroll

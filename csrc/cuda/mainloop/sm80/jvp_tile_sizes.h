@@ -5,6 +5,8 @@
 
 namespace attnx::cuda {
 
+inline constexpr int kJvpRows = 64;  // of a tile
+
 // Each tile in shared memory lies beside that of its tangents.
 template <int kHeadDim, int kM, int kN, int kBlocksPerSm>
 struct JvpTile : ForwardTile<kHeadDim, kM, kN, kM / 16, 1, kBlocksPerSm> {
@@ -12,15 +14,18 @@ struct JvpTile : ForwardTile<kHeadDim, kM, kN, kM / 16, 1, kBlocksPerSm> {
   static_assert(kSharedBytes <= kLeastSharedBytes);
 };
 
+// Copies of single elements, where rows are not aligned, need registers of their own. The rows are as many.
 template <int kHeadDim>
 struct JvpTiles;
 template <>
 struct JvpTiles<64> {
-  using Tile = JvpTile<64, 64, 64, 2>;
+  using Aligned = JvpTile<64, kJvpRows, 64, 2>;
+  using Unaligned = Aligned;
 };
 template <>
 struct JvpTiles<128> {
-  using Tile = JvpTile<128, 64, 32, 2>;
+  using Aligned = JvpTile<128, kJvpRows, 32, 2>;
+  using Unaligned = JvpTile<128, kJvpRows, 16, 2>;
 };
 
 }  // namespace attnx::cuda
