@@ -11,12 +11,13 @@ _DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16"}
 # These are the words of policies that are not their names: a band of strided or TMA's rows, with plain logits, is the
 # ordinary case.
 _POLICIES = {
-    **dict.fromkeys(("Banded", "Strided", "Tma", "Gathered", "GatheredAsync", "Plain"), ""),
+    **dict.fromkeys(("Banded", "Strided", "Tma", "Gathered", "GatheredAsync", "Plain", "NoTangents"), ""),
     "Listed": "listed",
     "Clustered": "clustered",
     "Unpacked": "staircase",
     "WithTerms": "terms",
     "WithTables": "tables",
+    "GivenTangents": "tangents",
 }
 # These are the words of false and true where they are a kernel's own arguments, or a policy's.
 _FLAGS = {
@@ -72,7 +73,7 @@ def _words(owner: str, argument: str) -> Iterator[str]:
         yield re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()  # a score: SoftmaxSink
 
 
-_LAST = ("listed", "clustered", "staircase", "unaligned", "terms")
+_LAST = ("listed", "clustered", "staircase", "unaligned", "terms", "tangents")
 
 
 def is_ours(demangled: str) -> bool:

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "attnx/jvp_params.h"
 #include "attnx/params.h"
 #include "attnx/weights_params.h"
 #include "cuda/common/launch.h"
@@ -30,6 +31,10 @@ std::size_t backward_workspace(const BackwardParams& params, const Launch& launc
 // They throw std::runtime_error with the kernel's name where the device has no kernel or the runtime reports an error.
 void forward(const ForwardParams& params, const Launch& launch);
 void backward(const BackwardParams& params, const Launch& launch);
+
+// This is the forward and its derivative along a direction.
+std::size_t jvp_workspace(const JvpParams& params, const Launch& launch);
+void jvp(const JvpParams& params, const Launch& launch);
 
 // These tell about weights, and largest logits and their keys, without values.
 std::size_t key_weights_workspace(const KeyWeightsParams& params, const Launch& launch);

@@ -143,10 +143,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     try:
         if row.backend == "cpu":
             kernel, reasons = _cpu_kernel(requirement)
+        elif operator.endswith("_jvp"):
+            kernel, reasons = _only_kernel(requirement, arguments, "attnx_forward_sm80, with tangents")
         elif "value" in arguments:
             kernel, reasons = _cuda_kernel(requirement, arguments)
         else:
-            kernel, reasons = _sums_kernel(requirement, arguments)
+            kernel, reasons = _only_kernel(requirement, arguments, "attnx_sums_sm80")
     except RuntimeError as error:  # the device has no kernel, or there is none
         return Explanation(name, False, reasons=[str(error)], nearest=_capability.describe(row))
     return Explanation(name, True, row.backend, kernel, reasons + _NOTES.get(name, []))
@@ -210,9 +212,11 @@ def _where(query: Tensor) -> list[str]:
     return [f"the tensors are on {query.device}, and ATTNX_CUDA_ON_HOST=1 sends their calls to the emulator"]
 
 
-def _sums_kernel(requirement: _capability.Requirement, arguments: dict[str, Any]) -> tuple[str, list[str]]:
+def _only_kernel(
+    requirement: _capability.Requirement, arguments: dict[str, Any], kernel: str
+) -> tuple[str, list[str]]:
     """One mainloop serves every device, without a choice."""
-    return f"{requirement.operator} [sm80]", [*_where(arguments["query"]), "the kernel is attnx_sums_sm80"]
+    return f"{requirement.operator} [sm80]", [*_where(arguments["query"]), f"the kernel is {kernel}"]
 
 
 def _backward_kernel(requirement: _capability.Requirement, sizes: dict[str, Any]) -> list[str]:

@@ -45,6 +45,11 @@ class SigmoidForward {
     return Formula::template weight<Input>(fmaf(s, multiplier_, offset_[row]));
   }
 
+  // This sets the weight's derivative by its logit, too, which counts as many times.
+  __device__ __forceinline__ float weight(float s, int row, float& derivative) {
+    return Formula::template weight<Input>(fmaf(s, multiplier_, offset_[row]), derivative);
+  }
+
   // This returns what the row's sums are multiplied with in the end.
   __device__ __forceinline__ float finish(int) { return 1 / (Formula::template kScale<Input> * divisor_); }
   __device__ __forceinline__ float logsumexp(int) const { return 0; }
@@ -76,6 +81,9 @@ struct Sigmoid {
   template <class Input, class Tile, int kRows>
   using Forward =
       SigmoidForward<Input, std::conditional_t<Tile::kSparesSpecialFunctions, NewtonSigmoid, ExactSigmoid>, kRows>;
+
+  template <class Input, int kRows>
+  using ForwardAlong = SigmoidForward<Input, SigmoidWithDerivative, kRows>;
 
   // The backward sees a logit with its row's offset, its bias, times log2(e).
   template <class Input>

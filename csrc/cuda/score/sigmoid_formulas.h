@@ -36,6 +36,20 @@ struct ExactSigmoid {
   }
 };
 
+// This computes the weight and its derivative by the logit, which are operands together. float16 weights below 1e-6 are
+// subnormal, and a derivative times the tangent of its logit may be as large as 1000.
+struct SigmoidWithDerivative {
+  template <class Input>
+  static constexpr float kScale = std::is_same_v<Input, __half> ? 0x1p6f : 1.0f;
+
+  template <class Input>
+  static __device__ __forceinline__ float weight(float y, float& derivative) {
+    const float p = ExactSigmoid::weight_and_derivative(y, derivative);
+    derivative *= kScale<Input>;
+    return p * kScale<Input>;
+  }
+};
+
 // This uses one special function. The reciprocal starts from the bits of d, which are a piecewise linear logarithm, and
 // takes one step of Newton's method with constants fitted to the relative error over one period (the kernels' notes in
 // docs/notes say more). Rounded to bfloat16 the weight is within 2^-7.6 of the truth; for float16 a quadratic step

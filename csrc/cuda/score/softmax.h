@@ -72,6 +72,11 @@ class SoftmaxForward {
     return p;
   }
 
+  // This sets the weight's derivative by its logit, too, as it is before the sum is taken.
+  __device__ __forceinline__ float weight(float s, int row, float& derivative) { return derivative = weight(s, row); }
+  // This tells, before a tile begins, whether the row has seen no key yet.
+  __device__ __forceinline__ bool starts(int row) const { return max_[row] == kLowest; }
+
   // This returns what the row's sums are multiplied with in the end. A row that sees no key has sums of 0.
   __device__ __forceinline__ float finish(int row) {
     sum_[row] = sum_of_quad(sum_[row]);
@@ -95,6 +100,9 @@ struct Softmax {
 
   template <class Input, class Tile, int kRows>
   using Forward = SoftmaxForward<Input, kRows>;
+  // This is for rows whose weights have derivatives.
+  template <class Input, int kRows>
+  using ForwardAlong = SoftmaxForward<Input, kRows>;
 
   // The backward sees a logit with its row's offset, -logsumexp, times log2(e).
   template <class Input>

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "attnx/jvp_params.h"
 #include "cuda/mainloop/forward_arguments.h"
 #include "cuda/mainloop/grad_query_arguments.h"
 #include "cuda/mainloop/sm90/forward_arguments.h"
@@ -30,6 +31,16 @@ struct ForwardCall {
   cudaStream_t stream;
 };
 
+// This makes the derivative along a direction, too.
+struct JvpForwardCall {
+  const JvpParams& params;
+  ForwardGeometry geometry;
+  LogitScaling scaling;
+  bool aligned;
+  std::int64_t blocks;
+  cudaStream_t stream;
+};
+
 // Over a staircase cache, the variant says whether query and output are aligned.
 using StaircaseForwardCall = ForwardCall;
 
@@ -49,6 +60,8 @@ template <Score kScore, DType kDType, int kHeadDim>
 void launch_forward_sm80(const ForwardCall& call);
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_forward_sm90(const ForwardCall& call);
+template <Score kScore, DType kDType, int kHeadDim>
+void launch_jvp_forward_sm80(const JvpForwardCall& call);
 template <Score kScore, DType kDType, int kHeadDim>
 void launch_staircase_forward_sm80(const StaircaseForwardCall& call);
 template <Score kScore, DType kDType, int kHeadDim>

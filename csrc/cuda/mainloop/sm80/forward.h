@@ -11,8 +11,11 @@
 // the registers of S, and the special functions of one chunk run beside the products of the one before.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/common/tile.h"
 #include "cuda/mainloop/forward_rows.h"
+#include "cuda/tangents/none.h"
 
 namespace attnx::cuda {
 
@@ -26,9 +29,11 @@ __device__ __forceinline__ auto place_of(const Args& args, int block, Tile tile)
   }
 }
 
-template <class Score, class Tiles, class Storage, class Tile, class Logits>
+template <class Score, class Tiles, class Storage, class Tile, class Logits, class Tangents = NoTangents>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
-    attnx_forward_sm80(const __grid_constant__ ForwardArguments<Score, Tiles, Storage, Logits> args) {
+    attnx_forward_sm80(const __grid_constant__
+                       typename Tangents::template Arguments<ForwardArguments<Score, Tiles, Storage, Logits>>
+                           args) {
   using Input = typename Storage::Input;
   using QueryTile = SharedTile<Tile::kM, Tile::kHeadDim>;
   using KeyTile = SharedTile<Tile::kN, Tile::kHeadDim>;
@@ -57,6 +62,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   const auto keys = key_rows(tensors.key);
   const auto values = key_rows(tensors.value);
 
+  typename Tangents::template Block<Score, Storage, Tile> tangents(args, place);
+
   // Rows of keys and values lie alike, and what tells where is read before the copies of a tile start.
   typename Storage::template Ahead<KeyTile, kThreads> ahead;
   const auto read_ahead = [&](int tile, int key) {
@@ -64,15 +71,19 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   };
   // A copy past the last tile is an empty group, which keeps the count of groups the same in every step.
   const auto copy_key = [&](int tile, int key) {
-    if (tile < end)
+    if (tile < end) {
       Storage::template load<KeyTile, kThreads>(shared_key + tile % kStages * KeyTile::kBytes, keys, key, band.length_k,
                                                 int(args.head_dim), ahead);
+      tangents.load_key(args, shared_key + tile % kStages * KeyTile::kBytes, key, band.length_k);
+    }
     commit_copies();
   };
   const auto copy_value = [&](int tile, int key) {
-    if (tile < end)
+    if (tile < end) {
       Storage::template load<KeyTile, kThreads>(shared_value + tile % kStages * KeyTile::kBytes, values, key,
                                                 band.length_k, int(args.value_dim), ahead);
+      tangents.load_value(args, shared_value + tile % kStages * KeyTile::kBytes, key, band.length_k);
+    }
     commit_copies();
   };
   // These are the first keys of this tile and the next ones. Where they come from memory, they are read well before
@@ -96,6 +107,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   Storage::template load<QueryTile, kThreads>(
       shared_query, queries, row_begin, row_end, int(args.head_dim),
       typename Storage::template Ahead<QueryTile, kThreads>(queries, row_begin, row_end));
+  tangents.load_query(args, shared_query, place);
   copy_key(begin, key_ahead(begin, 0));
   if constexpr (kStages == 2) {
     copy_value(begin, key_ahead(begin, 0));
@@ -105,7 +117,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
 
   const auto lane_now = [] { return fresh(threadIdx.x) % 32; };
   const auto warp_row_now = [] { return fresh(threadIdx.x) / 32 * Tile::kWarpRows; };  // row within the tile
-  typename Score::template Forward<Input, Tile, kRows> score;
+  typename Tangents::template Rows<Score, Input, Tile, kRows> score;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = min(row_begin + warp_row_now() + lane_now() / 4 + row_of(r), row_end - 1),
@@ -121,7 +133,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   Visible plain = band.seen_by_all(first_query, last_query);
   if (args.alibi_slopes.data || !(args.scale_log2 > 0)) plain.end = -1;
 
-  Accumulators<Tile::kWarpRows, kHeadDim> output;
+  Accumulators<Tile::kWarpRows, Tangents::template sums<Score>(kHeadDim)> output;
   clear(output);
 
 #pragma unroll 1
@@ -134,8 +146,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
 
     Accumulators<Tile::kWarpRows, kN> s;
     clear(s);
-    multiply<Input, kHeadDim>(s, OperandA<QueryTile>(shared_query, lane_now(), warp_row_now()),
-                              OperandB<KeyTile>(shared_key + stage * KeyTile::kBytes, lane_now()));
+    tangents.multiply_keys(args, s, OperandA<QueryTile>(shared_query, lane_now(), warp_row_now()),
+                           OperandB<KeyTile>(shared_key + stage * KeyTile::kBytes, lane_now()));
 
     wait_copies<2 * (kStages - 1)>();
     __syncthreads();
@@ -151,11 +163,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
                    key + lane_now() % 4 * 2, ragged);
       multiplier = 1;
     }
+    tangents.begin(args, s, score);
     score.template begin<Tiles::kHasBias>(s, output, multiplier, tiles.bias(tile) * kLog2E, tiles.divisor(tile));
     if constexpr (requires { score.weighs(s); })
       if (!score.weighs(s)) continue;  // of a band, whose tiles do not come from memory
-    multiply<Input, kN>(output, Weights<decltype(score), decltype(logits), kRows / 2, kN / 8>{s, score, logits},
-                        TransposedB<KeyTile>(shared_value + stage * KeyTile::kBytes, lane_now()));
+    tangents.multiply_values(args, output, s, score, logits,
+                             TransposedB<KeyTile>(shared_value + stage * KeyTile::kBytes, lane_now()));
 
     if constexpr (Tiles::kFromMemory) {
 #pragma unroll
@@ -176,12 +189,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
       output[r / 2][d][r % 2 * 2] *= factor;
       output[r / 2][d][r % 2 * 2 + 1] *= factor;
     }
+    tangents.finish(r, output, factor);
   }
 
   // The place is found again here, because keeping it through the loop would cost registers.
   const auto own = place_of<Tiles>(args, fresh(blockIdx.x), Tile());
   const int thread_row = own.row_begin + warp_row + lane / 4;
-  if constexpr (!Tiles::kHasPlaces) {  // clusters are not split
+  if constexpr (!Tiles::kHasPlaces && !Tangents::kGiven) {  // clusters and tangents are not split
     if (args.splits.divisor() > 1) {
       store_partial<Score::kNormalised, Tile::kM>(output, logsumexp, args, args.partial, own, thread_row, lane);
       return;
@@ -191,22 +205,34 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   // The output goes through the warp's own rows of the query's tile, which no one else reads any more, so that stores
   // can be 16 bytes wide. Where there was no tile of keys, other threads' copies of the query have only now ended.
   __syncthreads();
+  const auto store_rows = [&]<int kFirst>(std::integral_constant<int, kFirst>, const Tensor& to) {
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-    for (int d = 0; d < kHeadDim / 8; ++d)
-      store_shared(shared_query + QueryTile::offset(warp_row + lane / 4 + row_of(r), d) + lane % 4 * 4,
-                   pack(output[r / 2][d][r % 2 * 2], output[r / 2][d][r % 2 * 2 + 1], Input()));
-  }
-  __syncwarp();
-  Storage::template store<QueryTile, Tile::kWarpRows, 32>(
-      shared_query, warp_row, query_rows(own, tensors.output, static_cast<Input*>(nullptr)), own.row_begin + warp_row,
-      own.row_end, int(args.value_dim), lane);
-  if (args.logsumexp.data && lane % 4 == 0) {
-    const auto rows = query_rows(own, args.logsumexp, static_cast<float*>(nullptr));
+      for (int d = 0; d < kHeadDim / 8; ++d)
+        store_shared(shared_query + QueryTile::offset(warp_row + lane / 4 + row_of(r), d) + lane % 4 * 4,
+                     pack(output[r / 2][kFirst + d][r % 2 * 2], output[r / 2][kFirst + d][r % 2 * 2 + 1], Input()));
+    }
+    __syncwarp();
+    Storage::template store<QueryTile, Tile::kWarpRows, 32>(
+        shared_query, warp_row, query_rows(own, to, static_cast<Input*>(nullptr)), own.row_begin + warp_row,
+        own.row_end, int(args.value_dim), lane);
+  };
+  const auto store_numbers = [&](const Tensor& to, const auto& number) {
+    if (to.data && lane % 4 == 0) {
+      const auto rows = query_rows(own, to, static_cast<float*>(nullptr));
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      if (thread_row + row_of(r) < own.row_end) *rows.at(thread_row + row_of(r)) = logsumexp[r];
+      for (int r = 0; r < kRows; ++r)
+        if (thread_row + row_of(r) < own.row_end) *rows.at(thread_row + row_of(r)) = number(r);
+    }
+  };
+  store_rows(std::integral_constant<int, 0>(), tensors.output);
+  store_numbers(args.logsumexp, [&](int r) { return logsumexp[r]; });
+  if constexpr (Tangents::kGiven) {
+    __syncwarp();
+    store_rows(std::integral_constant<int, kHeadDim / 8>(), args.tangent_output);
+    if constexpr (Score::kNormalised)
+      store_numbers(args.tangent_logsumexp, [&](int r) { return output[r / 2][kHeadDim / 4][r % 2 * 2]; });
   }
 }
 
