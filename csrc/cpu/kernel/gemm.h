@@ -78,8 +78,8 @@ inline void gemm(GemmOperands<A> g, std::int64_t rows, std::int64_t vectors, std
     g.a += kMaxSteps * g.a_step;
     g.b += kMaxSteps * g.b_step;
   }
-  // Blocks of one vector less have more rows, and fit some numbers of rows better: 64 are 8 times 8, and 11 times 6 less
-  // what is idle of the last.
+  // Blocks of one vector less have more rows, and fit some numbers of rows better: 64 are 8 times 8, and 11 times 6
+  // less what is idle of the last.
   const auto rows_of = [&](int n) { return round_up(rows, kBlockRows[n]); };
   const std::int64_t most = rows_of(kMaxVectors) > rows_of(kMaxVectors - 1) ? kMaxVectors - 1 : kMaxVectors;
   while (vectors > 0) {

@@ -55,8 +55,9 @@ class WeightsTile {
     storage.load_keys(tile.first, tile.count, keys_ + place * kKeys * stride_, stride_);
   }
 
-  // Calls visit(vector, loop) for each vector of the rows of panel i: loop(body) calls body(key, x, visible, masked) for
-  // their logits of the tile that was loaded at this place, as for_each_logit does; key counts from the tile's first.
+  // Calls visit(vector, loop) for each vector of the rows of panel i: loop(body) calls body(key, x, visible, masked)
+  // for their logits of the tile that was loaded at this place, as for_each_logit does; key counts from the tile's
+  // first.
   template <class Visit>
   void for_each_vector(const KeyTile& tile, std::int64_t place, Visit visit, std::int64_t i = 0) {
     const std::int64_t keys = round_up(tile.count, A::kStep);
