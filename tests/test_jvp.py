@@ -128,7 +128,9 @@ def test_shapes(operator: str, shape: Shape, dtype: torch.dtype, device: torch.d
     if max(shape.head_dim, shape.value_dim or 0) <= row.head_dim[1]:
         check(operator, shape, dtype, device)
     else:
-        with pytest.raises(RuntimeError, match=rf"from 1 to {row.head_dim[1]} \({operator}_jvp on {row.backend}\), got"):
+        with pytest.raises(
+            RuntimeError, match=rf"from 1 to {row.head_dim[1]} \({operator}_jvp on {row.backend}\), got"
+        ):
             along(operator, *drawn(shape, dtype, device))
 
 
