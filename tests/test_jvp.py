@@ -208,6 +208,16 @@ def test_is_linear_in_its_direction(operator: str, device: torch.device, dtype: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_tangents_beside_weights_near_one_half(dtype: torch.dtype, device: torch.device) -> None:
+    """The tangent of a weight does not leave the range of float16 before that of the output does."""
+    inputs, tangents = drawn(FEW_SHAPES[0], dtype, device, ("query", "key"))
+    large = {name: x if x is None else 64 * x for name, x in tangents.items()}
+    once, much = (along("sigmoid_attention", inputs, x, bias_rule="none")[1] for x in (tangents, large))
+    rounding = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(much, 64 * once, atol=64 * rounding, rtol=rounding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_all_logits_of_a_row_have_in_common(
     dtype: torch.dtype, device: torch.device, instruction_set: str | None
 ) -> None:
