@@ -130,6 +130,9 @@ def calls() -> Iterator[tuple[str, Results]]:
         yield from softplus_calls(dtype, head_dim, None, 3)
     for score, kind in product(SCORES, (_packed_terms, _listed_terms, _distances)):
         yield f"{score} {kind.__name__[1:]}", kind(score)
+    for score, dtype, head_dim in product(SCORES, DTYPES, [64, 128]):
+        yield f"{score} {dtype} {head_dim} tangents", _tangents(score, dtype, head_dim)
+        yield f"{score} {dtype} {head_dim} unaligned tangents", _tangents(score, dtype, head_dim - 3)
     yield from _block_maps()
     yield from _sparse_linear([45, 128, 256])
     for dtype, (head_dim, levels) in product(DTYPES, [(64, (16, 8, 4, 2)), (128, (16, 8, 4, 1)), (160, (16, 8))]):
@@ -338,6 +341,20 @@ def _distances(score: str) -> Results:
     listed = _run("block_sparse_attention", inputs, grad_output, block_mask=mask, score=score)
     dense = _run(f"{score}_attention", inputs, grad_output, window=(70, 20))
     return dense | {f"{name}_listed": x for name, x in listed.items()}
+
+
+def _tangents(score: str, dtype: torch.dtype, head_dim: int) -> Results:
+    """Masked tiles and whole ones, and each set of tangents."""
+    shape = Shape(length_q=70, length_k=200, head_dim=head_dim, heads=2, kv_heads=1)
+    inputs, directions = (tuple(random_inputs(shape, dtype, CPU, seed=seed)[0].values()) for seed in range(2))
+    bias = ("length", 0.0) if score == "sigmoid" else ()
+    along = getattr(torch.ops.attnx, f"{score}_attention_jvp")
+    results = {}
+    for given in product([False, True], repeat=3):
+        tangents = [x if wanted else None for x, wanted in zip(directions, given, strict=True)]
+        for i, x in enumerate(along(*inputs, *tangents, *bias, None, False, 130, 20, 0)):
+            results[f"{given} {i}"] = x
+    return results
 
 
 def _packed_terms(score: str) -> Results:

@@ -128,7 +128,9 @@ def test_shapes(operator: str, shape: Shape, dtype: torch.dtype, device: torch.d
     if max(shape.head_dim, shape.value_dim or 0) <= row.head_dim[1]:
         check(operator, shape, dtype, device)
     else:
-        with pytest.raises(RuntimeError, match=rf"from 1 to {row.head_dim[1]} \({operator}_jvp on {row.backend}\), got"):
+        with pytest.raises(
+            RuntimeError, match=rf"from 1 to {row.head_dim[1]} \({operator}_jvp on {row.backend}\), got"
+        ):
             along(operator, *drawn(shape, dtype, device))
 
 
@@ -203,6 +205,16 @@ def test_is_linear_in_its_direction(operator: str, device: torch.device, dtype: 
     assert_forward(once[0], alone)
     for x, y in zip(once[len(once) // 2 :], twice[len(once) // 2 :], strict=True):
         assert torch.equal(2 * x, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_tangents_beside_weights_near_one_half(dtype: torch.dtype, device: torch.device) -> None:
+    """The tangent of a weight does not leave the range of float16 before that of the output does."""
+    inputs, tangents = drawn(FEW_SHAPES[0], dtype, device, ("query", "key"))
+    large = {name: x if x is None else 64 * x for name, x in tangents.items()}
+    once, much = (along("sigmoid_attention", inputs, x, bias_rule="none")[1] for x in (tangents, large))
+    rounding = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(much, 64 * once, atol=64 * rounding, rtol=rounding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

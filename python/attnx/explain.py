@@ -212,9 +212,7 @@ def _where(query: Tensor) -> list[str]:
     return [f"the tensors are on {query.device}, and ATTNX_CUDA_ON_HOST=1 sends their calls to the emulator"]
 
 
-def _only_kernel(
-    requirement: _capability.Requirement, arguments: dict[str, Any], kernel: str
-) -> tuple[str, list[str]]:
+def _only_kernel(requirement: _capability.Requirement, arguments: dict[str, Any], kernel: str) -> tuple[str, list[str]]:
     """One mainloop serves every device, without a choice."""
     return f"{requirement.operator} [sm80]", [*_where(arguments["query"]), f"the kernel is {kernel}"]
 
