@@ -202,7 +202,7 @@ def test_packed(
     operator: str, padding: int, which: str, wanted: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Each sequence has factors of its own, or all have the same; there is a sequence without queries."""
-    inputs, grad_output, sizes = pack(([40, 0, 33, padding], [50, 4, 70, padding]), dtype, device, head_dim=32)
+    inputs, grad_output, sizes = pack(([40, 0, 33, padding], [50, 4, 70, padding]), dtype, device, head_dim=64)
     sizes |= {name: sizes[name][:-1] for name in ("cu_seqlens_q", "cu_seqlens_k")} | {"has_padding": True}
     mask = mask_of(which, dtype, device)
     mask = torch.cat((mask[:1], mask)) if which == "both" else mask
