@@ -322,7 +322,7 @@ def _key_weights(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attnx.attention_key_weights(query, key, is_causal=True)[..., None] * value
 
 
-def _packed(*inputs: Tensor, local: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+def _packed(*inputs: Tensor) -> Tensor:
     ends = torch.tensor([0, 50, 128], dtype=torch.int32)
     rows = [x[0].transpose(0, 1) for x in inputs]
     softmax = attnx.softmax_attention_varlen(*rows, ends, ends, 78, 78, is_causal=True)
@@ -332,8 +332,7 @@ def _packed(*inputs: Tensor, local: Callable[[Tensor], Tensor] = lambda x: x) ->
     listed = attnx.block_sparse_attention_varlen(*rows, ends, ends, 78, 78, lists)
     drawn = attnx.probabilistic_attention_varlen(*rows, ends, ends, 78, 78, seed=1, offset=2)
     softplus = sum(attnx.softplus_attention_varlen(*rows, ends, ends, 78, 78, sharpen=power) for power in (None, 3))
-    all_centroids = torch.randn(4, 3, rows[0].shape[-1], generator=torch.Generator().manual_seed(3)).to(torch.float32)
-    centroids = local(all_centroids).contiguous()
+    centroids = torch.randn(rows[0].shape[1], 3, rows[0].shape[-1], generator=torch.Generator().manual_seed(3))
     routed = attnx.routing_attention_varlen(*rows, ends, ends, 78, 78, centroids, routing="argmax")
     return (softmax + sigmoid + sparse + linear + listed + drawn + softplus + routed).transpose(0, 1)[None]
 

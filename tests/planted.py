@@ -35,6 +35,7 @@ STATE, LAYOUT = "csrc/attnx/staircase_state.h", "csrc/attnx/staircase.h"
 SUMS = "csrc/cpu/sums.cpp"
 ARGUMENTS, LISTS = "csrc/torch/arguments.cpp", "csrc/torch/block_sparse.cpp"
 CACHE, ROUTES = "csrc/torch/staircase_cache.cpp", "csrc/torch/routes.cpp"
+ROUTE_ROWS, CENTROIDS = "csrc/torch/route_rows.cpp", "csrc/torch/centroids.cpp"
 K = "csrc/cpu/kernel/"
 SOFTMAX, SIGMOID = K + "score/softmax.h", K + "score/sigmoid.h"
 SOFTPLUS, SHARPENED = K + "score/softplus.h", K + "score/sharpened_softplus.h"
@@ -80,8 +81,8 @@ _INPUT = (
         CACHE, "is_reachable(cache.memory.layout, max_length, cache.state_of(b))", "true", "test_staircase.py -k bad"
     ),
     Mutant(CACHE, "(x[i] & kMagnitude) <= limit", "true", "test_staircase.py -k bad"),
-    Mutant(ROUTES, "count >= 0 && std::isfinite(count)", "true", "test_routing.py -k count"),
-    Mutant(ROUTES, "a.decay >= 0 && a.decay <= 1", "true", "test_routing.py -k decay"),
+    Mutant(CENTROIDS, "count >= 0 && std::isfinite(count)", "true", "test_routing.py -k count"),
+    Mutant(CENTROIDS, "a.decay >= 0 && a.decay <= 1", "true", "test_routing.py -k decay"),
 )
 _FORWARD = (
     Mutant(SOFTMAX, "? «0 * sum_[lane]» :", "1 / sum_[lane]", "test_hidden_rows.py"),
@@ -268,6 +269,17 @@ _ROUTING = (
     Mutant(NEAREST, "best[i] == highest && index[i] > nearest", "false", "test_routing.py -k ties"),
     Mutant(NEAREST, "rank<Sum>(load(x + lane)) > best", "rank<Sum>(load(x + lane)) >= best", "test_routing.py -k ties"),
     Mutant(NEAREST, "c < Rank(p_.clusters)", "c == c", "test_routing.py -k reference"),
+    Mutant(
+        SELECT,
+        "«p_.sequences.ends ? p_.sequences.ends[sequence]» :",
+        "false ? 0",
+        "test_routing_lengths.py -k routes_are",
+    ),
+    Mutant(NEAREST, "if («sequence < 0») nearest = -1", "false", "test_routing_lengths.py -k nearest"),
+    Mutant(NEAREST, "p_.by_sequence && nearest >= 0", "false", "test_routing_lengths.py -k packed_routes"),
+    Mutant(GATHERED, "cluster / (g.clusters / g.sequences)", "0", "test_routing_lengths.py -k packed_is_the_reference"),
+    Mutant(ROUTES, 'check(«q[i] == k[i]», "shared_qk', "true", "test_routing_lengths.py -k offsets_of_shared"),
+    Mutant(ROUTE_ROWS, "end >= 0 && end <= p.length", "end >= 0", "test_routing_lengths.py -k bad_lengths"),
     Mutant(PRODUCTS, "variance + Sum(1e-5)", "variance", "test_routing.py -k constant"),
     Mutant(PRODUCTS, "(v - mean) * (v - mean)", "v * v", "test_routing.py -k update_is"),
     Mutant(CLUSTERS, "(1 - p.decay) * p.members[c]", "p.members[c]", "test_routing.py -k update_is"),

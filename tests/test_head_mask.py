@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ import attnx
 from attnx import reference
 from attnx.testing import assert_close
 from backends import Backend
-from cases import DTYPES, Shape, parameter_dtype, random_inputs
+from cases import DTYPES, Shape, pack, parameter_dtype, random_inputs
 from compare import EAGER, forward_backward
 
 OPERATORS = ["sigmoid_attention", "softmax_attention"]
@@ -176,3 +178,77 @@ def test_bad_input(operator: str, backend: Backend, dtype: torch.dtype, device: 
             getattr(attnx, operator)(**inputs, head_mask=mask)
     with pytest.raises(RuntimeError, match=r"head_mask: expected a tensor, got 1\.0"):
         getattr(attnx, operator)(**inputs, head_mask=1.0)
+
+
+def eager_packed(operator: str, query: Tensor, head_mask: Tensor, **options: Any) -> Tensor:
+    """Each sequence on its own, causally, in plain PyTorch; what follows the last one is 0."""
+    ends = [itertools.pairwise(options[name].tolist()) for name in ("cu_seqlens_q", "cu_seqlens_k")]
+    outputs = []
+    for b, ((q0, q1), (k0, k1)) in enumerate(zip(*ends, strict=True)):
+        own = (query[q0:q1], options["key"][k0:k1], options["value"][k0:k1])
+        q, k, v = (x.transpose(0, 1)[None] for x in own)
+        factors = head_mask if head_mask.dim() == 1 else head_mask[b : b + 1]
+        output = eager(operator, factors, query=q, key=k, value=v, is_causal=True)
+        outputs.append(output[0].transpose(0, 1))
+    rows = torch.cat(outputs)
+    return torch.cat((rows, rows.new_zeros(len(query) - len(rows), *rows.shape[1:])))
+
+
+@pytest.mark.parametrize("wanted", [False, True], ids=["constant", "learned"])
+@pytest.mark.parametrize("which", MASKS)
+@pytest.mark.parametrize("padding", [0, 5])
+@EVERY
+def test_packed(
+    operator: str, padding: int, which: str, wanted: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Each sequence has factors of its own, or all have the same; there is a sequence without queries."""
+    inputs, grad_output, sizes = pack(([40, 0, 33, padding], [50, 4, 70, padding]), dtype, device, head_dim=64)
+    sizes |= {name: sizes[name][:-1] for name in ("cu_seqlens_q", "cu_seqlens_k")} | {"has_padding": True}
+    mask = mask_of(which, dtype, device)
+    mask = torch.cat((mask[:1], mask)) if which == "both" else mask
+    leaves, given = (inputs | {"head_mask": mask}, {}) if wanted else (inputs, {"head_mask": mask})
+    function, definition = (getattr(module, f"{operator}_varlen") for module in (attnx, reference))
+    got = forward_backward(function, leaves, grad_output, **sizes, **given, is_causal=True)
+    exact = {name: x.double() for name, x in leaves.items()}
+    want = forward_backward(definition, exact, grad_output.double(), **sizes, **given, is_causal=True)
+    plain = forward_backward(partial(eager_packed, operator), leaves, grad_output, **sizes, **given)
+    for name, x in got.items():
+        assert_close(x, want[name], plain[name], name=name, dtype=dtype)
+    starts = sizes["cu_seqlens_q"].tolist()
+    for b, (start, end) in enumerate(itertools.pairwise(starts)):
+        factors = mask if which == "heads" else mask[b]
+        assert not got["output"][start:end, factors == 0].any()
+    if operator == "softmax_attention":
+        _, logsumexp = attnx.softmax_attention_varlen(**inputs, **sizes, head_mask=mask, return_logsumexp=True)
+        factors = mask[None].expand(3, -1) if which == "heads" else mask
+        for b, (start, end) in enumerate(itertools.pairwise(starts)):
+            assert (logsumexp[factors[b] == 0, start:end] == -math.inf).all()
+            assert logsumexp[factors[b] != 0, start:end].isfinite().all()
+
+
+@pytest.mark.backends("cpu")
+@EVERY
+def test_bad_packed(operator: str, dtype: torch.dtype, device: torch.device) -> None:
+    inputs, _, sizes = pack(([4, 3], [5, 6]), dtype, device)
+    for mask in (torch.ones(3), torch.ones(3, 4), torch.ones(7, 4), torch.ones(2, 4).half()):
+        with pytest.raises(RuntimeError, match=r"^head_mask: expected float32 of shape \(4,\) or \(2, 4\), heads or"):
+            getattr(attnx, f"{operator}_varlen")(**inputs, **sizes, head_mask=mask)
+    none = {name: torch.zeros(1, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    empty = {name: x[:0] for name, x in inputs.items()}
+    options = sizes | none | {"head_mask": torch.ones(0, 4)}
+    assert getattr(attnx, f"{operator}_varlen")(**empty, **options).shape == (0, 4, 24)
+
+
+@pytest.mark.backends("cpu")
+@EVERY
+def test_nested(operator: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Packed sequences as nested tensors take the same factors."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(n, 4, 16, generator=generator).to(dtype) for n in (9, 30)]
+    x = torch.nested.nested_tensor(rows, layout=torch.jagged).transpose(1, 2)
+    mask = mask_of("both", dtype, device)
+    output = getattr(attnx, operator)(x, x, x, head_mask=mask)
+    for b, (own, result) in enumerate(zip(rows, output.unbind(), strict=True)):
+        sequence = own.transpose(0, 1)[None]
+        expected = getattr(attnx, operator)(sequence, sequence, sequence, head_mask=mask[b])
+        torch.testing.assert_close(result, expected[0])

@@ -46,6 +46,7 @@ class DenseOptions(SoftmaxOptions, total=False):
 
 class PackedOptions(SoftmaxOptions, total=False):
     has_padding: bool
+    head_mask: Tensor | None
 
 
 class BlockSparseOptions(TermOptions, total=False):
@@ -207,8 +208,8 @@ def sigmoid_attention(
             row_bounds=row_bounds,
             key_bias=key_bias,
             key_mask=key_mask,
-            head_mask=head_mask,
         )
+        options["head_mask"] = head_mask
         return _nested.attend(sigmoid_attention_varlen, query, key, value, **options)
     if (ring := _shards.ring("sigmoid_attention")) is not None:
         _shards.expect_nothing(seqused_k=seqused_k, leftpad_k=leftpad_k, attn_mask=attn_mask, row_bounds=row_bounds)
@@ -276,6 +277,7 @@ def sigmoid_attention_varlen(
     softcap: float | None = None,
     key_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
+    head_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
@@ -300,7 +302,7 @@ def sigmoid_attention_varlen(
 
     The other arguments are those of :func:`sigmoid_attention`; ``bias=None`` means -log of each sequence's own
     key length, and masks are aligned to each sequence's own end. ``key_bias`` and ``key_mask`` are
-    (heads or 1, total_k).
+    (heads or 1, total_k), and ``head_mask`` is (heads,) or (batch, heads); heads of factor 0 are computed.
 
     Returns:
         (total_q, heads, value_dim) in the dtype of query.
@@ -310,6 +312,7 @@ def sigmoid_attention_varlen(
     _arguments.optional_tensors(alibi_slopes=alibi_slopes)
     packing = _arguments.packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     padding = _arguments.flag("has_padding", has_padding)
+    of_rows = _head_mask.of_rows(head_mask, query, packing[0])
     query, scale = _arguments.with_scale(query, scale)
     mask = _mask(is_causal, window, position_offset)
     s = resolve_score("sigmoid", bias, tensor_bias=True)
@@ -326,9 +329,10 @@ def sigmoid_attention_varlen(
         seed=seed,
         offset=offset,
     )
-    return _ops.sigmoid_attention_varlen(
+    output = _ops.sigmoid_attention_varlen(
         query, key, value, *packing, padding, s.bias, alibi_slopes, s.bias_rule, s.bias_value, *terms, scale, *mask
     )
+    return _head_mask.apply(of_rows, output)
 
 
 @overload
@@ -410,8 +414,8 @@ def softmax_attention(
             row_bounds=row_bounds,
             key_bias=key_bias,
             key_mask=key_mask,
-            head_mask=head_mask,
         )
+        options["head_mask"] = head_mask
         return _nested.attend(softmax_attention_varlen, query, key, value, **options)
     if (ring := _shards.ring("softmax_attention")) is not None:
         _shards.expect_nothing(seqused_k=seqused_k, leftpad_k=leftpad_k, attn_mask=attn_mask, row_bounds=row_bounds)
@@ -519,6 +523,7 @@ def softmax_attention_varlen(
     softcap: float | None = None,
     key_bias: Tensor | None = None,
     key_mask: Tensor | None = None,
+    head_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
@@ -536,6 +541,7 @@ def softmax_attention_varlen(
     _arguments.optional_tensors(alibi_slopes=alibi_slopes, sink=sink)
     packing = _arguments.packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     padding = _arguments.flag("has_padding", has_padding)
+    of_rows = _head_mask.of_rows(head_mask, query, packing[0])
     query, scale = _arguments.with_scale(query, scale)
     mask = _mask(is_causal, window, position_offset)
     _, terms = resolve_terms(
@@ -554,7 +560,8 @@ def softmax_attention_varlen(
     output, logsumexp = _ops.softmax_attention_varlen(
         query, key, value, *packing, padding, alibi_slopes, sink, *terms, scale, *mask
     )
-    return (output, logsumexp) if return_logsumexp else output
+    output = _head_mask.apply(of_rows, output)
+    return (output, _head_mask.hide(of_rows, logsumexp)) if return_logsumexp else output
 
 
 @overload

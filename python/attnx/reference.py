@@ -1076,6 +1076,8 @@ def _own_terms(options: dict[str, Any], sequence: int, first: int, end: int) -> 
     keys = {
         name: options[name][None, :, first:end] for name in ("key_bias", "key_mask") if options.get(name) is not None
     }
+    if (head_mask := options.get("head_mask")) is not None and head_mask.dim() == 2:
+        keys["head_mask"] = head_mask[sequence : sequence + 1]
     return options | keys | {"sequence": sequence}
 
 
