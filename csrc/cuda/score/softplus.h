@@ -92,8 +92,8 @@ struct Softplus {
   template <class Input>
   struct Backward {
     static constexpr bool kHasRows = true;
-    // Weights near 1 / length would be subnormal in float16.
-    static constexpr float kWeightScale = cuda::kWeightScale<Input>;
+    // Weights near 1 / length would be subnormal in float16. These are over ln 2, too.
+    static constexpr float kWeightScale = cuda::kWeightScale<Input> * kLog2E;
 
     using Row = float;
     static __device__ __forceinline__ Row row(const BackwardScratch&, std::int64_t, float offset) { return offset; }
@@ -102,9 +102,9 @@ struct Softplus {
     // multiplied with: sigmoid(logit) / Z.
     static __device__ __forceinline__ float weight(float logit, Row inverse, float& kept) {
       float power;
-      const float softplus = log2_of_1_plus_exp2<Input>(logit, power);  // over ln 2
+      const float softplus = log2_of_1_plus_exp2<Input>(logit, power);
       kept = (logit < 0 ? power : 1) * reciprocal_approx(1 + power) * inverse;
-      return softplus * (inverse * (kLn2 * kWeightScale));
+      return softplus * inverse * cuda::kWeightScale<Input>;
     }
     static __device__ __forceinline__ float gradient(float kept, float grad_weight, Row) { return kept * grad_weight; }
   };
