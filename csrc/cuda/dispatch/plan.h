@@ -59,8 +59,7 @@ BackwardPlan make_plan(const BackwardParams& params, std::optional<Mainloop> ask
 inline constexpr const char* kTermsReason =
     "it has no attn_mask, key_bias, key_mask, row_bounds, tables, softcap or dropout, and the call has one of them";
 
-// This is why a call of a score that sm_90 has no loops of does. Special functions bound the sharpened softplus, which
-// sm_80's loops serve nearly as well (docs/notes/hopper-forward.md).
+// sm_90 has loops of every score but this one, as units.cmake says in scores_band_sm90; the reason is for its calls.
 constexpr bool has_sm90(Score score) { return score != Score::kSharpenedSoftplus; }
 inline constexpr const char* kScoreReason = "it has no kernels of this score";
 
