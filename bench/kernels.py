@@ -11,7 +11,9 @@ _DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16"}
 # These are the words of policies that are not their names: a band of strided or TMA's rows, with plain logits, is the
 # ordinary case.
 _POLICIES = {
-    **dict.fromkeys(("Banded", "Strided", "Tma", "Gathered", "GatheredAsync", "Plain", "NoTangents"), ""),
+    **dict.fromkeys(
+        ("Banded", "Strided", "Tma", "Gathered", "GatheredAsync", "Plain", "NoTangents", "StridedEither"), ""
+    ),
     "Listed": "listed",
     "Clustered": "clustered",
     "Unpacked": "staircase",
