@@ -271,7 +271,11 @@ DRAWN: dict[str, tuple[Callable[..., Call], set[str]]] = {
         # tests/test_key_lengths.py tries the last one
         {"grouped_queries", "value_dim", "causal", "varlen", "logsumexp", "key_lengths"},
     ),
-    "routing_attention": (routing, {"grouped_queries", "value_dim", "causal", "memory_kv"}),
+    "routing_attention": (
+        routing,
+        # tests/test_routing_lengths.py tries the last three
+        {"grouped_queries", "value_dim", "causal", "memory_kv", "varlen", "padding", "key_lengths"},
+    ),
 }
 ELSEWHERE = {"hidden_nonfinite"}  # in test_nonfinite.py
 WITHOUT_GRADIENT = {"attention_max_logits", "pointer_sample"}  # in test_weights.py and test_pointer_sample.py
