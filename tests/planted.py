@@ -269,12 +269,7 @@ _ROUTING = (
     Mutant(NEAREST, "best[i] == highest && index[i] > nearest", "false", "test_routing.py -k ties"),
     Mutant(NEAREST, "rank<Sum>(load(x + lane)) > best", "rank<Sum>(load(x + lane)) >= best", "test_routing.py -k ties"),
     Mutant(NEAREST, "c < Rank(p_.clusters)", "c == c", "test_routing.py -k reference"),
-    Mutant(
-        SELECT,
-        "«p_.sequences.ends ? p_.sequences.ends[sequence]» :",
-        "false ? 0",
-        "test_routing_lengths.py -k routes_are",
-    ),
+    Mutant(SELECT, "«p_.sequences.ends» ? p_.sequences.ends[", "nullptr", "test_routing_lengths.py -k routes_are"),
     Mutant(NEAREST, "if («sequence < 0») nearest = -1", "false", "test_routing_lengths.py -k nearest"),
     Mutant(NEAREST, "p_.by_sequence && nearest >= 0", "false", "test_routing_lengths.py -k packed_routes"),
     Mutant(GATHERED, "cluster / (g.clusters / g.sequences)", "0", "test_routing_lengths.py -k packed_is_the_reference"),
