@@ -63,11 +63,12 @@ struct TmaForwardTiles<256> {
   using Listed = DividingTile<Dense, TmaForwardTile<256, 64, 64, true, 1>>;
 };
 
-// These are the tiles of calls with terms in their logits, which take the registers of a third warpgroup.
+// These are the tiles of calls with terms in their logits, which take the registers of a third warpgroup and, where
+// there are more features or lists, of 64 keys.
 template <int kHeadDim>
 struct TermsTmaForwardTiles {
-  using Listed = typename TmaForwardTiles<kHeadDim>::Listed;
-  using Dense = TmaForwardTile<kHeadDim, 128, 128, false, 1>;
+  using Dense = TmaForwardTile<kHeadDim, 128, kHeadDim == 64 ? 128 : 64, false, 1>;
+  using Listed = DividingTile<TmaForwardTile<kHeadDim, 128, 64, false, 1>, TmaForwardTile<kHeadDim, 64, 64, false, 2>>;
 };
 
 }  // namespace attnx::cuda
