@@ -538,9 +538,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "sparse_linear_block_map": lambda x: attnx.sparse_linear_block_map(x, x),
     "routing_attention": lambda x: attnx.routing_attention(x, x, x, torch.randn(4, 4, 8)),
     "routing_attention_varlen": lambda x: attnx.routing_attention_varlen(
-        *[x[0]] * 3, **SIZES, routes=torch.randn(4, 4, 8), routing="argmax"
+        *[x[0]] * 3, **SIZES, routes=torch.randn(64, 4, 8), routing="argmax"
     ),
-    "route_varlen": lambda x: attnx.route_varlen(x[0], x[0], torch.randn(4, 4, 8), **SIZES, routing="argmax"),
+    "route_varlen": lambda x: attnx.route_varlen(x[0], x[0], torch.randn(64, 4, 8), **SIZES, routing="argmax"),
     "route": lambda x: attnx.route(x, x, torch.randn(4, 4, 8)),
     "affine_attention": lambda x: attnx.affine_attention(x, x, x, x[..., 0]),
     "hierarchical_attention": lambda x: attnx.hierarchical_attention(x, x, x, CHUNKS),
