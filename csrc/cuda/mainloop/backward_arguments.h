@@ -19,8 +19,8 @@ struct alignas(16) SharpenedRow {
 
 // These are partial results by tile of rows, [head][row tile][...], in the workspace.
 struct BackwardScratch {
-  // [row]: what a row's logits get, times log2(e): the bias of a pointwise score, or -logsumexp; but where a score's
-  // weights are no powers, which is where it kHasRows, what they are multiplied with, 1 / Z.
+  // This is [row]: what a row's logits get, times log2(e), which is the bias of a pointwise score, or -logsumexp. Where
+  // a score kHasRows, its weights are no powers, and it is what they are multiplied with, 1 / Z.
   float* offset;
   SharpenedRow* sharpened;  // [row]: null for other scores
   float* delta;             // [row]: a normalised score's rowsum(grad_output * output) - grad_logsumexp

@@ -54,7 +54,7 @@ class Select {
 
   std::int64_t capacity() const { return smaller(2 * p_.cluster_size, p_.length); }
 
-  // Of a sequence, of all heads.
+  // It goes through the rows of a sequence of a head; `all` counts the sequences of all heads.
   void select(std::int64_t all, std::int64_t first, const Memory& m) const {
     const std::int64_t sequences = p_.sequences.count, head = all / sequences % p_.heads;
     const std::int64_t batch = all / sequences / p_.heads, sequence = batch * sequences + all % sequences;
